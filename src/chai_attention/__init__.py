@@ -1,0 +1,1 @@
+"""Clustered Head Attention: cheaper inference by sharing attention between heads that agree."""

@@ -1,0 +1,1 @@
+"""Clustering of heads: tensors in, tensors out; knows no model."""

@@ -1,0 +1,21 @@
+"""Errors a user of the library can meet. All derive from `ChaiError`."""
+
+
+class ChaiError(Exception):
+    """Base of every error the library raises on purpose; its text says what to do."""
+
+
+class ProfileError(ChaiError):
+    """A cluster profile is malformed, or does not belong to the model."""
+
+
+class CalibrationError(ChaiError):
+    """Calibration cannot be done with the given text or options."""
+
+
+class UnsupportedModelError(ChaiError):
+    """The model, or a feature of its attention, cannot run with clustered heads."""
+
+
+class CacheError(ChaiError):
+    """A K,V cache was used in a way that clustered heads cannot honour."""

@@ -1,0 +1,1 @@
+"""Model runtimes that run with clustered heads."""

@@ -1,0 +1,181 @@
+"""The attention and mask functions that transformers' interfaces call for enabled models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from chai_attention.errors import CacheError, UnsupportedModelError
+from chai_attention.integrations.transformers.layer import LAYER_TAG, ClusteredLayer
+from chai_attention.integrations.transformers.padding import Padding
+from chai_attention.integrations.transformers.plan import LayerPlan
+
+NAME = "chai"
+PLAN_ATTRIBUTE = "_chai_plan"
+PADDING_TAG = "_chai_padding"
+
+
+def register() -> None:
+    """Make ``attn_implementation="chai"`` known to transformers."""
+    AttentionInterface.register(NAME, clustered_attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+def padding_mask(
+    *args: Any,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return the ``[B, S]`` padding of plain causal attention, or None where there is none.
+
+    Any other mask (a sliding window's) is made as for torch's fused attention.
+    """
+    if mask_function is not causal_mask_function:
+        return sdpa_mask(  # type: ignore[no-any-return]
+            *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
+def clustered_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend with clustered heads; the signature is that of transformers' interface.
+
+    Args:
+        module: attention module of an enabled model.
+        query: ``[B, H, Q, D]`` of the new tokens.
+        key: ``[B, G, Q, D]`` of the new tokens, marked by `ClusteredLayer.update` if cached.
+        value: ``[B, G, Q, Dv]`` of the new tokens.
+        attention_mask: what `padding_mask` made.
+        dropout: must be 0.
+        scaling: factor on the scores, by default ``D ** -0.5``.
+        softcap: cap on the scores, or None.
+        kwargs: what else a model family passes; what would change the result is refused.
+
+    Returns:
+        ``[B, Q, H, Dv]`` and None for the attention weights.
+
+    Raises:
+        UnsupportedModelError: a feature that clustered heads do not have.
+        CacheError: a cache that is not a `ClusteredCache`.
+    """
+    plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
+    _refuse_features(module, dropout, kwargs)
+    if not plan.full_attention:
+        return _sliding_attention(
+            module, query, key, value, attention_mask, scaling, softcap, kwargs
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedModelError(
+            "clustered heads support causal attention with padding (a 2D attention_mask); a custom "
+            "4D mask, packed sequences or a bidirectional prefix need the model without CHAI"
+        )
+    if kwargs.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"layer {plan.layer} turned out to be a sliding-window layer at run time; leave it "
+            f"unclustered in the profile and report the model family"
+        )
+    layer = getattr(key, LAYER_TAG, None)
+    if layer is None:
+        layer = _uncached(plan, query, key, value)
+    padding = _padding_of(attention_mask, query, layer.get_seq_length() + query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    with torch.no_grad():
+        return layer.attend(query, padding, scale, softcap), None
+
+
+def _refuse_features(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise for every option that would silently be ignored otherwise."""
+    if dropout and module.training:
+        raise UnsupportedModelError("clustered heads are for inference: call model.eval()")
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedModelError("clustered heads need causal attention")
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"clustered heads do not support {name!r} in attention")
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModelError(
+            "clustered heads never hold the attention weights of all heads: run without "
+            "output_attentions, or disable CHAI"
+        )
+
+
+def _uncached(plan: LayerPlan, query: Tensor, key: Tensor, value: Tensor) -> ClusteredLayer:
+    """Return a layer for one forward without a cache."""
+    if key.shape[2] != query.shape[2]:
+        raise CacheError(
+            "this forward brought a cache that is not a ClusteredCache: leave out "
+            "past_key_values, or pass ClusteredCache(model, profile)"
+        )
+    layer = ClusteredLayer(plan)
+    layer.update(key, value)
+    return layer
+
+
+def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
+    """Return the padding tables of a forward; made once and kept on the mask, for all layers."""
+    if mask is None:
+        return Padding(None, query.shape[0], length, query.device)
+    if mask.shape[1] < length:
+        raise CacheError(
+            f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {length}: "
+            "give a mask over all of them"
+        )
+    padding = getattr(mask, PADDING_TAG, None)
+    if padding is None or padding.length != length:
+        padding = Padding(mask[:, :length].bool(), query.shape[0], length, query.device)
+        setattr(mask, PADDING_TAG, padding)
+    return padding
+
+
+def _sliding_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention of a sliding-window layer, as the model computes it without clusters."""
+    if softcap is None:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    # torch's fused attention has no softcap
+    group = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys, values = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
+    scores = softcap * torch.tanh(query.float() @ keys.mT * (scale / softcap))  # [B, H, Q, S]
+    if attention_mask is None:
+        queries, size = scores.shape[-2:]
+        seen = torch.ones(queries, size, dtype=torch.bool, device=query.device)
+        scores = scores.masked_fill(~seen.tril(size - queries), -torch.inf)
+    else:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    out = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values
+    return out.transpose(1, 2).to(value.dtype).contiguous(), None

@@ -1,0 +1,128 @@
+"""Switching clustered heads on and off for one model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from chai_attention.errors import UnsupportedModelError
+from chai_attention.integrations.transformers import attention
+from chai_attention.integrations.transformers.cache import adopt
+from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
+from chai_attention.integrations.transformers.support import attention_modules, describe
+from chai_attention.profile import ClusterProfile
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Enabled:
+    """What `disable` has to undo."""
+
+    profile: ClusterProfile
+    implementation: str
+    modules: list[nn.Module]
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+# one entry per enabled model; a model that is garbage collected leaves by itself
+_enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
+
+
+def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None:
+    """Run ``model`` with clustered heads from now on; undo with `disable`.
+
+    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched; a model
+    that is enabled already gets the new profile. Inference only: no gradients flow through
+    attention while clustered heads are enabled.
+
+    Args:
+        model: a causal language model of a supported family, in float32, bfloat16 or float16.
+        profile: a `ClusterProfile`, the path of one, or the name of a published schedule.
+
+    Raises:
+        ProfileError: the profile does not fit the model; the text lists what differs.
+        UnsupportedModelError: the model's attention cannot be clustered.
+    """
+    if not isinstance(profile, ClusterProfile):
+        profile = ClusterProfile.resolve(str(profile))
+    plans = layer_plans(describe(model), profile)
+    if model.dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"clustered heads run in float32, bfloat16 or float16, not {model.dtype}: load the "
+            "model with one of these dtypes"
+        )
+    disable(model)
+    modules = attention_modules(model)
+    state = _Enabled(profile, model.config._attn_implementation, list(modules.values()))
+    if not _enabled:
+        attention.register()
+    _enabled[model] = state
+    weakref.finalize(model, _unregister_if_unused)
+    for layer, module in modules.items():
+        setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
+    state.hooks = _adopt_caches(model, plans)
+    model.set_attn_implementation(attention.NAME)
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled."""
+    state = _enabled.pop(model, None)
+    if state is None:
+        return
+    for hook in state.hooks:
+        hook.remove()
+    for module in state.modules:
+        delattr(module, attention.PLAN_ATTRIBUTE)
+    model.set_attn_implementation(state.implementation)
+    _unregister_if_unused()
+
+
+@contextmanager
+def enabled(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> Iterator[None]:
+    """Run ``model`` with clustered heads inside a ``with`` block, whatever happens in it.
+
+    A profile that was in force before is in force again afterwards.
+    """
+    before = _enabled.get(model)
+    enable(model, profile)
+    try:
+        yield
+    finally:
+        if before is None:
+            disable(model)
+        else:
+            enable(model, before.profile)
+
+
+def _adopt_caches(model: PreTrainedModel, plans: tuple[LayerPlan, ...]) -> list[RemovableHandle]:
+    """Hook the forward of the model and of its decoder so that caches become clustered ones."""
+    config = model.config.get_text_config(decoder=True)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = config.use_cache
+        if cache is not None or wanted:
+            kwargs["past_key_values"] = adopt(cache, plans, config)
+        return args, kwargs
+
+    # a user may call the decoder inside the causal model directly
+    decoders = {id(m): m for m in (model, model.base_model)}
+    return [m.register_forward_pre_hook(before, with_kwargs=True) for m in decoders.values()]
+
+
+def _unregister_if_unused() -> None:
+    """Take our functions out of transformers' tables when no model uses them."""
+    if not _enabled:
+        attention.unregister()

@@ -1,0 +1,244 @@
+"""Clustered attention on the CPU: matrix products in blocks, whose cost follows the work left.
+
+One block of scores and one softmax per cluster, then one product with the V of all its members;
+neither K nor the probabilities are ever copied per member head. Scores are computed in float32
+whatever the dtype, as fused attention does. V stored token-major (``[B, S, G, Dv]`` in memory)
+makes the V of a cluster one matrix ``[S, members * Dv]`` without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chai_attention.membership import Membership
+
+QUERY_BLOCK = 256  # rows of one score block in prefill: the block stays in the L2 cache
+KEY_BLOCK = 1024  # keys converted to float32 at a time in decode, for the same reason
+DECODE_ROWS = 8  # up to this many queries, all clusters' scores are made before any V is read
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    """One cluster of one row, as host integers."""
+
+    key_place: int  # place of its K in the K cache
+    heads: tuple[int, ...]  # member heads
+    columns: tuple[int, ...]  # distinct places in the V cache, ascending
+    column_of_head: tuple[int, ...]  # index into `columns` for each member
+
+    @property
+    def run(self) -> slice | None:
+        """The columns as a slice if they are consecutive, as they always are without groups."""
+        first, last = self.columns[0], self.columns[-1] + 1
+        return slice(first, last) if last - first == len(self.columns) else None
+
+
+@lru_cache(maxsize=4096)
+def _clusters(representatives: tuple[int, ...], kv_heads: int, kept: int) -> tuple[_Cluster, ...]:
+    """Tables of one row; memberships repeat over layers' calls, so they are remembered."""
+    one = Membership(torch.tensor([representatives]), len(set(representatives)), kv_heads, kept)
+    slot, value_slot = one.slot[0].tolist(), one.value_slot[0].tolist()
+    clusters = []
+    for place, key_place in enumerate(one.key_slot[0].tolist()):
+        heads = tuple(h for h, s in enumerate(slot) if s == place)
+        columns = tuple(sorted({value_slot[h] for h in heads}))
+        where = tuple(columns.index(value_slot[h]) for h in heads)
+        clusters.append(_Cluster(key_place, heads, columns, where))
+    return tuple(clusters)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal clustered attention; arguments and results as in `ops.reference.attention`."""
+    batch, slots, queries, _ = query.shape
+    sizes = [key.shape[2]] * batch if lengths is None else lengths.tolist()
+    out = torch.empty(batch, queries, membership.heads, value.shape[3], dtype=value.dtype)
+    lse = torch.empty(batch, slots, queries) if return_lse else None
+    if valid is not None and bool(valid.all()):
+        valid = None
+    for row, (representatives, size) in enumerate(zip(membership.host_rows, sizes, strict=True)):
+        clusters = _clusters(representatives, membership.kv_heads, membership.kept_keys)
+        work = _Row(
+            query[row],
+            key[row, :, :size],
+            value[row, :, :size].transpose(0, 1),  # [S, G, Dv]
+            None if valid is None else valid[row, :size],
+            scale,
+            softcap,
+            out[row],
+            None if lse is None else lse[row],
+        )
+        (_decode if queries <= DECODE_ROWS else _prefill)(work, clusters)
+    return out, lse
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence: query ``[k, Q, D]``, key ``[kept, S, D]``, value ``[S, G, Dv]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor | None
+    scale: float
+    softcap: float | None
+    out: Tensor  # [Q, H, Dv]
+    lse: Tensor | None  # [k, Q]
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+def _prefill(row: _Row, clusters: tuple[_Cluster, ...]) -> None:
+    """One cluster after the other, each in blocks of queries over the keys they can see."""
+    queries, size = row.query.shape[1], row.key.shape[1]
+    past, dtype = size - queries, row.value.dtype
+    # fresh memory for every block would cost as much in page faults as the softmax
+    block = min(QUERY_BLOCK, queries)
+    score_room = torch.empty(block * size, dtype=row.work_dtype)
+    prob_room = torch.empty_like(score_room)
+    low_room = torch.empty(block * size if dtype != row.work_dtype else 0, dtype=dtype)
+    for slot, cluster in enumerate(clusters):
+        query = row.query[slot].to(row.work_dtype)  # [Q, D]
+        key = row.key[cluster.key_place].to(row.work_dtype)  # [S, D]
+        values = _columns(row.value, cluster)  # [S, m * Dv]
+        result_room = torch.empty(block, values.shape[1], dtype=dtype)
+        for start, stop in _blocks(queries, QUERY_BLOCK):
+            seen = past + stop  # keys the last query of the block sees
+            rows = stop - start
+            scores = torch.mm(query[start:stop], key[:seen].T, out=_room(score_room, rows, seen))
+            probs = _softmax(
+                row, scores, past + start, slot, start, out=_room(prob_room, rows, seen)
+            )
+            if low_room.numel():
+                probs = _room(low_room, rows, seen).copy_(probs)
+            result = torch.mm(probs, values[:seen], out=result_room[:rows])  # [q, m * Dv]
+            _store(row, cluster, result, start, stop)
+
+
+def _room(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """Use the first ``rows * columns`` numbers of ``memory`` as a matrix."""
+    return memory[: rows * columns].view(rows, columns)
+
+
+def _decode(row: _Row, clusters: tuple[_Cluster, ...]) -> None:
+    """Scores of all clusters first, reading each K once; then one pass over V."""
+    queries, size = row.query.shape[1], row.key.shape[1]
+    scores = _decode_scores(row, clusters)  # [k, Q, S]
+    for slot in range(len(clusters)):
+        scores[slot] = _softmax(row, scores[slot], size - queries, slot, 0)
+    probs = scores.to(row.value.dtype)
+    if len(row.value[0]) == row.out.shape[1]:
+        for slot, cluster in enumerate(clusters):
+            result = _weighted_sum(probs[slot], _columns(row.value, cluster))
+            _store(row, cluster, result, 0, queries)
+        return
+    # grouped-query attention: several clusters read one V head, so go by V head
+    reader = {h: slot for slot, cluster in enumerate(clusters) for h in cluster.heads}
+    group = row.out.shape[1] // row.value.shape[1]
+    for place in range(row.value.shape[1]):
+        heads = range(place * group, (place + 1) * group)
+        slots = sorted({reader[h] for h in heads})
+        result = _weighted_sum(probs[slots].flatten(0, 1), row.value[:, place])
+        result = result.view(len(slots), queries, -1)
+        for h in heads:
+            row.out[:, h] = result[slots.index(reader[h])]
+
+
+def _decode_scores(row: _Row, clusters: tuple[_Cluster, ...]) -> Tensor:
+    """``[k, Q, S]`` scores; each kept K head is read once for all slots that use it."""
+    slots, queries, _ = row.query.shape
+    size = row.key.shape[1]
+    scores = torch.empty(slots, queries, size, dtype=row.work_dtype)
+    query = row.query.to(row.work_dtype)
+    one_to_one = [c.key_place for c in clusters] == list(range(row.key.shape[0]))
+    for start, stop in _blocks(size, KEY_BLOCK):
+        block = row.key[:, start:stop].to(row.work_dtype)
+        if one_to_one:
+            scores[:, :, start:stop] = torch.bmm(query, block.mT)
+            continue
+        for place in range(row.key.shape[0]):
+            users = [slot for slot, c in enumerate(clusters) if c.key_place == place]
+            if users:
+                scores[users, :, start:stop] = query[users] @ block[place].T
+    return scores
+
+
+def _softmax(
+    row: _Row, scores: Tensor, first: int, slot: int, start: int, out: Tensor | None = None
+) -> Tensor:
+    """Masked softmax of ``[q, S]`` scores whose first query stands at position ``first``."""
+    scores *= row.scale
+    if row.softcap is not None:
+        scores = torch.tanh(scores / row.softcap) * row.softcap
+    rows, size = scores.shape
+    if rows > 1:
+        future = _future(rows, scores.dtype)
+        # only the last `rows` keys can lie ahead of a query of this block
+        scores[:, first : first + rows] += future[:, : size - first]
+    if row.valid is not None:
+        scores.masked_fill_(~row.valid[:size], -torch.inf)
+    if row.lse is not None:
+        row.lse[slot, start : start + rows] = torch.logsumexp(scores, dim=-1)
+    probs = torch.softmax(scores, dim=-1, out=out)
+    # a padded query sees no key at all: its probabilities are 0 / 0
+    return probs if row.valid is None and first >= 0 else probs.nan_to_num_(0.0)
+
+
+@lru_cache(maxsize=32)
+def _future(rows: int, dtype: torch.dtype) -> Tensor:
+    """``[rows, rows]`` bias that hides the keys after each query."""
+    return torch.full((rows, rows), -torch.inf, dtype=dtype).triu(1)
+
+
+def _columns(value: Tensor, cluster: _Cluster) -> Tensor:
+    """V of a cluster's members side by side, ``[S, m * Dv]``: a view where memory allows."""
+    run = cluster.run
+    picked = value[:, run] if run is not None else value[:, list(cluster.columns)]
+    return picked.reshape(value.shape[0], -1)
+
+
+def _weighted_sum(probs: Tensor, values: Tensor) -> Tensor:
+    """``probs [q, S] @ values [S, n]`` for few rows, by the routine that streams V fastest."""
+    if values.dtype in (torch.bfloat16, torch.float16):
+        return F.linear(probs, values.T)
+    # one product runs on one core for a single row: give each core a part of the sum
+    parts = torch.get_num_threads()
+    each = values.shape[0] // parts
+    if parts == 1 or each < KEY_BLOCK // 4:
+        return probs @ values
+    even = each * parts
+    split = probs[:, :even].unflatten(1, (parts, each)).transpose(0, 1)
+    total = torch.bmm(split, values[:even].unflatten(0, (parts, each))).sum(0)
+    return total if even == values.shape[0] else total + probs[:, even:] @ values[even:]
+
+
+def _store(row: _Row, cluster: _Cluster, result: Tensor, start: int, stop: int) -> None:
+    """Write ``[q, m * Dv]`` to the member heads of ``out [Q, H, Dv]``."""
+    result = result.view(stop - start, len(cluster.columns), -1)
+    # plain copies of one head at a time: index_copy_ took three times as long
+    for head, column in zip(cluster.heads, cluster.column_of_head, strict=True):
+        row.out[start:stop, head] = result[:, column]
+
+
+def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of consecutive blocks that cover ``size``."""
+    for start in range(0, size, block):
+        yield start, min(start + block, size)

@@ -1,0 +1,84 @@
+"""Chooses the implementation of clustered attention for the tensors at hand."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops import blocked, dense, reference
+
+logger = logging.getLogger("chai_attention")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal clustered attention by the fastest implementation for the tensors' device.
+
+    Arguments, results and meaning are those of `ops.reference.attention`. The CPU runs blocked
+    matrix products, or torch's own fused attention where no head is clustered; CUDA
+    runs the Triton kernels. Other devices run the readable reference, with a warning.
+    """
+    module = _implementation(query, membership, lengths, softcap, return_lse)
+    logger.debug(
+        "attention by %s: query %s key %s", module.__name__, tuple(query.shape), tuple(key.shape)
+    )
+    return module.attention(  # type: ignore[no-any-return]
+        query,
+        key,
+        value,
+        membership,
+        scale=scale,
+        lengths=lengths,
+        valid=valid,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
+
+
+def _implementation(
+    query: Tensor,
+    membership: Membership,
+    lengths: Tensor | None,
+    softcap: float | None,
+    return_lse: bool,
+) -> ModuleType:
+    device = query.device.type
+    if device == "cpu":
+        fused = membership.is_identity and lengths is None and softcap is None
+        return dense if fused and not return_lse else blocked
+    if device == "cuda":
+        return _triton()
+    _warn_slow(device)
+    return reference
+
+
+@cache
+def _triton() -> ModuleType:
+    from chai_attention.ops import triton
+
+    return triton
+
+
+@cache
+def _warn_slow(device: str) -> None:
+    warnings.warn(
+        f"chai-attention has no kernel for device {device!r}: the reference runs instead. It saves "
+        "K cache but computes every head's probabilities at full size; use the CPU or CUDA for "
+        "speed",
+        stacklevel=3,
+    )

@@ -1,0 +1,83 @@
+"""The definition of clustered head attention, in plain PyTorch.
+
+Slow and readable on purpose: every other implementation is tested against this page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention in which every head uses its representative's probabilities.
+
+    Head h returns ``softmax(Q_r K_r^T * scale + mask) V_h`` with ``r`` its representative
+    (CHAI, section 3.1). Query i of a row stands at position ``length - Q + i``.
+
+    Args:
+        query: ``[B, k, Q, D]``, queries of the representatives in slot order.
+        key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
+        value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
+        membership: tables of B rows.
+        scale: factor on the scores, usually ``D ** -0.5``.
+        lengths: ``[B]`` integer, keys in use of each row (the rest of S is unused capacity);
+            None when all S are.
+        valid: ``[B, S]`` bool, False where a key must not be seen (padding).
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+        return_lse: also return the log-sum-exp of the masked scores.
+
+    Returns:
+        ``out [B, Q, H, Dv]`` in the natural order of heads and the dtype of ``value``, and
+        ``lse [B, k, Q]`` float32 (natural logarithm) or None. A query that sees no key gives
+        zeros and an lse of minus infinity.
+    """
+    batch, _, queries, dim = query.shape
+    size, value_dim = key.shape[2], value.shape[3]
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+
+    slot_keys = key.gather(1, membership.key_slot[:, :, None, None].expand(-1, -1, size, dim))
+    scores = query.to(work) @ slot_keys.to(work).mT * scale  # [B, k, Q, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(
+        ~visible(batch, queries, size, lengths, valid, key.device), -torch.inf
+    )
+
+    probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a row that sees nothing is all -inf
+    probs = probs.gather(1, membership.slot[:, :, None, None].expand(-1, -1, queries, size))
+    head_values = value.gather(
+        1, membership.value_slot[:, :, None, None].expand(-1, -1, size, value_dim)
+    )  # [B, H, S, Dv]
+    out = (probs @ head_values.to(work)).transpose(1, 2).to(value.dtype)  # [B, Q, H, Dv]
+    lse = torch.logsumexp(scores, dim=-1).float() if return_lse else None
+    return out, lse
+
+
+def visible(
+    batch: int,
+    queries: int,
+    size: int,
+    lengths: Tensor | None,
+    valid: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Which keys each query may see: ``[B, 1, Q, S]`` bool, causal from the last position."""
+    if lengths is None:
+        lengths = torch.full((batch,), size, device=device)
+    position = lengths[:, None] - queries + torch.arange(queries, device=device)  # [B, Q]
+    seen = torch.arange(size, device=device) <= position[:, None, :, None]
+    return seen if valid is None else seen & valid[:, None, None, :]

@@ -1,0 +1,24 @@
+"""Shared by all tests: seeds, the folder of real models and text, random memberships."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models and text, beside the checkout."""
+    if not (SHARED / "models" / "mha-lm" / "model.safetensors").exists():
+        pytest.skip("needs the shared folder with models and text beside the checkout")
+    return SHARED

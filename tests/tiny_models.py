@@ -1,0 +1,96 @@
+"""Tiny random models of every supported family, and the definition run inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers.masking_utils import sdpa_mask
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
+ATTENTION = {"num_attention_heads": 6, "num_key_value_heads": 6}
+GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+COMMON = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 256, **TOKENS}
+SLIDING = ["sliding_attention", "full_attention", "full_attention"]
+
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": lambda: tf.LlamaConfig(**COMMON, **ATTENTION),
+    "llama-grouped": lambda: tf.LlamaConfig(**COMMON, **GROUPED),
+    "mistral": lambda: tf.MistralConfig(**COMMON, **GROUPED, sliding_window=None),
+    "qwen2": lambda: tf.Qwen2Config(**COMMON, **GROUPED),
+    "qwen3": lambda: tf.Qwen3Config(**COMMON, **GROUPED, head_dim=16),
+    "phi": lambda: tf.PhiConfig(**COMMON, **ATTENTION),
+    "phi3": lambda: tf.Phi3Config(**COMMON, **GROUPED),
+    "opt": lambda: tf.OPTConfig(
+        **{**SIZES, **TOKENS}, num_attention_heads=6, ffn_dim=40, word_embed_proj_dim=48,
+        max_position_embeddings=256,
+    ),
+    "gpt2": lambda: tf.GPT2Config(
+        n_embd=48, n_layer=3, n_head=6, vocab_size=97, n_positions=256, **TOKENS
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**COMMON, num_attention_heads=6),
+    "olmo2": lambda: tf.Olmo2Config(**COMMON, **ATTENTION),
+    "stablelm": lambda: tf.StableLmConfig(**COMMON, **ATTENTION),
+    "gemma2": lambda: tf.Gemma2Config(
+        **COMMON, **GROUPED, head_dim=16, sliding_window=8, layer_types=SLIDING,
+        query_pre_attn_scalar=20, attn_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **COMMON, **GROUPED, head_dim=16, sliding_window=8, layer_types=SLIDING
+    ),
+}  # fmt: skip
+
+
+def tiny_model(family: str) -> tf.PreTrainedModel:
+    """A random model with weights large enough for the heads to differ."""
+    torch.manual_seed(1)
+    config = CONFIGS[family]()
+    config.initializer_range = 0.2
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@contextmanager
+def by_definition(
+    model: tf.PreTrainedModel,
+    representatives: Callable[[int, Tensor, Tensor, Tensor, float], Tensor],
+) -> Iterator[None]:
+    """Run ``model`` with clustered attention straight from the definition, in float64.
+
+    ``representatives(layer, query, key, valid, scale)`` gives, for every query position, the
+    head each head uses: ``[B, Q, H]``. Only whole sequences, without a cache.
+    """
+
+    def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
+        group = query.shape[1] // key.shape[1]
+        q = query.double()
+        k, v = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = q @ k.mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).nan_to_num(0)
+        valid = mask.diagonal(dim1=-2, dim2=-1)[:, 0]  # [B, S]
+        sliding = kwargs.get("sliding_window") is not None
+        if not sliding:
+            rep = representatives(module.layer_idx, query, key, valid, scale)
+            index = rep.transpose(1, 2)[..., None].expand(-1, -1, -1, probs.shape[-1])
+            probs = probs.gather(1, index)
+        return (probs @ v).transpose(1, 2).to(query.dtype).contiguous(), None
+
+    def whole_mask(*args, **kwargs):
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    before = model.config._attn_implementation
+    tf.AttentionInterface.register("definition", attend)
+    tf.AttentionMaskInterface.register("definition", whole_mask)
+    model.set_attn_implementation("definition")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del tf.AttentionInterface._global_mapping["definition"]
+        del tf.AttentionMaskInterface._global_mapping["definition"]
