@@ -1,10 +1,10 @@
 import pytest
 import torch
-from helpers import random_membership
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
+from helpers import random_membership
 
 
 @settings(max_examples=60, deadline=None)

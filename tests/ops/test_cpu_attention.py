@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import clustered_inputs, definition, random_membership
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, blocked, dense, reference
+from helpers import clustered_inputs, definition, random_membership
 
 
 def sdpa_error(query, key, value, scale, valid, dtype):

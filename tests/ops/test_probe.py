@@ -1,7 +1,7 @@
 import torch
-from helpers import definition
 
 from chai_attention.ops import window_gram
+from helpers import definition
 
 
 def test_gram_is_of_the_causal_attention_maps():

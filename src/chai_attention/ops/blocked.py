@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -190,9 +190,8 @@ def _softmax(
         scores = torch.tanh(scores / row.softcap) * row.softcap
     rows, size = scores.shape
     if rows > 1:
-        future = _future(rows, scores.dtype)
         # only the last `rows` keys can lie ahead of a query of this block
-        scores[:, first : first + rows] += future[:, : size - first]
+        scores[:, first : first + rows] += _future(scores.dtype)[:rows, : size - first]
     if row.valid is not None:
         scores.masked_fill_(~row.valid[:size], -torch.inf)
     if row.lse is not None:
@@ -202,10 +201,10 @@ def _softmax(
     return probs if row.valid is None and first >= 0 else probs.nan_to_num_(0.0)
 
 
-@lru_cache(maxsize=32)
-def _future(rows: int, dtype: torch.dtype) -> Tensor:
-    """``[rows, rows]`` bias that hides the keys after each query."""
-    return torch.full((rows, rows), -torch.inf, dtype=dtype).triu(1)
+@cache
+def _future(dtype: torch.dtype) -> Tensor:
+    """``[QUERY_BLOCK, QUERY_BLOCK]`` bias that hides the keys after each query."""
+    return torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=dtype).triu(1)
 
 
 def _columns(value: Tensor, cluster: _Cluster) -> Tensor:

@@ -124,5 +124,6 @@ def _adopt_caches(model: PreTrainedModel, plans: tuple[LayerPlan, ...]) -> list[
 
 def _unregister_if_unused() -> None:
     """Take our functions out of transformers' tables when no model uses them."""
-    if not _enabled:
+    # iterating skips models that are being collected; the dictionary's length does not
+    if not list(_enabled.keys()):
         attention.unregister()

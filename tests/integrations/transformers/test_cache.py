@@ -1,0 +1,240 @@
+"""The cache as `generate` and users treat it: what it holds, and that nothing changes a result."""
+
+import gc
+
+import pytest
+import torch
+from chai_attention.profile import ClusterProfile
+from transformers import DynamicCache, StaticCache
+
+from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers import ClusteredCache, enable
+from chai_attention.integrations.transformers.layer import ClusteredLayer
+from tiny_models import tiny_model
+
+PROFILE = ClusterProfile(clusters=(2, 6, 3), window=8)
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture
+def model():
+    model = tiny_model("llama")
+    enable(model, PROFILE)
+    return model
+
+
+def prompt(length, batch=1, seed=0):
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def step_by_step(model, ids, new):
+    """Greedy decoding without any cache."""
+    for _ in range(new):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 50])
+def test_generate_equals_decoding_without_cache(model, length):
+    ids = prompt(length, batch=2)
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, eos_token_id=None)
+    assert torch.equal(got, step_by_step(model, ids, 12))
+
+
+@torch.no_grad()
+def test_holds_k_of_representatives_only(model):
+    cache = ClusteredCache(model, PROFILE)
+    model(prompt(100, batch=3), past_key_values=cache)
+    model(prompt(1, batch=3), past_key_values=cache)
+    for layer, clusters in zip(cache.layers, PROFILE.clusters, strict=True):
+        assert layer.keys.shape == (3, clusters, 101, 8)
+        assert layer.values.shape == (3, 6, 101, 8)
+    memory = cache.memory()
+    held = [t for layer in cache.layers for t in layer.tensors().values()]
+    assert memory.total_bytes == sum(t.untyped_storage().nbytes() for t in held)
+    room = held[0].shape[2]
+    assert memory.key_bytes == 3 * room * 8 * 4 * sum(PROFILE.clusters)
+    assert memory.full_key_bytes == 3 * room * 8 * 4 * 18
+    assert memory.full_bytes == 2 * memory.full_key_bytes
+    assert memory.tokens == 101
+    assert memory.sequences == 3
+
+
+@torch.no_grad()
+def test_k_of_dropped_heads_is_held_nowhere(model):
+    """Of a long prompt, nothing stays alive anywhere but what the cache reports."""
+    profile = ClusterProfile(clusters=(2, 2, 2), window=8)
+    enable(model, profile)
+    model(prompt(40))  # tables that all calls share are made now
+    gc.collect()
+    old = {id(o) for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
+    cache = ClusteredCache(model, profile)
+    model(prompt(500), past_key_values=cache)
+    gc.collect()
+    new = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and id(o) not in old]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}
+    assert sum(storages.values()) < cache.memory().total_bytes + 20_000
+    assert cache.memory().saved == pytest.approx((6 - 2) / 12, abs=1e-6)
+
+
+@torch.no_grad()
+def test_short_prompt_keeps_all_k_until_its_window_is_full(model):
+    cache = ClusteredCache(model, PROFILE)
+    model(prompt(5), past_key_values=cache)
+    assert cache.layers[0].keys.shape[1] == 6
+    for _ in range(3):
+        assert cache.layers[0].membership is None
+        model(prompt(1), past_key_values=cache)
+    assert cache.layers[0].keys.shape[1] == 2
+    assert "probe" not in cache.layers[0].tensors()
+
+
+def test_a_result_does_not_depend_on_the_batch(model):
+    """Rows whose windows fill up at different times give what each gives alone."""
+    alone = [prompt(length, seed=length) for length in (3, 20, 60)]
+    width = max(ids.shape[1] for ids in alone)
+    ids = torch.zeros(3, width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, one in enumerate(alone):
+        ids[row, width - one.shape[1] :] = one
+        mask[row, width - one.shape[1] :] = 1
+    got = model.generate(ids, attention_mask=mask, **GREEDY, eos_token_id=None)
+    for row, one in enumerate(alone):
+        want = model.generate(one, attention_mask=torch.ones_like(one), **GREEDY, eos_token_id=None)
+        assert torch.equal(got[row, width:], want[0, one.shape[1] :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[40], [1, 39], [3, 3, 34], [8, 32], [39, 1], [9] * 4 + [4]])
+def test_chunked_prefill_equals_one_call(model, cuts):
+    ids = prompt(40, batch=2)
+    want = model(ids, use_cache=False).logits
+    cache = ClusteredCache(model, PROFILE)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 5, 7, 8, 12, 30])
+def test_assisted_decoding_gives_the_same_tokens(model, length):
+    """Draft tokens that are taken back leave no trace, around the window's end above all."""
+    ids = prompt(length)
+    options = {**GREEDY, "max_new_tokens": 30, "eos_token_id": None}
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    got = model.generate(
+        ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=4, **options
+    )
+    assert torch.equal(got, want)
+    assistant = tiny_model("llama")  # guesses as the model does without clusters: often wrong
+    got = model.generate(
+        ids, attention_mask=torch.ones_like(ids), assistant_model=assistant, **options
+    )
+    assert torch.equal(got, want)
+
+
+def test_beam_search_equals_a_search_that_keeps_no_cache(model):
+    ids = prompt(6, batch=2)
+    options = {"max_new_tokens": 14, "num_beams": 3, "eos_token_id": None, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(ids)
+    want = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, **options), want)
+
+
+def test_sampling_is_reproducible(model):
+    ids = prompt(10)
+    options = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3}
+    options["attention_mask"] = torch.ones_like(ids)
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        outs.append(model.generate(ids, use_cache=use_cache, **options))
+    assert torch.equal(*outs)
+
+
+@torch.no_grad()
+def test_a_second_turn_goes_on_with_the_cache(model):
+    cache = ClusteredCache(model, PROFILE)
+    ids = prompt(12)
+    options = {**GREEDY, "eos_token_id": None, "past_key_values": cache}
+    first = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    ids = torch.cat([first, prompt(7, seed=3)], 1)
+    second = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(second, step_by_step(model, ids, 12))
+
+
+@torch.no_grad()
+def test_crop(model):
+    ids = prompt(60)
+    want = model(ids, use_cache=False).logits
+    cache = ClusteredCache(model, PROFILE)
+    model(torch.cat([ids[:, :50], prompt(9, seed=9)], 1), past_key_values=cache)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 50
+    got = model(ids[:, 50:], past_key_values=cache).logits
+    torch.testing.assert_close(got, want[:, 50:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(CacheError, match="cannot crop to 5 tokens"):
+        cache.crop(-55)
+    cache.crop(-60)
+    assert cache.get_seq_length() == 0
+    got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 30])
+def test_batch_select_and_repeat(model, length):
+    ids, more = prompt(length, batch=3), prompt(9, batch=3, seed=4)
+    want = model(torch.cat([ids, more], 1), use_cache=False).logits[:, length:]
+    cache = ClusteredCache(model, PROFILE)
+    model(ids, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    assert cache.memory().sequences == 6
+    rows = torch.tensor([4, 1])
+    cache.batch_select_indices(rows)
+    got = model(more[rows // 2], past_key_values=cache).logits
+    torch.testing.assert_close(got, want[rows // 2], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_empty_dynamic_cache_becomes_a_clustered_one(model):
+    cache = DynamicCache(config=model.config)
+    model(prompt(20), past_key_values=cache)
+    assert isinstance(cache, ClusteredCache)
+    assert isinstance(cache.layers[0], ClusteredLayer)
+
+
+@torch.no_grad()
+def test_other_caches_are_refused():
+    model = tiny_model("llama")
+    filled = DynamicCache(config=model.config)
+    model(prompt(20), past_key_values=filled)
+    enable(model, PROFILE)
+    with pytest.raises(CacheError, match="already holds K of all heads"):
+        model(prompt(1), past_key_values=filled)
+    static = StaticCache(config=model.config, max_cache_len=32)
+    with pytest.raises(CacheError, match="not StaticCache"):
+        model(prompt(4), past_key_values=static)
+    other = ClusteredCache(model, ClusterProfile(clusters=(2, 2, 2), window=8))
+    with pytest.raises(CacheError, match="another profile"):
+        model(prompt(4), past_key_values=other)
+
+
+@torch.no_grad()
+def test_a_clustered_cache_in_a_model_without_clusters_is_refused():
+    model = tiny_model("llama")
+    cache = ClusteredCache(model, PROFILE)
+    model(prompt(20), past_key_values=cache)
+    with pytest.raises(CacheError, match=r"while chai_attention\.enable"):
+        model(prompt(1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_reset_starts_over(model):
+    cache = ClusteredCache(model, PROFILE)
+    model(prompt(20), past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total_bytes == 0
+    ids = prompt(30, seed=8)
+    got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
