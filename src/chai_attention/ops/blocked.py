@@ -39,18 +39,31 @@ class _Cluster:
         return slice(first, last) if last - first == len(self.columns) else None
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What one row's membership comes to, ready for loops and for index operations."""
+
+    clusters: tuple[_Cluster, ...]
+    slots_per_key: int  # if the slots of every kept K head are consecutive and equally many
+    slot: Tensor  # [H], slot of each head
+    value_slot: Tensor  # [H], place in the V cache of each head
+
+
 @lru_cache(maxsize=4096)
-def _clusters(representatives: tuple[int, ...], kv_heads: int, kept: int) -> tuple[_Cluster, ...]:
-    """Tables of one row; memberships repeat over layers' calls, so they are remembered."""
+def _tables(representatives: tuple[int, ...], kv_heads: int, kept: int) -> _Tables:
+    """Tables of one row; they serve all layers' calls of a request, so they are remembered."""
     one = Membership(torch.tensor([representatives]), len(set(representatives)), kv_heads, kept)
     slot, value_slot = one.slot[0].tolist(), one.value_slot[0].tolist()
+    key_places = one.key_slot[0].tolist()
     clusters = []
-    for place, key_place in enumerate(one.key_slot[0].tolist()):
+    for place, key_place in enumerate(key_places):
         heads = tuple(h for h, s in enumerate(slot) if s == place)
         columns = tuple(sorted({value_slot[h] for h in heads}))
         where = tuple(columns.index(value_slot[h]) for h in heads)
         clusters.append(_Cluster(key_place, heads, columns, where))
-    return tuple(clusters)
+    each = len(key_places) // kept
+    even = key_places == [place for place in range(kept) for _ in range(each)]
+    return _Tables(tuple(clusters), each if even else 0, one.slot[0], one.value_slot[0])
 
 
 def attention(
@@ -73,7 +86,7 @@ def attention(
     if valid is not None and bool(valid.all()):
         valid = None
     for row, (representatives, size) in enumerate(zip(membership.host_rows, sizes, strict=True)):
-        clusters = _clusters(representatives, membership.kv_heads, membership.kept_keys)
+        tables = _tables(representatives, membership.kv_heads, membership.kept_keys)
         work = _Row(
             query[row],
             key[row, :, :size],
@@ -84,7 +97,10 @@ def attention(
             out[row],
             None if lse is None else lse[row],
         )
-        (_decode if queries <= DECODE_ROWS else _prefill)(work, clusters)
+        if queries <= DECODE_ROWS:
+            _decode(work, tables)
+        else:
+            _prefill(work, tables.clusters)
     return out, lse
 
 
@@ -138,60 +154,65 @@ def _room(memory: Tensor, rows: int, columns: int) -> Tensor:
     return memory[: rows * columns].view(rows, columns)
 
 
-def _decode(row: _Row, clusters: tuple[_Cluster, ...]) -> None:
+def _decode(row: _Row, tables: _Tables) -> None:
     """Scores of all clusters first, reading each K once; then one pass over V."""
     queries, size = row.query.shape[1], row.key.shape[1]
-    scores = _decode_scores(row, clusters)  # [k, Q, S]
-    for slot in range(len(clusters)):
-        scores[slot] = _softmax(row, scores[slot], size - queries, slot, 0)
-    probs = scores.to(row.value.dtype)
-    if len(row.value[0]) == row.out.shape[1]:
-        for slot, cluster in enumerate(clusters):
-            result = _weighted_sum(probs[slot], _columns(row.value, cluster))
-            _store(row, cluster, result, 0, queries)
+    scores = _decode_scores(row, tables)  # [k, Q, S]
+    probs = _softmax(row, scores, size - queries, slice(None), 0).to(row.value.dtype)
+    if row.value.shape[1] == row.out.shape[1]:
+        parts = [
+            _weighted_sum(probs[slot], _columns(row.value, cluster))
+            for slot, cluster in enumerate(tables.clusters)
+        ]
+        ordered = torch.cat(parts, dim=1).view(queries, row.out.shape[1], -1)
+        torch.index_select(ordered, 1, tables.value_slot, out=row.out)
         return
-    # grouped-query attention: several clusters read one V head, so go by V head
-    reader = {h: slot for slot, cluster in enumerate(clusters) for h in cluster.heads}
-    group = row.out.shape[1] // row.value.shape[1]
-    for place in range(row.value.shape[1]):
-        heads = range(place * group, (place + 1) * group)
-        slots = sorted({reader[h] for h in heads})
-        result = _weighted_sum(probs[slots].flatten(0, 1), row.value[:, place])
-        result = result.view(len(slots), queries, -1)
-        for h in heads:
-            row.out[:, h] = result[slots.index(reader[h])]
+    # Grouped-query attention: each V head is read once for all its query heads, whose rows of
+    # probabilities are put side by side; they are H / (G Dv) of the size of V.
+    heads, groups = row.out.shape[1], row.value.shape[1]
+    rows = probs[tables.slot].view(groups, heads // groups * queries, size)
+    result = torch.bmm(rows, row.value.transpose(0, 1))  # [G, H / G * Q, Dv]
+    row.out.copy_(result.view(heads, queries, -1).transpose(0, 1))
 
 
-def _decode_scores(row: _Row, clusters: tuple[_Cluster, ...]) -> Tensor:
+def _decode_scores(row: _Row, tables: _Tables) -> Tensor:
     """``[k, Q, S]`` scores; each kept K head is read once for all slots that use it."""
-    slots, queries, _ = row.query.shape
-    size = row.key.shape[1]
+    slots, queries, dim = row.query.shape
+    kept, size, _ = row.key.shape
     scores = torch.empty(slots, queries, size, dtype=row.work_dtype)
     query = row.query.to(row.work_dtype)
-    one_to_one = [c.key_place for c in clusters] == list(range(row.key.shape[0]))
-    for start, stop in _blocks(size, KEY_BLOCK):
+    # without a conversion there is nothing to gain from blocks
+    block_size = size if row.key.dtype == row.work_dtype else KEY_BLOCK
+    for start, stop in _blocks(size, block_size):
         block = row.key[:, start:stop].to(row.work_dtype)
-        if one_to_one:
-            scores[:, :, start:stop] = torch.bmm(query, block.mT)
+        if tables.slots_per_key:
+            together = query.reshape(kept, tables.slots_per_key * queries, dim)
+            result = torch.bmm(together, block.mT)
+            scores[:, :, start:stop] = result.view(slots, queries, stop - start)
             continue
-        for place in range(row.key.shape[0]):
-            users = [slot for slot, c in enumerate(clusters) if c.key_place == place]
+        for place in range(kept):
+            users = [slot for slot, c in enumerate(tables.clusters) if c.key_place == place]
             if users:
                 scores[users, :, start:stop] = query[users] @ block[place].T
     return scores
 
 
 def _softmax(
-    row: _Row, scores: Tensor, first: int, slot: int, start: int, out: Tensor | None = None
+    row: _Row,
+    scores: Tensor,
+    first: int,
+    slot: int | slice,
+    start: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Masked softmax of ``[q, S]`` scores whose first query stands at position ``first``."""
+    """Masked softmax of ``[..., q, S]`` scores whose first query stands at position ``first``."""
     scores *= row.scale
     if row.softcap is not None:
         scores = torch.tanh(scores / row.softcap) * row.softcap
-    rows, size = scores.shape
+    rows, size = scores.shape[-2:]
     if rows > 1:
         # only the last `rows` keys can lie ahead of a query of this block
-        scores[:, first : first + rows] += _future(scores.dtype)[:rows, : size - first]
+        scores[..., first : first + rows] += _future(scores.dtype)[:rows, : size - first]
     if row.valid is not None:
         scores.masked_fill_(~row.valid[:size], -torch.inf)
     if row.lse is not None:

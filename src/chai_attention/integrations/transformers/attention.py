@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.integrations.transformers.layer import LAYER_TAG, ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
+from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.plan import LayerPlan
 
 NAME = "chai"
@@ -84,10 +84,11 @@ def clustered_attention(
     """
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
     _refuse_features(module, dropout, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not plan.full_attention:
-        return _sliding_attention(
-            module, query, key, value, attention_mask, scaling, softcap, kwargs
-        )
+        return plain_attention(
+            module, query, key, value, attention_mask, scale, softcap, kwargs
+        ), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError(
             "clustered heads support causal attention with padding (a 2D attention_mask); a custom "
@@ -102,7 +103,6 @@ def clustered_attention(
     if layer is None:
         layer = _uncached(plan, query, key, value)
     padding = _padding_of(attention_mask, query, layer.get_seq_length() + query.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     with torch.no_grad():
         return layer.attend(query, padding, scale, softcap), None
 
@@ -149,33 +149,3 @@ def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
         padding = Padding(mask[:, :length].bool(), query.shape[0], length, query.device)
         setattr(mask, PADDING_TAG, padding)
     return padding
-
-
-def _sliding_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """Attention of a sliding-window layer, as the model computes it without clusters."""
-    if softcap is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    # torch's fused attention has no softcap
-    group = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
-    scores = softcap * torch.tanh(query.float() @ keys.mT * (scale / softcap))  # [B, H, Q, S]
-    if attention_mask is None:
-        queries, size = scores.shape[-2:]
-        seen = torch.ones(queries, size, dtype=torch.bool, device=query.device)
-        scores = scores.masked_fill(~seen.tril(size - queries), -torch.inf)
-    else:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    out = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ values
-    return out.transpose(1, 2).to(value.dtype).contiguous(), None

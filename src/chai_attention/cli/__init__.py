@@ -1,0 +1,47 @@
+"""The command line: one file per command; no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from chai_attention.cli.calibrate import calibrate_command
+from chai_attention.cli.demo import demo_command
+from chai_attention.cli.generate import generate_command
+from chai_attention.cli.inspect import inspect_command
+from chai_attention.errors import ChaiError
+
+app = typer.Typer(
+    help="Clustered Head Attention: cheaper LLM inference by sharing attention between heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("calibrate")(calibrate_command)
+app.command("inspect")(inspect_command)
+app.command("generate")(generate_command)
+app.command("demo")(demo_command)
+
+
+# typer brings its own copy of click from 0.20 on; this is ClickException of whichever it uses
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """Run the command line; an error a user can mend is one line and exit code 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except ChaiError as error:
+        _fail(str(error))
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (see chai --help)")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

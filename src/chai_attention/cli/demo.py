@@ -1,0 +1,72 @@
+"""``chai demo``: the whole method on a real model, in a few minutes on a laptop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chai_attention.cli import options
+
+
+def demo_command(
+    model: Annotated[str, typer.Option(help="A model as in chai calibrate.")] = "smollm2-135m",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file or .jsonl: half calibrates, half measures. "
+            "[default: the language reference that Python carries]"
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What both generations answer.")] = (
+        "Explain in a few sentences why the sky is blue during the day and red at sunset."
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=2)] = 96,
+    out: Annotated[Path, typer.Option(help="Folder for the profile and the plots.")] = Path(
+        "demo-output"
+    ),
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Calibrate a model, then generate with and without clustered heads side by side."""
+    from chai_attention.calibration import load_texts
+    from chai_attention.cli.loading import load_model
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.tables import demo_tables, profile_table, summary_line
+    from chai_attention.errors import ProfileError
+    from chai_attention.evaluation.demo import built_in_text, run_demo
+    from chai_attention.integrations.transformers.support import describe
+    from chai_attention.reports.plots import profile_plots
+
+    texts = built_in_text() if text is None else load_texts(text, tokens=100_000)
+    source = "the Python language reference" if text is None else Path(text).name
+    loaded, tokenizer = load_model(model, dtype, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProfileError(f"cannot write to {out}: {error.strerror}") from error
+    with progress_bar("starting") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.describe(what)
+            bar(done, total)
+
+        result = run_demo(
+            loaded,
+            tokenizer,
+            texts,
+            prompt,
+            source=source,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    shape = describe(loaded)
+    result.profile.save(out / "profile.json")
+    typer.echo(profile_table(result.profile, shape))
+    typer.echo(summary_line(result.profile, shape, loaded.dtype.itemsize))
+    typer.echo("")
+    typer.echo(demo_tables(result, prompt))
+    typer.echo(f"\nprofile written to {out / 'profile.json'}")
+    for path in profile_plots(result.profile, out):
+        typer.echo(f"plot written to {path}")

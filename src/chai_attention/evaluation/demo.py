@@ -1,0 +1,108 @@
+"""The main job once, on one model: calibrate, generate with and without, measure the loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.calibration import calibrate, windows_of
+from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
+from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.writing import Written, encode_prompt, write
+from chai_attention.profile import ClusterProfile
+
+LENGTH = 256
+CALIBRATION_WINDOWS = 96
+TEST_WINDOWS = 32
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        profile: of the model.
+        calibration_seconds: how long it took.
+        plain: generation without clustered heads.
+        clustered: generation with them.
+        plain_loss: of the test text, without.
+        clustered_loss: of the test text, with.
+    """
+
+    profile: ClusterProfile
+    calibration_seconds: float
+    plain: Written
+    clustered: Written
+    plain_loss: Loss
+    clustered_loss: Loss
+
+    @property
+    def rise(self) -> PairedRise:
+        """What clustering costs, in perplexity."""
+        return paired_rise(self.plain_loss, self.clustered_loss)
+
+
+def run_demo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    prompt: str,
+    *,
+    source: str,
+    max_new_tokens: int = 96,
+    progress: Progress = lambda what, done, total: None,
+) -> DemoResult:
+    """Calibrate on one half of ``texts``, measure on the other, and generate twice.
+
+    Args:
+        model: a supported causal language model.
+        tokenizer: its tokenizer; its chat template is used if it has one.
+        texts: documents; the even ones calibrate, the odd ones test. A single document is cut in
+            the middle.
+        prompt: what both generations answer.
+        source: what to call the text in the profile.
+        max_new_tokens: tokens of each generation.
+        progress: called with (what is going on, done, in all).
+    """
+    if len(texts) == 1:
+        middle = len(texts[0]) // 2
+        texts = [texts[0][:middle], texts[0][middle:]]
+    test = windows_of(texts[1::2], tokenizer, TEST_WINDOWS, LENGTH, seed=0)
+    start = time.perf_counter()
+    profile = calibrate(
+        model,
+        tokenizer,
+        texts[::2],
+        samples=CALIBRATION_WINDOWS,
+        length=LENGTH,
+        source=source,
+        progress=lambda done, total: progress("calibrating", done, total),
+    )
+    seconds = time.perf_counter() - start
+
+    def loss(name: str) -> Loss:
+        return token_loss(
+            model, test, progress=lambda done, total: progress(f"perplexity {name}", done, total)
+        )
+
+    ids = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template)).to(model.device)
+    write(model, tokenizer, ids, max_new_tokens=2)  # the first call pays for one-time set-up
+    plain = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+    plain_loss = loss("without clusters")
+    with enabled(model, profile):
+        write(model, tokenizer, ids, max_new_tokens=2)
+        clustered = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+        clustered_loss = loss("with clusters")
+    return DemoResult(profile, seconds, plain, clustered, plain_loss, clustered_loss)
+
+
+def built_in_text() -> list[str]:
+    """English prose that every Python installation carries: its own language reference."""
+    from pydoc_data.topics import topics
+
+    return [text for _, text in sorted(topics.items())]

@@ -1,0 +1,175 @@
+"""What a transformers model looks like to us, and which models can be clustered."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from chai_attention.errors import UnsupportedModelError
+
+# model types whose every release is tested against the definition
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "opt", "gpt2", "gpt_neox", "olmo2",
+    "stablelm", "gemma2", "gemma3", "gemma3_text",
+)  # fmt: skip
+
+# what the code of a model calls transformers' attention interface
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The attention of a model.
+
+    Attributes:
+        architecture: the config's ``model_type``.
+        layers: number of decoder layers.
+        heads: H, query heads per layer.
+        kv_heads: G, K/V heads per layer; divides H.
+        head_dim: D.
+        clusterable: per layer, False for sliding-window layers, which are left as they are.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    clusterable: tuple[bool, ...]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per K/V head."""
+        return self.heads // self.kv_heads
+
+
+def describe(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
+    """Read the shape of a model's attention, or of a config alone.
+
+    Raises:
+        UnsupportedModelError: not a decoder-only model, layers of another kind than full or
+            sliding-window attention, attention with compressed K (MLA), or attention that does
+            not go through transformers' attention interface.
+    """
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    _require_interface(model)
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{config.model_type} has an encoder and a decoder; {_supported()}"
+        )
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} has latent attention (MLA), whose cache holds no K of single "
+            f"heads that could be dropped; {_supported()}"
+        )
+    try:
+        return _shape(config)
+    except RuntimeError as error:  # transformers' answer for sizes that differ by layer
+        raise UnsupportedModelError(
+            f"the layers of {config.model_type} have different shapes; {_supported()}"
+        ) from error
+
+
+def _shape(config: PreTrainedConfig) -> ModelShape:
+    """Read the shape off a decoder's config."""
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not (isinstance(heads, int) and isinstance(layers, int) and isinstance(kv_heads, int)):
+        raise UnsupportedModelError(
+            f"{config.model_type} does not say how many layers and heads it has; {_supported()}"
+        )
+    return ModelShape(
+        architecture=config.model_type,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        clusterable=tuple(kind == _FULL for kind in _layer_types(config, layers)),
+    )
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Find the modules that call the attention interface: layer index to module.
+
+    Raises:
+        UnsupportedModelError: not exactly one for every layer, or modules that do not call the
+            interface, look both ways, or have attention sinks of their own.
+    """
+    shape = describe(model)
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        layer = getattr(module, "layer_idx", None)
+        if layer is None or "Attention" not in type(module).__name__:
+            continue
+        if layer in found:
+            raise UnsupportedModelError(
+                f"layer {layer} of this {model.config.model_type} has several attention modules; "
+                f"{_supported()}"
+            )
+        _require_plain(module, shape.architecture)
+        found[layer] = module
+    if sorted(found) != list(range(shape.layers)):
+        raise UnsupportedModelError(
+            f"cannot find one attention module per layer in this {model.config.model_type}; "
+            f"{_supported()}"
+        )
+    return found
+
+
+def _layer_types(config: PreTrainedConfig, layers: int) -> list[str]:
+    """Kind of every layer; raises for kinds that are neither full nor sliding attention."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        slides = window is not None and getattr(config, "use_sliding_window", True)
+        kinds = [_SLIDING if slides else _FULL] * layers
+    strange = sorted(set(kinds) - {_FULL, _SLIDING})
+    if strange:
+        raise UnsupportedModelError(
+            f"{config.model_type} has layers of kind {', '.join(strange)}; {_supported()}"
+        )
+    return list(kinds)
+
+
+def _require_interface(model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Refuse a model whose code never asks transformers which attention to run."""
+    kind: Any
+    if isinstance(model, PreTrainedModel):
+        kind, name = type(model), model.config.model_type
+    else:
+        known: Any = AutoModelForCausalLM._model_mapping
+        kind, name = known.get(type(model), None), model.model_type
+        if kind is None:
+            raise UnsupportedModelError(f"{name} is no causal language model; {_supported()}")
+    code = sys.modules.get(kind.__module__)
+    if code is None or not hasattr(code, _INTERFACE):
+        raise UnsupportedModelError(
+            f"the attention of {name} does not go through transformers' attention interface; "
+            f"{_supported()}"
+        )
+
+
+def _require_plain(module: nn.Module, architecture: str) -> None:
+    """Refuse an attention module that the runtime would not reach, or would compute wrongly."""
+    reason = None
+    if _INTERFACE not in inspect.unwrap(type(module).forward).__code__.co_names:
+        reason = "does not go through transformers' attention interface"
+    elif getattr(module, "is_causal", True) is False:
+        reason = "looks both ways, not only back"
+    elif hasattr(module, "sinks") or hasattr(module, "attention_sink_bias"):
+        reason = "has learned attention sinks"
+    if reason is not None:
+        raise UnsupportedModelError(f"the attention of {architecture} {reason}; {_supported()}")
+
+
+def _supported() -> str:
+    """List what is supported, for error messages."""
+    return f"supported: decoder-only models such as {', '.join(FAMILIES)}"

@@ -1,0 +1,138 @@
+"""Generation with its times and its cache measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from chai_attention.errors import ChaiError
+from chai_attention.integrations.transformers.cache import CacheMemory, ClusteredCache
+
+
+class PromptError(ChaiError):
+    """A prompt the model cannot go on from."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was generated, how fast, and what the K,V cache held at the end.
+
+    Attributes:
+        text: the new text.
+        tokens: number of new tokens.
+        ttft: time to first token, seconds.
+        tpot: mean time per further token, seconds; None with a single token.
+        memory: of the cache at the end; a full cache reports its own bytes as full bytes.
+    """
+
+    text: str
+    tokens: int
+    ttft: float
+    tpot: float | None
+    memory: CacheMemory
+
+
+class _Clock(TextStreamer):  # type: ignore[misc]
+    """Streams text to a callback and notes when each token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+        self.text = ""
+        self._on_text = on_text
+        self._prompt_came = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_came:
+            self.times.append(time.perf_counter())
+        self._prompt_came = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self._on_text(text)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> Tensor:
+    """Turn a prompt into token ids ``[1, S]``, through the chat template if asked.
+
+    Raises:
+        PromptError: an empty prompt, or a chat without a template.
+    """
+    if not prompt.strip():
+        raise PromptError("the prompt is empty")
+    if not chat:
+        ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        return ids
+    if not tokenizer.chat_template:
+        raise PromptError("this tokenizer has no chat template: leave out --chat")
+    message = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = encoded["input_ids"]
+    return ids
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Generate from ``ids [1, S]`` and measure; clustered heads may be enabled or not.
+
+    Args:
+        model: the model, on the device of ``ids``.
+        tokenizer: its tokenizer.
+        ids: the prompt.
+        max_new_tokens: tokens to write at most.
+        temperature: 0 is greedy decoding.
+        on_text: called with each new piece of text.
+    """
+    clock = _Clock(tokenizer, on_text)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    pad = model.generation_config.pad_token_id
+    if pad is None:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    start = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=clock,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    times = clock.times
+    count = out.sequences.shape[1] - ids.shape[1]
+    return Written(
+        text=clock.text,
+        tokens=count,
+        ttft=times[0] - start,
+        tpot=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        memory=_memory(out.past_key_values),
+    )
+
+
+def _memory(cache: Any) -> CacheMemory:
+    """Memory of a clustered cache, or of transformers' own."""
+    if isinstance(cache, ClusteredCache):
+        return cache.memory()
+    assert isinstance(cache, DynamicCache)
+    key = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
+    value = sum(layer.values.untyped_storage().nbytes() for layer in cache.layers)
+    return CacheMemory(key, value, 0, key, value, cache.get_seq_length(), 1)

@@ -1,0 +1,343 @@
+"""`ClusterProfile`: what calibration found for a model, as a readable JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from chai_attention.errors import ProfileError
+
+SCHEMA_VERSION = 1
+ONLINE, STATIC = "online", "static"
+DEFAULT_WINDOW = 32
+
+# layers x clusters, as published for CHAI (ICML 2024)
+PUBLISHED: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "llama-7b": (32, ((18, 32), (14, 4))),
+    "llama-33b": (52, ((18, 48), (8, 36), (6, 24), (2, 8), (26, 6))),
+}
+
+
+class Shape(Protocol):
+    """The part of a model's shape a profile is checked against (see `ModelShape`)."""
+
+    @property
+    def architecture(self) -> str: ...  # noqa: D102
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def heads(self) -> int: ...  # noqa: D102
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def clusterable(self) -> tuple[bool, ...]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ClusterProfile:
+    """How many clusters of heads each layer of a model needs.
+
+    Attributes:
+        clusters: k per layer, the number of representatives.
+        membership: "online" clusters the heads of every request on its first tokens (CHAI, 3.3);
+            "static" uses ``representatives`` for all requests.
+        window: tokens whose scores decide an online membership (5 in the paper).
+        target: "scores" clusters query heads; a K/V head of a grouped-query model is dropped if
+            no representative reads it, so that an online profile keeps *at most* ``min(k, G)`` K
+            heads per layer. "k-bytes" chooses the K/V heads that keep their K; all their query
+            heads represent themselves, so that k is a multiple of H / G.
+        representatives: per layer, the head whose scores each head uses; static profiles only.
+        model: what identifies the model: architecture, layers, heads, kv_heads, head_dim.
+        provenance: how the profile was found: method, features, text, sizes, seed, version.
+        error: per layer, the clustering error for k = 1, 2, ... relative to one cluster. For
+            "k-bytes" for 1, 2, ... kept K/V heads.
+        similarity: per layer, cosine similarity of the heads' attention maps, ``H x H``.
+    """
+
+    clusters: tuple[int, ...]
+    membership: str = ONLINE
+    window: int = DEFAULT_WINDOW
+    target: str = "scores"
+    representatives: tuple[tuple[int, ...], ...] | None = None
+    model: Mapping[str, str | int] | None = None
+    provenance: Mapping[str, Any] | None = None
+    error: tuple[tuple[float, ...], ...] | None = None
+    similarity: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("clusters", "representatives", "error", "similarity"):
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
+        problems = _contents(self)
+        if problems:
+            raise ProfileError("bad profile: " + "; ".join(problems))
+
+    # ---- files
+
+    @classmethod
+    def resolve(cls, name: str | Path) -> ClusterProfile:
+        """Return a published schedule by its name, or load a file.
+
+        Raises:
+            ProfileError: neither a known name nor a readable profile.
+        """
+        if str(name) in PUBLISHED:
+            return cls.published(str(name))
+        if not Path(name).exists():
+            known = ", ".join(PUBLISHED)
+            raise ProfileError(f"no profile {str(name)!r}: give a file or one of {known}")
+        return cls.load(name)
+
+    @classmethod
+    def published(cls, name: str) -> ClusterProfile:
+        """Return the schedule published for ``name`` with the paper's window of 5 tokens."""
+        heads, schedule = PUBLISHED[name]
+        clusters = tuple(k for layers, k in schedule for _ in range(layers))
+        model = {"layers": len(clusters), "heads": heads, "kv_heads": heads}
+        return cls(
+            clusters, window=5, model=model, provenance={"method": "published", "schedule": name}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClusterProfile:
+        """Read a profile; a file with nothing but ``{"clusters": [...]}`` is one.
+
+        Raises:
+            ProfileError: unreadable, not JSON, of an unknown schema, or with bad contents.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ProfileError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ProfileError(f"{path} is not JSON: {error}") from error
+        try:
+            return cls.from_json(data)
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, data: Any) -> ClusterProfile:
+        """Build a profile from parsed JSON."""
+        if not isinstance(data, dict):
+            raise ProfileError("a profile is a JSON object with at least a list 'clusters'")
+        data = dict(data)
+        version = data.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise ProfileError(
+                f"schema version {version!r} is unknown; this release reads {SCHEMA_VERSION}"
+            )
+        known = {field.name for field in dataclass_fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ProfileError(f"unknown keys {', '.join(unknown)}; known are {_listing(known)}")
+        if "clusters" not in data:
+            raise ProfileError("a profile needs 'clusters', a list with one number per layer")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """Return the profile as JSON, one line per layer and key."""
+        lines = [f'"schema_version": {SCHEMA_VERSION}']
+        for field in dataclass_fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if field.name in ("representatives", "error", "similarity"):
+                rows = ",\n  ".join(json.dumps(row) for row in value)
+                text = f"[\n  {rows}\n ]"
+            else:
+                text = json.dumps(dict(value) if isinstance(value, Mapping) else value)
+            lines.append(f'"{field.name}": {text}')
+        return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile; a file that was there stays whole unless all is written.
+
+        Raises:
+            ProfileError: the file cannot be written.
+        """
+        path = Path(path)
+        temporary = None
+        try:
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise ProfileError(f"cannot write {path}: {error.strerror}") from error
+
+    # ---- use with a model
+
+    def check(self, shape: Shape) -> None:
+        """Compare the profile with a model.
+
+        Raises:
+            ProfileError: lists everything that differs.
+        """
+        problems = []
+        for name, value in (self.model or {}).items():
+            actual = getattr(shape, name)
+            if value != actual:
+                problems.append(f"{name} is {value} in the profile, {actual} in the model")
+        if len(self.clusters) != shape.layers and "layers" not in (self.model or {}):
+            problems.append(
+                f"{len(self.clusters)} layers in the profile, {shape.layers} in the model"
+            )
+        if not problems:
+            problems = self._layer_problems(shape)
+        if problems:
+            raise ProfileError("profile does not fit the model: " + "; ".join(problems))
+
+    def _layer_problems(self, shape: Shape) -> list[str]:
+        """Layers that this model cannot run."""
+        problems = []
+        group = shape.heads // shape.kv_heads
+        if self.target == "k-bytes" and group == 1:
+            problems.append("target k-bytes is for grouped-query models; use scores")
+        if self.target == "k-bytes" and shape.kv_heads == 1:
+            problems.append("target k-bytes needs several K/V heads, the model has one")
+        for layer, (k, free) in enumerate(zip(self.clusters, shape.clusterable, strict=True)):
+            if k > shape.heads:
+                problems.append(f"layer {layer} has {k} clusters but {shape.heads} heads")
+            elif k < shape.heads and not free:
+                problems.append(
+                    f"layer {layer} is a sliding-window layer and must keep all {shape.heads} heads"
+                )
+            elif self.target == "k-bytes" and k % group:
+                problems.append(f"layer {layer}: {k} clusters is not a multiple of {group}")
+        for layer, rep in enumerate(self.representatives or ()):
+            if len(rep) != shape.heads:
+                problems.append(f"layer {layer} lists {len(rep)} representatives")
+            elif self.target == "k-bytes" and len({r // group for r in rep}) * group != len(
+                set(rep)
+            ):
+                problems.append(
+                    f"layer {layer}: the representatives of target k-bytes must be all query heads "
+                    "of the K/V heads that keep their K"
+                )
+        return problems
+
+    def kept_keys(self, layer: int, shape: Shape) -> int:
+        """K heads that layer keeps; for online "scores" with grouped queries, the most it can."""
+        k, group = self.clusters[layer], shape.heads // shape.kv_heads
+        if self.target == "k-bytes":
+            return k // group
+        if self.representatives is not None:
+            return len({head // group for head in self.representatives[layer]})
+        return min(k, shape.kv_heads)
+
+    def error_of(self, layer: int) -> float | None:
+        """Relative clustering error of a layer at its number of clusters; None if unknown."""
+        if self.error is None or self.similarity is None:
+            return None
+        curve, heads = self.error[layer], len(self.similarity[layer])
+        return curve[self.clusters[layer] * len(curve) // heads - 1]
+
+    def bytes_per_token(self, shape: Shape, element_size: int) -> tuple[int, int]:
+        """K,V bytes per token in all layers: (of a full cache, with clusters)."""
+        head = shape.head_dim * element_size
+        full = 2 * shape.layers * shape.kv_heads * head
+        kept = sum(self.kept_keys(layer, shape) for layer in range(shape.layers))
+        return full, (kept + shape.layers * shape.kv_heads) * head
+
+
+def _contents(profile: ClusterProfile) -> list[str]:
+    """Everything that is wrong with a profile by itself."""
+    problems = []
+    clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
+    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count, clusters)):
+        return ["'clusters' must list a whole number of at least 1 for every layer"]
+    if profile.membership not in (ONLINE, STATIC):
+        problems.append(f"membership {profile.membership!r} is neither online nor static")
+    if not _is_count(profile.window):
+        problems.append(f"window {profile.window!r} is not a whole number of at least 1")
+    if profile.target not in ("scores", "k-bytes"):
+        problems.append(f"target {profile.target!r} is neither scores nor k-bytes")
+    model: Any = profile.model
+    provenance: Any = profile.provenance
+    if not isinstance(model, Mapping | None):
+        problems.append("'model' must be an object")
+    else:
+        known = {"architecture", "layers", "heads", "kv_heads", "head_dim"}
+        strange = sorted(set(model or {}) - known)
+        if strange:
+            problems.append(f"unknown entries of 'model': {', '.join(strange)}")
+    if not isinstance(provenance, Mapping | None):
+        problems.append("'provenance' must be an object")
+    for name in ("representatives", "error", "similarity"):
+        value = getattr(profile, name)
+        if value is None:
+            continue
+        depth = 3 if name == "similarity" else 2
+        if not _is_nested(value, depth):
+            kind = "table" if depth == 3 else "list"
+            problems.append(f"{name!r} must hold one {kind} of numbers per layer")
+        elif len(value) != len(clusters):
+            problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
+    if profile.membership == STATIC and profile.representatives is None:
+        problems.append("a static membership needs 'representatives'")
+    if profile.membership == ONLINE and profile.representatives is not None:
+        problems.append("'representatives' belong to a static membership only")
+    return problems or _representatives(profile) + _curves(profile)
+
+
+def _representatives(profile: ClusterProfile) -> list[str]:
+    """Layers whose static membership is inconsistent."""
+    problems = []
+    for layer, rep in enumerate(profile.representatives or ()):
+        heads = len(rep)
+        if not all(_is_count(r + 1) and r < heads for r in rep):
+            problems.append(f"layer {layer}: a representative is not a head")
+        elif any(rep[r] != r for r in rep):
+            problems.append(f"layer {layer}: a representative must represent itself")
+        elif len(set(rep)) != (k := profile.clusters[layer]):
+            problems.append(f"layer {layer}: {len(set(rep))} representatives, {k} clusters")
+    return problems
+
+
+def _curves(profile: ClusterProfile) -> list[str]:
+    """Layers whose error curve or similarity has the wrong size."""
+    problems = []
+    for layer, k in enumerate(profile.clusters):
+        heads = None
+        if profile.similarity is not None:
+            heads = len(profile.similarity[layer])
+            if heads < k or any(len(row) != heads for row in profile.similarity[layer]):
+                problems.append(f"layer {layer}: similarity must be one row and column per head")
+        if profile.error is not None:
+            points = len(profile.error[layer])
+            if points < 1 or (heads is not None and heads % points):
+                problems.append(f"layer {layer}: {points} points of the error curve do not fit")
+    return problems
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_nested(value: object, depth: int) -> bool:
+    """Whether ``value`` is tuples of tuples ... of numbers, ``depth`` deep."""
+    if depth == 0:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, tuple) and all(_is_nested(item, depth - 1) for item in value)
+
+
+def _tuples(value: Any) -> Any:
+    """Turn lists into tuples, all the way down."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _listing(names: set[str]) -> str:
+    return ", ".join(sorted(names))

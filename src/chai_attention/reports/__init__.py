@@ -1,0 +1,1 @@
+"""Plots and pages from profiles and result files."""
