@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_model
 
 from chai_attention.evaluation import Loss, paired_rise, token_loss
+from tiny_models import tiny_model
 
 
 def test_loss_is_the_model_s_own():

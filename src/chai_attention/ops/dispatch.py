@@ -37,7 +37,7 @@ def attention(
     logger.debug(
         "attention by %s: query %s key %s", module.__name__, tuple(query.shape), tuple(key.shape)
     )
-    return module.attention(  # type: ignore[no-any-return]
+    return module.attention(
         query,
         key,
         value,

@@ -4,12 +4,12 @@ import gc
 
 import pytest
 import torch
-from chai_attention.profile import ClusterProfile
 from transformers import DynamicCache, StaticCache
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers import ClusteredCache, enable
 from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
 PROFILE = ClusterProfile(clusters=(2, 6, 3), window=8)

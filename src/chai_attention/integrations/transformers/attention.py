@@ -43,7 +43,7 @@ def padding_mask(
     Any other mask (a sliding window's) is made as for torch's fused attention.
     """
     if mask_function is not causal_mask_function:
-        return sdpa_mask(  # type: ignore[no-any-return]
+        return sdpa_mask(
             *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
         )
     if attention_mask is None or bool(attention_mask.all()):

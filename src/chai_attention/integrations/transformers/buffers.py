@@ -59,7 +59,9 @@ class TokenBuffer:
         if self.transposed:
             data = data.transpose(1, 2)
         if self.data is not None:
-            data.narrow(self.token_axis, 0, self.length).copy_(self.view)
+            data.narrow(self.token_axis, 0, self.length).copy_(
+                self.data.narrow(self.token_axis, 0, self.length)
+            )
         self.data = data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -115,7 +116,7 @@ class ClusteredCache(DynamicCache):
         )
 
 
-def adopt(cache: object, plans: tuple[LayerPlan, ...], config: PreTrainedConfig) -> ClusteredCache:
+def adopt(cache: Any, plans: tuple[LayerPlan, ...], config: PreTrainedConfig) -> ClusteredCache:
     """Return a `ClusteredCache` in place of what a forward was given.
 
     None gives a new one. An empty `DynamicCache`, which ``generate()`` makes, becomes one itself,

@@ -44,6 +44,7 @@ class ClusteredLayer(CacheLayerMixin):
     def __init__(self, plan: LayerPlan):
         self.plan = plan
         self.is_initialized = False
+        self._incoming: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     # ---- what transformers asks of a cache layer
@@ -95,7 +96,7 @@ class ClusteredLayer(CacheLayerMixin):
         self._values = TokenBuffer(token_axis=1, transposed=self.plan.is_identity)  # [B, S, G, Dv]
         self._window_query: Tensor | None = None  # [B, H, W, D], waiting and provisional
         self._window_end = 0  # a crop must leave at least this many tokens
-        self._incoming: tuple[Tensor, Tensor] | None = None
+        self._incoming = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-n`` tokens; a positive n keeps n, as older transformers meant it.

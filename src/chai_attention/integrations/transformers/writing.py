@@ -38,7 +38,7 @@ class Written:
     memory: CacheMemory
 
 
-class _Clock(TextStreamer):  # type: ignore[misc]
+class _Clock(TextStreamer):
     """Streams text to a callback and notes when each token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
@@ -68,16 +68,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if not prompt.strip():
         raise PromptError("the prompt is empty")
     if not chat:
-        ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        return ids
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not tokenizer.chat_template:
         raise PromptError("this tokenizer has no chat template: leave out --chat")
     message = [{"role": "user", "content": prompt}]
     encoded = tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ids = encoded["input_ids"]
-    return ids
+    return encoded["input_ids"]
 
 
 @torch.no_grad()
