@@ -126,9 +126,11 @@ def test_max_error_bounds_every_layer():
 
 def test_given_counts_are_used():
     model = tiny_model("gemma2")
-    assert calibrate(
-        model, TOKENIZER, TEXT, clusters=2, target="scores", **SMALL
-    ).clusters == (6, 2, 2)
+    assert calibrate(model, TOKENIZER, TEXT, clusters=2, target="scores", **SMALL).clusters == (
+        6,
+        2,
+        2,
+    )
     assert calibrate(
         model, TOKENIZER, TEXT, clusters=[6, 4, 1], target="scores", **SMALL
     ).clusters == (6, 4, 1)

@@ -76,7 +76,12 @@ def windows_of(
     if samples < 1:
         raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
     if isinstance(texts, Tensor):
-        if texts.ndim != 2 or texts.shape[1] < length or not len(texts) or texts.dtype != torch.long:
+        if (
+            texts.ndim != 2
+            or texts.shape[1] < length
+            or not len(texts)
+            or texts.dtype != torch.long
+        ):
             raise CalibrationError(f"windows must be a [N, {length}] int64 tensor of token ids")
         windows = texts[:, :length]
     else:

@@ -34,5 +34,8 @@ def progress_bar(title: str) -> Iterator[Reporter]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # a log file has no use for a bar, and would get its empty last line
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         yield Reporter(bar, title)

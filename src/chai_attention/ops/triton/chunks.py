@@ -1,0 +1,78 @@
+"""How heads are dealt out to programs: chunks of a few members of one cluster.
+
+A program computes the probabilities of one cluster once and applies them to the V of up to M
+members. How many chunks a row needs depends on its membership, which lives on the device; the
+grid is sized for the worst case, and programs without a chunk return at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Work of every program of one batch row; -1 marks what is not used.
+
+    Attributes:
+        slot: ``[B, N]`` int32, the cluster of each chunk.
+        key: ``[B, N]`` int32, the place in the K cache that the cluster reads.
+        head: ``[B, N, M]`` int32, the heads whose outputs the chunk writes.
+        value: ``[B, N, M]`` int32, the place in the V cache of each of them.
+    """
+
+    slot: Tensor
+    key: Tensor
+    head: Tensor
+    value: Tensor
+
+    @property
+    def count(self) -> int:
+        """N, the number of chunks a row can have."""
+        return self.slot.shape[1]
+
+
+# a membership serves every step of a request: its tables are made once and die with it
+_made: weakref.WeakKeyDictionary[Membership, dict[int, Chunks]] = weakref.WeakKeyDictionary()
+
+
+def chunks_of(membership: Membership, members: int) -> Chunks:
+    """Return the chunks of up to ``members`` heads; nothing is read on the host."""
+    made = _made.setdefault(membership, {})
+    if members not in made:
+        made[members] = _deal(membership, members)
+    return made[members]
+
+
+def _deal(membership: Membership, members: int) -> Chunks:
+    """Deal the heads of each cluster, in order, into chunks of ``members``."""
+    batch, heads, clusters = membership.batch, membership.heads, membership.clusters
+    device = membership.representatives.device
+    # a cluster of n heads needs 1 + (n - 1) // members chunks
+    count = clusters + (heads - clusters) // members
+    order = membership.order  # [B, H]
+    slot = membership.slot.gather(1, order)  # [B, H], ascending
+    offsets = membership.offsets
+    place = torch.arange(heads, device=device) - offsets.gather(1, slot)
+    needed = (offsets.diff(dim=1) + members - 1) // members  # [B, k]
+    first = needed.cumsum(1) - needed
+    chunk = first.gather(1, slot) + place // members
+    lane = chunk * members + place % members  # [B, H]
+
+    def table(size: int, index: Tensor, source: Tensor) -> Tensor:
+        empty = torch.full((batch, size), -1, dtype=torch.int32, device=device)
+        return empty.scatter_(1, index, source.int())
+
+    value = membership.value_slot.gather(1, order)
+    return Chunks(
+        slot=table(count, chunk, slot),
+        key=table(count, chunk, membership.key_slot.gather(1, slot)),
+        head=table(count * members, lane, order).view(batch, count, members),
+        value=table(count * members, lane, value).view(batch, count, members),
+    )

@@ -1,0 +1,162 @@
+"""Prefill: causal attention in tiles; scores and softmax once for several members' V."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.decode import LOG2_E, _scores_base2
+
+
+@triton.jit
+def _tile(
+    q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+    scale, softcap, stride_ks, stride_vs,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: scores, running softmax, and the product with the members' V."""
+    n = first + tl.arange(0, BLOCK)
+    n64 = n.to(tl.int64)
+    if MASKED:
+        inside = n < stop
+        k = tl.load(
+            k_base[:, None] + n64[None, :] * stride_ks,
+            mask=inside[None, :] & (d[:, None] < D), other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_base[None, :] + n64[:, None] * stride_vs,
+            mask=inside[:, None] & in_value[None, :], other=0.0,
+        )  # fmt: skip
+    else:
+        if D == DP:
+            k = tl.load(k_base[:, None] + n64[None, :] * stride_ks)
+        else:
+            k = tl.load(k_base[:, None] + n64[None, :] * stride_ks, mask=d[:, None] < D, other=0.0)
+        v = tl.load(v_base[None, :] + n64[:, None] * stride_vs, mask=in_value[None, :], other=0.0)
+    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    s = _scores_base2(s, softcap, HAS_SOFTCAP)
+    if MASKED:
+        s = tl.where((n[None, :] <= position[:, None]) & inside[None, :], s, float("-inf"))
+    if HAS_VALID:
+        real = tl.load(valid_base + n, mask=n < stop, other=0) != 0
+        s = tl.where(real[None, :], s, float("-inf"))
+    new = tl.maximum(best, tl.max(s, axis=1))
+    if MASKED or HAS_VALID:
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
+    else:
+        base = new
+    p = tl.exp2(s - base[:, None])
+    old = tl.exp2(best - base)
+    weight = weight * old + tl.sum(p, axis=1)
+    acc = acc * old[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return new, weight, acc
+
+
+@triton.jit
+def _prefill(
+    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, slot_ptr, key_ptr, head_ptr, value_ptr,
+    out_ptr, lse_ptr,
+    scale, softcap, queries, size, chunks, clusters,
+    stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_mb, stride_ob, stride_os, stride_oh,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of members, ROWS queries."""
+    row = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(1)
+    slot = tl.load(slot_ptr + row * chunks + chunk)
+    if slot < 0:
+        return
+    # the last queries see the most keys: they start first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
+    i = tile * ROWS + tl.arange(0, ROWS)
+    position = length - queries + i
+    d = tl.arange(0, DP)
+    column = tl.arange(0, M * DVP)
+    lane, dv = column // DVP, column % DVP
+    key = tl.load(key_ptr + row * chunks + chunk).to(tl.int64)
+    place = tl.load(value_ptr + (row * chunks + chunk) * M + lane).to(tl.int64)
+    head = tl.load(head_ptr + (row * chunks + chunk) * M + lane)
+    in_value = (place >= 0) & (dv < DV)
+    i64 = i.to(tl.int64)
+    q = tl.load(
+        q_ptr + row * stride_qb + slot * stride_qk + i64[:, None] * stride_qs + d[None, :],
+        mask=(i[:, None] < queries) & (d[None, :] < D), other=0.0,
+    )  # fmt: skip
+    k_base = k_ptr + row * stride_kb + key * stride_kh + d
+    v_base = v_ptr + row * stride_vb + place * stride_vh + dv
+    valid_base = valid_ptr + row * stride_mb if HAS_VALID else k_ptr
+
+    best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, M * DVP], dtype=tl.float32)
+    stop = tl.minimum(length, length - queries + (tile + 1) * ROWS)
+    # blocks that every query of the tile sees whole need no mask
+    whole = tl.maximum(length - queries + tile * ROWS + 1, 0) // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        best, weight, acc = _tile(
+            q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+            scale, softcap, stride_ks, stride_vs,
+            D, DP, BLOCK, False, HAS_VALID, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+    for first in range(whole, stop, BLOCK):
+        best, weight, acc = _tile(
+            q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+            scale, softcap, stride_ks, stride_vs,
+            D, DP, BLOCK, True, HAS_VALID, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+    seen = weight > 0
+    acc = tl.where(seen[:, None], acc / tl.where(seen, weight, 1.0)[:, None], 0.0)
+    target = out_ptr + row * stride_ob + i64[:, None] * stride_os + head[None, :] * stride_oh
+    tl.store(
+        target + dv[None, :], acc.to(out_ptr.dtype.element_ty),
+        mask=(i[:, None] < queries) & in_value[None, :],
+    )  # fmt: skip
+    if HAS_LSE:
+        lse = (best + tl.log2(tl.where(seen, weight, 1.0))) / LOG2_E
+        lse = tl.where(seen, lse, float("-inf"))
+        tl.store(lse_ptr + (row * clusters + slot) * queries + i, lse, mask=i < queries)
+
+
+def prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunks: Chunks,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    lengths: Tensor | None,
+    valid: Tensor | None,
+    rows: int,
+    block: int,
+    warps: int,
+    stages: int,
+) -> None:
+    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
+    batch, clusters, queries, dim = query.shape
+    value_dim = value.shape[3]
+    # float32 inputs are multiplied as such, not rounded to tf32
+    precision = "ieee" if query.dtype.itemsize == 4 else "tf32"
+    _prefill[(triton.cdiv(queries, rows), chunks.count, batch)](
+        query, key, value, lengths, valid, chunks.slot, chunks.key, chunks.head, chunks.value,
+        out, lse,
+        scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        0 if valid is None else valid.stride(0), *out.stride()[:3],
+        D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
+        DVP=triton.next_power_of_2(value_dim), M=chunks.head.shape[2],
+        ROWS=rows, BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
+        HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, PRECISION=precision,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
