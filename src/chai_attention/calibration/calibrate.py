@@ -21,7 +21,7 @@ PAPER_WINDOW = 5
 DEFAULT_LENGTH = 256
 RECIPES = ("default", "paper")
 # the bare elbow removes far too much where heads have little in common (docs/decisions.md)
-DEFAULT_MAX_ERROR = 0.3
+DEFAULT_MAX_ERROR = {SCORES: 0.1, K_BYTES: 0.3}
 
 
 def calibrate(
@@ -59,7 +59,8 @@ def calibrate(
         target: "scores" or "k-bytes" (see `ClusterProfile`); None for k-bytes in grouped-query
             models with several K/V heads, else scores.
         max_error: with the elbow, never choose fewer clusters than needed for a relative
-            clustering error of at most this, 0 to 1; 1 is no bound. None for 0.3 (paper: 1).
+            clustering error of at most this, 0 to 1; 1 is no bound. None for 0.1 with
+            "scores", 0.3 with "k-bytes", 1 with recipe "paper".
         recipe: "paper" is k-means on score maps, elbow counts, online membership from 5 tokens.
         seed: which windows of the text are used.
         batch_size: windows per forward.
@@ -76,7 +77,7 @@ def calibrate(
     shape = describe(model)
     target, window, membership = _options(shape, recipe, target, window, membership)
     if max_error is None:
-        max_error = 1.0 if recipe == "paper" else DEFAULT_MAX_ERROR
+        max_error = 1.0 if recipe == "paper" else DEFAULT_MAX_ERROR[target]
     if not 0 <= max_error <= 1:
         raise CalibrationError(
             f"max_error is a share of the error at k = 1, 0 to 1, not {max_error}"

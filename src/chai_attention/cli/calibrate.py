@@ -20,7 +20,7 @@ def calibrate_command(
             "or self: the model writes it."
         ),
     ] = "self",
-    samples: Annotated[int, typer.Option(help="Windows of text to use.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Windows of text to use; fewer are faster.")] = 1024,
     length: Annotated[
         int | None, typer.Option(help="Tokens per window. [default: 256, or the model's maximum]")
     ] = None,
@@ -45,7 +45,7 @@ def calibrate_command(
         float | None,
         typer.Option(
             help="With the elbow: bound on the relative clustering error, 0 to 1. "
-            "[default: 0.3; paper: 1]"
+            "[default: 0.1 for scores, 0.3 for k-bytes; paper: 1]"
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="default, or paper: as in CHAI.")] = "default",

@@ -30,8 +30,8 @@ def attention(
     """Causal clustered attention by the fastest implementation for the tensors' device.
 
     Arguments, results and meaning are those of `ops.reference.attention`. The CPU runs blocked
-    matrix products, or torch's own fused attention where no head is clustered; CUDA
-    runs the Triton kernels. Other devices run the readable reference, with a warning.
+    matrix products, CUDA the Triton kernels; where no head is clustered, torch's own fused
+    attention runs if it is faster. Other devices run the readable reference, with a warning.
     """
     module = _implementation(query, membership, lengths, softcap, return_lse)
     logger.debug(
@@ -58,11 +58,12 @@ def _implementation(
     return_lse: bool,
 ) -> ModuleType:
     device = query.device.type
+    plain = membership.is_identity and lengths is None and softcap is None and not return_lse
     if device == "cpu":
-        fused = membership.is_identity and lengths is None and softcap is None
-        return dense if fused and not return_lse else blocked
+        return dense if plain else blocked
     if device == "cuda":
-        return _triton()
+        # without clusters torch's prefill is faster than ours; decode is not
+        return dense if plain and query.shape[2] > 1 else _triton()
     _warn_slow(device)
     return reference
 

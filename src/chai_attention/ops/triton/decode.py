@@ -17,7 +17,7 @@ def _scores_base2(s, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of log2, softcap applied."""
     if HAS_SOFTCAP:
         # tanh from exp2, which saturates without overflow
-        e = tl.exp2(-2.0 * LOG2_E * tl.abs(s) / softcap)
+        e = tl.exp2(tl.abs(s) * (2 * LOG2_E) / -softcap)
         s = softcap * tl.where(s < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
     return s * LOG2_E
 

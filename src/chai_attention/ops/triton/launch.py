@@ -12,16 +12,17 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.ops.triton.decode import decode
-from chai_attention.ops.triton.prefill import prefill
+from chai_attention.ops.triton.prefill import prefill, tileable
 
 logger = logging.getLogger("chai_attention")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 DECODE_COLUMNS = 512  # numbers of V a decode program holds per key
+DECODE_TILE = 16384  # numbers of V in one block of a decode program: measured best on an H100
 PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
-PROGRAMS_PER_PROCESSOR = 8  # what decode splits the context for
-MIN_KEYS_PER_SPLIT = 256
+PROGRAMS_PER_PROCESSOR = 4  # what decode splits the context for
+MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 
 
@@ -53,18 +54,18 @@ def attention(
     if return_lse:
         lse = torch.empty(batch, clusters, queries, dtype=torch.float32, device=query.device)
     wide = triton.next_power_of_2(max(dim, value.shape[3]))
-    # no chunk needs more lanes than the largest cluster can have members
-    most = triton.next_power_of_2(membership.heads - clusters + 1)
+    # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
+    most = triton.next_power_of_2(triton.cdiv(membership.heads, clusters))
     options = {"scale": scale, "softcap": softcap, "lengths": lengths, "valid": valid}
     if queries == 1:
         members = min(most, max(1, DECODE_COLUMNS // wide))
         chunks = chunks_of(membership, members)
         splits = _splits(batch * chunks.count, key.shape[2], query.device)
         logger.debug("decode kernel: %d members a program, %d splits", members, splits)
-        block = 32 if members * wide > 128 else 64
+        block = max(32, min(128, DECODE_TILE // (members * wide)))
         decode(
             query, key, value, chunks, out, lse,
-            splits=splits, block=block, warps=4, stages=3, **options,
+            splits=splits, block=block, warps=2, stages=3, **options,
         )  # fmt: skip
         return out, lse
     members = min(most, max(1, PREFILL_COLUMNS // wide))
@@ -74,12 +75,20 @@ def attention(
     prefill(
         query, key, value, chunks, out, lse,
         rows=rows,
-        block=64 if query.dtype != torch.float32 and wide <= 128 else 32,
-        warps=8 if rows == 128 and members * wide > 128 else 4,
+        block=_prefill_block(query, members * wide),
+        warps=8 if rows == 128 else 4,
         stages=3 if wide <= 128 else 2,
+        tiles=query.is_cuda and tileable(key, value, membership.group_size > 1),
         **options,
     )  # fmt: skip
     return out, lse
+
+
+def _prefill_block(query: Tensor, columns: int) -> int:
+    """Keys of one block of a prefill program."""
+    if query.dtype == torch.float32 or query.shape[3] > 128:
+        return 32
+    return 64 if columns > 128 else 128
 
 
 def _splits(programs: int, size: int, device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _scores_base2
@@ -13,8 +14,10 @@ from chai_attention.ops.triton.decode import LOG2_E, _scores_base2
 @triton.jit
 def _tile(
     q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+    k_tiles, v_tiles, row, key, v_column,
     scale, softcap, stride_ks, stride_vs,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, TILES: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: scores, running softmax, and the product with the members' V."""
@@ -30,6 +33,9 @@ def _tile(
             v_base[None, :] + n64[:, None] * stride_vs,
             mask=inside[:, None] & in_value[None, :], other=0.0,
         )  # fmt: skip
+    elif TILES:
+        k = k_tiles.load([row, key, first, 0]).reshape(BLOCK, D).T
+        v = v_tiles.load([row, first, v_column]).reshape(BLOCK, WIDTH)
     else:
         if D == DP:
             k = tl.load(k_base[:, None] + n64[None, :] * stride_ks)
@@ -58,7 +64,7 @@ def _tile(
 
 @triton.jit
 def _prefill(
-    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, slot_ptr, key_ptr, head_ptr, value_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, slot_ptr, key_ptr, head_ptr, value_ptr,
     out_ptr, lse_ptr,
     scale, softcap, queries, size, chunks, clusters,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
@@ -66,7 +72,7 @@ def _prefill(
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of members, ROWS queries."""
     row = tl.program_id(2).to(tl.int64)
@@ -93,6 +99,8 @@ def _prefill(
     )  # fmt: skip
     k_base = k_ptr + row * stride_kb + key * stride_kh + d
     v_base = v_ptr + row * stride_vb + place * stride_vh + dv
+    # members of a chunk lie side by side in V; lanes without one read their neighbours, unused
+    v_column = tl.load(value_ptr + (row * chunks + chunk) * M) * DV
     valid_base = valid_ptr + row * stride_mb if HAS_VALID else k_ptr
 
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -104,14 +112,16 @@ def _prefill(
     for first in range(0, whole, BLOCK):
         best, weight, acc = _tile(
             q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+            k_tiles, v_tiles, tl.program_id(2), key.to(tl.int32), v_column,
             scale, softcap, stride_ks, stride_vs,
-            D, DP, BLOCK, False, HAS_VALID, HAS_SOFTCAP, PRECISION,
+            D, DP, M * DVP, BLOCK, False, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     for first in range(whole, stop, BLOCK):
         best, weight, acc = _tile(
             q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
+            k_tiles, v_tiles, tl.program_id(2), key.to(tl.int32), v_column,
             scale, softcap, stride_ks, stride_vs,
-            D, DP, BLOCK, True, HAS_VALID, HAS_SOFTCAP, PRECISION,
+            D, DP, M * DVP, BLOCK, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     seen = weight > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, weight, 1.0)[:, None], 0.0)
@@ -142,21 +152,49 @@ def prefill(
     block: int,
     warps: int,
     stages: int,
+    tiles: bool,
 ) -> None:
-    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
+    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`.
+
+    ``tiles`` reads K and V with the tensor memory accelerator; `tileable` says if that can be.
+    """
     batch, clusters, queries, dim = query.shape
     value_dim = value.shape[3]
+    members = chunks.head.shape[2]
+    k_tiles, v_tiles = key, value
+    if tiles:
+        groups, size = value.shape[1:3]
+        k_tiles = TensorDescriptor(key, key.shape, key.stride(), [1, 1, block, dim])
+        v_tiles = TensorDescriptor(
+            value,
+            [batch, size, groups * value_dim],
+            [value.stride(0), value.stride(2), 1],
+            [1, block, members * value_dim],
+        )
     # float32 inputs are multiplied as such, not rounded to tf32
     precision = "ieee" if query.dtype.itemsize == 4 else "tf32"
     _prefill[(triton.cdiv(queries, rows), chunks.count, batch)](
-        query, key, value, lengths, valid, chunks.slot, chunks.key, chunks.head, chunks.value,
+        query, key, value, k_tiles, v_tiles, lengths, valid, chunks.slot, chunks.key, chunks.head, chunks.value,
         out, lse,
         scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), *out.stride()[:3],
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
-        DVP=triton.next_power_of_2(value_dim), M=chunks.head.shape[2],
+        DVP=triton.next_power_of_2(value_dim), M=members,
         ROWS=rows, BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
-        HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, PRECISION=precision,
+        HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
+        PRECISION=precision,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def tileable(key: Tensor, value: Tensor, grouped: bool) -> bool:
+    """Whether whole tiles can be fetched: V token-major in cluster order, everything aligned."""
+    dims = (key.shape[3], value.shape[3])
+    aligned = all(
+        tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        for tensor in (key, value)
+    )
+    powers = all(dim == triton.next_power_of_2(dim) for dim in dims)
+    return not grouped and powers and aligned and value.stride(1) == value.shape[3]
