@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
 
 from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.profile import ClusterProfile
+from tiny_models import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

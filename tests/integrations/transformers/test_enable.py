@@ -4,11 +4,11 @@ import gc
 
 import pytest
 import torch
-from chai_attention.profile import ClusterProfile
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from chai_attention.errors import CacheError, ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import disable, enable, enabled
+from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
 PROFILE = ClusterProfile(clusters=(2, 6, 3), window=8)

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from chai_attention.clustering.assign import assign
-from chai_attention.integrations.transformers.support import describe
-from chai_attention.profile import ClusterProfile
 
+from chai_attention.clustering.assign import assign
 from chai_attention.integrations.transformers import ClusteredCache, enabled
+from chai_attention.integrations.transformers.support import describe
 from chai_attention.ops import window_gram
+from chai_attention.profile import ClusterProfile
 from helpers import random_representatives
 from tiny_models import CONFIGS, by_definition, tiny_model
 

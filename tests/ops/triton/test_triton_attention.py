@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from helpers import clustered_inputs, random_membership
 
 pytest.importorskip("triton")

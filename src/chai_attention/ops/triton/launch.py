@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ MAX_HEAD_DIM = 256
 DECODE_COLUMNS = 512  # numbers of V a decode program holds per key
 DECODE_TILE = 16384  # numbers of V in one block of a decode program: measured best on an H100
 PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
-PROGRAMS_PER_PROCESSOR = 4  # what decode splits the context for
+PROGRAMS_PER_PROCESSOR = 16  # what decode splits the context for
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 
@@ -56,7 +57,9 @@ def attention(
     wide = triton.next_power_of_2(max(dim, value.shape[3]))
     # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
     most = triton.next_power_of_2(triton.cdiv(membership.heads, clusters))
-    options = {"scale": scale, "softcap": softcap, "lengths": lengths, "valid": valid}
+    options: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "lengths": lengths, "valid": valid,
+    }  # fmt: skip
     if queries == 1:
         members = min(most, max(1, DECODE_COLUMNS // wide))
         chunks = chunks_of(membership, members)

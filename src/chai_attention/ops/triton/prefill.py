@@ -50,10 +50,9 @@ def _tile(
         real = tl.load(valid_base + n, mask=n < stop, other=0) != 0
         s = tl.where(real[None, :], s, float("-inf"))
     new = tl.maximum(best, tl.max(s, axis=1))
+    base = new
     if MASKED or HAS_VALID:
         base = tl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
-    else:
-        base = new
     p = tl.exp2(s - base[:, None])
     old = tl.exp2(best - base)
     weight = weight * old + tl.sum(p, axis=1)
@@ -64,8 +63,8 @@ def _tile(
 
 @triton.jit
 def _prefill(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, slot_ptr, key_ptr, head_ptr, value_ptr,
-    out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr,
+    slot_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
     scale, softcap, queries, size, chunks, clusters,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_mb, stride_ob, stride_os, stride_oh,
@@ -174,8 +173,8 @@ def prefill(
     # float32 inputs are multiplied as such, not rounded to tf32
     precision = "ieee" if query.dtype.itemsize == 4 else "tf32"
     _prefill[(triton.cdiv(queries, rows), chunks.count, batch)](
-        query, key, value, k_tiles, v_tiles, lengths, valid, chunks.slot, chunks.key, chunks.head, chunks.value,
-        out, lse,
+        query, key, value, k_tiles, v_tiles, lengths, valid,
+        chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
         scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), *out.stride()[:3],
