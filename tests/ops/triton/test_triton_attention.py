@@ -84,7 +84,7 @@ def test_prefill(heads, kv_heads, clusters, queries, size, dtype):
 
 
 @pytest.mark.parametrize("queries", [1, 40])
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
 def test_head_sizes(queries, dim):
     check(12, 12, 4, queries, 70, dim, torch.float16)
 

@@ -123,6 +123,11 @@ def _merge(
         tl.store(lse_ptr + row * clusters + slot, tl.where(total > 0, lse, float("-inf")))
 
 
+def padded(dim: int) -> int:
+    """Head size a tile is made for: a power of two, and no less than a matrix product takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
 def decode(
     query: Tensor,
     key: Tensor,
@@ -144,7 +149,7 @@ def decode(
     batch, clusters, _, dim = query.shape
     value_dim = value.shape[3]
     members = chunks.head.shape[2]
-    wide = triton.next_power_of_2(value_dim)
+    wide = padded(value_dim)
     parts = (batch, chunks.count, splits)
     acc = torch.empty(*parts, members * wide, dtype=torch.float32, device=query.device)
     sums = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
@@ -154,7 +159,7 @@ def decode(
         scale, softcap or 1.0, key.shape[2], chunks.count, splits,
         query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0),
-        D=dim, DP=triton.next_power_of_2(dim), DV=value_dim, DVP=wide, M=members,
+        D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members,
         BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
         HAS_SOFTCAP=softcap is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.chunks import chunks_of
-from chai_attention.ops.triton.decode import decode
+from chai_attention.ops.triton.decode import decode, padded
 from chai_attention.ops.triton.prefill import prefill, tileable
 
 logger = logging.getLogger("chai_attention")
@@ -22,7 +22,7 @@ MAX_HEAD_DIM = 256
 DECODE_COLUMNS = 512  # numbers of V a decode program holds per key
 DECODE_TILE = 16384  # numbers of V in one block of a decode program: measured best on an H100
 PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
-PROGRAMS_PER_PROCESSOR = 16  # what decode splits the context for
+PROGRAMS_PER_PROCESSOR = 8  # what decode splits the context for
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 
@@ -54,7 +54,7 @@ def attention(
     lse = None
     if return_lse:
         lse = torch.empty(batch, clusters, queries, dtype=torch.float32, device=query.device)
-    wide = triton.next_power_of_2(max(dim, value.shape[3]))
+    wide = padded(max(dim, value.shape[3]))
     # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
     most = triton.next_power_of_2(triton.cdiv(membership.heads, clusters))
     options: dict[str, Any] = {

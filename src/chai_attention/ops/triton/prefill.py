@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.ops.triton.chunks import Chunks
-from chai_attention.ops.triton.decode import LOG2_E, _scores_base2
+from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def prefill(
         scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), *out.stride()[:3],
-        D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
-        DVP=triton.next_power_of_2(value_dim), M=members,
+        D=dim, DP=padded(dim), DV=value_dim,
+        DVP=padded(value_dim), M=members,
         ROWS=rows, BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
         HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
         PRECISION=precision,
@@ -195,5 +195,5 @@ def tileable(key: Tensor, value: Tensor, grouped: bool) -> bool:
         and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
         for tensor in (key, value)
     )
-    powers = all(dim == triton.next_power_of_2(dim) for dim in dims)
+    powers = all(dim == padded(dim) for dim in dims)
     return not grouped and powers and aligned and value.stride(1) == value.shape[3]
