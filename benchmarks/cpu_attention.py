@@ -110,7 +110,7 @@ def measure(kind: str, queries: int, size: int, batch: int, dtype: torch.dtype, 
                 "ideal": 2 * HEADS / (clusters + HEADS),
             }
         )
-    inputs = (query, key, token_major)
+    inputs = (query, key, value)
     own, _ = median_ms(partial(run_op, blocked, inputs, membership(HEADS, batch)), budget)
     for row in rows:
         row["own_all_heads_ms"] = own

@@ -159,18 +159,19 @@ def _decode(row: _Row, tables: _Tables) -> None:
     queries, size = row.query.shape[1], row.key.shape[1]
     scores = _decode_scores(row, tables)  # [k, Q, S]
     probs = _softmax(row, scores, size - queries, slice(None), 0).to(row.value.dtype)
-    if row.value.shape[1] == row.out.shape[1]:
+    heads, groups = row.out.shape[1], row.value.shape[1]
+    if len(tables.clusters) < heads == groups:
         parts = [
             _weighted_sum(probs[slot], _columns(row.value, cluster))
             for slot, cluster in enumerate(tables.clusters)
         ]
-        ordered = torch.cat(parts, dim=1).view(queries, row.out.shape[1], -1)
+        ordered = torch.cat(parts, dim=1).view(queries, heads, -1)
         torch.index_select(ordered, 1, tables.value_slot, out=row.out)
         return
     # Grouped-query attention: each V head is read once for all its query heads, whose rows of
     # probabilities are put side by side; they are H / (G Dv) of the size of V.
-    heads, groups = row.out.shape[1], row.value.shape[1]
-    rows = probs[tables.slot].view(groups, heads // groups * queries, size)
+    rows = probs if len(tables.clusters) == heads else probs[tables.slot]
+    rows = rows.view(groups, heads // groups * queries, size)
     result = torch.bmm(rows, row.value.transpose(0, 1))  # [G, H / G * Q, Dv]
     row.out.copy_(result.view(heads, queries, -1).transpose(0, 1))
 

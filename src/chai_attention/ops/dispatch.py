@@ -7,6 +7,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
@@ -60,7 +61,9 @@ def _implementation(
     device = query.device.type
     plain = membership.is_identity and lengths is None and softcap is None and not return_lse
     if device == "cpu":
-        return dense if plain else blocked
+        # torch's decode in 16-bit types is slower than ours
+        slow = query.shape[2] <= blocked.DECODE_ROWS and query.dtype != torch.float32
+        return dense if plain and not slow else blocked
     if device == "cuda":
         # without clusters torch's prefill is faster than ours; decode is not
         return dense if plain and query.shape[2] > 1 else _triton()
