@@ -1,6 +1,5 @@
 """``chai calibrate`` and ``chai inspect`` as a person runs them, mistakes included."""
 
-import json
 import resource
 import subprocess
 import sys
@@ -8,56 +7,7 @@ import sys
 import pytest
 import torch
 
-from chai_attention import cli
 from chai_attention.profile import ClusterProfile
-from tiny_models import tiny_model
-from tiny_tokenizer import tiny_tokenizer
-
-TEXT = "".join(f"Line {i} of some text, {i * i} and so on.\n" for i in range(100))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Tiny models with a tokenizer, saved as any model is, and some text."""
-    root = tmp_path_factory.mktemp("models")
-    for family in ("llama", "llama-grouped", "bloom"):
-        if family == "bloom":
-            from transformers import BloomConfig, BloomForCausalLM
-
-            model = BloomForCausalLM(
-                BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=6)
-            )
-        else:
-            model = tiny_model(family)
-        model.save_pretrained(root / family)
-        tiny_tokenizer().save_pretrained(root / family)
-    (root / "text.txt").write_text(TEXT)
-    (root / "short.txt").write_text("too short")
-    (root / "empty.txt").write_text("")
-    (root / "rows.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXT.splitlines()))
-    (root / "broken").mkdir()
-    (root / "broken" / "config.json").write_text("{")
-    ClusterProfile((2, 6, 3)).save(root / "counts.json")
-    ClusterProfile((2, 2)).save(root / "other.json")
-    (root / "bad.json").write_text('{"clusters": [0]}')
-    (root / "text.json").write_text("not JSON")
-    return root
-
-
-@pytest.fixture
-def chai(folder, monkeypatch, capsys):
-    """Run the command line in the folder of models: exit code, output, errors."""
-    monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["chai", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
 
 SMALL = ("--samples", 4, "--length", 24)
 

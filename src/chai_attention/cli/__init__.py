@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -31,6 +32,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """Run the command line; an error a user can mend is one line and exit code 2."""
+    # our own progress bars are enough; transformers' loading bars would come on top
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except ChaiError as error:
