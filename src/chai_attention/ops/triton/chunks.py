@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ class Chunks:
     def count(self) -> int:
         """N, the number of chunks a row can have."""
         return self.slot.shape[1]
+
+    @cached_property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Which chunks have work, as indices into ``[B * N]``: those first, and their number.
+
+        ``[B * N]`` and ``[1]`` int32.
+        """
+        idle = (self.slot < 0).flatten().int()
+        return idle.sort(stable=True).indices.int(), (1 - idle).sum(dtype=torch.int32)[None]
 
 
 # a membership serves every step of a request: its tables are made once and die with it

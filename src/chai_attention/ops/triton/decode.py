@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from chai_attention.ops.triton.chunks import Chunks
 
@@ -22,7 +23,7 @@ def _scores_base2(s, softcap, HAS_SOFTCAP: tl.constexpr):
     return s * LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "chunks", "splits"])
 def _decode(
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr,
     slot_ptr, key_ptr, value_ptr, acc_ptr, sum_ptr,
@@ -31,7 +32,7 @@ def _decode(
     stride_vb, stride_vh, stride_vs, stride_mb,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One chunk of members, one split of the context: partial sums, their maximum and weight."""
     chunk, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -58,7 +59,7 @@ def _decode(
     best = float("-inf")
     weight = 0.0
     acc = tl.zeros([M * DVP], dtype=tl.float32)
-    for first in range(start, stop, BLOCK):
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK)
         seen = n < stop
         n64 = n.to(tl.int64)
@@ -82,24 +83,28 @@ def _decode(
         weight = weight * old + tl.sum(p, axis=0)
         acc = acc * old + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
         best = new
+    if EARLY:
+        gdc_launch_dependents()
     part = (row * chunks + chunk) * splits + split
     tl.store(acc_ptr + part * (M * DVP) + column, acc)
     tl.store(sum_ptr + part * 2, best)
     tl.store(sum_ptr + part * 2 + 1, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "splits", "clusters"])
 def _merge(
     acc_ptr, sum_ptr, slot_ptr, head_ptr, out_ptr, lse_ptr,
     chunks, splits, clusters, stride_ob, stride_oh,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
+    HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one chunk's member and write its output."""
     chunk, lane, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = tl.load(head_ptr + (row * chunks + chunk) * M + lane)
     if head < 0:
         return
+    if EARLY:
+        gdc_wait()
     dv = tl.arange(0, DVP)
     split = tl.arange(0, SPLITS)
     part = (row * chunks + chunk) * splits + split
@@ -144,8 +149,13 @@ def decode(
     block: int,
     warps: int,
     stages: int,
+    early: bool,
 ) -> None:
-    """Write ``out [B, 1, H, Dv]`` for ``query [B, k, 1, D]``; see `ops.reference.attention`."""
+    """Write ``out [B, 1, H, Dv]`` for ``query [B, k, 1, D]``; see `ops.reference.attention`.
+
+    ``early`` lets the merge be launched while the last splits are still computed (Hopper and
+    later).
+    """
     batch, clusters, _, dim = query.shape
     value_dim = value.shape[3]
     members = chunks.head.shape[2]
@@ -161,11 +171,12 @@ def decode(
         0 if valid is None else valid.stride(0),
         D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members,
         BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
-        HAS_SOFTCAP=softcap is not None, num_warps=warps, num_stages=stages,
+        HAS_SOFTCAP=softcap is not None, STAGES=stages, EARLY=early, num_warps=warps,
     )  # fmt: skip
     _merge[(chunks.count, members, batch)](
         acc, sums, chunks.slot, chunks.head, out, lse,
         chunks.count, splits, clusters, out.stride(0), out.stride(2),
         DV=value_dim, DVP=wide, M=members, SPLITS=triton.next_power_of_2(splits),
-        HAS_LSE=lse is not None, num_warps=4,
+        HAS_LSE=lse is not None, EARLY=early, num_warps=4,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

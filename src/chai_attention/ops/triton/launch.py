@@ -19,12 +19,16 @@ logger = logging.getLogger("chai_attention")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-DECODE_COLUMNS = 512  # numbers of V a decode program holds per key
-DECODE_TILE = 16384  # numbers of V in one block of a decode program: measured best on an H100
-PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
-PROGRAMS_PER_PROCESSOR = 8  # what decode splits the context for
+# decode, measured on an H100: numbers of V per key and per block of keys a program holds, and how
+# many programs a processor runs at a time, by the numbers per key
+DECODE_COLUMNS = 1024
+DECODE_TILE_BYTES = 2 * 16384
+RESIDENT = {512: 3, 256: 4, 0: 6}
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
+MAX_WAVES = 8
+PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
+HOPPER_QUERIES = 64  # more queries than this are worth the Hopper kernel's tiles of 128
 
 
 def attention(
@@ -63,16 +67,30 @@ def attention(
     if queries == 1:
         members = min(most, max(1, DECODE_COLUMNS // wide))
         chunks = chunks_of(membership, members)
-        splits = _splits(batch * chunks.count, key.shape[2], query.device)
+        columns = members * wide
+        programs = batch * max(clusters, triton.cdiv(membership.heads, members))
+        splits = _splits(programs, columns, key.shape[2], query.device)
         logger.debug("decode kernel: %d members a program, %d splits", members, splits)
-        block = max(32, min(128, DECODE_TILE // (members * wide)))
         decode(
             query, key, value, chunks, out, lse,
-            splits=splits, block=block, warps=2, stages=3, **options,
+            splits=splits,
+            block=max(8, min(64, DECODE_TILE_BYTES // (columns * value.element_size()))),
+            warps=4 if columns > 128 else 2,
+            stages=2,
+            early=_capability(query.device) >= (9, 0),
+            **options,
         )  # fmt: skip
         return out, lse
     members = min(most, max(1, PREFILL_COLUMNS // wide))
     chunks = chunks_of(membership, members)
+    plain = lengths is None and valid is None and softcap is None
+    if plain and queries > HOPPER_QUERIES and _capability(query.device)[0] == 9:
+        from chai_attention.ops.triton import hopper
+
+        if hopper.fits(query, key, value, membership, members):
+            logger.debug("Hopper prefill kernel: %d members a program", members)
+            hopper.prefill(query, key, value, chunks, out, lse, scale=scale)
+            return out, lse
     rows = 128 if queries > 64 and query.dtype != torch.float32 else 32
     logger.debug("prefill kernel: %d members a program, tiles of %d queries", members, rows)
     prefill(
@@ -94,17 +112,38 @@ def _prefill_block(query: Tensor, columns: int) -> int:
     return 64 if columns > 128 else 128
 
 
-def _splits(programs: int, size: int, device: torch.device) -> int:
-    """How many parts the context is cut into so that every processor has work."""
-    wanted = triton.cdiv(_processors(device) * PROGRAMS_PER_PROCESSOR, programs)
-    return max(1, min(wanted, triton.cdiv(size, MIN_KEYS_PER_SPLIT), MAX_SPLITS))
+def _splits(programs: int, columns: int, size: int, device: torch.device) -> int:
+    """How many parts the context is cut into, so that programs fill whole waves of processors.
+
+    ``programs`` is an estimate: how many chunks of full clusters there are. A wave of all
+    processors that is only begun costs as much time as a full one.
+    """
+    resident = next(count for least, count in RESIDENT.items() if columns >= least)
+    slots = _processors(device) * resident
+    most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
+    best, best_share = 1, 0.0
+    for waves in range(1, MAX_WAVES + 1):
+        splits = min(slots * waves // programs, most)
+        share = programs * splits / (triton.cdiv(programs * splits, slots) * slots) if splits else 0
+        if share > best_share:
+            best, best_share = splits, share
+        if share > 0.95:
+            break
+    return best
 
 
 @cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 1  # the interpreter
+        return 16  # the interpreter: enough that it splits contexts too
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

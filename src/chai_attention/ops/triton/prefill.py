@@ -61,11 +61,11 @@ def _tile(
     return new, weight, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "size", "chunks", "clusters", "tiles", "group", "pairs"])
 def _prefill(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr,
     slot_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, softcap, queries, size, chunks, clusters,
+    scale, softcap, queries, size, chunks, clusters, tiles, group, pairs,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_mb, stride_ob, stride_os, stride_oh,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
@@ -74,13 +74,18 @@ def _prefill(
     TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of members, ROWS queries."""
-    row = tl.program_id(2).to(tl.int64)
-    chunk = tl.program_id(1)
+    # groups of chunks one after the other, so that tiles at work share K and V in the L2 cache;
+    # within a group the last queries, which see the most keys, start first
+    start = tl.program_id(0) // (group * tiles) * group
+    width = tl.minimum(group, pairs - start)
+    inside = tl.program_id(0) - start * tiles
+    tile = tiles - 1 - inside // width
+    pair = start + inside % width
+    row = (pair // chunks).to(tl.int64)
+    chunk = pair % chunks
     slot = tl.load(slot_ptr + row * chunks + chunk)
     if slot < 0:
         return
-    # the last queries see the most keys: they start first
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
     i = tile * ROWS + tl.arange(0, ROWS)
     position = length - queries + i
@@ -111,14 +116,14 @@ def _prefill(
     for first in range(0, whole, BLOCK):
         best, weight, acc = _tile(
             q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
-            k_tiles, v_tiles, tl.program_id(2), key.to(tl.int32), v_column,
+            k_tiles, v_tiles, row.to(tl.int32), key.to(tl.int32), v_column,
             scale, softcap, stride_ks, stride_vs,
             D, DP, M * DVP, BLOCK, False, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     for first in range(whole, stop, BLOCK):
         best, weight, acc = _tile(
             q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
-            k_tiles, v_tiles, tl.program_id(2), key.to(tl.int32), v_column,
+            k_tiles, v_tiles, row.to(tl.int32), key.to(tl.int32), v_column,
             scale, softcap, stride_ks, stride_vs,
             D, DP, M * DVP, BLOCK, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
@@ -172,10 +177,12 @@ def prefill(
         )
     # float32 inputs are multiplied as such, not rounded to tf32
     precision = "ieee" if query.dtype.itemsize == 4 else "tf32"
-    _prefill[(triton.cdiv(queries, rows), chunks.count, batch)](
+    count, pairs = triton.cdiv(queries, rows), chunks.count * batch
+    _prefill[(count * pairs,)](
         query, key, value, k_tiles, v_tiles, lengths, valid,
         chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
         scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
+        count, group_of(count), pairs,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), *out.stride()[:3],
         D=dim, DP=padded(dim), DV=value_dim,
@@ -185,6 +192,11 @@ def prefill(
         PRECISION=precision,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def group_of(tiles: int) -> int:
+    """How many chunks of so many tiles are worked on together: a GPU full of tiles."""
+    return max(2, 128 // tiles)
 
 
 def tileable(key: Tensor, value: Tensor, grouped: bool) -> bool:
