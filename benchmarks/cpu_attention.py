@@ -29,23 +29,12 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops import blocked, dispatch, reference
+from memberships import even_membership
 
 HEADS, DIM = 32, 128
 CLUSTERS = (4, 16, 32)
 CASES = [("prefill", n, n) for n in (512, 2048)] + [("decode", 1, n) for n in (2048, 8192, 16384)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def membership(clusters: int, batch: int) -> Membership:
-    """Clusters of equal size over shuffled heads, different for every sequence."""
-    rows = []
-    for _ in range(batch):
-        shuffled = torch.randperm(HEADS).view(clusters, -1)
-        row = torch.empty(HEADS, dtype=torch.long)
-        for members in shuffled:
-            row[members] = members.min()
-        rows.append(row)
-    return Membership.from_representatives(torch.stack(rows))
 
 
 def median_ms(run: Callable[[], object], budget: float) -> tuple[float, float]:
@@ -89,7 +78,7 @@ def measure(kind: str, queries: int, size: int, batch: int, dtype: torch.dtype, 
     )
     rows = []
     for clusters in CLUSTERS:
-        member = membership(clusters, batch)
+        member = even_membership(HEADS, clusters, batch)
         # the cache keeps V token-major where heads are clustered
         values = value if clusters == HEADS else token_major
         inputs = (query[:, :clusters], key[:, :clusters].contiguous(), values)
@@ -111,7 +100,9 @@ def measure(kind: str, queries: int, size: int, batch: int, dtype: torch.dtype, 
             }
         )
     inputs = (query, key, value)
-    own, _ = median_ms(partial(run_op, blocked, inputs, membership(HEADS, batch)), budget)
+    own, _ = median_ms(
+        partial(run_op, blocked, inputs, even_membership(HEADS, HEADS, batch)), budget
+    )
     for row in rows:
         row["own_all_heads_ms"] = own
         row["speedup"] = min(sdpa, own) / row["ms"]

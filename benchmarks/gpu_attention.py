@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, reference
+from memberships import even_membership
 
 HEADS, DIM, DTYPE = 32, 128, torch.bfloat16
 L2_BYTES = 50 * 2**20
@@ -36,17 +37,6 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-def membership(clusters: int, batch: int) -> Membership:
-    """Clusters of equal size over shuffled heads, different for every sequence."""
-    rows = []
-    for _ in range(batch):
-        row = torch.empty(HEADS, dtype=torch.long)
-        for members in torch.randperm(HEADS).view(clusters, -1):
-            row[members] = members.min()
-        rows.append(row)
-    return Membership.from_representatives(torch.stack(rows).cuda(), clusters)
 
 
 def graph_us(calls: list[Callable[[], object]]) -> float:
@@ -118,7 +108,7 @@ def measure(kind: str, batch: int, size: int) -> list[dict[str, object]]:
     inputs = [(q, k, v.transpose(1, 2).contiguous().transpose(1, 2)) for q, k, v in inputs]
     rows = []
     for clusters in (4, 16, 32):
-        member = membership(clusters, batch)
+        member = even_membership(HEADS, clusters, batch).to("cuda")
         calls = []
         for query, key, value in inputs:
             q, k = query[:, :clusters].contiguous(), key[:, :clusters].contiguous()

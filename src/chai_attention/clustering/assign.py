@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from chai_attention.clustering.kmeans import kmeans, squared_distances, tie_scale
+from chai_attention.clustering.kmeans import (
+    kmeans,
+    squared_distances,
+    tie_scale,
+    working_precision,
+)
 from chai_attention.clustering.kv_aware import choose_kv_heads
 
 SCORES, K_BYTES = "scores", "k-bytes"
@@ -34,5 +39,5 @@ def assign(gram: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> 
     group = gram.shape[-1] // kv_heads
     if clusters % group:
         raise ValueError(f"target k-bytes needs k to be a multiple of {group}, not {clusters}")
-    gram = gram.double() if gram.device.type == "cpu" else gram.float()
+    gram = working_precision(gram)
     return choose_kv_heads(squared_distances(gram), kv_heads, clusters // group, tie_scale(gram))

@@ -12,8 +12,6 @@ from chai_attention.clustering.kmeans import inertia, squared_distances
 
 LEAST_BEND = 0.1  # share of the error by which a short curve's elbow lies below a straight line
 
-FEW_POINTS = 8
-
 
 def cluster_counts(heads: int, kv_heads: int, target: str) -> list[int]:
     """Numbers of representatives a layer can have, ascending; the last keeps all heads."""

@@ -37,11 +37,16 @@ def kmeans(gram: Tensor, clusters: int) -> Tensor:
     heads = gram.shape[-1]
     if not 1 <= clusters <= heads:
         raise ValueError(f"cannot make {clusters} clusters of {heads} heads")
-    gram = gram.double() if gram.device.type == "cpu" else gram.float()
+    gram = working_precision(gram)
     if clusters == heads:
         return torch.arange(heads, device=gram.device).expand(gram.shape[0], heads).clone()
     label = refine(gram, nearest_seed(gram, clusters), clusters)
     return medoids(gram, label)
+
+
+def working_precision(gram: Tensor) -> Tensor:
+    """Return the Gram matrix in the precision clusters are found in: float64 is slow on a GPU."""
+    return gram.double() if gram.device.type == "cpu" else gram.float()
 
 
 def squared_distances(gram: Tensor) -> Tensor:

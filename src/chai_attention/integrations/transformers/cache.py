@@ -88,32 +88,33 @@ class ClusteredCache(DynamicCache):
 
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""
-        key = value = probe = full_key = full_value = 0
-        for layer in self.layers:
-            if isinstance(layer, ClusteredLayer):
-                held = {name: _bytes(tensor) for name, tensor in layer.tensors().items()}
-                plan = layer.plan
-                kept = 0 if layer.keys is None else layer.keys.shape[1]
-                layer_key = held.get("key", 0)
-                full_key += layer_key // kept * plan.kv_heads if kept else 0
-                probe += held.get("probe", 0)
-                layer_value = held.get("value", 0)
-            else:
-                layer_key = _bytes(layer.keys)
-                layer_value = _bytes(layer.values)
-                full_key += layer_key
-            key += layer_key
-            value += layer_value
-            full_value += layer_value
-        return CacheMemory(
-            key_bytes=key,
-            value_bytes=value,
-            probe_bytes=probe,
-            full_key_bytes=full_key,
-            full_value_bytes=full_value,
-            tokens=self.get_seq_length(),
-            sequences=max((getattr(layer, "batch_size", 0) for layer in self.layers), default=0),
-        )
+        return memory_of(self)
+
+
+def memory_of(cache: DynamicCache) -> CacheMemory:
+    """Report what any dynamic cache holds; one without clusters is a full cache itself."""
+    key = value = probe = full_key = sequences = 0
+    for layer in cache.layers:
+        layer_key, layer_value = _bytes(layer.keys), _bytes(layer.values)
+        full = layer_key
+        if isinstance(layer, ClusteredLayer):
+            kept = 0 if layer.keys is None else layer.keys.shape[1]
+            full = layer_key // kept * layer.plan.kv_heads if kept else 0
+            probe += _bytes(layer.tensors().get("probe"))
+        if layer.keys is not None:
+            sequences = max(sequences, layer.keys.shape[0])
+        key += layer_key
+        value += layer_value
+        full_key += full
+    return CacheMemory(
+        key_bytes=key,
+        value_bytes=value,
+        probe_bytes=probe,
+        full_key_bytes=full_key,
+        full_value_bytes=value,
+        tokens=cache.get_seq_length(),
+        sequences=sequences,
+    )
 
 
 def adopt(cache: Any, plans: tuple[LayerPlan, ...], config: PreTrainedConfig) -> ClusteredCache:

@@ -214,7 +214,6 @@ class ClusteredLayer(CacheLayerMixin):
         """Attend while windows fill up; cluster and free K when all are full."""
         past, queries, window = self.get_seq_length(), query.shape[2], self.plan.window
         positions = padding.window_positions(window)  # [B, W]
-        self._remember_queries(query, positions, past)
         fewest = min(padding.counts)
         draft = queries > 1 and fewest < window + DRAFT_TOKENS
         if fewest >= window and not draft and past == 0:
@@ -225,6 +224,7 @@ class ClusteredLayer(CacheLayerMixin):
             exact = self._full_attention(q, k, v, None, options)  # [B, W, H, Dv]
             return out.scatter_(1, positions[:, :, None, None].expand_as(exact), exact)
 
+        self._remember_queries(query, positions, past)
         keys = self._keys.append(key)
         values = self._values.append(value.transpose(1, 2)).transpose(1, 2)
         out = self._full_attention(query, keys, values, padding.valid, options)

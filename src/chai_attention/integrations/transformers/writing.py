@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.transformers.cache import CacheMemory, ClusteredCache
+from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
 
 
 class PromptError(ChaiError):
@@ -122,15 +122,5 @@ def write(
         tokens=count,
         ttft=times[0] - start,
         tpot=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        memory=_memory(out.past_key_values),
+        memory=memory_of(out.past_key_values),
     )
-
-
-def _memory(cache: Any) -> CacheMemory:
-    """Memory of a clustered cache, or of transformers' own."""
-    if isinstance(cache, ClusteredCache):
-        return cache.memory()
-    assert isinstance(cache, DynamicCache)
-    key = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
-    value = sum(layer.values.untyped_storage().nbytes() for layer in cache.layers)
-    return CacheMemory(key, value, 0, key, value, cache.get_seq_length(), 1)

@@ -15,8 +15,6 @@ It serves whole prompts and their continuations without padding; `prefill` serve
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -33,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.prefill import group_of, tileable
 
 # two names that later versions of Triton changed
@@ -316,7 +315,7 @@ def prefill(
     members = chunks.head.shape[2]
     tiles = triton.cdiv(queries, 2 * ROWS)
     work, count = chunks.used
-    _prefill_hopper[(min(_processors(query.device), tiles * chunks.count * batch),)](
+    _prefill_hopper[(min(processors(query.device), tiles * chunks.count * batch),)](
         _tiles(query, query.shape, query.stride(), [1, 1, ROWS, dim]),
         _tiles(key, key.shape, key.stride(), [1, 1, BLOCK, dim]),
         _tiles(
@@ -355,8 +354,3 @@ def _tiles(
     """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
     return TensorDescriptor(tensor, list(shape), list(strides), block, layout)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

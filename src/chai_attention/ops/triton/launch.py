@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.ops.triton.decode import decode, padded
+from chai_attention.ops.triton.device import capability, processors
 from chai_attention.ops.triton.prefill import prefill, tileable
 
 logger = logging.getLogger("chai_attention")
@@ -77,14 +77,14 @@ def attention(
             block=max(8, min(64, DECODE_TILE_BYTES // (columns * value.element_size()))),
             warps=4 if columns > 128 else 2,
             stages=2,
-            early=_capability(query.device) >= (9, 0),
+            early=capability(query.device) >= (9, 0),
             **options,
         )  # fmt: skip
         return out, lse
     members = min(most, max(1, PREFILL_COLUMNS // wide))
     chunks = chunks_of(membership, members)
     plain = lengths is None and valid is None and softcap is None
-    if plain and queries > HOPPER_QUERIES and _capability(query.device)[0] == 9:
+    if plain and queries > HOPPER_QUERIES and capability(query.device)[0] == 9:
         from chai_attention.ops.triton import hopper
 
         if hopper.fits(query, key, value, membership, members):
@@ -119,7 +119,7 @@ def _splits(programs: int, columns: int, size: int, device: torch.device) -> int
     processors that is only begun costs as much time as a full one.
     """
     resident = next(count for least, count in RESIDENT.items() if columns >= least)
-    slots = _processors(device) * resident
+    slots = processors(device) * resident
     most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
     best, best_share = 1, 0.0
     for waves in range(1, MAX_WAVES + 1):
@@ -130,20 +130,6 @@ def _splits(programs: int, columns: int, size: int, device: torch.device) -> int
         if share > 0.95:
             break
     return best
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 16  # the interpreter: enough that it splits contexts too
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
