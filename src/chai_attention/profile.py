@@ -6,22 +6,31 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
+from chai_attention.profile_checks import problems_of, tuples
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
-ONLINE, STATIC = "online", "static"
+ONLINE, STATIC, BLEND = "online", "static", "blend"
+MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
+_TABLES = ("representatives", "error", "similarity", "costs", "offsets")
 
 # layers x clusters, as published for CHAI (ICML 2024)
 PUBLISHED: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "llama-7b": (32, ((18, 32), (14, 4))),
     "llama-33b": (52, ((18, 48), (8, 36), (6, 24), (2, 8), (26, 6))),
 }
+
+# not of every profile, so that simple ones stay readable
+_LATER = ("probe_start", "features", "blend", "recent", "sinks")
 
 
 class Shape(Protocol):
@@ -48,13 +57,32 @@ class ClusterProfile:
     Attributes:
         clusters: k per layer, the number of representatives.
         membership: "online" clusters the heads of every request on its first tokens (CHAI, 3.3);
-            "static" uses ``representatives`` for all requests.
-        window: tokens whose scores decide an online membership (5 in the paper).
+            "static" uses ``representatives`` for all requests; "blend" adds ``blend`` times the
+            static ``costs`` to what the first tokens say.
+        window: tokens whose scores decide an online or blended membership (5 in the paper).
+        probe_start: real tokens of a sequence before its probe window, such as those of a chat
+            template, which are the same in every request.
+        features: what of the window is compared: "scores", the attention maps, or "value", the
+            heads' outputs if they used each other's maps (blended memberships only).
+        blend: weight of ``costs`` against the distances of the window, both relative to their
+            means; blended memberships only.
+        costs: per layer, ``H x H``: what it costs that head h (row) uses the scores of head r
+            (column); blended memberships only.
         target: "scores" clusters query heads; a K/V head of a grouped-query model is dropped if
             no representative reads it, so that an online profile keeps *at most* ``min(k, G)`` K
             heads per layer. "k-bytes" chooses the K/V heads that keep their K; all their query
             heads represent themselves, so that k is a multiple of H / G.
         representatives: per layer, the head whose scores each head uses; static profiles only.
+        recent: w, the last keys that every head attends to with its own scores; 0 for none.
+        sinks: s, the first keys that it does; only with a recent window.
+        offsets: per layer, ``H x H``: added to the log-sum-exp of head r's scores of all other
+            keys when head h uses them; None for zeros. Only with a recent window.
+        refit: corrections of the weights that go with the profile: kind ("output" or "bias"),
+            file (safetensors, beside the profile) and its sha256.
+        corrections: the refit's tensors, ``layers.N.weight [out, in]`` or ``layers.N.bias [out]``;
+            saved beside the JSON file, not in it.
+        promise: what was measured on held-out text: max_loss or saving asked for, perplexity rise
+            with its standard error, share of K,V bytes saved.
         model: what identifies the model: architecture, layers, heads, kv_heads, head_dim.
         provenance: how the profile was found: method, features, text, sizes, seed, version.
         error: per layer, the clustering error for k = 1, 2, ... relative to one cluster. For
@@ -67,15 +95,25 @@ class ClusterProfile:
     window: int = DEFAULT_WINDOW
     target: str = "scores"
     representatives: tuple[tuple[int, ...], ...] | None = None
+    probe_start: int = 0
+    features: str = "scores"
+    blend: float = 0.0
+    costs: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    recent: int = 0
+    sinks: int = 0
+    offsets: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    refit: Mapping[str, str] | None = None
+    corrections: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    promise: Mapping[str, Any] | None = None
     model: Mapping[str, str | int] | None = None
     provenance: Mapping[str, Any] | None = None
     error: tuple[tuple[float, ...], ...] | None = None
     similarity: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("clusters", "representatives", "error", "similarity"):
-            object.__setattr__(self, name, _tuples(getattr(self, name)))
-        problems = _contents(self)
+        for name in ("clusters", *_TABLES):
+            object.__setattr__(self, name, tuples(getattr(self, name)))
+        problems = problems_of(self)
         if problems:
             raise ProfileError("bad profile: " + "; ".join(problems))
 
@@ -134,7 +172,7 @@ class ClusterProfile:
             raise ProfileError(
                 f"schema version {version!r} is unknown; this release reads {SCHEMA_VERSION}"
             )
-        known = {field.name for field in dataclass_fields(cls)}
+        known = {item.name for item in dataclass_fields(cls)} - {"corrections"}
         unknown = sorted(set(data) - known)
         if unknown:
             raise ProfileError(f"unknown keys {', '.join(unknown)}; known are {_listing(known)}")
@@ -143,18 +181,20 @@ class ClusterProfile:
         return cls(**data)
 
     def to_json(self) -> str:
-        """Return the profile as JSON, one line per layer and key."""
+        """Return the profile as JSON, one line per layer and key; defaults are left out."""
         lines = [f'"schema_version": {SCHEMA_VERSION}']
-        for field in dataclass_fields(self):
-            value = getattr(self, field.name)
-            if value is None:
+        for item in dataclass_fields(self):
+            value = getattr(self, item.name)
+            if value is None or item.name == "corrections":
                 continue
-            if field.name in ("representatives", "error", "similarity"):
+            if item.name in _LATER and value == item.default:
+                continue
+            if item.name in _TABLES:
                 rows = ",\n  ".join(json.dumps(row) for row in value)
                 text = f"[\n  {rows}\n ]"
             else:
                 text = json.dumps(dict(value) if isinstance(value, Mapping) else value)
-            lines.append(f'"{field.name}": {text}')
+            lines.append(f'"{item.name}": {text}')
         return "{\n " + ",\n ".join(lines) + "\n}\n"
 
     def save(self, path: str | Path) -> None:
@@ -217,6 +257,10 @@ class ClusterProfile:
                 )
             elif self.target == "k-bytes" and k % group:
                 problems.append(f"layer {layer}: {k} clusters is not a multiple of {group}")
+        for name in ("costs", "offsets"):
+            for layer, table in enumerate(getattr(self, name) or ()):
+                if len(table) != shape.heads:
+                    problems.append(f"layer {layer}: {name} are of {len(table)} heads")
         for layer, rep in enumerate(self.representatives or ()):
             if len(rep) != shape.heads:
                 problems.append(f"layer {layer} lists {len(rep)} representatives")
@@ -246,97 +290,27 @@ class ClusterProfile:
         return curve[self.clusters[layer] * len(curve) // heads - 1]
 
     def bytes_per_token(self, shape: Shape, element_size: int) -> tuple[int, int]:
-        """K,V bytes per token in all layers: (of a full cache, with clusters)."""
+        """K,V bytes per token in all layers: (of a full cache, with clusters).
+
+        The exact recent window comes on top, once per sequence: see `window_bytes`.
+        """
         head = shape.head_dim * element_size
         full = 2 * shape.layers * shape.kv_heads * head
         kept = sum(self.kept_keys(layer, shape) for layer in range(shape.layers))
         return full, (kept + shape.layers * shape.kv_heads) * head
 
+    def window_bytes(self, shape: Shape, element_size: int) -> int:
+        """Bytes per sequence of the recent and first keys of heads whose K is dropped."""
+        dropped = sum(
+            shape.kv_heads - self.kept_keys(layer, shape) for layer in range(shape.layers)
+        )
+        return dropped * (self.recent + self.sinks) * shape.head_dim * element_size
 
-def _contents(profile: ClusterProfile) -> list[str]:
-    """Everything that is wrong with a profile by itself."""
-    problems = []
-    clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
-    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count, clusters)):
-        return ["'clusters' must list a whole number of at least 1 for every layer"]
-    if profile.membership not in (ONLINE, STATIC):
-        problems.append(f"membership {profile.membership!r} is neither online nor static")
-    if not _is_count(profile.window):
-        problems.append(f"window {profile.window!r} is not a whole number of at least 1")
-    if profile.target not in ("scores", "k-bytes"):
-        problems.append(f"target {profile.target!r} is neither scores nor k-bytes")
-    model: Any = profile.model
-    provenance: Any = profile.provenance
-    if not isinstance(model, Mapping | None):
-        problems.append("'model' must be an object")
-    else:
-        known = {"architecture", "layers", "heads", "kv_heads", "head_dim"}
-        strange = sorted(set(model or {}) - known)
-        if strange:
-            problems.append(f"unknown entries of 'model': {', '.join(strange)}")
-    if not isinstance(provenance, Mapping | None):
-        problems.append("'provenance' must be an object")
-    for name in ("representatives", "error", "similarity"):
-        value = getattr(profile, name)
-        if value is None:
-            continue
-        depth = 3 if name == "similarity" else 2
-        if not _is_nested(value, depth):
-            kind = "table" if depth == 3 else "list"
-            problems.append(f"{name!r} must hold one {kind} of numbers per layer")
-        elif len(value) != len(clusters):
-            problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
-    if profile.membership == STATIC and profile.representatives is None:
-        problems.append("a static membership needs 'representatives'")
-    if profile.membership == ONLINE and profile.representatives is not None:
-        problems.append("'representatives' belong to a static membership only")
-    return problems or _representatives(profile) + _curves(profile)
-
-
-def _representatives(profile: ClusterProfile) -> list[str]:
-    """Layers whose static membership is inconsistent."""
-    problems = []
-    for layer, rep in enumerate(profile.representatives or ()):
-        heads = len(rep)
-        if not all(_is_count(r + 1) and r < heads for r in rep):
-            problems.append(f"layer {layer}: a representative is not a head")
-        elif any(rep[r] != r for r in rep):
-            problems.append(f"layer {layer}: a representative must represent itself")
-        elif len(set(rep)) != (k := profile.clusters[layer]):
-            problems.append(f"layer {layer}: {len(set(rep))} representatives, {k} clusters")
-    return problems
-
-
-def _curves(profile: ClusterProfile) -> list[str]:
-    """Layers whose error curve or similarity has the wrong size."""
-    problems = []
-    for layer, k in enumerate(profile.clusters):
-        heads = None
-        if profile.similarity is not None:
-            heads = len(profile.similarity[layer])
-            if heads < k or any(len(row) != heads for row in profile.similarity[layer]):
-                problems.append(f"layer {layer}: similarity must be one row and column per head")
-        if profile.error is not None:
-            points = len(profile.error[layer])
-            if points < 1 or (heads is not None and heads % points):
-                problems.append(f"layer {layer}: {points} points of the error curve do not fit")
-    return problems
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_nested(value: object, depth: int) -> bool:
-    """Whether ``value`` is tuples of tuples ... of numbers, ``depth`` deep."""
-    if depth == 0:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, tuple) and all(_is_nested(item, depth - 1) for item in value)
-
-
-def _tuples(value: Any) -> Any:
-    """Turn lists into tuples, all the way down."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    def saved(self, shape: Shape, tokens: int) -> float:
+        """Share of the K,V bytes of ``tokens`` tokens that a sequence does not hold."""
+        full, kept = self.bytes_per_token(shape, 1)
+        window = self.window_bytes(shape, 1) * min(1.0, tokens / max(1, self.recent + self.sinks))
+        return 1 - (kept * tokens + window) / (full * tokens)
 
 
 def _listing(names: set[str]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from chai_attention.clustering.kmeans import (
+    TIE,
     kmeans,
     squared_distances,
     tie_scale,
     working_precision,
 )
-from chai_attention.clustering.kv_aware import choose_kv_heads
+from chai_attention.clustering.kmedoids import kmedoids
 
 SCORES, K_BYTES = "scores", "k-bytes"
 TARGETS = (SCORES, K_BYTES)
@@ -24,7 +25,7 @@ def assign(gram: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> 
         clusters: k, the number of representatives. For "k-bytes" a multiple of H / G.
         kv_heads: G.
         target: "scores" clusters the heads with k-means and takes medoids (CHAI, 3.2 and 3.3);
-            "k-bytes" chooses ``k / (H / G)`` K/V heads that keep their K (see `kv_aware`).
+            "k-bytes" chooses ``k / (H / G)`` K/V heads that keep their K (see `kmedoids`).
 
     Returns:
         ``[B, H]`` int64.
@@ -36,8 +37,37 @@ def assign(gram: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> 
         return kmeans(gram, clusters)
     if target != K_BYTES:
         raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
-    group = gram.shape[-1] // kv_heads
+    gram = working_precision(gram)
+    return _kept_groups(squared_distances(gram), clusters, kv_heads, tie_scale(gram))
+
+
+def assign_by_cost(cost: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> Tensor:
+    """Return each head's representative, by k-medoids on a cost that need not be symmetric.
+
+    Args:
+        cost: ``[B, H, H]``, ``cost[b, h, r]`` of head h using the scores of head r.
+        clusters: k, the number of representatives. For "k-bytes" a multiple of H / G.
+        kv_heads: G.
+        target: "scores" chooses heads, "k-bytes" whole K/V heads.
+
+    Returns:
+        ``[B, H]`` int64.
+
+    Raises:
+        ValueError: as `assign`.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
+    cost = working_precision(cost)
+    tie = TIE * cost.abs().amax((1, 2)).clamp_min(1e-30)
+    if target == SCORES:
+        return kmedoids(cost, cost.shape[-1], clusters, tie)
+    return _kept_groups(cost, clusters, kv_heads, tie)
+
+
+def _kept_groups(cost: Tensor, clusters: int, kv_heads: int, tie: Tensor) -> Tensor:
+    """Choose ``clusters / (H / G)`` K/V heads that keep their K."""
+    group = cost.shape[-1] // kv_heads
     if clusters % group:
         raise ValueError(f"target k-bytes needs k to be a multiple of {group}, not {clusters}")
-    gram = working_precision(gram)
-    return choose_kv_heads(squared_distances(gram), kv_heads, clusters // group, tie_scale(gram))
+    return kmedoids(cost, kv_heads, clusters // group, tie)

@@ -1,6 +1,6 @@
 """Clustered attention itself: one signature, several implementations, picked by device."""
 
 from chai_attention.ops.dispatch import attention
-from chai_attention.ops.probe import window_gram
+from chai_attention.ops.probe import window_gram, window_output_distances
 
-__all__ = ["attention", "window_gram"]
+__all__ = ["attention", "window_gram", "window_output_distances"]

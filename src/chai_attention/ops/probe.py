@@ -20,6 +20,38 @@ def window_gram(
     Returns:
         ``[B, H, H]`` float32, the Gram matrix of the flattened ``[W, W]`` probability maps.
     """
+    maps = _window_maps(query, key, scale, softcap).flatten(2)
+    return maps @ maps.mT
+
+
+def window_output_distances(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """How much every head's output in the probe window would change with another's maps.
+
+    Args:
+        query: ``[B, H, W, D]`` of the first W tokens.
+        key: ``[B, G, W, D]`` of the same tokens.
+        value: ``[B, G, W, Dv]`` of the same tokens, in the natural order of heads.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        ``[B, H, H]`` float32, ``sum |(P_r - P_h) V_h|^2`` for head h (row) and r (column).
+    """
+    maps = _window_maps(query, key, scale, softcap)  # [B, H, W, W]
+    batch, heads, window, _ = maps.shape
+    group = heads // value.shape[1]
+    values = value.float().repeat_interleave(group, dim=1)  # [B, H, W, Dv]
+    # all heads' V side by side: one product per map gives its output for every head
+    columns = values.transpose(1, 2).reshape(batch, 1, window, -1)  # [B, 1, W, H * Dv]
+    outputs = (maps @ columns).view(batch, heads, window, heads, -1)  # [B, r, W, h, Dv]
+    own = (maps @ values).transpose(1, 2)  # [B, W, h, Dv]
+    return (outputs - own[:, None]).square().sum((2, 4)).mT
+
+
+def _window_maps(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Causal attention probabilities within the window: ``[B, H, W, W]`` float32."""
     batch, heads, window, dim = query.shape
     groups = key.shape[1]
     grouped = query.float().view(batch, groups, heads // groups, window, dim)
@@ -28,5 +60,4 @@ def window_gram(
         scores = softcap * torch.tanh(scores / softcap)
     future = torch.ones(window, window, dtype=torch.bool, device=query.device).triu(1)
     maps = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-    maps = maps.view(batch, heads, window * window)
-    return maps @ maps.mT
+    return maps.view(batch, heads, window, window)

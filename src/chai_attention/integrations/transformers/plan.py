@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from chai_attention.clustering.assign import assign
+from chai_attention.clustering.assign import assign, assign_by_cost
+from chai_attention.clustering.kmeans import squared_distances
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership
-from chai_attention.ops import window_gram
-from chai_attention.profile import ClusterProfile
+from chai_attention.ops import window_gram, window_output_distances
+from chai_attention.profile import BLEND, STATIC, ClusterProfile
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,14 @@ class LayerPlan:
         window: tokens of the probe window.
         target: "scores" or "k-bytes" (see `ClusterProfile`).
         representatives: ``[H]`` of a static membership, None for an online one.
+        probe_start: real tokens before the probe window.
+        features: what of the window is compared, "scores" or "value".
+        blend: weight of ``costs`` against the window's distances.
+        costs: ``[H, H]`` of a blended membership, else None.
+        recent: w, the last keys that every head attends to with its own scores.
+        sinks: s, the first keys that it does.
+        offsets: ``[H, H]`` added to the log-sum-exp of head r (column) when head h (row) uses it
+            for all other keys; None for zeros.
         full_attention: False for a sliding-window layer, which runs as it always does.
     """
 
@@ -36,6 +47,13 @@ class LayerPlan:
     window: int
     target: str
     representatives: tuple[int, ...] | None = None
+    probe_start: int = 0
+    features: str = "scores"
+    blend: float = 0.0
+    costs: tuple[tuple[float, ...], ...] | None = None
+    recent: int = 0
+    sinks: int = 0
+    offsets: tuple[tuple[float, ...], ...] | None = None
     full_attention: bool = True
 
     @property
@@ -55,22 +73,59 @@ class LayerPlan:
         rep = torch.tensor(self.representatives, device=device)
         return Membership.from_representatives(rep, kv_heads=self.kv_heads).expand(batch)
 
+    @property
+    def probe_end(self) -> int:
+        """Real tokens a sequence needs before its membership is decided."""
+        return self.probe_start + self.window
+
     def online_membership(
-        self, query: Tensor, key: Tensor, scale: float, softcap: float | None
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None
     ) -> Membership:
         """Cluster the heads of each sequence from its probe window.
 
         Args:
             query: ``[B, H, W, D]`` of the window.
             key: ``[B, G, W, D]`` of the window.
+            value: ``[B, G, W, Dv]`` of the window, in the natural order of heads.
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
         """
-        gram = window_gram(query, key, scale=scale, softcap=softcap)
-        rep = assign(gram, self.clusters, self.kv_heads, self.target)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if self.costs is None:
+            gram = window_gram(query, key, **options)
+            rep = assign(gram, self.clusters, self.kv_heads, self.target)
+        else:
+            distance = (
+                window_output_distances(query, key, value, **options)
+                if self.features == "value"
+                else squared_distances(window_gram(query, key, **options))
+            )
+            cost = relative(distance) + self.blend * relative(self._cost_table(query.device))
+            rep = assign_by_cost(cost, self.clusters, self.kv_heads, self.target)
         # how many K/V heads "scores" needs depends on the data; otherwise it follows from k
         kept = None if self.target == "scores" else self.clusters * self.kv_heads // self.heads
         return Membership.from_representatives(rep, self.clusters, self.kv_heads, kept)
+
+    def _cost_table(self, device: torch.device) -> Tensor:
+        """``[1, H, H]`` static costs on ``device``."""
+        return _table(self.costs or (), device)[None]
+
+    def offset_table(self, device: torch.device) -> Tensor | None:
+        """``[H, H]`` float32 offsets on ``device``, None for zeros."""
+        return None if self.offsets is None else _table(self.offsets, device)
+
+
+@lru_cache(maxsize=1024)
+def _table(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def relative(cost: Tensor) -> Tensor:
+    """Divide ``[B, H, H]`` costs by their mean over pairs of different heads."""
+    heads = cost.shape[-1]
+    own = torch.eye(heads, dtype=torch.bool, device=cost.device)
+    total = cost.masked_fill(own, 0.0).sum((1, 2), keepdim=True)
+    return cost * (heads * (heads - 1) / total.clamp_min(1e-30))
 
 
 def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, ...]:
@@ -80,7 +135,8 @@ def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, 
         ProfileError: the profile was made for another model, or is inconsistent.
     """
     profile.check(shape)
-    static = profile.membership == "static"
+    static = profile.membership == STATIC
+    blend = profile.membership == BLEND
     return tuple(
         LayerPlan(
             layer=layer,
@@ -94,6 +150,13 @@ def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, 
                 if static and profile.representatives is not None
                 else None
             ),
+            probe_start=profile.probe_start,
+            features=profile.features,
+            blend=profile.blend,
+            costs=profile.costs[layer] if blend and profile.costs is not None else None,
+            recent=profile.recent,
+            sinks=profile.sinks,
+            offsets=None if profile.offsets is None else profile.offsets[layer],
             full_attention=shape.clusterable[layer],
         )
         for layer in range(shape.layers)

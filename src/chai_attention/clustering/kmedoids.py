@@ -1,9 +1,10 @@
-"""Grouped-query attention: choose the K/V heads that keep their K.
+"""Which heads keep their scores, from what it costs one head to use another's: k-medoids.
 
-Clustering query heads frees K only when no query head of a K/V head is a representative, which
-plain k-means rarely brings about. Here the choice is made the other way round: some K/V heads
-keep their K, all their query heads keep their own scores, and every other query head uses its
-cheapest head among those.
+The cost need not be symmetric. In grouped-query attention whole groups are chosen: clustering
+query heads frees K only when no query head of a K/V head is a representative, which plain k-means
+rarely brings about. So some K/V heads keep their K, all their query heads keep their own scores,
+and every other query head uses its cheapest head among those. In multi-head attention every head
+is a group of its own, and this is k-medoids.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from chai_attention.clustering.kmeans import lowest_argmin
 MAX_CHOICES = 1000  # up to this many subsets are all tried
 
 
-def choose_kv_heads(cost: Tensor, kv_heads: int, kept: int, tie: Tensor) -> Tensor:
+def kmedoids(cost: Tensor, kv_heads: int, kept: int, tie: Tensor) -> Tensor:
     """Choose which K/V heads keep their K, and who represents the heads of the others.
 
     The subset with the lowest sum of costs wins: all subsets are tried if there are at most
@@ -28,7 +29,7 @@ def choose_kv_heads(cost: Tensor, kv_heads: int, kept: int, tie: Tensor) -> Tens
 
     Args:
         cost: ``[B, H, H]``, ``cost[b, h, r]`` of head h using the scores of head r.
-        kv_heads: G, divides H.
+        kv_heads: G, divides H; H lets every head be chosen by itself.
         kept: K/V heads that keep their K, between 1 and G.
         tie: ``[B]``, costs closer than this are equal; the lowest index wins.
 

@@ -6,10 +6,10 @@ from math import comb
 import pytest
 import torch
 
-from chai_attention.clustering import kv_aware
+from chai_attention.clustering import kmedoids as module
 from chai_attention.clustering.assign import assign
 from chai_attention.clustering.kmeans import squared_distances
-from chai_attention.clustering.kv_aware import choose_kv_heads
+from chai_attention.clustering.kmedoids import kmedoids
 from chai_attention.membership import Membership
 
 NO_TIES = torch.zeros(1, dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_is_the_best_of_all_choices(heads, kv_heads):
     cost = random_cost(heads, batch=3, seed=heads)
     group = heads // kv_heads
     for kept in range(1, kv_heads + 1):
-        rep = choose_kv_heads(cost, kv_heads, kept, NO_TIES.expand(3))
+        rep = kmedoids(cost, kv_heads, kept, NO_TIES.expand(3))
         for row, one in zip(rep, cost, strict=True):
             assert total(one, row) == pytest.approx(best_by_trying(one, kv_heads, kept))
             used = {int(r) // group for r in row}
@@ -52,9 +52,9 @@ def test_is_the_best_of_all_choices(heads, kv_heads):
 @pytest.mark.parametrize("seed", range(4))
 def test_too_many_choices_to_try_all(seed, monkeypatch):
     cost = random_cost(16, batch=2, seed=seed)
-    monkeypatch.setattr(kv_aware, "MAX_CHOICES", 1)
+    monkeypatch.setattr(module, "MAX_CHOICES", 1)
     for kept in (1, 3, 7, 8):
-        rep = choose_kv_heads(cost, 8, kept, NO_TIES.expand(2))
+        rep = kmedoids(cost, 8, kept, NO_TIES.expand(2))
         for row, one in zip(rep, cost, strict=True):
             assert len({int(r) // 2 for r in row}) == kept
             assert total(one, row) <= 1.15 * best_by_trying(one, 8, kept) + 1e-9
@@ -62,21 +62,21 @@ def test_too_many_choices_to_try_all(seed, monkeypatch):
 
 def test_many_kv_heads():
     """More subsets than can be tried, in one batch."""
-    assert comb(24, 12) > kv_aware.MAX_CHOICES
-    rep = choose_kv_heads(random_cost(48, batch=2), 24, 12, NO_TIES.expand(2))
+    assert comb(24, 12) > module.MAX_CHOICES
+    rep = kmedoids(random_cost(48, batch=2), 24, 12, NO_TIES.expand(2))
     assert all(len({int(r) // 2 for r in row}) == 12 for row in rep)
 
 
 def test_equal_costs_go_to_the_lowest_heads():
     cost = torch.ones(1, 9, 9, dtype=torch.float64)
-    rep = choose_kv_heads(cost, 3, 1, NO_TIES)
+    rep = kmedoids(cost, 3, 1, NO_TIES)
     assert rep.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("kept", [0, 4])
 def test_impossible_numbers_are_refused(kept):
     with pytest.raises(ValueError, match="cannot keep"):
-        choose_kv_heads(random_cost(9), 3, kept, NO_TIES)
+        kmedoids(random_cost(9), 3, kept, NO_TIES)
 
 
 @pytest.mark.parametrize("clusters", [3, 6, 9])
