@@ -58,6 +58,54 @@ def definition(
     return out
 
 
+def recent_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    representatives: Tensor,
+    scale: float,
+    recent: int,
+    sinks: int,
+    offsets: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention with an exact recent window, head by head in float64: ``[B, Q, H, Dv]``.
+
+    The two partial attentions are computed by themselves and merged by their log-sum-exps.
+    """
+    batch, heads, queries, _ = query.shape
+    groups, size = key.shape[1], key.shape[2]
+    out = torch.zeros(batch, queries, heads, value.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        real = [j for j in range(size) if valid is None or bool(valid[b, j])]
+        for h in range(heads):
+            r = int(representatives[b, h])
+            v = value[b, h * groups // heads].double()
+            shift = 0.0 if offsets is None or r == h else float(offsets[h, r])
+
+            def part(i, head, keys, b=b, v=v):
+                k = key[b, head * groups // heads, keys].double()
+                scores = k @ query[b, head, i].double() * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                return torch.softmax(scores, 0) @ v[keys], torch.logsumexp(scores, 0)
+
+            for i in range(queries):
+                last = size - queries + i
+                seen = [j for j in real if j <= last]
+                near = [j for j in seen if j > last - recent or j in real[:sinks]]
+                far = [j for j in seen if j not in near]
+                parts = [part(i, h, near)] if near else []
+                if far:
+                    result, lse = part(i, r, far)
+                    parts.append((result, lse + shift))
+                if parts:
+                    weights = torch.softmax(torch.stack([lse for _, lse in parts]), 0)
+                    out[b, i, h] = sum(w * x for w, (x, _) in zip(weights, parts, strict=True))
+    return out
+
+
 def clustered_inputs(
     member: Membership, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,8 @@ def test_tables_agree_with_the_vector(data):
             assert member.key_heads[b, member.key_slot[b, slot]] == head // group
         kept = member.key_heads[b].tolist()
         assert len(set(kept)) == member.kept_keys == len(kept)
+        stored = kept + member.removed_key_heads[b].tolist()
+        assert [stored[place] for place in member.key_place[b]] == list(range(kv_heads))
         cluster_of = [int(member.slot[b, h]) for h in member.order[b]]
         assert cluster_of == sorted(cluster_of)
         bounds = member.offsets[b].tolist()

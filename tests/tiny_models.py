@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -56,13 +56,32 @@ def tiny_model(family: str) -> tf.PreTrainedModel:
 @contextmanager
 def by_definition(
     model: tf.PreTrainedModel,
-    representatives: Callable[[int, Tensor, Tensor, Tensor, float], Tensor],
+    representatives: Callable[[int, Tensor, Tensor, Tensor, Tensor, float], Tensor],
+    recent: int = 0,
+    sinks: int = 0,
+    offsets: Sequence[Tensor] | None = None,
 ) -> Iterator[None]:
     """Run ``model`` with clustered attention straight from the definition, in float64.
 
-    ``representatives(layer, query, key, valid, scale)`` gives, for every query position, the
-    head each head uses: ``[B, Q, H]``. Only whole sequences, without a cache.
+    ``representatives(layer, query, key, value, valid, scale)`` gives, for every query position,
+    the head each head uses: ``[B, Q, H]``. With ``recent``, keys at most so far away and the first
+    ``sinks`` real ones are seen with each head's own scores, and ``offsets[layer][h, r]`` is
+    added to all others. Only whole sequences, without a cache.
     """
+
+    def shared(scores, rep, valid, offset):
+        """Replace each head's scores, ``[B, H, Q, S]``, by its representative's."""
+        rep = rep.transpose(1, 2)  # [B, H, Q]
+        taken = scores.gather(1, rep[..., None].expand_as(scores))
+        if not recent:
+            return taken
+        heads, size = scores.shape[1], scores.shape[-1]
+        own = torch.arange(heads)[None, :, None]
+        shift = torch.zeros(rep.shape) if offset is None else offset[own, rep]
+        taken = taken + torch.where(rep == own, 0.0, shift)[..., None]
+        distance = torch.arange(size)[:, None] - torch.arange(size)
+        first = valid & (valid.cumsum(1) <= sinks)
+        return torch.where((distance < recent) | first[:, None, None], scores, taken)
 
     def attend(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
         group = query.shape[1] // key.shape[1]
@@ -72,13 +91,13 @@ def by_definition(
         scores = q @ k.mT * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).nan_to_num(0)
         valid = mask.diagonal(dim1=-2, dim2=-1)[:, 0]  # [B, S]
         sliding = kwargs.get("sliding_window") is not None
         if not sliding:
-            rep = representatives(module.layer_idx, query, key, valid, scale)
-            index = rep.transpose(1, 2)[..., None].expand(-1, -1, -1, probs.shape[-1])
-            probs = probs.gather(1, index)
+            layer = module.layer_idx
+            rep = representatives(layer, query, key, value, valid, scale)
+            scores = shared(scores, rep, valid, None if offsets is None else offsets[layer])
+        probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).nan_to_num(0)
         return (probs @ v).transpose(1, 2).to(query.dtype).contiguous(), None
 
     def whole_mask(*args, **kwargs):

@@ -136,6 +136,19 @@ class Membership:
         return _true_positions(self._needed_kv_heads, self.kept_keys)
 
     @cached_property
+    def removed_key_heads(self) -> Tensor:
+        """``[B, G - kept_keys]`` int64: the K/V heads whose K no cache place holds, ascending."""
+        kept = torch.zeros(
+            self.batch, self.kv_heads, dtype=torch.bool, device=self.representatives.device
+        ).scatter_(1, self.key_heads, True)
+        return _true_positions(~kept, self.kv_heads - self.kept_keys)
+
+    @cached_property
+    def key_place(self) -> Tensor:
+        """``[B, G]`` int64: where each K/V head is in `key_heads` and then `removed_key_heads`."""
+        return torch.cat([self.key_heads, self.removed_key_heads], 1).argsort(1)
+
+    @cached_property
     def _needed_kv_heads(self) -> Tensor:
         """``[B, G]`` bool: K/V heads read by a representative, filled up to `kept_keys`."""
         needed = torch.zeros(

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from chai_attention.calibration import calibrate
-from chai_attention.calibration.statistics import collect_grams
+from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.clustering.assign import assign
 from chai_attention.clustering.kmeans import inertia
 from chai_attention.errors import CalibrationError, UnsupportedModelError
+from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
@@ -17,6 +19,14 @@ from tiny_tokenizer import tiny_tokenizer
 TOKENIZER = tiny_tokenizer()
 TEXT = "".join(f"Line {i} of some text, {i * i} and so on.\n" for i in range(200))
 SMALL = {"samples": 6, "length": 24, "window": 8}
+ELBOW = {**SMALL, "recipe": "elbow"}
+NEAR = {**SMALL, "recent": 4, "sinks": 1}
+
+
+def grams_of(model, windows):
+    statistics = GramStatistics(3, 6)
+    observe(model, windows, [statistics.add], batch_size=2)
+    return statistics.grams
 
 
 def same_heads(model, layer, twins):
@@ -33,7 +43,7 @@ def same_heads(model, layer, twins):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_gets_a_profile_it_can_run(family):
     model = tiny_model(family)
-    profile = calibrate(model, TOKENIZER, TEXT, **SMALL)
+    profile = calibrate(model, TOKENIZER, TEXT, **ELBOW)
     shape = describe(model)
     profile.check(shape)
     grouped = shape.kv_heads < shape.heads
@@ -52,7 +62,7 @@ def test_heads_that_are_the_same_are_merged(membership):
     """The layer's six heads are two triples of twins; calibration has to find that out."""
     model = tiny_model("llama")
     same_heads(model, 1, {2: 0, 4: 0, 3: 1, 5: 1})
-    profile = calibrate(model, TOKENIZER, TEXT, membership=membership, max_error=0.05, **SMALL)
+    profile = calibrate(model, TOKENIZER, TEXT, membership=membership, max_error=0.05, **ELBOW)
     assert profile.clusters[1] == 2
     assert profile.clusters[0] > 2
     assert profile.error_of(1) == pytest.approx(0, abs=1e-5)
@@ -66,9 +76,11 @@ def test_heads_that_are_the_same_are_merged(membership):
 def test_a_static_membership_is_that_of_the_whole_text(family, target):
     model = tiny_model(family)
     windows = torch.randint(3, 82, (5, 30))
-    profile = calibrate(model, TOKENIZER, windows, membership="static", clusters=3, length=30)
+    profile = calibrate(
+        model, TOKENIZER, windows, recipe="elbow", membership="static", clusters=3, length=30
+    )
     shape = describe(model)
-    grams = collect_grams(model, windows, 3, 6, batch_size=2)
+    grams = grams_of(model, windows)
     want = assign(grams, 3, shape.kv_heads, target)
     assert profile.representatives == tuple(map(tuple, want.tolist()))
     assert profile.clusters == (3, 3, 3)
@@ -77,8 +89,8 @@ def test_a_static_membership_is_that_of_the_whole_text(family, target):
 def test_the_error_curve_is_the_k_means_error():
     model = tiny_model("llama")
     windows = torch.randint(3, 82, (5, 30))
-    profile = calibrate(model, TOKENIZER, windows, length=30)
-    grams = collect_grams(model, windows, 3, 6, batch_size=2)
+    profile = calibrate(model, TOKENIZER, windows, length=30, recipe="elbow")
+    grams = grams_of(model, windows)
     whole = inertia(grams, torch.zeros(3, 6, dtype=torch.long))
     for k in range(1, 7):
         error = inertia(grams, assign(grams, k, 6)) / whole
@@ -90,7 +102,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
     files = []
     for number, seed in enumerate([5, 5, 6]):
         torch.manual_seed(number)
-        profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, seed=seed, **SMALL)
+        profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, seed=seed, **ELBOW)
         profile.save(tmp_path / f"{number}.json")
         files.append((tmp_path / f"{number}.json").read_bytes())
     assert files[0] == files[1]
@@ -98,13 +110,13 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
 
 
 def test_provenance_tells_how_it_was_found():
-    profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, source="a.txt", seed=9, **SMALL)
+    profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, source="a.txt", seed=9, **ELBOW)
     assert profile.model == {
         "architecture": "llama", "layers": 3, "heads": 6, "kv_heads": 6, "head_dim": 8
     }  # fmt: skip
     found = profile.provenance
     assert (found["text"], found["samples"], found["length"], found["seed"]) == ("a.txt", 6, 24, 9)
-    assert found["recipe"] == "default"
+    assert found["recipe"] == "elbow"
     assert found["method"] == "k-means, elbow"
 
 
@@ -120,31 +132,33 @@ def test_the_papers_recipe():
 def test_max_error_bounds_every_layer():
     model = tiny_model("llama")
     for bound in (0.5, 0.2, 0.0):
-        profile = calibrate(model, TOKENIZER, TEXT, max_error=bound, **SMALL)
+        profile = calibrate(model, TOKENIZER, TEXT, max_error=bound, **ELBOW)
         assert all(profile.error_of(layer) <= bound for layer in range(3))
 
 
 def test_given_counts_are_used():
     model = tiny_model("gemma2")
-    assert calibrate(model, TOKENIZER, TEXT, clusters=2, target="scores", **SMALL).clusters == (
+    assert calibrate(model, TOKENIZER, TEXT, clusters=2, target="scores", **ELBOW).clusters == (
         6,
         2,
         2,
     )
     assert calibrate(
-        model, TOKENIZER, TEXT, clusters=[6, 4, 1], target="scores", **SMALL
+        model, TOKENIZER, TEXT, clusters=[6, 4, 1], target="scores", **ELBOW
     ).clusters == (6, 4, 1)
 
 
 def test_fewer_windows_than_samples_are_all_used():
-    profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT[:100], samples=50, length=24)
+    profile = calibrate(
+        tiny_model("llama"), TOKENIZER, TEXT[:100], samples=50, length=24, recipe="elbow"
+    )
     assert profile.provenance["samples"] == 4
 
 
 def test_the_length_defaults_to_what_fits_the_model():
     model = tiny_model("llama")
     model.config.max_position_embeddings = 40
-    profile = calibrate(model, TOKENIZER, TEXT, samples=2)
+    profile = calibrate(model, TOKENIZER, TEXT, samples=2, recipe="elbow")
     assert profile.provenance["length"] == 40
 
 
@@ -152,7 +166,7 @@ def test_the_length_defaults_to_what_fits_the_model():
     ("family", "options", "message"),
     [
         ("llama", {"recipe": "mine"}, "unknown recipe 'mine'"),
-        ("llama", {"membership": "both"}, "online or static"),
+        ("llama", {"membership": "both"}, "unknown membership 'both'"),
         ("llama", {"target": "bytes"}, "unknown target 'bytes'"),
         ("llama", {"target": "k-bytes"}, "for grouped-query models"),
         ("llama", {"window": 0}, "window needs at least 1"),
@@ -169,7 +183,23 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama-grouped", {"clusters": 2}, "cannot have 2 clusters; possible: 3, 6"),
         ("gemma2", {"clusters": [3, 3, 3]}, "layer 0 cannot have 3 clusters; possible: 6"),
         ("llama", {"recipe": "paper", "membership": "static"}, "recipe paper"),
-        ("llama-grouped", {"recipe": "paper", "target": "k-bytes"}, "recipe paper"),
+        ("llama", {"recipe": "paper", "recent": 4}, "recipe paper"),
+        ("llama", {"recipe": "paper", "cost": "gradient"}, "recipe paper"),
+        ("llama", {"cost": "loss"}, "unknown cost 'loss'"),
+        ("llama", {"refit": "all"}, "unknown refit 'all'"),
+        ("llama", {"features": "keys"}, "unknown features 'keys'"),
+        ("llama", {"membership": "blend", "cost": "scores"}, "blend needs cost"),
+        ("llama", {"blend": 0.5}, "need membership blend"),
+        ("llama", {"recent": -1}, "numbers of tokens"),
+        ("llama", {"recent": 23, "sinks": 1}, "covers all 24"),
+        ("llama", {"recent": 0, "sinks": 4}, "sinks need a recent window"),
+        ("llama", {"max_loss": 0.1, "save": 0.1}, "max_loss and save contradict each other"),
+        ("llama", {"max_loss": 0}, "such as 0.01 for 1%"),
+        ("llama", {"save": 1.0}, "save is a share"),
+        ("llama", {"removed": 0.0}, "removed is a share"),
+        ("llama", {"save": 0.45, "recent": 4}, "save 45.0% is more than this model can"),
+        ("llama-grouped", {"save": 0.1, "target": "scores"}, "save needs target k-bytes"),
+        ("llama", {"samples": 2, "held_out": 3, "length": 250, "recent": 4}, "at least 6 windows"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(family, options, message):
@@ -180,7 +210,7 @@ def test_options_that_make_no_sense_are_refused(family, options, message):
 @pytest.mark.parametrize("texts", ["", "too short", [], ["a", "b"]])
 def test_too_little_text_is_refused(texts):
     with pytest.raises(CalibrationError, match="at least 24 tokens"):
-        calibrate(tiny_model("llama"), TOKENIZER, texts, **SMALL)
+        calibrate(tiny_model("llama"), TOKENIZER, texts, **NEAR)
 
 
 def test_one_kv_head_cannot_give_up_its_keys():
@@ -203,7 +233,7 @@ def test_a_model_with_clustered_heads_is_not_calibrated():
         enabled(model, ClusterProfile((2, 2, 2))),
         pytest.raises(UnsupportedModelError, match="disable"),
     ):
-        calibrate(model, TOKENIZER, TEXT, **SMALL)
+        calibrate(model, TOKENIZER, TEXT, **NEAR)
 
 
 def test_a_real_model_without_redundancy_keeps_most_heads(shared):
@@ -214,7 +244,9 @@ def test_a_real_model_without_redundancy_keeps_most_heads(shared):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = (shared / "data" / "wikitext-2" / "calibration.txt").read_text()[:40_000]
-    profile = calibrate(model, tokenizer, text, samples=4, length=128, max_error=0.1)
+    profile = calibrate(
+        model, tokenizer, text, samples=4, length=128, recipe="elbow", max_error=0.1
+    )
     profile.check(describe(model))
     assert profile.target == "scores"
     assert sum(profile.clusters) > 0.7 * 14 * 16
@@ -222,3 +254,84 @@ def test_a_real_model_without_redundancy_keeps_most_heads(shared):
         assert curve == tuple(sorted(curve, reverse=True))
         assert curve[0] == 1
         assert curve[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_default_keeps_its_promise_on_the_windows_it_was_measured_on():
+    model = tiny_model("llama")
+    windows = torch.randint(3, 82, (30, 24))
+    held = torch.randint(3, 82, (12, 24))
+    profile = calibrate(
+        model, TOKENIZER, windows, length=24, held_out=held, max_loss=0.2, recent=4, sinks=1
+    )
+    assert (profile.membership, profile.recent, profile.sinks) == ("static", 4, 1)
+    baseline = token_loss(model, held)
+    with enabled(model, profile):
+        rise = paired_rise(baseline, token_loss(model, held))
+    promise = profile.promise
+    assert promise["rise"] == pytest.approx(rise.rise, abs=1e-5)
+    assert promise["standard_error"] == pytest.approx(rise.standard_error, abs=1e-5)
+    assert rise.rise + 1.6 * rise.standard_error <= 0.2
+    assert promise["windows"] == 12
+    assert promise["saved"] == pytest.approx(profile.saved(describe(model), 24), abs=1e-6)
+
+
+def test_a_loss_that_cannot_be_kept_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match="cannot be met: already the cheapest of all heads"):
+        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, **NEAR)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-grouped", "gemma2"])
+@pytest.mark.parametrize("share", [0.1, 0.15])
+def test_the_bytes_asked_for_are_saved(family, share):
+    model = tiny_model(family)
+    shape = describe(model)
+    profile = calibrate(model, TOKENIZER, TEXT, save=share, **NEAR)
+    full, kept = profile.bytes_per_token(shape, 2)
+    saved = 1 - kept / full
+    one_more = 1 / (2 * shape.layers * shape.kv_heads)
+    assert share <= saved + 1e-9
+    assert saved < share + one_more + 1e-9
+
+
+def test_a_blended_membership_carries_its_costs():
+    model = tiny_model("llama")
+    profile = calibrate(
+        model,
+        TOKENIZER,
+        TEXT,
+        membership="blend",
+        blend=0.5,
+        features="value",
+        removed=0.3,
+        **NEAR,
+    )
+    assert profile.blend == 0.5
+    costs = torch.tensor(profile.costs)
+    assert costs.shape == (3, 6, 6)
+    assert (costs.diagonal(dim1=1, dim2=2) == 0).all()
+    assert sum(profile.clusters) == 18 - 6
+    with enabled(model, profile), torch.no_grad():
+        model(torch.ones(1, 12, dtype=torch.long))
+
+
+def test_a_store_is_used_again_for_the_same_text_only(monkeypatch):
+    model = tiny_model("llama")
+    windows = torch.randint(3, 82, (6, 24))
+    store = EvidenceStore(model, windows)
+    options = {"length": 24, "recent": 4, "removed": 0.3, "store": store}
+    first = calibrate(model, TOKENIZER, windows, **options)
+    runs = []
+    hook = model.register_forward_pre_hook(lambda *args: runs.append(1))
+    base = model.base_model.register_forward_pre_hook(lambda *args: runs.append(1))
+    assert calibrate(model, TOKENIZER, windows, **options) == first
+    assert not runs
+    calibrate(model, TOKENIZER, windows.flip(0), **options)
+    assert runs
+    hook.remove()
+    base.remove()
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="no option maxloss"):
+        calibrate(tiny_model("llama"), TOKENIZER, TEXT, maxloss=0.1)

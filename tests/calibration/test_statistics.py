@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from chai_attention.calibration import statistics
-from chai_attention.calibration.statistics import collect_grams, cosine_similarity
+from chai_attention.calibration import pairs
+from chai_attention.calibration.statistics import GramStatistics, cosine_similarity, observe
+from chai_attention.integrations.transformers.capture import AttentionCall
 from tiny_models import CONFIGS, tiny_model
 
 FAMILIES = sorted(CONFIGS)
+
+
+def collect_grams(model, windows, layers, heads, *, batch_size, progress=None):
+    statistics = GramStatistics(layers, heads)
+    observe(model, windows, [statistics.add], batch_size=batch_size, progress=progress)
+    return statistics.grams
 
 
 def some_windows(count=5, length=20):
@@ -49,7 +56,7 @@ def test_equals_the_models_own_attention_weights(family):
 def test_the_size_of_blocks_changes_nothing(rows, monkeypatch):
     model = tiny_model("llama-grouped")
     want = eager_grams(model, some_windows())
-    monkeypatch.setattr(statistics, "QUERY_ROWS", rows)
+    monkeypatch.setattr(pairs, "ROWS", rows)
     got = collect_grams(model, some_windows(), 3, 6, batch_size=5)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
@@ -82,7 +89,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_stays_in_training()
 
 
 def test_no_map_of_a_whole_sequence_ever_exists():
-    """The largest tensor made has QUERY_ROWS rows, however long the text."""
+    """The largest tensor made has ROWS rows, however long the text."""
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -94,10 +101,10 @@ def test_no_map_of_a_whole_sequence_ever_exists():
             return out
 
     query = torch.randn(1, 2, 2048, 8)
-    record = statistics.GramStatistics(1, 2)
+    record = GramStatistics(1, 2)
     with Watch():
-        record.add(0, query, query, 1.0, None)
-    assert largest == 2 * statistics.QUERY_ROWS * 2048
+        record.add(AttentionCall(0, query, query, query, 1.0, None))
+    assert largest == 2 * pairs.ROWS * 2048
 
 
 def test_cosine_similarity():

@@ -9,15 +9,18 @@ import torch
 
 from chai_attention.profile import ClusterProfile
 
-SMALL = ("--samples", 4, "--length", 24)
+SMALL = ("--samples", 6, "--length", 24)
+NEAR = (*SMALL, "--recent", 4, "--max-loss", "50%")
 
 
 def test_calibrate_writes_a_profile_and_a_table(chai, tmp_path):
     out = tmp_path / "p.json"
-    code, text, _ = chai("calibrate", "llama", "--out", out, "--text", "text.txt", *SMALL)
+    code, text, _ = chai("calibrate", "llama", "--out", out, "--text", "text.txt", *NEAR)
     assert code == 0
     profile = ClusterProfile.load(out)
     assert profile.provenance["text"] == "text.txt"
+    assert profile.promise["max_loss"] == 0.5
+    assert "held-out windows" in text
     full, kept = 2 * 3 * 6 * 8 * 4, (sum(profile.clusters) + 18) * 8 * 4
     assert f"{full:,} bytes per token, {kept:,} with clusters" in text
     assert str(out) in text.replace("\n", "")
@@ -29,6 +32,7 @@ def test_all_options_reach_the_calibration(chai, tmp_path):
     out = tmp_path / "p.json"
     code, text, _ = chai(
         "calibrate", "llama-grouped", "--out", out, "--text", "rows.jsonl", *SMALL, "--window", 7,
+        "--recent", 4, "--cost", "value",
         "--clusters", "3,6,1", "--membership", "static", "--target", "scores", "--seed", 11,
         "--dtype", "bfloat16", "--device", "cpu",
     )  # fmt: skip
@@ -36,13 +40,16 @@ def test_all_options_reach_the_calibration(chai, tmp_path):
     profile = ClusterProfile.load(out)
     assert profile.clusters == (3, 6, 1)
     assert (profile.window, profile.membership, profile.target) == (7, "static", "scores")
-    assert (profile.provenance["seed"], profile.provenance["samples"]) == (11, 4)
+    assert (profile.provenance["seed"], profile.provenance["samples"]) == (11, 6)
     shape_bytes = 2 * 3 * 2 * 8 * 2  # bfloat16
     assert f"{shape_bytes:,} bytes per token" in text
 
 
 def test_the_papers_recipe_and_the_bound(chai, tmp_path):
-    for name, options in {"paper": ("--recipe", "paper"), "bound": ("--max-error", 0)}.items():
+    for name, options in {
+        "paper": ("--recipe", "paper"),
+        "bound": ("--max-error", 0, "--recipe", "elbow"),
+    }.items():
         code, *_ = chai(
             "calibrate", "llama", "--out", tmp_path / name, "--text", "text.txt", *SMALL, *options
         )
@@ -54,7 +61,7 @@ def test_the_papers_recipe_and_the_bound(chai, tmp_path):
 def test_a_model_can_write_its_own_text_and_the_file_repeats(chai, tmp_path):
     for name in ("a", "b"):
         torch.manual_seed(len(tmp_path.name) + ord(name))
-        code, *_ = chai("calibrate", "llama", "--out", tmp_path / name, "--text", "self", *SMALL)
+        code, *_ = chai("calibrate", "llama", "--out", tmp_path / name, "--text", "self", *NEAR)
         assert code == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert ClusterProfile.load(tmp_path / "a").provenance["text"] == "self"
@@ -81,7 +88,7 @@ def test_inspect_a_published_schedule(chai, name, saved):
 
 
 def test_inspect_plots(chai, tmp_path):
-    chai("calibrate", "llama", "--out", tmp_path / "p.json", "--text", "text.txt", *SMALL)
+    chai("calibrate", "llama", "--out", tmp_path / "p.json", "--text", "text.txt", *NEAR)
     code, text, _ = chai("inspect", tmp_path / "p.json", "--plot", tmp_path / "plots")
     assert code == 0
     assert (tmp_path / "plots" / "elbow.png").exists()
@@ -116,7 +123,7 @@ CALIBRATE = ("calibrate", "llama", *OUT, *TEXT_FILE)
         ((*CALIBRATE, "--clusters", "some"), "--clusters is elbow"),
         ((*CALIBRATE, "--clusters", "9"), "cannot have 9 clusters"),
         ((*CALIBRATE, "--clusters", "2,2"), "2 numbers of clusters for 3 layers"),
-        ((*CALIBRATE, "--membership", "both"), "online or static"),
+        ((*CALIBRATE, "--membership", "both"), "unknown membership"),
         ((*CALIBRATE, "--target", "k-bytes"), "grouped-query"),
         ((*CALIBRATE, "--max-error", "2"), "not 2.0"),
         ((*CALIBRATE, "--recipe", "mine"), "unknown recipe"),
@@ -156,7 +163,7 @@ def test_a_full_disk_leaves_the_old_profile(chai, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        code, _, err = chai("calibrate", "llama", "--out", out, *TEXT_FILE, *SMALL)
+        code, _, err = chai("calibrate", "llama", "--out", out, *TEXT_FILE, *NEAR)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2

@@ -1,27 +1,30 @@
-"""`calibrate`: from a model and text to a `ClusterProfile` (CHAI, section 3.2)."""
+"""`calibrate`: from a model and text to a `ClusterProfile` (CHAI, section 3.2, and beyond)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.statistics import collect_grams, cosine_similarity
+from chai_attention.calibration.budget import largest_within
+from chai_attention.calibration.candidates import Candidates, units_name
+from chai_attention.calibration.evidence import EvidenceStore, Progress, quiet
+from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.texts import windows_of
-from chai_attention.clustering.assign import K_BYTES, SCORES, TARGETS, assign
-from chai_attention.clustering.elbow import cluster_counts, elbow, error_curve
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape, describe
-from chai_attention.profile import DEFAULT_WINDOW, ONLINE, STATIC, ClusterProfile
+from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
+from chai_attention.integrations.transformers.enable import enabled
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.profile import ClusterProfile
 
-PAPER_WINDOW = 5
 DEFAULT_LENGTH = 256
-RECIPES = ("default", "paper")
-# the bare elbow removes far too much where heads have little in common (docs/decisions.md)
-DEFAULT_MAX_ERROR = {SCORES: 0.1, K_BYTES: 0.3}
+DEFAULT_SAMPLES = {False: 1024, True: 256}  # a backward pass costs three forwards
+HELD_OUT = 64  # windows on which a loss is measured
 
 
 def calibrate(
@@ -29,104 +32,180 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str] | Tensor,
     *,
-    samples: int = 1024,
+    samples: int | None = None,
     length: int | None = None,
-    window: int | None = None,
-    clusters: str | int | Sequence[int] = "elbow",
-    membership: str = ONLINE,
-    target: str | None = None,
-    max_error: float | None = None,
-    recipe: str = "default",
+    held_out: Tensor | int = HELD_OUT,
     seed: int = 0,
     batch_size: int = 8,
     source: str = "given text",
-    progress: Callable[[int, int], None] | None = None,
+    store: EvidenceStore | None = None,
+    progress: Progress = quiet,
+    **settings: Any,
 ) -> ClusterProfile:
-    """Find how many clusters of heads each layer needs.
+    """Find which heads of each layer can share their scores.
 
-    The features of a head are its causal attention probabilities over sample text; k-means error
-    for every number of clusters, and the elbow of that curve, choose k per layer.
+    By default: the smallest K,V cache whose perplexity rise on held-out text is at most 1%. What
+    merging heads costs is found by one backward pass per window of text, a dynamic program deals
+    the removals out to the layers, and the loss of what it chose is measured.
 
     Args:
         model: a supported causal language model.
         tokenizer: its tokenizer.
         texts: sample text, documents, or ready windows of tokens ``[N, S]`` int64.
-        samples: windows of text to use.
+        samples: windows of text to use; None for 256 with gradient costs, else 1024.
         length: tokens per window; None for 256, or the model's maximum if that is less.
-        window: tokens whose scores decide an online membership; None for 32 (paper: 5).
-        clusters: "elbow", one number for all layers, or one per layer.
-        membership: "online" or "static"; static takes the membership found on the sample text.
-        target: "scores" or "k-bytes" (see `ClusterProfile`); None for k-bytes in grouped-query
-            models with several K/V heads, else scores.
-        max_error: with the elbow, never choose fewer clusters than needed for a relative
-            clustering error of at most this, 0 to 1; 1 is no bound. None for 0.1 with
-            "scores", 0.3 with "k-bytes", 1 with recipe "paper".
-        recipe: "paper" is k-means on score maps, elbow counts, online membership from 5 tokens.
+        held_out: windows ``[N, S]`` on which loss is measured, or how many of the text's windows
+            to keep back for that (at most a third). Without a loss to measure none are kept back.
         seed: which windows of the text are used.
         batch_size: windows per forward.
         source: what to call the text in the profile.
-        progress: called with (windows done, windows in all).
+        store: evidence of earlier calibrations of this model on the same windows, to be used again
+            and added to; one of other windows is left alone.
+        progress: called with (what is going on, windows done, windows in all).
+        settings: fields of `Settings`: recipe, cost, membership, target, window, recent, sinks,
+            refit, a budget (max_loss, save, removed, clusters or max_error), ...
 
     Returns:
         A profile with error curves and head similarities; the same arguments give the same one.
 
     Raises:
-        CalibrationError: options that contradict each other, or too little text.
+        CalibrationError: options that contradict each other, too little text, or a budget that
+            cannot be met.
         UnsupportedModelError: the model cannot be clustered.
     """
     shape = describe(model)
-    target, window, membership = _options(shape, recipe, target, window, membership)
-    if max_error is None:
-        max_error = 1.0 if recipe == "paper" else DEFAULT_MAX_ERROR[target]
-    if not 0 <= max_error <= 1:
+    unknown = sorted(set(settings) - {field.name for field in fields(Settings)})
+    if unknown:
+        raise TypeError(f"calibrate() has no option {', '.join(unknown)}")
+    chosen = Settings(**settings).resolve(shape)
+    wanted = chosen.given_clusters(shape)
+    if samples is None:
+        samples = DEFAULT_SAMPLES[chosen.differentiated]
+    if samples < 1:
+        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
+    measured = chosen.max_loss is not None or chosen.refit != "none"
+    extra = held_out if measured and isinstance(held_out, int) else 0
+    length = window_length(model, length)
+    if chosen.recent and chosen.recent + (chosen.sinks or 0) >= length:
         raise CalibrationError(
-            f"max_error is a share of the error at k = 1, 0 to 1, not {max_error}"
+            f"a recent window of {chosen.recent} + {chosen.sinks} tokens covers all {length} of a "
+            "window of text: take a larger length, or a smaller recent (0 for none)"
         )
-    counts = cluster_counts(shape.heads, shape.kv_heads, target)
-    wanted = _wanted(clusters, shape, counts)
-    windows = windows_of(texts, tokenizer, samples, window_length(model, length), seed)
-    grams = collect_grams(
-        model, windows, shape.layers, shape.heads, batch_size=batch_size, progress=progress
-    )
+    windows = windows_of(texts, tokenizer, samples + extra, length, seed)
+    check = held_out if isinstance(held_out, Tensor) else None
+    if measured and check is None:
+        windows, check = _keep_back(windows, extra)
+    if store is None or not _serves(store, model, windows):
+        store = EvidenceStore(model, windows, batch_size)
+    evidence = store.get(chosen, progress)
+    provenance = _provenance(chosen, source, windows, seed)
+    candidates = Candidates(shape, chosen, evidence, provenance)
+    finish = _Finish(model, chosen, windows, check, batch_size, progress)
+    if wanted is not None:
+        return finish(candidates.profile(wanted))
+    if chosen.clusters == "elbow":
+        assert chosen.max_error is not None
+        return finish(candidates.at_elbow(chosen.max_error))
+    if chosen.save is not None:
+        units = candidates.units_to_save(chosen.save)
+        if units == candidates.most < 2 * chosen.save * candidates.units:
+            most = candidates.remove(units).saved(shape, 10**9)
+            raise CalibrationError(
+                f"save {chosen.save:.1%} is more than this model can: K of all but one head a "
+                f"layer is {most:.1%} of its K,V bytes"
+            )
+        return finish(candidates.remove(units))
+    if chosen.removed is not None:
+        return finish(candidates.remove(candidates.units_for(chosen.removed)))
+    return finish.within_loss(candidates)
 
-    curves = [error_curve(gram, shape.kv_heads, target) for gram in grams]
-    chosen = [
-        shape.heads
-        if not free
-        else (elbow(counts, curve, max_error) if wanted is None else wanted[layer])
-        for layer, (free, curve) in enumerate(zip(shape.clusterable, curves, strict=True))
-    ]
-    representatives = None
-    if membership == STATIC:
-        representatives = tuple(
-            tuple(assign(gram[None], k, shape.kv_heads, target)[0].tolist())
-            for gram, k in zip(grams, chosen, strict=True)
+
+class _Finish:
+    """Refits and measures profiles, on the windows kept back for that."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: Settings,
+        windows: Tensor,
+        check: Tensor | None,
+        batch_size: int,
+        progress: Progress,
+    ):
+        self.model = model
+        self.settings = settings
+        self.windows = windows
+        self.check = check
+        self.batch_size = batch_size
+        self.progress = progress
+        self._baseline: Loss | None = None
+
+    def __call__(self, profile: ClusterProfile) -> ClusterProfile:
+        """Refit the output weights if that was asked for."""
+        if self.settings.refit == "none" or self.settings.refit is None:
+            return profile
+        from chai_attention.calibration.refit import refit
+
+        return refit(
+            self.model,
+            profile,
+            self.windows,
+            kind=self.settings.refit,
+            held_out=self.check,
+            batch_size=self.batch_size,
+            progress=lambda done, total: self.progress("refitting", done, total),
         )
-    similarity = cosine_similarity(grams)
-    return ClusterProfile(
-        clusters=tuple(chosen),
-        membership=membership,
-        window=window,
-        target=target,
-        representatives=representatives,
-        model=_identity(shape),
-        provenance={
-            "recipe": recipe,
-            "method": ("k-means" if target == SCORES else "best K/V heads")
-            + (", elbow" if wanted is None else ", given counts"),
-            "features": "causal attention probabilities",
-            "max_error": max_error if wanted is None else None,
-            "text": source,
-            "samples": windows.shape[0],
-            "length": windows.shape[1],
-            "seed": seed,
-            "chai_attention": version("chai-attention"),
-        },
-        error=tuple(tuple(round(e, 6) for e in curve) for curve in curves),
-        similarity=tuple(
-            tuple(tuple(round(s, 3) for s in row) for row in layer) for layer in similarity.tolist()
-        ),
-    )
+
+    def rise_of(self, profile: ClusterProfile, what: str) -> PairedRise:
+        """Measure the perplexity rise on held-out text."""
+        if self._baseline is None:
+            self._baseline = self._loss("perplexity of the model")
+        with enabled(self.model, profile):
+            return paired_rise(self._baseline, self._loss(what))
+
+    def _loss(self, what: str) -> Loss:
+        assert self.check is not None
+        return token_loss(
+            self.model,
+            self.check,
+            batch_size=self.batch_size,
+            progress=lambda done, total: self.progress(what, done, total),
+        )
+
+    def within_loss(self, candidates: Candidates) -> ClusterProfile:
+        """Return the profile that removes most within the loss asked for."""
+        max_loss = self.settings.max_loss
+        assert max_loss is not None
+        assert self.check is not None
+        profiles: dict[int, ClusterProfile] = {}
+        unit = units_name(candidates.target)
+
+        def measure(units: int) -> PairedRise:
+            profiles[units] = self(candidates.remove(units))
+            return self.rise_of(profiles[units], f"perplexity without {units} {unit}")
+
+        kept = largest_within(measure, candidates.most, max_loss, candidates.units // 20)
+        if kept.units == 0:
+            raise CalibrationError(
+                f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
+                f"{kept.rise} perplexity on {len(self.check)} held-out windows. Ask for more, or "
+                "measure on more text (the standard error counts 1.6 times)"
+            )
+        profile = profiles[kept.units]
+        shape, length = candidates.shape, self.check.shape[1]
+        return replace(
+            profile,
+            promise={
+                "max_loss": max_loss,
+                "rise": round(kept.rise.rise, 6),
+                "standard_error": round(kept.rise.standard_error, 6),
+                "windows": len(self.check),
+                "length": length,
+                "saved": round(profile.saved(shape, length), 6),
+                "saved_per_token": round(profile.saved(shape, 10**9), 6),
+                "profiles_tried": kept.tried,
+            },
+        )
 
 
 def window_length(model: PreTrainedModel, length: int | None = None) -> int:
@@ -144,63 +223,45 @@ def window_length(model: PreTrainedModel, length: int | None = None) -> int:
     return length
 
 
-def _options(
-    shape: ModelShape, recipe: str, target: str | None, window: int | None, membership: str
-) -> tuple[str, int, str]:
-    """Fill in what depends on the model and the recipe; refuse contradictions."""
-    if recipe not in RECIPES:
-        raise CalibrationError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-    if not any(shape.clusterable):
-        raise CalibrationError(
-            "every layer of this model is a sliding-window layer: there is nothing to cluster"
-        )
-    if membership not in (ONLINE, STATIC):
-        raise CalibrationError(f"membership is online or static, not {membership!r}")
-    if recipe == "paper":
-        if membership != ONLINE or target == K_BYTES:
-            raise CalibrationError(
-                "recipe paper is an online membership on scores: leave out the other options"
-            )
-        target = SCORES
-        window = PAPER_WINDOW if window is None else window
-    if target is None:
-        target = K_BYTES if 1 < shape.kv_heads < shape.heads else SCORES
-    if target not in TARGETS:
-        raise CalibrationError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
-    if target == K_BYTES and shape.kv_heads == 1:
-        raise CalibrationError(
-            "target k-bytes drops whole K/V heads, and this model has one per layer: use scores"
-        )
-    if target == K_BYTES and shape.kv_heads == shape.heads:
-        raise CalibrationError("target k-bytes is for grouped-query models: use scores")
-    window = DEFAULT_WINDOW if window is None else window
-    if window < 1:
-        raise CalibrationError(f"the probe window needs at least 1 token, not {window}")
-    return target, window, membership
+def _serves(store: EvidenceStore, model: PreTrainedModel, windows: Tensor) -> bool:
+    """Whether the store is about this model and text."""
+    return store.model is model and torch.equal(store.windows, windows)
 
 
-def _wanted(
-    clusters: str | int | Sequence[int], shape: ModelShape, counts: list[int]
-) -> list[int] | None:
-    """Given counts as one per layer; None for the elbow."""
-    if clusters == "elbow":
-        return None
-    if isinstance(clusters, str):
-        raise CalibrationError(f"clusters is 'elbow', a number or one per layer, not {clusters!r}")
-    if isinstance(clusters, int):
-        wanted = [clusters if free else shape.heads for free in shape.clusterable]
+def _keep_back(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Split evenly spread windows off for measuring: at most a third of all."""
+    count = min(count, len(windows) // 3)
+    if count < 2:
+        raise CalibrationError(
+            f"measuring a loss needs at least 6 windows of text, this is enough for "
+            f"{len(windows)}: give more text or a shorter length"
+        )
+    back = {round((i + 0.5) * len(windows) / count - 0.5) for i in range(count)}
+    rest = [i for i in range(len(windows)) if i not in back]
+    return windows[rest], windows[sorted(back)]
+
+
+def _provenance(settings: Settings, source: str, windows: Tensor, seed: int) -> dict[str, Any]:
+    """What a profile remembers of its making."""
+    if settings.cost == "scores":
+        method = "k-means" if settings.target == "scores" else "best K/V heads"
+        features = "causal attention probabilities"
     else:
-        wanted = list(clusters)
-    if len(wanted) != shape.layers:
-        raise CalibrationError(f"{len(wanted)} numbers of clusters for {shape.layers} layers")
-    for layer, (k, free) in enumerate(zip(wanted, shape.clusterable, strict=True)):
-        if k not in (counts if free else counts[-1:]):
-            allowed = ", ".join(map(str, counts if free else counts[-1:]))
-            raise CalibrationError(f"layer {layer} cannot have {k} clusters; possible: {allowed}")
-    return wanted
-
-
-def _identity(shape: ModelShape) -> dict[str, Any]:
-    """What a profile remembers of its model."""
-    names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
-    return {name: getattr(shape, name) for name in names}
+        method, features = "k-medoids", f"{settings.cost} costs"
+    elbow = settings.clusters == "elbow"
+    chosen = "elbow" if elbow else "given counts" if settings.clusters is not None else "budget"
+    found = {
+        "recipe": settings.recipe,
+        "method": f"{method}, {chosen}",
+        "features": features,
+        "cost": settings.cost,
+        "max_error": settings.max_error if elbow else None,
+        "save": settings.save,
+        "removed": settings.removed,
+        "text": source,
+        "samples": windows.shape[0],
+        "length": windows.shape[1],
+        "seed": seed,
+        "chai_attention": version("chai-attention"),
+    }
+    return {name: value for name, value in found.items() if value is not None}

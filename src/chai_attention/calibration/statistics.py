@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.integrations.transformers.capture import capture
-
-QUERY_ROWS = 256  # rows of the maps that exist at a time
+from chai_attention.calibration.pairs import maps_of
+from chai_attention.integrations.transformers.capture import AttentionCall, Callback, capture
 
 
 class GramStatistics:
@@ -22,54 +22,52 @@ class GramStatistics:
 
     def __init__(self, layers: int, heads: int):
         self.grams = torch.zeros(layers, heads, heads, dtype=torch.float64)
-        self.sequences = 0
 
-    def add(
-        self, layer: int, query: Tensor, key: Tensor, scale: float, softcap: float | None
-    ) -> None:
-        """Add the causal maps of ``query [B, H, S, D]`` and ``key [B, G, S, D]``."""
-        batch, heads, size, _ = query.shape
-        keys = key.float().repeat_interleave(heads // key.shape[1], dim=1)
-        position = torch.arange(size, device=query.device)
-        for start in range(0, size, QUERY_ROWS):
-            rows = slice(start, min(start + QUERY_ROWS, size))
-            scores = query[:, :, rows].float() @ keys[:, :, : rows.stop].mT * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            future = position[: rows.stop] > position[rows, None]
-            maps = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-            maps = maps.view(batch, heads, -1)
-            self.grams[layer] += (maps @ maps.mT).sum(0).double().cpu()
+    def add(self, call: AttentionCall, out: Tensor | None = None) -> None:
+        """Add the causal maps of a layer's queries and keys; the output is not needed."""
+        for query, key in zip(call.query, call.key, strict=True):
+            for maps in maps_of(query, key, call.scale, call.softcap):
+                features = maps.near.flatten(1)  # [H, R * S]
+                self.grams[call.layer] += (features @ features.T).double().cpu()
 
 
 @torch.no_grad()
-def collect_grams(
+def observe(
     model: PreTrainedModel,
     windows: Tensor,
-    layers: int,
-    heads: int,
+    watchers: Sequence[Callback],
     *,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Run ``windows [N, S]`` of tokens through the model; return ``[layers, H, H]`` float64.
+) -> None:
+    """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
     ``progress`` is called with (sequences done, sequences in all).
     """
-    statistics = GramStatistics(layers, heads)
+
+    def show(call: AttentionCall, out: Tensor) -> None:
+        for watcher in watchers:
+            watcher(call, out)
+
     decoder = model.base_model  # the vocabulary's logits are not needed
+    with evaluating(model), capture(model, show):
+        done = 0
+        for batch in windows.split(batch_size):
+            decoder(batch.to(model.device), use_cache=False)
+            done += batch.shape[0]
+            if progress is not None:
+                progress(done, windows.shape[0])
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, which would make every run a different one."""
     training = model.training
-    model.eval()  # dropout would make every run a different one
+    model.eval()
     try:
-        with capture(model, statistics.add):
-            for batch in windows.split(batch_size):
-                decoder(batch.to(model.device), use_cache=False)
-                statistics.sequences += batch.shape[0]
-                if progress is not None:
-                    progress(statistics.sequences, windows.shape[0])
+        yield
     finally:
         model.train(training)
-    return statistics.grams
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:

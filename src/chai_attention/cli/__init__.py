@@ -10,6 +10,7 @@ import typer
 
 from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
+from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
 from chai_attention.errors import ChaiError
@@ -24,6 +25,7 @@ app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
+app.command("frontier")(frontier_command)
 
 
 # typer brings its own copy of click from 0.20 on; this is ClickException of whichever it uses

@@ -9,93 +9,205 @@ import typer
 
 from chai_attention.cli import options
 
+_BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
+
 
 def calibrate_command(
     model: options.Model,
     out: Annotated[Path, typer.Option(help="Write the profile here (JSON).")],
     text: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             help="Sample text: a text file, a .jsonl, a data set of the hub (name or name:config), "
-            "or self: the model writes it."
+            "or self: the model writes it. Again for a mixture, with weights if you like: "
+            "--text a.txt:0.7 --text b.jsonl:0.3. [default: self]",
+            rich_help_panel=_DATA,
         ),
-    ] = "self",
-    samples: Annotated[int, typer.Option(help="Windows of text to use; fewer are faster.")] = 1024,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens per window. [default: 256, or the model's maximum]")
     ] = None,
-    window: Annotated[
+    samples: Annotated[
         int | None,
-        typer.Option(help="First tokens that decide an online membership. [default: 32; paper: 5]"),
+        typer.Option(
+            help="Windows of text to use. [default: 256 with cost gradient, else 1024]",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
-    clusters: Annotated[
-        str, typer.Option(help="elbow, one number for all layers, or a list: 32,32,4.")
-    ] = "elbow",
-    membership: Annotated[
-        str, typer.Option(help="online: cluster each request; static: one map for all.")
-    ] = "online",
-    target: Annotated[
+    held_out: Annotated[
+        int,
+        typer.Option(help="Further windows, to measure the loss on.", min=2, rich_help_panel=_DATA),
+    ] = 64,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window. [default: 256, or the model's maximum]", rich_help_panel=_DATA
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Which windows of the text are used.", rich_help_panel=_DATA)
+    ] = 0,
+    max_loss: Annotated[
         str | None,
         typer.Option(
-            help="scores or k-bytes (grouped-query models: choose the K/V heads that keep K). "
-            "[default: k-bytes for grouped-query models]"
+            help="Perplexity rise on held-out text that may not be exceeded, such as 1%. "
+            "[default: 1% with recipe default]",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    save: Annotated[
+        str | None,
+        typer.Option(help="K,V bytes per token to save, such as 20%.", rich_help_panel=_BUDGET),
+    ] = None,
+    removed: Annotated[
+        str | None,
+        typer.Option(
+            help="Heads (or K/V heads, with target k-bytes) to remove, such as 25%.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    clusters: Annotated[
+        str | None,
+        typer.Option(
+            help="elbow, one number for all layers, or a list: 32,32,4.", rich_help_panel=_BUDGET
         ),
     ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
             help="With the elbow: bound on the relative clustering error, 0 to 1. "
-            "[default: 0.1 for scores, 0.3 for k-bytes; paper: 1]"
+            "[default: 0.1 for scores, 0.3 for k-bytes; paper: 1]",
+            rich_help_panel=_BUDGET,
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="default, or paper: as in CHAI.")] = "default",
-    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="default: gradient costs, static membership, exact recent window; elbow: k-means "
+            "on attention maps; paper: as in CHAI.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = "default",
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="What merging heads is judged by: scores, value or gradient.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    membership: Annotated[
+        str | None,
+        typer.Option(
+            help="static: one map for all requests; online: cluster each request; blend: both.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="scores or k-bytes (grouped-query models: choose the K/V heads that keep K). "
+            "[default: k-bytes for grouped-query models]",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    recent: Annotated[
+        int | None,
+        typer.Option(
+            help="Last tokens that every head attends to with its own scores; 0 for none. "
+            "[default: 32 with recipe default, else 0]",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            help="First tokens that it does. [default: 4 with a recent window]",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="Refit the output weights to what is left: none, output or bias.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that decide an online membership. [default: 32; paper: 5]",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    probe_from: Annotated[
+        str,
+        typer.Option(
+            help="Where these tokens begin: start, or content (after the chat template).",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = "start",
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the static cost in a blended membership. [default: 1]",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="What a blended membership compares of these tokens: scores or value.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Find how many clusters of heads each layer of MODEL needs."""
-    from chai_attention.calibration import calibrate, load_texts, self_text
-    from chai_attention.calibration.calibrate import DEFAULT_LENGTH, window_length
+    """Find which heads of MODEL can share their scores, at a loss you choose."""
+    from chai_attention.calibration.request import TextRequest, calibrate_on
+    from chai_attention.calibration.settings import Settings
+    from chai_attention.calibration.sources import parse_sources
     from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
-    from chai_attention.cli.tables import profile_table, summary_line
+    from chai_attention.cli.tables import profile_table, promise_line, summary_line
     from chai_attention.errors import ProfileError
     from chai_attention.integrations.transformers.support import describe
 
     if not out.parent.is_dir():
         raise ProfileError(f"cannot write {out}: no folder {out.parent}")
-    counts = _counts(clusters)
-    # a missing file should not wait for the model to load
-    texts = (
-        None if text == "self" else load_texts(text, tokens=samples * (length or DEFAULT_LENGTH))
+    settings = Settings(
+        recipe=recipe,
+        cost=cost,
+        membership=membership,
+        target=target,
+        window=window,
+        features=features,
+        blend=blend,
+        recent=recent,
+        sinks=sinks,
+        refit=refit,
+        clusters=None if clusters is None else _counts(clusters),
+        max_error=max_error,
+        max_loss=options.share("--max-loss", max_loss),
+        save=options.share("--save", save),
+        removed=options.share("--removed", removed),
     )
+    sources = parse_sources(text or ["self"])
+    request = TextRequest(sources, samples, held_out, length, seed, probe_from)
+    request.check()  # a missing file should not wait for the model to load
     loaded, tokenizer = load_model(model, dtype, device)
-    shape = describe(loaded)
-    length = window_length(loaded, length)
-    with progress_bar("calibrating") as progress:
-        if texts is None:
-            progress.describe("writing sample text")
-            written = self_text(loaded, samples, length, seed=seed, progress=progress)
-            progress.describe("calibrating")
-        profile = calibrate(
-            loaded,
-            tokenizer,
-            written if texts is None else texts,
-            samples=samples,
-            length=length,
-            window=window,
-            clusters=counts,
-            membership=membership,
-            target=target,
-            max_error=max_error,
-            recipe=recipe,
-            seed=seed,
-            source=Path(text).name if Path(text).is_file() else text,
-            progress=progress,
-        )
+    with progress_bar("calibrating") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.describe(what)
+            bar(done, total)
+
+        profile, warning = calibrate_on(loaded, tokenizer, request, settings, progress)
     profile.save(out)
+    shape = describe(loaded)
     typer.echo(profile_table(profile, shape))
     typer.echo(summary_line(profile, shape, loaded.dtype.itemsize))
+    if profile.promise is not None:
+        typer.echo(promise_line(profile))
+    if warning is not None:
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"profile written to {out}")
 
 

@@ -23,6 +23,9 @@ def demo_command(
         "Explain in a few sentences why the sky is blue during the day and red at sunset."
     ),
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=2)] = 96,
+    save: Annotated[
+        str, typer.Option(help="K,V bytes per token to save; the loss is measured.")
+    ] = "10%",
     out: Annotated[Path, typer.Option(help="Folder for the profile and the plots.")] = Path(
         "demo-output"
     ),
@@ -59,6 +62,7 @@ def demo_command(
             prompt,
             source=source,
             max_new_tokens=max_new_tokens,
+            save=options.share("--save", save),
             progress=progress,
         )
     shape = describe(loaded)

@@ -41,9 +41,23 @@ def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> st
     """K,V bytes per token before and after."""
     full, kept = profile.bytes_per_token(shape, element_size)
     bound = "at least " if _is_bound(profile, shape) else ""
-    return (
+    line = (
         f"K,V cache: {full:,} bytes per token, {kept:,} with clusters: "
         f"{bound}{1 - kept / full:.1%} saved"
+    )
+    window = profile.window_bytes(shape, element_size)
+    if window:
+        line += f"; and once per sequence {window:,} bytes of recent K"
+    return line
+
+
+def promise_line(profile: ClusterProfile) -> str:
+    """What was measured on held-out text."""
+    found = profile.promise or {}
+    return (
+        f"perplexity on {found['windows']} held-out windows: {found['rise']:+.2%} "
+        f"±{found['standard_error']:.2%} (asked: at most {found['max_loss']:.2%}), "
+        f"{found['saved']:.1%} of the K,V bytes saved at {found['length']} tokens"
     )
 
 
@@ -62,8 +76,13 @@ def _error(profile: ClusterProfile, layer: int) -> str:
 def _title(profile: ClusterProfile) -> str:
     """What the profile is, in a line."""
     text = f"{profile.membership} membership"
-    if profile.membership == "online":
-        text += f" from the first {profile.window} tokens"
+    if profile.membership != "static":
+        text += f" from {profile.window} tokens"
+        text += f" behind the first {profile.probe_start}" if profile.probe_start else ""
+    if profile.recent:
+        text += f", exact for the last {profile.recent} and first {profile.sinks} tokens"
+    if profile.refit is not None:
+        text += f", {profile.refit['kind']} refit"
     source = (profile.provenance or {}).get("text")
     return text + (f", calibrated on {source}" if source else "")
 

@@ -67,6 +67,65 @@ def attention(
     return out, lse
 
 
+def recent_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    recent: int,
+    sinks: int,
+    scale: float,
+    offsets: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Clustered attention with an exact recent window, from Q, K and V of all heads.
+
+    To query i, the keys ``i - recent < j <= i`` and the first ``sinks`` real ones are near: head
+    h uses its own scores for them. For all other keys it uses those of its representative r, plus
+    ``offsets[h, r]``. Of the near ones with log-sum-exp n and output a, and the others with
+    log-sum-exp f (offset included) and output b, it returns ``(e^n a + e^f b) / (e^n + e^f)``.
+
+    Args:
+        query: ``[B, H, Q, D]`` of the last Q tokens.
+        key: ``[B, G, S, D]``.
+        value: ``[B, G, S, Dv]``.
+        membership: tables of B rows.
+        recent: w.
+        sinks: s.
+        scale: factor on the scores.
+        offsets: ``[H, H]``; its diagonal is not used. None for zeros.
+        valid: ``[B, S]`` bool, False for padding.
+        softcap: as in `attention`.
+
+    Returns:
+        ``[B, Q, H, Dv]``; zeros for a query that sees no key.
+    """
+    batch, heads, queries, _ = query.shape
+    size, device, rep = key.shape[2], key.device, membership.representatives
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = (x.to(work).repeat_interleave(membership.group_size, 1) for x in (key, value))
+    own = query.to(work) @ key.mT * scale  # [B, H, Q, S]
+    if softcap is not None:
+        own = softcap * torch.tanh(own / softcap)
+    shared = own.gather(1, rep[:, :, None, None].expand_as(own))
+    if offsets is not None:
+        each = torch.arange(heads, device=device)
+        offset = torch.where(rep == each, 0.0, offsets[each, rep])  # [B, H]
+        shared = shared + offset[:, :, None, None]
+
+    real = torch.ones(batch, size, dtype=torch.bool, device=device) if valid is None else valid
+    position = torch.arange(size - queries, size, device=device)[:, None]
+    near = torch.arange(size, device=device) > position - recent  # [Q, S]
+    near = near | (real.cumsum(1) <= sinks)[:, None, None]  # [B, 1, Q, S]
+    scores = torch.where(near, own, shared)
+    scores = scores.masked_fill(~visible(batch, queries, size, None, valid, device), -torch.inf)
+    probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    # one softmax over both kinds of scores is the merge by log-sum-exp
+    return (probs @ value).transpose(1, 2).to(query.dtype)
+
+
 def visible(
     batch: int,
     queries: int,

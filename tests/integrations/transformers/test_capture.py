@@ -30,12 +30,13 @@ def test_results_do_not_change_and_every_layer_is_seen(family):
     shape = describe(model)
     seen = []
 
-    def look(layer, query, key, scale, softcap):
-        seen.append(layer)
-        assert query.shape == (2, shape.heads, 20, shape.head_dim)
-        assert key.shape == (2, shape.kv_heads, 20, shape.head_dim)
-        assert softcap == (3.0 if family == "gemma2" else None)
-        assert scale == pytest.approx(20**-0.5 if family == "gemma2" else scale)
+    def look(call, out):
+        seen.append(call.layer)
+        assert call.query.shape == (2, shape.heads, 20, shape.head_dim)
+        assert call.key.shape == call.value.shape == (2, shape.kv_heads, 20, shape.head_dim)
+        assert out.shape == (2, 20, shape.heads, shape.head_dim)
+        assert call.softcap == (3.0 if family == "gemma2" else None)
+        assert call.scale == pytest.approx(20**-0.5 if family == "gemma2" else call.scale)
 
     with capture(model, look):
         got = model(ids()).logits
@@ -60,8 +61,8 @@ def test_everything_is_restored_even_on_an_error(before):
 def test_two_models_can_be_looked_at_together():
     one, two = tiny_model("llama"), tiny_model("gpt2")
     seen = []
-    with capture(one, lambda layer, *_: seen.append(("one", layer))):
-        with capture(two, lambda layer, *_: seen.append(("two", layer))):
+    with capture(one, lambda call, _: seen.append(("one", call.layer))):
+        with capture(two, lambda call, _: seen.append(("two", call.layer))):
             two(ids())
             one(ids())
         one(ids())

@@ -10,7 +10,15 @@ from tiny_models import tiny_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+WINDOW = {
+    "recent": 5,
+    "sinks": 3,
+    "offsets": torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(2)).tolist(),
+}
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("window", [{}, WINDOW], ids=["", "recent"])
 @pytest.mark.parametrize(
     ("family", "clusters", "target"),
     [
@@ -20,9 +28,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
         ("gemma2", (6, 3, 3), "k-bytes"),
     ],
 )
-def test_gpu_equals_cpu(family, clusters, target):
+def test_gpu_equals_cpu(family, clusters, target, window):
     model = tiny_model(family)
-    profile = ClusterProfile(clusters=clusters, window=8, target=target)
+    profile = ClusterProfile(clusters=clusters, window=8, target=target, **window)
     ids = torch.randint(3, 97, (3, 40))
     mask = torch.ones_like(ids)
     mask[1, :13] = 0

@@ -5,66 +5,101 @@ import itertools
 import pytest
 import torch
 
-from chai_attention.clustering.assign import assign
+from chai_attention.clustering.assign import assign, assign_by_cost
 from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.integrations.transformers.support import describe
-from chai_attention.ops import window_gram
+from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.profile import ClusterProfile
 from helpers import random_representatives
 from tiny_models import CONFIGS, by_definition, tiny_model
 
 WINDOW = 6
+RECENT = {"recent": 5, "sinks": 2}
+SETTINGS = {
+    "static": {"membership": "static"},
+    "online": {"membership": "online"},
+    "static-recent": {"membership": "static", **RECENT},
+    "online-recent": {"membership": "online", "probe_start": 3, **RECENT},
+    "blend-recent": {"membership": "blend", "blend": 0.5, "features": "value", **RECENT},
+    "k-bytes-recent": {"membership": "blend", "blend": 2.0, "probe_start": 1, "target": "k-bytes"},
+}
+SETTINGS["k-bytes-recent"].update(RECENT)
+CASES = [
+    (family, setting)
+    for family, config in sorted(CONFIGS.items())
+    for setting in SETTINGS
+    if setting != "k-bytes-recent" or getattr(config(), "num_key_value_heads", 6) < 6
+]
 
 
-def profile_for(model, membership):
+def profile_for(model, membership="online", target="scores", **settings):
     """Clusters of different number per layer; layers that cannot be clustered keep all heads."""
     shape = describe(model)
-    wanted = [3, 2, 4]
-    clusters = [
-        k if free else shape.heads for k, free in zip(wanted, shape.clusterable, strict=True)
-    ]
-    rep = None
+    heads, layers = shape.heads, shape.layers
+    wanted = [3, 2, 4] if target == "scores" else [3, 6, 3]
+    clusters = [k if free else heads for k, free in zip(wanted, shape.clusterable, strict=True)]
     if membership == "static":
-        rep = tuple(tuple(random_representatives(shape.heads, k)[0].tolist()) for k in clusters)
-    return ClusterProfile(
-        clusters=tuple(clusters),
-        membership=membership,
-        window=WINDOW,
-        target="scores",
-        representatives=rep,
+        settings["representatives"] = tuple(
+            tuple(random_representatives(heads, k)[0].tolist()) for k in clusters
+        )
+    if membership == "blend":
+        settings["costs"] = torch.rand(layers, heads, heads).tolist()
+    if settings.get("recent"):
+        settings["offsets"] = torch.randn(layers, heads, heads).tolist()
+    return ClusterProfile(tuple(clusters), membership, WINDOW, target, **settings)
+
+
+def window_cost(profile, layer, query, key, value, **options):
+    """What the window says against each pair of heads, and the static costs: ``[1, H, H]``."""
+    if profile.features == "value":
+        distance = window_output_distances(query, key, value, **options)
+    else:
+        gram = window_gram(query, key, **options)
+        norm = gram.diagonal(dim1=1, dim2=2)
+        distance = norm[:, :, None] + norm[:, None] - 2 * gram
+    parts = [distance, torch.tensor(profile.costs[layer])[None]]
+    pairs = ~torch.eye(distance.shape[-1], dtype=torch.bool)
+    return parts[0] / parts[0][:, pairs].mean() + profile.blend * (
+        parts[1] / parts[1][:, pairs].mean()
     )
 
 
 def representatives_of(model, profile):
-    """What the definition needs: own head inside the window, the cluster's behind it."""
+    """What the definition needs: own head up to the window's end, the cluster's behind it."""
     shape = describe(model)
+    end = profile.probe_start + WINDOW
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
 
-    def rule(layer, query, key, valid, scale):
+    def rule(layer, query, key, value, valid, scale):
         batch, heads, size, _ = query.shape
         own = torch.arange(heads).expand(batch, size, heads)
-        if profile.clusters[layer] == heads:
+        clusters = profile.clusters[layer]
+        if clusters == heads:
             return own
         if profile.representatives is not None:
             return torch.tensor(profile.representatives[layer]).expand(batch, size, heads)
         rows = []
+        options = {"scale": scale, "softcap": softcap}
         for b in range(batch):
-            first = valid[b].nonzero()[:WINDOW, 0]
-            softcap = getattr(model.config, "attn_logit_softcapping", None)
-            q, k = query[b : b + 1, :, first], key[b : b + 1, :, first]
-            gram = window_gram(q, k, scale=scale, softcap=softcap)
-            rep = assign(gram, profile.clusters[layer], shape.kv_heads, profile.target)
-            behind = (valid[b].cumsum(0) > WINDOW)[:, None]
+            window = valid[b].nonzero()[profile.probe_start : end, 0]
+            q, k, v = (x[b : b + 1, :, window] for x in (query, key, value))
+            if profile.membership == "blend":
+                cost = window_cost(profile, layer, q, k, v, **options)
+                rep = assign_by_cost(cost, clusters, shape.kv_heads, profile.target)
+            else:
+                gram = window_gram(q, k, **options)
+                rep = assign(gram, clusters, shape.kv_heads, profile.target)
+            behind = (valid[b].cumsum(0) > end)[:, None]
             rows.append(torch.where(behind, rep, own[b]))
         return torch.stack(rows)
 
     return rule
 
 
-@pytest.mark.parametrize("membership", ["static", "online"])
-@pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_family_is_the_definition(family, membership):
+@pytest.mark.parametrize(("family", "setting"), CASES)
+def test_family_is_the_definition(family, setting):
     model = tiny_model(family)
-    profile = profile_for(model, membership)
+    profile = profile_for(model, **SETTINGS[setting])
     ids = torch.randint(3, 97, (2, 24))
     mask = torch.ones_like(ids)
     mask[1, :9] = 0  # left padding
@@ -80,9 +115,11 @@ def test_family_is_the_definition(family, membership):
             use_cache=cache is not None,
         ).logits
 
+    offsets = None if profile.offsets is None else [torch.tensor(x) for x in profile.offsets]
+    rule = representatives_of(model, profile)
     with torch.no_grad():
         plain = run(slice(0, 24))
-        with by_definition(model, representatives_of(model, profile)):
+        with by_definition(model, rule, profile.recent, profile.sinks, offsets):
             want = run(slice(0, 24))
         with enabled(model, profile):
             whole = run(slice(0, 24))

@@ -1,4 +1,4 @@
-"""Memory of the cache: tensors that grow along the tokens, and picking of heads."""
+"""Memory of the cache: tensors that grow along the tokens, and picking of heads and tokens."""
 
 from __future__ import annotations
 
@@ -76,3 +76,10 @@ def pick_heads(states: Tensor, heads: Tensor, axis: int = 1) -> Tensor:
     shape[axis] = heads.shape[1]
     index = heads[:, :, None, None] if axis == 1 else heads[:, None, :, None]
     return states.gather(axis, index.expand(shape))
+
+
+def pick_tokens(states: Tensor, positions: Tensor) -> Tensor:
+    """``[B, H, S, D]`` and ``[B or 1, W]`` to ``[B, H, W, D]``."""
+    batch, heads, _, dim = states.shape
+    index = positions[:, None, :, None].expand(batch, heads, -1, dim)
+    return states.gather(2, index)

@@ -24,6 +24,7 @@ class CacheMemory:
         key_bytes: K tensors, spare room for new tokens included.
         value_bytes: V tensors, spare room included.
         probe_bytes: queries remembered while a probe window fills up.
+        recent_bytes: K of removed heads, last and first tokens (the exact recent window).
         full_key_bytes: what the K of all heads would take for the same room.
         full_value_bytes: what the V would take in a full cache, for the same room.
         tokens: tokens held per sequence, padding included.
@@ -33,6 +34,7 @@ class CacheMemory:
     key_bytes: int
     value_bytes: int
     probe_bytes: int
+    recent_bytes: int
     full_key_bytes: int
     full_value_bytes: int
     tokens: int
@@ -41,7 +43,7 @@ class CacheMemory:
     @property
     def total_bytes(self) -> int:
         """All bytes held."""
-        return self.key_bytes + self.value_bytes + self.probe_bytes
+        return self.key_bytes + self.value_bytes + self.probe_bytes + self.recent_bytes
 
     @property
     def full_bytes(self) -> int:
@@ -65,7 +67,8 @@ class ClusteredCache(DynamicCache):
 
     A prompt shorter than the probe window keeps K of all heads until its window is full. Sliding
     window layers are held as `DynamicCache` holds them. `crop` cannot go back into the probe
-    window of a clustered layer: it raises `CacheError`.
+    window of a clustered layer, nor further than an exact recent window remembers: it raises
+    `CacheError`.
 
     Args:
         model: the model or its config.
@@ -93,14 +96,16 @@ class ClusteredCache(DynamicCache):
 
 def memory_of(cache: DynamicCache) -> CacheMemory:
     """Report what any dynamic cache holds; one without clusters is a full cache itself."""
-    key = value = probe = full_key = sequences = 0
+    key = value = probe = recent = full_key = sequences = 0
     for layer in cache.layers:
         layer_key, layer_value = _bytes(layer.keys), _bytes(layer.values)
         full = layer_key
         if isinstance(layer, ClusteredLayer):
             kept = 0 if layer.keys is None else layer.keys.shape[1]
             full = layer_key // kept * layer.plan.kv_heads if kept else 0
-            probe += _bytes(layer.tensors().get("probe"))
+            held = layer.tensors()
+            probe += _bytes(held.get("probe"))
+            recent += _bytes(held.get("recent")) + _bytes(held.get("sink"))
         if layer.keys is not None:
             sequences = max(sequences, layer.keys.shape[0])
         key += layer_key
@@ -110,6 +115,7 @@ def memory_of(cache: DynamicCache) -> CacheMemory:
         key_bytes=key,
         value_bytes=value,
         probe_bytes=probe,
+        recent_bytes=recent,
         full_key_bytes=full_key,
         full_value_bytes=value,
         tokens=cache.get_seq_length(),

@@ -3,13 +3,14 @@
 A layer with an online membership goes through three states:
 
 *waiting*: some sequence has fewer real tokens than the probe window. K of all heads is kept and
-the queries of the window are remembered. Every sequence uses full attention for the tokens of
-its window and its own membership after that, so that a result never depends on the batch.
+the queries of the window are remembered. Every sequence uses full attention for the tokens up to
+its window's end and its own membership after that, so that a result never depends on the batch.
 
 *provisional*: every window is full, but so recently that an assisted decoding may still take
 tokens back. It works as *waiting* does.
 
-*clustered*: the membership is fixed. K of all other heads has been freed.
+*clustered*: the membership is fixed. K of all other heads has been freed, but for the last and
+the first tokens where the plan has an exact recent window.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import TokenBuffer, pick_heads
+from chai_attention.integrations.transformers.buffers import (
+    TokenBuffer,
+    pick_heads,
+    pick_tokens,
+)
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.recent import RecentKeys, near_keys
 from chai_attention.membership import Membership
-from chai_attention.ops import attention
+from chai_attention.ops import attention, windowed
 
 # A forward of several tokens that ends this close behind the window may hold draft tokens, which
-# assisted decoding takes back: K of all heads is then kept until the next forward.
+# assisted decoding takes back: K of all heads is then kept until the next forward. For the same
+# reason any forward of several tokens makes a recent window longer by so much until the next.
 DRAFT_TOKENS = 32
 
 LAYER_TAG = "_chai_layer"
@@ -91,6 +98,8 @@ class ClusteredLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, memberships included."""
         self.membership: Membership | None = None
+        self._offset: Tensor | None = None  # [B, H], of the membership
+        self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
         self._keys = TokenBuffer(token_axis=2)  # [B, kept or G, S, D]
         # V of clusters is read best token-major; torch's fused attention reads it head-major
         self._values = TokenBuffer(token_axis=1, transposed=self.plan.is_identity)  # [B, S, G, Dv]
@@ -103,7 +112,7 @@ class ClusteredLayer(CacheLayerMixin):
 
         Raises:
             CacheError: the crop would cut into the probe window of a clustered layer, whose
-                other heads' K is gone.
+                other heads' K is gone, or take more than an exact recent window remembers.
         """
         length = self.get_seq_length()
         keep = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
@@ -118,6 +127,7 @@ class ClusteredLayer(CacheLayerMixin):
                 f"{self._window_end}, and K of the other heads has been freed. Reset the cache "
                 "and run the prompt again, or use a static membership"
             )
+        self._recent.crop(length, keep)
         self._keys.length = self._values.length = keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,10 +147,11 @@ class ClusteredLayer(CacheLayerMixin):
         rows = indices.to(self.device)
         self._keys.select(rows)
         self._values.select(rows)
+        self._recent.select(rows)
         if self._window_query is not None:
             self._window_query = self._window_query[rows]
         if self.membership is not None:
-            self.membership = self.membership.select(rows)
+            self._use(self.membership.select(rows))
 
     @property
     def batch_size(self) -> int:
@@ -160,7 +171,13 @@ class ClusteredLayer(CacheLayerMixin):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor this layer holds, by what it is: its whole memory."""
-        held = {"key": self._keys.data, "value": self._values.data, "probe": self._window_query}
+        held = {
+            "key": self._keys.data,
+            "value": self._values.data,
+            "probe": self._window_query,
+            "recent": self._recent.last,
+            "sink": self._recent.first,
+        }
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     # ---- attention
@@ -185,9 +202,9 @@ class ClusteredLayer(CacheLayerMixin):
         self._incoming = None
         options = {"scale": scale, "softcap": softcap}
         if self.membership is None and not self.plan.needs_probe:
-            self.membership = self.plan.fixed_membership(key.shape[0], key.device)
+            self._use(self.plan.fixed_membership(key.shape[0], key.device))
         if self.membership is None and self._window_end:
-            self._confirm(padding, options)
+            self._confirm(padding, query.shape[2], options)
         if self.membership is not None:
             return self._attend_clustered(query, key, value, padding, options)
         return self._attend_probing(query, key, value, padding, options)
@@ -198,41 +215,51 @@ class ClusteredLayer(CacheLayerMixin):
         """Append K of representatives and V of all heads; attend by clusters."""
         assert self.membership is not None
         member = self.membership
-        keys, values = key, value.transpose(1, 2)
+        new_keys, new_values = key, value.transpose(1, 2)
+        if not member.is_identity:
+            new_keys = pick_heads(key, member.key_heads)
+            if member.group_size == 1:
+                new_values = pick_heads(new_values, member.value_heads, axis=2)
+        keys = self._keys.append(new_keys)
+        values = self._values.append(new_values).transpose(1, 2)
+        if self.plan.has_recent_window:
+            queries = query.shape[2]
+            near = self._recent.extend(key, keys, value, values, member, padding, _spare(queries))
+            tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
+            return windowed.attention(
+                query, keys, values, member, near, tables, offset=self._offset, **options
+            )
         if not member.is_identity:
             query = pick_heads(query, member.slot_heads)
-            keys = pick_heads(key, member.key_heads)
-            if member.group_size == 1:
-                values = pick_heads(values, member.value_heads, axis=2)
-        keys = self._keys.append(keys)
-        values = self._values.append(values).transpose(1, 2)
         return attention(query, keys, values, member, valid=padding.valid, **options)[0]
 
     def _attend_probing(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
     ) -> Tensor:
         """Attend while windows fill up; cluster and free K when all are full."""
-        past, queries, window = self.get_seq_length(), query.shape[2], self.plan.window
-        positions = padding.window_positions(window)  # [B, W]
+        plan = self.plan
+        past, queries, end = self.get_seq_length(), query.shape[2], plan.probe_end
         fewest = min(padding.counts)
-        draft = queries > 1 and fewest < window + DRAFT_TOKENS
-        if fewest >= window and not draft and past == 0:
+        draft = queries > 1 and fewest < end + DRAFT_TOKENS
+        if fewest >= end and not draft and past == 0:
             # the common case, a whole prompt at once: K of all heads is never stored
+            positions = padding.first_positions(end)  # [B, E]
             q, k, v = (pick_tokens(x, positions) for x in (query, key, value))
-            self._cluster(q, k, padding, options)
+            window = slice(plan.probe_start, end)
+            self._cluster(q[:, :, window], k[:, :, window], v[:, :, window], padding, options)
             out = self._attend_clustered(query, key, value, padding, options)
-            exact = self._full_attention(q, k, v, None, options)  # [B, W, H, Dv]
+            exact = self._full_attention(q, k, v, None, options)  # [B, E, H, Dv]
             return out.scatter_(1, positions[:, :, None, None].expand_as(exact), exact)
 
-        self._remember_queries(query, positions, past)
+        self._remember_queries(query, self._window_positions(padding), past)
         keys = self._keys.append(key)
         values = self._values.append(value.transpose(1, 2)).transpose(1, 2)
         out = self._full_attention(query, keys, values, padding.valid, options)
         self._attend_after_window(out, query, keys, values, padding, options)
-        if fewest >= window:
-            self._window_end = padding.window_end(window)
+        if fewest >= end:
+            self._window_end = padding.window_end(end)
             if not draft:
-                self._confirm(padding, options)
+                self._confirm(padding, queries, options)
         return out
 
     def _attend_after_window(
@@ -245,59 +272,89 @@ class ClusteredLayer(CacheLayerMixin):
         options: dict[str, Any],
     ) -> None:
         """Overwrite, in ``out``, the tokens that lie behind the window of their sequence."""
-        window = self.plan.window
-        rows = [row for row, count in enumerate(padding.counts) if count > window]
+        plan, queries = self.plan, query.shape[2]
+        rows = [row for row, count in enumerate(padding.counts) if count > plan.probe_end]
         if not rows:
             return
         part = padding.select(rows)
         index = torch.tensor(rows, device=query.device)
-        keys, values = keys[index], values[index]
-        member = self._membership_of(keys, part, index, options)
+        query, keys, values = query[index], keys[index], values[index]
+        member = self._membership_of(index, keys, values, part, options)
+        stored = pick_heads(keys, member.key_heads)
+        if plan.has_recent_window:
+            near = near_keys(keys, values, part, queries, plan.recent, plan.sinks)
+            tables = part.window_tables(queries, plan.recent, plan.sinks)
+            options = {**options, "near": near, "tables": tables, "offset": self._offset_of(member)}
         if member.group_size == 1:
             values = pick_heads(values, member.value_heads)
-        clustered = attention(
-            pick_heads(query[index], member.slot_heads),
-            pick_heads(keys, member.key_heads),
-            values,
-            member,
-            valid=part.valid,
-            **options,
-        )[0]
-        behind = part.token_index(query.shape[2]) >= window  # [rows, Q]
+        if plan.has_recent_window:
+            clustered = windowed.attention(query, stored, values, member, **options)
+        else:
+            query = pick_heads(query, member.slot_heads)
+            clustered = attention(query, stored, values, member, valid=part.valid, **options)[0]
+        behind = part.token_index(queries) >= plan.probe_end  # [rows, Q]
         out[index] = torch.where(behind[:, :, None, None], clustered, out[index])
 
+    # ---- the membership
+
+    def _use(self, membership: Membership) -> None:
+        """Set the membership and what follows from it."""
+        self.membership = membership
+        self._offset = self._offset_of(membership)
+
+    def _offset_of(self, membership: Membership) -> Tensor | None:
+        """``[B, H]`` offsets of the far keys' log-sum-exp, None for zeros."""
+        table = self.plan.offset_table(membership.representatives.device)
+        if table is None or not self.plan.has_recent_window:
+            return None
+        return windowed.head_offsets(table, membership)
+
+    def _window_positions(self, padding: Padding) -> Tensor:
+        """``[B, W]``: where the probe windows' tokens stand."""
+        return padding.window_positions(self.plan.probe_start, self.plan.window)
+
     def _membership_of(
-        self, keys: Tensor, padding: Padding, rows: Tensor, options: dict[str, Any]
+        self, rows: Tensor, keys: Tensor, values: Tensor, padding: Padding, options: dict[str, Any]
     ) -> Membership:
-        """Memberships of the sequences ``rows``, whose windows are full, from stored K."""
+        """Memberships of the sequences ``rows``, whose windows are full, from their K and V."""
         assert self._window_query is not None
-        positions = padding.window_positions(self.plan.window)
+        positions = self._window_positions(padding)
         return self.plan.online_membership(
-            self._window_query[rows], pick_tokens(keys, positions), **options
+            self._window_query[rows],
+            pick_tokens(keys, positions),
+            pick_tokens(values, positions),
+            **options,
         )
 
-    def _confirm(self, padding: Padding, options: dict[str, Any]) -> None:
-        """Fix the membership and free K of other heads, if the windows are still full."""
+    def _confirm(self, padding: Padding, queries: int, options: dict[str, Any]) -> None:
+        """Fix the membership and free K of other heads, if the windows are still full.
+
+        ``queries`` are the tokens of the forward that is under way.
+        """
         length = self.get_seq_length()
         if length < self._window_end or self._window_query is None:
             self._window_end = 0  # a crop cut into a window: it has to fill up again
             return
-        assert self._keys.view is not None
-        assert self._values.view is not None
-        positions = padding.window_positions(self.plan.window)
-        self._cluster(self._window_query, pick_tokens(self._keys.view, positions), padding, options)
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        positions = self._window_positions(padding)
+        key, value = (pick_tokens(states, positions) for states in (keys, values))
+        self._cluster(self._window_query, key, value, padding, options)
         assert self.membership is not None
-        self._keys.replace(pick_heads(self._keys.view, self.membership.key_heads))
+        if self.plan.has_recent_window:
+            self._recent.cut(keys, self.membership, padding, _spare(queries))
+        self._keys.replace(pick_heads(keys, self.membership.key_heads))
         if self.membership.group_size == 1:
             order = self.membership.value_heads
-            self._values.replace(pick_heads(self._values.view, order, axis=2))
+            self._values.replace(pick_heads(values.transpose(1, 2), order, axis=2))
 
     def _cluster(
-        self, query: Tensor, key: Tensor, padding: Padding, options: dict[str, Any]
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
     ) -> None:
         """Set the membership from the tensors of the window; the probe is over."""
-        self.membership = self.plan.online_membership(query, key, **options)
-        self._window_end = padding.window_end(self.plan.window)
+        self._use(self.plan.online_membership(query, key, value, **options))
+        self._window_end = padding.window_end(self.plan.probe_end)
         self._window_query = None
 
     def _remember_queries(self, query: Tensor, positions: Tensor, past: int) -> None:
@@ -325,7 +382,6 @@ class ClusteredLayer(CacheLayerMixin):
         return attention(query, key, value, member, valid=valid, **options)[0]
 
 
-def pick_tokens(states: Tensor, positions: Tensor) -> Tensor:
-    """``[B, H, S, D]`` and ``[B, W]`` to ``[B, H, W, D]``."""
-    heads, dim = states.shape[1], states.shape[3]
-    return states.gather(2, positions[:, None, :, None].expand(-1, heads, -1, dim))
+def _spare(queries: int) -> int:
+    """Tokens before the window's that a crop after a forward of ``queries`` tokens may need."""
+    return DRAFT_TOKENS if queries > 1 else 0

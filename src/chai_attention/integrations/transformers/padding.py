@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+
+from chai_attention.ops.windowed import WindowTables, window_tables
 
 
 class Padding:
@@ -24,6 +26,7 @@ class Padding:
         self.length = length
         self.device = device
         self._positions: dict[int, Tensor] = {}
+        self._tables: dict[tuple[int, int, int], WindowTables] = {}
 
     @cached_property
     def counts(self) -> list[int]:
@@ -32,26 +35,41 @@ class Padding:
             return [self.length] * self.batch
         return [int(count) for count in self.valid.sum(1).tolist()]
 
-    def window_positions(self, window: int) -> Tensor:
-        """``[B, W]`` int64: where the first ``window`` real tokens of each sequence stand.
+    def first_positions(self, count: int) -> Tensor:
+        """``[B, count]`` int64: where the first ``count`` real tokens of each sequence stand.
 
         Of a sequence with fewer real tokens, the rest are positions of padding; where the batch
-        is shorter than the window, the last position is repeated.
+        is shorter than ``count``, the last position is repeated.
         """
-        if window not in self._positions:
+        if count not in self._positions:
             if self.valid is None:
                 order = torch.arange(self.length, device=self.device).expand(self.batch, -1)
             else:
                 order = (~self.valid).to(torch.uint8).argsort(dim=1, stable=True)
-            fill = torch.arange(window, device=self.device).clamp_max(self.length - 1)
-            self._positions[window] = order[:, fill]
-        return self._positions[window]
+            fill = torch.arange(count, device=self.device).clamp_max(self.length - 1)
+            self._positions[count] = order[:, fill]
+        return self._positions[count]
 
-    def window_end(self, window: int) -> int:
-        """Tokens a batch must keep for every sequence to have its whole window."""
+    def window_positions(self, start: int, window: int) -> Tensor:
+        """``[B, window]``: the real tokens from the ``start``-th on, as `first_positions`."""
+        return self.first_positions(start + window)[:, start:]
+
+    def window_end(self, count: int) -> int:
+        """Tokens a batch must keep for every sequence to have its first ``count`` real ones."""
         if self.valid is None:
-            return window
-        return int(self.window_positions(window).max()) + 1
+            return count
+        return int(self.first_positions(count).max()) + 1
+
+    def window_tables(self, queries: int, recent: int, sinks: int) -> WindowTables:
+        """Who of the last ``queries`` tokens sees what exactly: `ops.windowed.window_tables`."""
+        if self.valid is None:
+            return _plain_tables(self.length, queries, recent, sinks, self.device)
+        name = (queries, recent, sinks)
+        if name not in self._tables:
+            self._tables[name] = window_tables(
+                self.length, queries, recent, sinks, self.valid, self.device
+            )
+        return self._tables[name]
 
     def token_index(self, queries: int) -> Tensor:
         """``[B, Q]``: how many real tokens stand before each of the last ``queries`` tokens."""
@@ -66,3 +84,11 @@ class Padding:
         part = Padding(valid, len(rows), self.length, self.device)
         part.counts = [self.counts[row] for row in rows]
         return part
+
+
+@lru_cache(maxsize=1)
+def _plain_tables(
+    length: int, queries: int, recent: int, sinks: int, device: torch.device
+) -> WindowTables:
+    """Tables without padding: made by the first layer of a forward, the same for all others."""
+    return window_tables(length, queries, recent, sinks, None, device)

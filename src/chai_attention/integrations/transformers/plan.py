@@ -66,6 +66,11 @@ class LayerPlan:
         """Whether the membership depends on the request."""
         return not self.is_identity and self.representatives is None
 
+    @property
+    def has_recent_window(self) -> bool:
+        """Whether heads use their own scores for the nearest keys, others' for the rest."""
+        return self.recent > 0 and not self.is_identity
+
     def fixed_membership(self, batch: int, device: torch.device) -> Membership:
         """Return the membership of a layer that does not probe, for ``batch`` sequences."""
         if self.representatives is None:

@@ -1,0 +1,56 @@
+"""The largest saving whose measured loss keeps a promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chai_attention.evaluation.perplexity import PairedRise
+
+CONFIDENCE = 1.645  # standard errors: the promise holds with 95% confidence, one-sided
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was found.
+
+    Attributes:
+        units: removed; 0 if not even one can be.
+        rise: measured with them removed; that of one unit if none can be.
+        tried: measurements made.
+    """
+
+    units: int
+    rise: PairedRise
+    tried: int
+
+
+def largest_within(
+    measure: Callable[[int], PairedRise], most: int, max_loss: float, guess: int
+) -> Kept:
+    """Search the most units whose removal raises perplexity by at most ``max_loss``.
+
+    A rise counts with `CONFIDENCE` standard errors on top. From the guess the step doubles or
+    halves until the answer is enclosed, then the middle is tried, down to single units. Losses
+    need not rise with every unit: what is returned was measured itself.
+    """
+    measured: dict[int, PairedRise] = {}
+
+    def holds(units: int) -> bool:
+        if units not in measured:
+            measured[units] = measure(units)
+        rise = measured[units]
+        return rise.rise + CONFIDENCE * rise.standard_error <= max_loss
+
+    low, high = 0, most + 1  # removing low keeps the promise, removing high does not
+    units = min(max(guess, 1), most)
+    while high - low > 1:
+        if holds(units):
+            low = units
+            units = min(2 * units, most) if high > most else (low + high) // 2
+            if low == most:
+                break
+        else:
+            high = units
+            units = max(1, units // 2) if low == 0 else (low + high) // 2
+    return Kept(low, measured[low or 1], len(measured))

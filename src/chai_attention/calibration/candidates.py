@@ -1,0 +1,185 @@
+"""From evidence to profiles: one for every number of heads that could be removed."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chai_attention.calibration.costs import GRADIENT
+from chai_attention.calibration.evidence import Evidence
+from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.statistics import cosine_similarity
+from chai_attention.clustering.allocation import Allocation, Level
+from chai_attention.clustering.assign import K_BYTES, assign
+from chai_attention.clustering.elbow import elbow, error_curve
+from chai_attention.clustering.exact import best_assignment
+from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.profile import BLEND, STATIC, ClusterProfile
+
+
+class Candidates:
+    """Profiles of one model, recipe and text, by the number of units removed.
+
+    A unit is a head, or a K/V head with target "k-bytes".
+
+    Args:
+        shape: of the model.
+        settings: resolved settings.
+        evidence: of the text.
+        provenance: what every profile remembers of its making.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        settings: Settings,
+        evidence: Evidence,
+        provenance: dict[str, Any] | None = None,
+    ):
+        self.shape = shape
+        self.settings = settings
+        self.evidence = evidence
+        self.counts = settings.layer_counts(shape)
+        self._provenance = provenance or {}
+
+    @property
+    def target(self) -> str:
+        """What is removed, "scores" for heads and "k-bytes" for K/V heads."""
+        assert self.settings.target is not None
+        return self.settings.target
+
+    @cached_property
+    def curves(self) -> list[list[float]]:
+        """Per layer, the summed cost for every entry of ``counts``, relative to the first."""
+        if self.evidence.costs is None:
+            return [error_curve(gram, self.shape.kv_heads, self.target) for gram in self._grams]
+        return [
+            [cost / curve[0] if curve[0] > 0 else 0.0 for cost in curve] for curve in self._costs
+        ]
+
+    @cached_property
+    def _assignments(self) -> list[list[Tensor]]:
+        """Per layer and entry of ``counts``, the best membership ``[H]`` by the costs."""
+        assert self.evidence.costs is not None
+        return [
+            [best_assignment(cost, k, self.shape.kv_heads, self.target) for k in self.counts]
+            for cost in self.evidence.costs
+        ]
+
+    @cached_property
+    def _costs(self) -> list[list[float]]:
+        """Per layer and entry of ``counts``, the summed cost; never rises."""
+        assert self.evidence.costs is not None
+        curves = []
+        for cost, assignments in zip(self.evidence.costs, self._assignments, strict=True):
+            curve: list[float] = []
+            for rep in assignments:
+                total = cost.gather(1, rep[:, None]).sum().item()
+                curve.append(min([total, *curve[-1:]]))
+            curves.append(curve)
+        return curves
+
+    @property
+    def _grams(self) -> Tensor:
+        return self.evidence.grams
+
+    @cached_property
+    def _plan(self) -> Allocation | Level:
+        """Who gives up units first: gradient costs add up over layers, others do not."""
+        absolute = self.settings.cost == GRADIENT
+        curves = self._costs if absolute else self.curves
+        free = [
+            curve[::-1] if free else curve[-1:]
+            for curve, free in zip(curves, self.shape.clusterable, strict=True)
+        ]
+        return Allocation(free) if absolute else Level(free)
+
+    @property
+    def most(self) -> int:
+        """Units that can be removed."""
+        return self._plan.most
+
+    @property
+    def units(self) -> int:
+        """Units of the whole model."""
+        return self.shape.layers * len(self.counts)
+
+    def units_for(self, share: float) -> int:
+        """Smallest number of units that is ``share`` of all of them."""
+        exact = share * self.units
+        return min(self.most, max(1, int(exact) + (exact > int(exact) + 1e-9)))
+
+    def units_to_save(self, share: float) -> int:
+        """Smallest number of units whose K is ``share`` of the K,V bytes per token."""
+        return self.units_for(2 * share)
+
+    def remove(self, units: int) -> ClusterProfile:
+        """Return the profile with ``units`` units removed where they cost least."""
+        removed = self._plan.removed(units)
+        return self.profile([self.counts[len(self.counts) - 1 - n] for n in removed])
+
+    def at_elbow(self, max_error: float) -> ClusterProfile:
+        """Return the profile at every layer's elbow (CHAI, 3.2)."""
+        return self.profile(
+            [
+                elbow(self.counts, curve, max_error) if free else self.shape.heads
+                for free, curve in zip(self.shape.clusterable, self.curves, strict=True)
+            ]
+        )
+
+    def profile(self, clusters: list[int]) -> ClusterProfile:
+        """Return the profile with these numbers of clusters."""
+        settings, evidence = self.settings, self.evidence
+        names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
+        similarity = cosine_similarity(evidence.grams)
+        return ClusterProfile(
+            clusters=tuple(clusters),
+            membership=settings.membership or STATIC,
+            window=settings.window or 1,
+            target=self.target,
+            representatives=(self._static(clusters) if settings.membership == STATIC else None),
+            probe_start=settings.probe_start,
+            features=settings.features or "scores",
+            blend=settings.blend or 0.0,
+            costs=_rounded(evidence.costs, 5) if settings.membership == BLEND else None,
+            recent=settings.recent or 0,
+            sinks=settings.sinks or 0,
+            offsets=_rounded(evidence.offsets, 4),
+            model={name: getattr(self.shape, name) for name in names},
+            provenance=self._provenance,
+            error=tuple(tuple(round(e, 6) for e in curve) for curve in self.curves),
+            similarity=tuple(
+                tuple(tuple(round(s, 3) for s in row) for row in layer)
+                for layer in similarity.tolist()
+            ),
+        )
+
+    def _static(self, clusters: list[int]) -> tuple[tuple[int, ...], ...]:
+        """Memberships for these numbers of clusters, per layer."""
+        if self.evidence.costs is not None:
+            index = [self.counts.index(k) for k in clusters]
+            found = [layer[i] for layer, i in zip(self._assignments, index, strict=True)]
+        else:
+            found = [
+                assign(gram[None], k, self.shape.kv_heads, self.target)[0]
+                for gram, k in zip(self._grams, clusters, strict=True)
+            ]
+        return tuple(tuple(rep.tolist()) for rep in found)
+
+
+def _rounded(table: Tensor | None, digits: int) -> tuple[tuple[tuple[float, ...], ...], ...] | None:
+    """``[L, H, H]`` as tuples of numbers with so many significant digits."""
+    if table is None:
+        return None
+    return tuple(
+        tuple(tuple(float(f"{x:.{digits}g}") for x in row) for row in layer)
+        for layer in torch.as_tensor(table).tolist()
+    )
+
+
+def units_name(target: str) -> str:
+    """What a unit is called."""
+    return "K/V heads" if target == K_BYTES else "heads"

@@ -1,0 +1,221 @@
+"""What a calibration is asked for: recipes, their options, and which of them contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from chai_attention.calibration.costs import COSTS, GRADIENT, SCORES, VALUE
+from chai_attention.clustering.assign import K_BYTES, TARGETS
+from chai_attention.clustering.elbow import cluster_counts
+from chai_attention.errors import CalibrationError
+from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.profile import BLEND, DEFAULT_WINDOW, MEMBERSHIPS, ONLINE, STATIC
+
+PAPER_WINDOW = 5
+DEFAULT_RECENT, DEFAULT_SINKS = 32, 4
+DEFAULT_BLEND = 1.0
+DEFAULT_MAX_LOSS = 0.01
+RECIPES = ("default", "elbow", "paper")
+REFITS = ("none", "output", "bias")
+# the bare elbow removes far too much where heads have little in common (docs/decisions.md)
+DEFAULT_MAX_ERROR = {"scores": 0.1, K_BYTES: 0.3}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a profile but the model and the text.
+
+    None stands for what the recipe and the model make of it (see `resolve`).
+
+    Attributes:
+        recipe: "default" finds the smallest cache within a measured loss; "elbow" takes the elbow
+            of the k-means error, bounded by ``max_error``; "paper" is CHAI as published.
+        cost: what merging heads is judged by: "scores" (distance of attention maps), "value"
+            (error of the layer's output) or "gradient" (change of the loss).
+        membership: "online", "static" or "blend".
+        target: "scores" or "k-bytes" (see `ClusterProfile`).
+        window: tokens whose scores decide an online or blended membership.
+        probe_start: tokens before that window.
+        features: "scores" or "value", of a blended membership.
+        blend: weight of the static cost in a blended membership.
+        recent: w, last keys that every head attends to with its own scores; 0 for none.
+        sinks: s, first keys that it does.
+        refit: "none", "output" or "bias".
+        clusters: "elbow", one number for all layers, or one per layer.
+        max_error: with the elbow, bound on the relative clustering error.
+        max_loss: budget: the perplexity rise on held-out text, 0.01 for 1%.
+        save: budget: the share of K,V bytes per token not to keep.
+        removed: budget: the share of heads (or of K/V heads) to remove.
+    """
+
+    recipe: str = "default"
+    cost: str | None = None
+    membership: str | None = None
+    target: str | None = None
+    window: int | None = None
+    probe_start: int = 0
+    features: str | None = None
+    blend: float | None = None
+    recent: int | None = None
+    sinks: int | None = None
+    refit: str | None = None
+    clusters: str | int | Sequence[int] | None = None
+    max_error: float | None = None
+    max_loss: float | None = None
+    save: float | None = None
+    removed: float | None = None
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.cost == GRADIENT
+
+    def resolve(self, shape: ModelShape) -> Settings:
+        """Fill in what depends on the model and the recipe.
+
+        Raises:
+            CalibrationError: options that are unknown, out of range or contradict each other.
+        """
+        _one_of("recipe", self.recipe, RECIPES)
+        if not any(shape.clusterable):
+            raise CalibrationError(
+                "every layer of this model is a sliding-window layer: there is nothing to cluster"
+            )
+        found = self._defaults(shape)
+        full = replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
+        full._check(shape)
+        return full
+
+    def _defaults(self, shape: ModelShape) -> dict[str, Any]:
+        """What the recipe sets where the user did not."""
+        grouped = 1 < shape.kv_heads < shape.heads
+        found: dict[str, Any] = {
+            "target": K_BYTES if grouped else "scores",
+            "window": DEFAULT_WINDOW,
+            "features": "scores",
+            "recent": 0,
+            "sinks": 0,
+            "refit": "none",
+            "cost": SCORES,
+            "membership": ONLINE,
+        }
+        if self.recipe == "paper":
+            found |= {"target": "scores", "window": PAPER_WINDOW}
+        if self.recipe == "default":
+            found |= {"cost": GRADIENT, "membership": STATIC, "recent": DEFAULT_RECENT}
+        if (found["recent"] if self.recent is None else self.recent) > 0:
+            found["sinks"] = DEFAULT_SINKS
+        blended = (self.membership or found["membership"]) == BLEND
+        found["blend"] = DEFAULT_BLEND if blended else 0.0
+        budgets = (self.clusters, self.max_error, self.max_loss, self.save, self.removed)
+        if all(budget is None for budget in budgets):
+            if self.recipe == "default":
+                found["max_loss"] = DEFAULT_MAX_LOSS
+            else:
+                found["clusters"] = "elbow"
+        if self.max_error is not None:
+            found["clusters"] = "elbow"
+        elif (self.clusters or found.get("clusters")) == "elbow":
+            paper = self.recipe == "paper"
+            target = self.target or found["target"]
+            found["max_error"] = 1.0 if paper else DEFAULT_MAX_ERROR.get(target, 1.0)
+        return found
+
+    def _check(self, shape: ModelShape) -> None:
+        _one_of("cost", self.cost, COSTS)
+        _one_of("membership", self.membership, MEMBERSHIPS)
+        _one_of("target", self.target, TARGETS)
+        _one_of("features", self.features, ("scores", "value"))
+        _one_of("refit", self.refit, REFITS)
+        if self.recipe == "paper" and (
+            (self.cost, self.membership, self.refit) != (SCORES, ONLINE, "none") or self.recent
+        ):
+            raise CalibrationError(
+                "recipe paper is an online membership on scores: leave out the other options"
+            )
+        if self.target == K_BYTES and shape.kv_heads == 1:
+            raise CalibrationError(
+                "target k-bytes drops whole K/V heads, and this model has one per layer: use scores"
+            )
+        if self.target == K_BYTES and shape.kv_heads == shape.heads:
+            raise CalibrationError("target k-bytes is for grouped-query models: use scores")
+        if self.window is None or self.window < 1:
+            raise CalibrationError(f"the probe window needs at least 1 token, not {self.window}")
+        if self.membership != BLEND and (self.features == VALUE or self.blend):
+            raise CalibrationError("features value and a blend weight need membership blend")
+        if self.membership == BLEND and self.cost == SCORES:
+            raise CalibrationError("membership blend needs cost gradient or value")
+        if (self.recent or 0) < 0 or (self.sinks or 0) < 0 or (self.sinks and not self.recent):
+            raise CalibrationError(
+                "recent and sinks are numbers of tokens, and sinks need a recent window of at "
+                "least 1"
+            )
+        self._check_budget(shape)
+
+    def _check_budget(self, shape: ModelShape) -> None:
+        given = {
+            name: getattr(self, name)
+            for name in ("clusters", "max_loss", "save", "removed")
+            if getattr(self, name) is not None
+        }
+        if len(given) > 1:
+            raise CalibrationError(f"{' and '.join(given)} contradict each other: give one of them")
+        if self.max_error is not None and not 0 <= self.max_error <= 1:
+            raise CalibrationError(
+                f"max_error is a share of the error at k = 1, 0 to 1, not {self.max_error}"
+            )
+        if self.max_loss is not None and not 0 < self.max_loss < 10:
+            raise CalibrationError(
+                f"max_loss is a perplexity rise such as 0.01 for 1%, not {self.max_loss}"
+            )
+        for name in ("save", "removed"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 1:
+                raise CalibrationError(
+                    f"{name} is a share, more than 0 and less than 1, not {share}"
+                )
+        if self.save is not None and self.target != K_BYTES and shape.kv_heads < shape.heads:
+            raise CalibrationError(
+                "save needs target k-bytes in a grouped-query model: what clusters of query heads "
+                "save cannot be chosen"
+            )
+
+    def layer_counts(self, shape: ModelShape) -> list[int]:
+        """Numbers of clusters a layer can have, ascending."""
+        assert self.target is not None
+        return cluster_counts(shape.heads, shape.kv_heads, self.target)
+
+    def given_clusters(self, shape: ModelShape) -> list[int] | None:
+        """Numbers of clusters as one per layer; None if they are not given.
+
+        Raises:
+            CalibrationError: numbers that this model cannot have.
+        """
+        if self.clusters is None or self.clusters == "elbow":
+            return None
+        counts = self.layer_counts(shape)
+        if isinstance(self.clusters, str):
+            raise CalibrationError(
+                f"clusters is 'elbow', a number or one per layer, not {self.clusters!r}"
+            )
+        if isinstance(self.clusters, int):
+            wanted = [self.clusters if free else shape.heads for free in shape.clusterable]
+        else:
+            wanted = list(self.clusters)
+        if len(wanted) != shape.layers:
+            raise CalibrationError(f"{len(wanted)} numbers of clusters for {shape.layers} layers")
+        for layer, (k, free) in enumerate(zip(wanted, shape.clusterable, strict=True)):
+            possible = counts if free else counts[-1:]
+            if k not in possible:
+                raise CalibrationError(
+                    f"layer {layer} cannot have {k} clusters; possible: "
+                    f"{', '.join(map(str, possible))}"
+                )
+        return wanted
+
+
+def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise CalibrationError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,216 @@
+"""Calibration text mixed from several sources, and a part of it held out."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.calibration.texts import SELF, load_texts, self_text, windows_of
+from chai_attention.errors import CalibrationError
+
+_WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+# rises of two sources count as different from this ratio, and this many standard errors on
+UNEVEN_RATIO = 2.0
+UNEVEN_ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of calibration text.
+
+    Attributes:
+        name: a file, a data set of the hub (see `load_texts`), or "self": the model writes it.
+        weight: its share of the windows, relative to the weights of the other sources.
+    """
+
+    name: str
+    weight: float = 1.0
+
+
+class Rise(Protocol):
+    """Relative rise of perplexity with its standard error (see `PairedRise`)."""
+
+    @property
+    def rise(self) -> float: ...  # noqa: D102
+    @property
+    def standard_error(self) -> float: ...  # noqa: D102
+
+
+def parse_sources(items: Sequence[str]) -> list[Source]:
+    """Read sources as they are written on a command line: ``name`` or ``name:weight``.
+
+    Only a number after the last colon is a weight, so that ``name:config`` names a data set of
+    the hub; a config that is a number needs a weight after it (``name:103:1``). A file whose name
+    is all of the item has no weight. Without weights all sources count the same.
+
+    Raises:
+        CalibrationError: no source, one named twice, a weight that is not positive, or weights
+            for some sources only.
+    """
+    if not items:
+        raise CalibrationError("calibration needs at least one source of text")
+    sources, weighted = [], 0
+    for item in items:
+        match = None if Path(item).is_file() else _WEIGHTED.fullmatch(item)
+        name, weight = (match["name"], float(match["weight"])) if match else (item, 1.0)
+        if not name.strip():
+            raise CalibrationError("the name of a source of text is empty")
+        if not (weight > 0 and math.isfinite(weight)):
+            raise CalibrationError(f"{item}: the weight of a source is a positive number")
+        sources.append(Source(name, weight))
+        weighted += match is not None
+    if weighted not in (0, len(sources)):
+        raise CalibrationError("give every source of text a weight (name:weight), or none")
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CalibrationError(
+            f"{', '.join(twice)} is there twice: give it once, with a larger weight"
+        )
+    return sources
+
+
+def mixed_windows(
+    sources: Sequence[Source],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Take windows of text from every source, in proportion to the weights.
+
+    The shares are rounded by largest remainder. A source with too little text for its share is
+    used whole; if there are others, which get no more for that, a `UserWarning` names it. The seed
+    decides which windows of a text are taken, what the model writes, and how the sources are
+    interleaved; the windows of one source stay in the order of its text.
+
+    Args:
+        sources: where the text comes from.
+        model: writes the text of the source "self".
+        tokenizer: turns text into tokens.
+        samples: windows wanted in all.
+        length: tokens per window.
+        seed: of every choice.
+
+    Returns:
+        windows ``[N, length]`` int64 and the index of each one's source ``[N]`` int64.
+
+    Raises:
+        CalibrationError: fewer samples than give every source a window, a source that cannot be
+            read, or one with less text than a window.
+    """
+    shares = _apportion(samples, [source.weight for source in sources])
+    starved = [source.name for source, share in zip(sources, shares, strict=True) if share < 1]
+    if starved:
+        raise CalibrationError(
+            f"{samples} samples leave no window for {', '.join(starved)}: "
+            "take more samples, or larger weights"
+        )
+    parts = []
+    for source, share in zip(sources, shares, strict=True):
+        if source.name == SELF:
+            part = self_text(model, share, length, seed=seed)
+        else:
+            texts = load_texts(source.name, tokens=share * length)
+            try:
+                part = windows_of(texts, tokenizer, share, length, seed)
+            except CalibrationError as error:
+                raise CalibrationError(f"{source.name}: {error}") from error
+        if len(part) < share and len(sources) > 1:
+            warnings.warn(
+                f"{source.name} has text for {len(part)} of the {share} windows of its share: "
+                "all of it is used, and it weighs less than asked",
+                stacklevel=2,
+            )
+        parts.append(part)
+    labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    windows = torch.empty(len(labels), length, dtype=torch.long)
+    for index, part in enumerate(parts):
+        windows[labels == index] = part
+    return windows, labels
+
+
+def split_windows(
+    windows: Tensor, sources: Tensor, held_out: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Hold out the last windows of every source, in the proportions of the whole.
+
+    Args:
+        windows: ``[N, S]``, the windows of a source in the order of its text.
+        sources: index of each window's source, ``[N]`` int64.
+        held_out: windows to hold out in all.
+
+    Returns:
+        (windows ``[N - held_out, S]``, their sources) that stay and
+        (windows ``[held_out, S]``, their sources) that are held out, both in the given order. No
+        source is held out whole.
+
+    Raises:
+        CalibrationError: fewer than 0, or so many that a source would have nothing left.
+    """
+    counts = torch.bincount(sources).tolist()
+    most = [max(0, count - 1) for count in counts]
+    if not 0 <= held_out <= sum(most):
+        raise CalibrationError(
+            f"of {len(windows)} windows from {len(counts)} sources, 0 to {sum(most)} can be held "
+            f"out, not {held_out}: take more samples"
+        )
+    held = torch.zeros(len(windows), dtype=torch.bool)
+    for index, share in enumerate(_apportion(held_out, counts, most)):
+        places = (sources == index).nonzero()[:, 0]
+        held[places[len(places) - share :]] = True
+    return (windows[~held], sources[~held]), (windows[held], sources[held])
+
+
+def warn_uneven(rises: Mapping[str, Rise]) -> str | None:
+    """Say in a sentence that one source suffers far more than another; None if none does.
+
+    Far more is more than twice the rise of perplexity, and more than two standard errors of the
+    difference. Of several such pairs the one furthest apart is named.
+
+    Args:
+        rises: the rise of perplexity on held-out text of each source.
+    """
+    worst = None
+    for high, above in rises.items():
+        for low, below in rises.items():
+            gap = above.rise - below.rise
+            error = math.hypot(above.standard_error, below.standard_error)
+            if above.rise <= UNEVEN_RATIO * max(below.rise, 0.0) or not gap > UNEVEN_ERRORS * error:
+                continue
+            if worst is None or gap > worst[0]:
+                worst = gap, high, low
+    if worst is None:
+        return None
+    _, high, low = worst
+    return (
+        f"perplexity rises by {rises[high].rise:.1%} on {high} but by {rises[low].rise:.1%} on "
+        f"{low}: give {high} more weight, or save less"
+    )
+
+
+def _apportion(
+    total: int, weights: Sequence[float], most: Sequence[int] | None = None
+) -> list[int]:
+    """Deal ``total`` out by largest remainder; ties go to the first, no share above ``most``."""
+    limits = [total] * len(weights) if most is None else list(most)
+    # rounded, so that 0.1 + 0.2 does not decide a tie
+    quotas = [round(total * weight / sum(weights), 9) for weight in weights]
+    shares = [min(int(quota), limit) for quota, limit in zip(quotas, limits, strict=True)]
+    while sum(shares) < total:
+        open_ = [i for i, share in enumerate(shares) if share < limits[i]]
+        best = max(open_, key=lambda i: quotas[i] - shares[i])
+        shares[best] += 1
+    return shares

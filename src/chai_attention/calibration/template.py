@@ -1,0 +1,62 @@
+"""How many tokens a chat template puts before what the user says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from chai_attention.errors import CalibrationError
+
+# they begin with different letters, a digit and a sign, and differ in length: what their chats
+# begin with together is the template's own
+MESSAGES = (
+    "Why is the sky blue?",
+    "please translate this sentence into French: the house is old.",
+    "3 apples and 4 pears, how many fruits?",
+    "(see below)\nA short story follows.",
+    "Zebras",
+)
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the tokens before the user's text in every single-turn chat.
+
+    These tokens, a default system prompt included, are the same in every request and say nothing
+    about its content: a probe window should begin after them. A chat with a system prompt of its
+    own has more of them.
+
+    Returns:
+        Length of the common beginning of the token ids of several chats, generation prompt
+        included; the first token of the user's text is not counted even if it holds the last
+        characters of the template.
+
+    Raises:
+        CalibrationError: the tokenizer has no chat template, or one that cannot be used for a
+            single message of a user.
+    """
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            "this tokenizer has no chat template, so that a probe window cannot begin after it: "
+            "let it begin at the first token"
+        )
+    chats = [_rendered(tokenizer, message) for message in MESSAGES]
+    for place, tokens in enumerate(zip(*chats, strict=False)):
+        if len(set(tokens)) > 1:
+            return place
+    raise CalibrationError("the chat template of this tokenizer leaves out what the user says")
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """Token ids of a chat with one message."""
+    chat = [{"role": "user", "content": message}]
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:  # a template is a program, which fails in ways of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(
+            f"the chat template of this tokenizer cannot render a user's message: {reason}"
+        ) from error
+    return list(encoded["input_ids"])

@@ -1,0 +1,170 @@
+"""``chai frontier``: what several calibrations cost, against the K,V bytes that they save."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from chai_attention.cli import options
+
+Number = TypeVar("Number", int, float)
+
+
+def frontier_command(
+    model: options.Model,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Calibration text: a file, a data set of the hub, or self; again for a mixture, "
+            "with weights if you like: --text a.txt:0.7 --text b.jsonl:0.3."
+        ),
+    ],
+    test: Annotated[
+        list[str],
+        typer.Option(help="Text to measure on, which calibration does not see; again for several."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for frontier.json, frontier.txt and frontier.png. Points that its "
+            "frontier.json holds are not measured again."
+        ),
+    ],
+    budgets: Annotated[str, typer.Option(help="What to save, percent.")] = "5,10,20",
+    of: Annotated[
+        str, typer.Option(help="What budgets are percent of: bytes (of K and V) or heads.")
+    ] = "bytes",
+    recipes: Annotated[
+        str,
+        typer.Option(
+            help="all, or some of paper, online, scores, value, gradient, blend, gradient+recent, "
+            "gradient+recent+refit, blend+recent, and files of ready profiles (.json)."
+        ),
+    ] = "all",
+    contexts: Annotated[str, typer.Option(help="Tokens per test window.")] = "256,1024",
+    target: Annotated[
+        str | None,
+        typer.Option(help="scores or k-bytes, as in chai calibrate; paper is always scores."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per calibration window. [default: 256, or the model's maximum]"),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(help="Windows of every test text, of the longest context.", min=1)
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Which windows of the texts are used.")] = 0,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
+    from chai_attention.calibration import calibrate, load_texts, windows_of
+    from chai_attention.calibration.calibrate import window_length
+    from chai_attention.calibration.sources import mixed_windows, parse_sources
+    from chai_attention.cli.loading import load_model
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.tables import render
+    from chai_attention.errors import CalibrationError
+    from chai_attention.evaluation.frontier import digest_of, frontier, recipes_named
+    from chai_attention.evaluation.points import FrontierError
+    from chai_attention.reports.frontier import frontier_plot, frontier_table
+
+    asked = {"bytes": "save", "heads": "removed"}.get(of)
+    if asked is None:
+        raise FrontierError(f"--of is bytes or heads, not {of!r}")
+    sources = parse_sources(text)
+    shares = [percent / 100 for percent in _numbers("--budgets", budgets, float)]
+    lengths = _numbers("--contexts", contexts, int)
+    chosen = recipes_named(recipes.split(","))
+    names = {Path(name).name: name for name in test}
+    if len(names) < len(test):
+        raise FrontierError("two test texts have the same name: give each once, or rename one")
+    seen = {Path(source.name).resolve() for source in sources}
+    for path in names.values():
+        if Path(path).resolve() in seen:
+            raise FrontierError(f"{path} is calibration text: measure on another")
+    # a missing file should not wait for the model to load
+    longest = max(lengths)
+    texts = {name: load_texts(path, tokens=windows * longest) for name, path in names.items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
+    loaded, tokenizer = load_model(model, dtype, device)
+    length, longest = window_length(loaded, length), window_length(loaded, longest)
+    tests = {
+        name: windows_of(documents, tokenizer, windows, longest, seed)
+        for name, documents in texts.items()
+    }
+    calibration, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
+    refused: list[str] = []
+
+    def refuse(name: str, budget: float, error: CalibrationError) -> None:
+        refused.append(f"left out: {name} at {budget:.1%}: {error}")
+
+    with progress_bar("starting") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.describe(what)
+            bar(done, total)
+
+        points = frontier(
+            loaded,
+            chosen,
+            shares,
+            tests,
+            calibrate_one=partial(
+                calibrate,
+                loaded,
+                tokenizer,
+                calibration,
+                samples=len(calibration),
+                length=length,
+                target=target,
+                seed=seed,
+            ),
+            contexts=lengths,
+            asked=asked,
+            file=out / "frontier.json",
+            about={
+                "model": Path(model).name,
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "calibration text": [f"{Path(s.name).name}:{s.weight:g}" for s in sources],
+                "calibration windows": list(calibration.shape),
+                "calibration tokens": digest_of(calibration),
+                "seed": seed,
+                "target": target,
+            },
+            on_refusal=refuse,
+            progress=progress,
+        )
+    for line in refused:
+        typer.echo(line, err=True)
+    if not points:
+        raise FrontierError("no recipe could be calibrated to any of these budgets")
+    table = render(frontier_table(points))
+    typer.echo(table)
+    try:
+        (out / "frontier.txt").write_text(table + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
+    typer.echo(f"points and table written to {out / 'frontier.json'}, {out / 'frontier.txt'}")
+    typer.echo(f"plot written to {frontier_plot(points, out / 'frontier.png')}")
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers above 0 separated by commas."""
+    from chai_attention.evaluation.points import FrontierError
+
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) <= 0:
+        kinds = "whole numbers" if kind is int else "numbers"
+        raise FrontierError(f"{option} is {kinds} above 0 separated by commas, not {text!r}")
+    return numbers

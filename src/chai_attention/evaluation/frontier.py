@@ -1,0 +1,260 @@
+"""`frontier`: perplexity against K,V bytes saved, for several ways to calibrate one model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.errors import CalibrationError
+from chai_attention.evaluation.perplexity import Loss, paired_rise, token_loss
+from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
+from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.profile import ClusterProfile
+
+SAVE, REMOVED = "save", "removed"
+TOKENS_PER_BATCH = 2048
+PAPER = "paper"
+
+_RECENT = {"recent": 32, "sinks": 4, "cost": "gradient"}
+# name -> arguments of `calibrate`; each says what it needs, whatever calibration's defaults are
+RECIPES: dict[str, dict[str, Any]] = {
+    PAPER: {"recipe": "paper", "target": "scores"},
+    "online": {"cost": "scores", "membership": "online", "recent": 0},
+    "scores": {"cost": "scores", "membership": "static", "recent": 0},
+    "value": {"cost": "value", "membership": "static", "recent": 0},
+    "gradient": {"cost": "gradient", "membership": "static", "recent": 0},
+    "blend": {"cost": "gradient", "membership": "blend", "recent": 0},
+    "gradient+recent": {**_RECENT, "membership": "static"},
+    "gradient+recent+refit": {**_RECENT, "membership": "static", "refit": "output"},
+    "blend+recent": {**_RECENT, "membership": "blend"},
+}
+
+Recipe = Mapping[str, Any] | ClusterProfile
+Progress = Callable[[str, int, int], None]
+Refusal = Callable[[str, float, CalibrationError], None]
+
+
+def recipes_named(names: Sequence[str]) -> dict[str, Recipe]:
+    """Return the recipes of these names.
+
+    A name that ends in ``.json`` is a profile's file; the single name "all" stands for every
+    recipe.
+
+    Raises:
+        FrontierError: an unknown name.
+        ProfileError: a file that is no profile.
+    """
+    recipes: dict[str, Recipe] = {}
+    for name in RECIPES if list(names) == ["all"] else names:
+        if name in RECIPES:
+            recipes[name] = RECIPES[name]
+        elif name.endswith(".json"):
+            recipes[name] = ClusterProfile.load(name)
+        else:
+            raise FrontierError(
+                f"no recipe {name!r}: give a profile's file (.json) or some of {', '.join(RECIPES)}"
+            )
+    return recipes
+
+
+def frontier(
+    model: PreTrainedModel,
+    recipes: Mapping[str, Recipe],
+    budgets: Sequence[float],
+    test: Mapping[str, Tensor],
+    *,
+    calibrate_one: Callable[..., ClusterProfile],
+    contexts: Sequence[int] | None = None,
+    asked: str = SAVE,
+    file: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    on_refusal: Refusal | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Point]:
+    """Measure what every recipe costs at every budget, on every text and context length.
+
+    A profile is made once per recipe and budget and measured at all context lengths. All of them
+    score the same test tokens: windows are cut into shorter ones. The model without clusters is
+    scored once per text and length, and the rise is paired window by window.
+
+    Args:
+        model: a supported causal language model, without clustered heads.
+        recipes: name -> arguments of ``calibrate_one``, or a ready profile, which is measured once
+            whatever the budgets.
+        budgets: shares to ask for, above 0 and below 1.
+        test: name -> windows of tokens ``[N, S]`` int64 that calibration has not seen.
+        calibrate_one: called with a recipe's arguments and the budget as ``save=`` or
+            ``removed=``; returns a profile. Usually `calibrate` with model and text bound.
+        contexts: context lengths, tokens; None for the width of each text's windows.
+        asked: what budgets are shares of: "save", of the K,V bytes, or "removed", of the heads.
+        file: JSON file to which every point is written as it comes. Points that it holds are
+            not measured again.
+        about: what identifies the run apart from the points' own keys (model, calibration text,
+            seed): a file about something else is refused.
+        on_refusal: called with (recipe, budget, error) if a calibration cannot do what is asked,
+            which is then left out; None raises the error.
+        progress: called with (what is going on, points done, points in all).
+
+    Returns:
+        The points asked for, by recipe, budget, text and context.
+
+    Raises:
+        FrontierError: budgets, contexts or texts that cannot be used, or the file's contents.
+        CalibrationError: from ``calibrate_one``, without ``on_refusal``.
+    """
+    if asked not in (SAVE, REMOVED):
+        raise FrontierError(f"budgets are shares of {SAVE} or {REMOVED}, not of {asked!r}")
+    tries = _tries(recipes, budgets)
+    bench = _Bench(model, _tests(test, contexts))
+    kept = PointFile(None if file is None else Path(file), about or {})
+    total = len(tries) * len(bench.tests)
+    points: list[Point] = []
+    for number, (name, recipe, budget) in enumerate(tries):
+        head = (name, _settings(recipe), None if budget is None else asked, budget)
+        keys = [key_of(*head, item.name, item.digest, item.context) for item in bench.tests]
+        missing = [
+            item for item, key in zip(bench.tests, keys, strict=True) if kept.get(key) is None
+        ]
+        what = name if budget is None else f"{name} at {budget:.1%}"
+        done = number * len(bench.tests)
+        if missing:
+            progress(f"calibrating {what}", done, total)
+            start, seconds = time.perf_counter(), 0.0
+            try:
+                if isinstance(recipe, ClusterProfile):
+                    profile = recipe
+                else:
+                    profile = calibrate_one(**{asked: budget}, **recipe)
+                    seconds = time.perf_counter() - start
+            except CalibrationError as error:
+                if on_refusal is None or budget is None:
+                    raise
+                on_refusal(name, budget, error)
+                missing = []
+            for item in missing:
+                progress(f"perplexity of {what} at {item.context} tokens", done, total)
+                kept.add(Point(*head, **bench.measure(profile, item), seconds=seconds))
+        points += [point for key in keys if (point := kept.get(key)) is not None]
+    progress("done", total, total)
+    return points
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Windows ``[N, context]`` of one text."""
+
+    name: str
+    context: int
+    windows: Tensor
+    digest: str
+
+
+class _Bench:
+    """Scores profiles of one model; the model without clusters once per test."""
+
+    def __init__(self, model: PreTrainedModel, tests: Sequence[_Test]):
+        self.tests = tests
+        self._model = model
+        self._shape = describe(model)
+        self._baselines: dict[tuple[str, int], Loss] = {}
+
+    def measure(self, profile: ClusterProfile, test: _Test) -> dict[str, Any]:
+        """The fields of a point that are found, not asked for, and those of its test."""
+        place = test.name, test.context
+        if place not in self._baselines:
+            self._baselines[place] = self._loss(test)
+        with enabled(self._model, profile):
+            rise = paired_rise(self._baselines[place], self._loss(test))
+        if not math.isfinite(rise.rise):
+            raise FrontierError(
+                f"the perplexity on {test.name} is not a number: run the model in float32"
+            )
+        heads = self._shape.heads
+        grouped = self._shape.kv_heads < heads
+        return {
+            "text": test.name,
+            "digest": test.digest,
+            "context": test.context,
+            "windows": len(test.windows),
+            "removed": 1 - sum(profile.clusters) / (heads * self._shape.layers),
+            "saved": profile.saved(self._shape, test.context),
+            "at_least": profile.representatives is None and profile.target == "scores" and grouped,
+            "baseline": self._baselines[place].perplexity,
+            "rise": rise.rise,
+            "standard_error": rise.standard_error,
+        }
+
+    def _loss(self, test: _Test) -> Loss:
+        batch = max(1, TOKENS_PER_BATCH // test.context)
+        return token_loss(self._model, test.windows, batch_size=batch)
+
+
+def _tries(
+    recipes: Mapping[str, Recipe], budgets: Sequence[float]
+) -> list[tuple[str, Recipe, float | None]]:
+    """Every recipe with every budget; ready profiles once, without."""
+    if not recipes:
+        raise FrontierError("a frontier needs at least one recipe")
+    bad = [budget for budget in budgets if not 0 < budget < 1]
+    if bad:
+        raise FrontierError(f"a budget is a share above 0 and below 1, not {bad[0]:g}")
+    tries: list[tuple[str, Recipe, float | None]] = []
+    for name, recipe in recipes.items():
+        if isinstance(recipe, ClusterProfile):
+            tries.append((name, recipe, None))
+            continue
+        if not budgets:
+            raise FrontierError(f"recipe {name} needs at least one budget")
+        tries += [(name, recipe, budget) for budget in dict.fromkeys(budgets)]
+    return tries
+
+
+def _tests(test: Mapping[str, Tensor], contexts: Sequence[int] | None) -> list[_Test]:
+    """Every text cut to every context length."""
+    if not test or (contexts is not None and not contexts):
+        raise FrontierError("a frontier needs at least one test text and one context length")
+    tests = []
+    for name, windows in test.items():
+        if windows.ndim != 2 or windows.dtype != torch.long:
+            raise FrontierError(f"test text {name}: windows are a [N, S] int64 tensor of token ids")
+        width = windows.shape[1]
+        for context in dict.fromkeys([width] if contexts is None else contexts):
+            if not 2 <= context <= width:
+                raise FrontierError(
+                    f"test text {name}: a context is 2 to {width} tokens, the width of its "
+                    f"windows, not {context}"
+                )
+            cut = windows.unfold(1, context, context).reshape(-1, context)
+            if len(cut) < 2:
+                raise FrontierError(
+                    f"test text {name} has one window of {context} tokens: the error of a "
+                    "measurement needs two or more"
+                )
+            tests.append(_Test(name, context, cut, digest_of(cut)))
+    return tests
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's name stands for, in a file."""
+    if isinstance(recipe, ClusterProfile):
+        return {"profile": _digest(recipe.to_json().encode())}
+    return dict(recipe)
+
+
+def digest_of(windows: Tensor) -> str:
+    """Return a short digest of windows of tokens, which tells two texts of one name apart."""
+    return _digest(windows.cpu().contiguous().numpy().tobytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,0 +1,178 @@
+"""Clustered attention with an exact recent window: near keys by own scores, far ones shared.
+
+Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other
+keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset. The
+paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops import near as near_part
+from chai_attention.ops.dispatch import attention as clustered
+from chai_attention.ops.near import Far, NearKeys, blocks_of
+
+
+@dataclass(frozen=True, eq=False)
+class WindowTables:
+    """Who sees what in one forward; the same for all layers. Made by `window_tables`.
+
+    Attributes:
+        recent: w, cache positions that count as near; padding between tokens counts too.
+        queries: Q, the last tokens of the sequences.
+        sinks: s, first real tokens that are always near; no more than the sequences' length.
+        seen: columns that each query sees (see `near.attention`); None for all.
+        far: the stretch of keys that holds all far ones; None if there are none.
+        far_valid: ``[B, keys of far]`` bool, False for padding and sinks; None if all are far.
+        padded: whether there is padding.
+    """
+
+    recent: int
+    queries: int
+    sinks: int
+    seen: Tensor | None
+    far: slice | None
+    far_valid: Tensor | None
+    padded: bool
+
+
+def window_tables(
+    length: int,
+    queries: int,
+    recent: int,
+    sinks: int,
+    valid: Tensor | None,
+    device: torch.device,
+) -> WindowTables:
+    """Make the tables of the last ``queries`` of ``length`` tokens.
+
+    Args:
+        length: S, tokens so far, new ones and padding included.
+        queries: Q.
+        recent: w, at least 1.
+        sinks: s.
+        valid: ``[B, S]`` bool, False for padding; None if all tokens are real.
+        device: where to make them; nothing is read on the host.
+    """
+    sinks = min(sinks, length)
+    other = length - recent  # keys behind these are near to every query
+    if valid is None:
+        far = slice(sinks, other) if other > sinks else None
+        seen = None
+        if queries > 1 or other < sinks:
+            position = torch.arange(length, device=device)[None]
+            ordinary, position = position >= sinks, position[:, :sinks]
+            seen = _seen(queries, recent, ordinary, position, None, far is not None)
+        return WindowTables(recent, queries, sinks, seen, far, None, padded=False)
+    position = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, :sinks]
+    ordinary = valid & (valid.cumsum(1) > sinks)
+    far = slice(0, other) if other > 0 else None
+    real = valid.gather(1, position)
+    seen = _seen(queries, recent, ordinary, position, real, far is not None)
+    far_valid = None if far is None else ordinary[:, far]
+    return WindowTables(recent, queries, sinks, seen, far, far_valid, padded=True)
+
+
+def _seen(
+    queries: int, recent: int, ordinary: Tensor, sinks: Tensor, real: Tensor | None, far: bool
+) -> Tensor:
+    """Columns that every query sees; ``ordinary [B, S]`` is False for padding and sinks.
+
+    The far keys' column is seen by all: their log-sum-exp knows who sees them.
+    """
+    length, device = ordinary.shape[1], ordinary.device
+    count, block = blocks_of(queries, recent)
+    past = length - queries
+    first = past - recent + 1  # key of the first column
+    width = block + recent - 1
+    if count == 1 and first < 0:
+        first, width = 0, length
+    start = torch.arange(count, device=device)[:, None] * block  # [blocks, 1]
+    query = (past + start + torch.arange(block, device=device))[:, :, None]  # [blocks, block, 1]
+    key = first + start + torch.arange(width, device=device)  # [blocks, width]
+    inside = (key >= 0) & (key < length)
+    band = ordinary[:, key.clamp(0, length - 1)] & inside  # [B, blocks, width]
+    key = key[:, None]
+    seen = band[:, :, None] & (key <= query) & (key > query - recent)
+    sink = sinks[:, None, None] <= query  # [B, blocks, block, s]
+    if real is not None:
+        sink = sink & real[:, None, None]
+    columns = [sink, seen, torch.ones_like(seen[..., :1])] if far else [sink, seen]
+    return torch.cat(columns, -1)[:, None, :, None]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: NearKeys,
+    tables: WindowTables,
+    *,
+    scale: float,
+    offset: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of the last Q tokens; `reference.recent_attention` is the definition.
+
+    Args:
+        query: ``[B, H, Q, D]``, all heads in their natural order.
+        key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
+        value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
+        membership: tables of B rows.
+        near: K and V of the near keys, of all K/V heads.
+        tables: of these S tokens and Q queries.
+        scale: factor on the scores.
+        offset: ``[B, H]`` float32 added to the log-sum-exp of the far keys (`head_offsets`); None
+            for zeros.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        ``[B, Q, H, Dv]`` in the dtype of ``value``.
+    """
+    far = None
+    if tables.far is not None:
+        # Without its last w keys, the causal rule of clustered attention hides just what is near.
+        # Queries before the last ones as many as keys would see none.
+        keys, values = key[:, :, tables.far], value[:, :, tables.far]
+        late = query[:, :, max(0, query.shape[2] - keys.shape[2]) :]
+        heads = membership.slot_heads[:, :, None, None].expand(-1, -1, *late.shape[2:])
+        out, lse = clustered(
+            late.gather(1, heads),
+            keys,
+            values,
+            membership,
+            scale=scale,
+            valid=tables.far_valid,
+            softcap=softcap,
+            return_lse=True,
+        )
+        assert lse is not None
+        lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
+        far = Far(out, lse if offset is None else lse + offset[:, :, None])
+    return near_part.attention(
+        query,
+        near,
+        tables.seen,
+        far,
+        recent=tables.recent,
+        sinks=tables.sinks,
+        padded=tables.padded,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+def head_offsets(offsets: Tensor, membership: Membership) -> Tensor:
+    """Each head's entry of ``offsets [H, H]`` (head, representative): ``[B, H]``.
+
+    A representative needs none: its far scores are its own.
+    """
+    rep = membership.representatives
+    heads = torch.arange(membership.heads, device=rep.device)
+    return torch.where(rep == heads, 0.0, offsets[heads, rep])

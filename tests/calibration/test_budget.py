@@ -1,0 +1,34 @@
+"""The search for the largest saving within a loss, on losses that are known."""
+
+import pytest
+
+from chai_attention.calibration.budget import CONFIDENCE, largest_within
+from chai_attention.evaluation.perplexity import PairedRise
+
+ERROR = 0.001
+
+
+@pytest.mark.parametrize("guess", [1, 3, 17, 60, 500])
+@pytest.mark.parametrize("answer", [1, 2, 17, 59, 60])
+def test_it_finds_the_last_that_holds(answer, guess):
+    calls = []
+
+    def measure(units):
+        calls.append(units)
+        return PairedRise(0.01 * units / (answer + 0.5) - CONFIDENCE * ERROR, ERROR)
+
+    kept = largest_within(measure, 60, 0.01, guess)
+    assert kept.units == answer
+    assert kept.tried == len(calls) == len(set(calls))
+    assert kept.tried <= 12
+    assert kept.rise == measure(answer)
+
+
+def test_the_standard_error_counts():
+    assert largest_within(lambda units: PairedRise(0.009, 0.001), 10, 0.01, 4).units == 0
+    assert largest_within(lambda units: PairedRise(0.009, 0.0005), 10, 0.01, 4).units == 10
+
+
+def test_if_nothing_holds_the_loss_of_one_unit_is_told():
+    kept = largest_within(lambda units: PairedRise(0.1 * units, 0.0), 10, 0.01, 6)
+    assert (kept.units, kept.rise.rise) == (0, 0.1)

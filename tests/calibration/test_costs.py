@@ -1,0 +1,146 @@
+"""Costs of pairs of heads against their definition, computed one pair at a time in float64."""
+
+import pytest
+import torch
+
+from chai_attention.calibration import costs
+from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.statistics import observe
+from chai_attention.errors import CalibrationError
+from chai_attention.integrations.transformers.capture import capture
+from chai_attention.integrations.transformers.support import attention_modules
+from tiny_models import tiny_model
+
+SIZE, HEADS = 20, 6
+WINDOW, SINKS = 4, 2
+
+
+def observed(model, ids):
+    """Every layer's attention call, and the gradient of the summed loss at its output."""
+    calls, outs = {}, {}
+
+    def keep(call, out):
+        out.retain_grad()
+        calls[call.layer], outs[call.layer] = call, out
+
+    with capture(model, keep):
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).backward()
+    model.zero_grad()
+    return {layer: (calls[layer], outs[layer].grad.double()) for layer in calls}
+
+
+def scores_of(call):
+    group = HEADS // call.key.shape[1]
+    key = call.key.double().repeat_interleave(group, 1)
+    scores = call.query.double() @ key.mT * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    return scores, call.value.double().repeat_interleave(group, 1)
+
+
+def output_columns(module, head, dim):
+    """``[out, D]`` of the output weights that belong to a head."""
+    if hasattr(module, "c_proj"):
+        return module.c_proj.weight.double().T[:, head * dim : (head + 1) * dim]
+    projection = getattr(module, "o_proj", None) or module.out_proj
+    return projection.weight.double()[:, head * dim : (head + 1) * dim]
+
+
+@pytest.mark.parametrize("near", ["no window", "window"])
+@pytest.mark.parametrize("kind", ["value", "gradient"])
+@pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt", "gemma2", "gpt2"])
+def test_costs_are_their_definition(family, kind, near):
+    model = tiny_model(family)
+    ids = torch.randint(3, 97, (3, SIZE))
+    offsets = torch.randn(3, HEADS, HEADS) / 2
+    window = Near() if near == "no window" else Near(WINDOW, SINKS, offsets)
+    got = collect_costs(model, ids, kind, near=window, batch_size=2)
+    position = torch.arange(SIZE)
+    behind = position[:, None] - position
+    is_near = (behind < WINDOW) | (position < SINKS)
+    modules = attention_modules(model)
+    for layer, (call, gradient) in observed(model, ids).items():
+        scores, value = scores_of(call)
+        scores = scores.masked_fill(behind < 0, -torch.inf)
+        own = scores.softmax(-1)
+        want = torch.zeros(HEADS, HEADS, dtype=torch.float64)
+        for h in range(HEADS):
+            for r in range(HEADS):
+                if h == r:
+                    continue
+                used = scores[:, r]
+                if window.recent:
+                    used = torch.where(is_near, scores[:, h], used + offsets[layer, h, r])
+                change = (used.softmax(-1) - own[:, h]) @ value[:, h]  # [B, S, D]
+                if kind == "gradient":
+                    want[h, r] = (gradient[:, :, h] * change).sum(-1).square().sum()
+                else:
+                    columns = output_columns(modules[layer], h, change.shape[-1])
+                    want[h, r] = (change @ columns.T).square().sum()
+        torch.testing.assert_close(got[layer], want / ids.numel(), rtol=1e-3, atol=1e-9)
+
+
+def test_offsets_are_the_weighted_mean_difference():
+    model = tiny_model("llama")
+    ids = torch.randint(3, 97, (2, SIZE))
+    statistics = OffsetStatistics(3, HEADS, Near(WINDOW, SINKS))
+    observe(model, ids, [statistics.add], batch_size=1)
+    got = statistics.offsets
+    position = torch.arange(SIZE)
+    behind = position[:, None] - position
+    is_near = (behind < WINDOW) | (position < SINKS)
+    for layer, (call, _) in observed(model, ids).items():
+        scores = scores_of(call)[0].masked_fill(behind < 0, -torch.inf)
+        far = scores.masked_fill(is_near, -torch.inf).logsumexp(-1)  # [B, H, S]
+        share = (far - scores.logsumexp(-1)).exp()
+        seen = far.isfinite()[:, 0]
+        for h in range(HEADS):
+            weight = (share * (1 - share))[:, h][seen]
+            for r in range(HEADS):
+                want = (weight * (far[:, h] - far[:, r])[seen]).sum() / weight.sum()
+                assert got[layer, h, r].item() == pytest.approx(want.item(), abs=1e-4)
+
+
+def test_recomputed_activations_give_the_same_costs(monkeypatch):
+    model, ids = tiny_model("llama-grouped"), torch.randint(3, 97, (3, SIZE))
+    kept = collect_costs(model, ids, "gradient")
+    monkeypatch.setattr(costs, "KEEP_BYTES", 0)
+    assert torch.equal(collect_costs(model, ids, "gradient"), kept)
+
+
+@pytest.mark.parametrize("keep", [0, 1e9])
+def test_the_model_is_left_as_it_was(keep, monkeypatch):
+    monkeypatch.setattr(costs, "KEEP_BYTES", keep)
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    model.lm_head.weight.requires_grad_(False)
+    model.train()
+    collect_costs(model, torch.randint(3, 97, (2, 9)), "gradient")
+    assert model.training
+    assert "forward" not in layer.__dict__
+    assert not model.lm_head.weight.requires_grad
+    assert model.model.embed_tokens.weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model(torch.ones(1, 3, dtype=torch.long)).logits.requires_grad
+
+
+def test_a_quantised_model_has_no_gradient_costs():
+    model = tiny_model("llama")
+    model.is_quantized = True
+    with pytest.raises(CalibrationError, match="use --cost value or --cost scores"):
+        collect_costs(model, torch.ones(1, 5, dtype=torch.long), "gradient")
+
+
+def test_progress_counts_windows():
+    seen = []
+    collect_costs(
+        tiny_model("llama"),
+        torch.randint(3, 97, (5, 9)),
+        "gradient",
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
