@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import problems_of, tuples
+from chai_attention.profile_files import load_corrections, save_corrections, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,7 @@ SCHEMA_VERSION = 1
 ONLINE, STATIC, BLEND = "online", "static", "blend"
 MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
+EXPORTED = "chai_profile.json"  # in the folder of an exported model
 _TABLES = ("representatives", "error", "similarity", "costs", "offsets")
 
 # layers x clusters, as published for CHAI (ICML 2024)
@@ -128,6 +128,9 @@ class ClusterProfile:
         """
         if str(name) in PUBLISHED:
             return cls.published(str(name))
+        folder = Path(name) / EXPORTED
+        if folder.exists():
+            return cls.load(folder)
         if not Path(name).exists():
             known = ", ".join(PUBLISHED)
             raise ProfileError(f"no profile {str(name)!r}: give a file or one of {known}")
@@ -157,9 +160,15 @@ class ClusterProfile:
         except ValueError as error:
             raise ProfileError(f"{path} is not JSON: {error}") from error
         try:
-            return cls.from_json(data)
+            profile = cls.from_json(data)
         except ProfileError as error:
             raise ProfileError(f"{path}: {error}") from error
+        if profile.refit is None:
+            return profile
+        if not {"file", "sha256"} <= set(profile.refit):
+            raise ProfileError(f"{path}: 'refit' needs kind (output or bias), file and sha256")
+        tensors = load_corrections(Path(path), profile.refit)
+        return replace(profile, corrections=tensors)
 
     @classmethod
     def from_json(cls, data: Any) -> ClusterProfile:
@@ -200,23 +209,18 @@ class ClusterProfile:
     def save(self, path: str | Path) -> None:
         """Write the profile; a file that was there stays whole unless all is written.
 
+        The tensors of a refit go into a file of their own beside it.
+
         Raises:
             ProfileError: the file cannot be written.
         """
-        path = Path(path)
-        temporary = None
-        try:
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise ProfileError(f"cannot write {path}: {error.strerror}") from error
+        path, profile = Path(path), self
+        if self.refit is not None:
+            if self.corrections is None:
+                raise ProfileError("this profile has a refit but not its tensors: load it anew")
+            entry = save_corrections(path, self.refit["kind"], self.corrections)
+            profile = replace(self, refit=entry)
+        write_whole(path, profile.to_json().encode())
 
     # ---- use with a model
 

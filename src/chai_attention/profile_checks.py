@@ -91,7 +91,7 @@ def _notes(profile: ClusterProfile) -> list[str]:
     refit: Any = profile.refit
     if refit is not None and (
         not isinstance(refit, Mapping)
-        or set(refit) != {"kind", "file", "sha256"}
+        or not {"kind"} <= set(refit) <= {"kind", "file", "sha256"}
         or refit["kind"] not in ("output", "bias")
         or not all(isinstance(value, str) for value in refit.values())
     ):

@@ -16,7 +16,7 @@ def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=
     tables = windowed.window_tables(size, queries, recent, sinks, valid, query.device)
     band = slice(max(0, size - queries - recent + 1), size)
     real = torch.ones(query.shape[0], size, dtype=torch.bool) if valid is None else valid
-    first = (~real).to(torch.uint8).argsort(1, stable=True)[:, :sinks]
+    first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :sinks]
     sinks_of = [
         torch.stack([row[:, at] for row, at in zip(x, first, strict=True)]) for x in (key, value)
     ]

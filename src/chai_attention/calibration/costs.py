@@ -16,7 +16,12 @@ from chai_attention.calibration.pairs import gradient_cost, maps_of, value_cost
 from chai_attention.calibration.statistics import evaluating
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
-from chai_attention.integrations.transformers.support import attention_modules, describe
+from chai_attention.integrations.transformers.support import (
+    attention_modules,
+    decoder_layers,
+    describe,
+    output_weight,
+)
 
 SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)
@@ -182,7 +187,7 @@ def _output_roots(model: PreTrainedModel) -> dict[int, Tensor]:
     heads = describe(model).heads
     roots = {}
     for layer, module in attention_modules(model).items():
-        weight = _output_weight(module).detach().float()  # [out, H * Dv]
+        weight = output_weight(module).detach().float()  # [out, H * Dv]
         parts = weight.view(weight.shape[0], heads, -1).permute(1, 2, 0)  # [H, Dv, out]
         values, vectors = torch.linalg.eigh(parts @ parts.mT)
         roots[layer] = vectors * values.clamp_min(0).sqrt()[:, None, :]
@@ -197,8 +202,7 @@ def _gradients_of_activations(model: PreTrainedModel, tokens: int) -> Iterator[N
     """
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     embedding = model.get_input_embeddings()
-    modules = {id(module) for module in attention_modules(model).values()}
-    layers = [m for m in model.modules() if any(id(child) in modules for child in m.children())]
+    layers = decoder_layers(model)
     width = embedding.weight.shape[1] * ACTIVATIONS * embedding.weight.element_size()
     if tokens * len(layers) * width < KEEP_BYTES:
         layers = []
@@ -228,11 +232,3 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
-
-
-def _output_weight(module):  # TODO
-    for name in ("o_proj", "out_proj", "dense", "c_proj"):
-        if hasattr(module, name):
-            w = getattr(module, name).weight
-            return w.T if name == "c_proj" else w
-    raise AttributeError

@@ -10,6 +10,7 @@ import typer
 
 from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
+from chai_attention.cli.export import export_command
 from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
@@ -25,6 +26,7 @@ app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
+app.command("export")(export_command)
 app.command("frontier")(frontier_command)
 
 

@@ -96,11 +96,11 @@ def representatives_of(model, profile):
     return rule
 
 
-@pytest.mark.parametrize(("family", "setting"), CASES)
-def test_family_is_the_definition(family, setting):
+def check(family, setting, length, bounds):
+    """A whole prefill, and one in chunks, against the definition."""
     model = tiny_model(family)
     profile = profile_for(model, **SETTINGS[setting])
-    ids = torch.randint(3, 97, (2, 24))
+    ids = torch.randint(3, 97, (2, length))
     mask = torch.ones_like(ids)
     mask[1, :9] = 0  # left padding
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -118,20 +118,30 @@ def test_family_is_the_definition(family, setting):
     offsets = None if profile.offsets is None else [torch.tensor(x) for x in profile.offsets]
     rule = representatives_of(model, profile)
     with torch.no_grad():
-        plain = run(slice(0, 24))
+        plain = run(slice(0, length))
         with by_definition(model, rule, profile.recent, profile.sinks, offsets):
-            want = run(slice(0, 24))
+            want = run(slice(0, length))
         with enabled(model, profile):
-            whole = run(slice(0, 24))
-            # a chunk shorter than the window, one token, past the window of one row only, rest
+            whole = run(slice(0, length))
             cache = ClusteredCache(model, profile)
-            bounds = [0, 11, 12, 14, 21, 22, 23, 24]
             parts = [run(slice(a, b), cache) for a, b in itertools.pairwise(bounds)]
     assert (plain - want)[real].abs().max() > 1e-3, "the clusters should change the result"
     scale = want[real].abs().max()
     torch.testing.assert_close(whole[real] / scale, want[real] / scale, atol=2e-5, rtol=0)
     chunked = torch.cat(parts, 1)
     torch.testing.assert_close(chunked[real] / scale, want[real] / scale, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "setting"), CASES)
+def test_family_is_the_definition(family, setting):
+    # a chunk shorter than the window, one token, past the window of one row only, rest
+    check(family, setting, 24, [0, 11, 12, 14, 21, 22, 23, 24])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_long_prompt_is_the_definition(setting):
+    """Long enough to be clustered at once, K of all heads never stored."""
+    check("llama-grouped", setting, 150, [0, 60, 61, 62, 149, 150])
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))

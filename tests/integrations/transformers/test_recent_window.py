@@ -162,6 +162,24 @@ def test_chunked_prefill_equals_one_call(model, profile, cuts):
     close(torch.cat(parts, 1), want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama-grouped"])
+@pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (4, 0), (1, 2), (33, 4), (100, 0)])
+def test_windows_of_any_size(family, recent, sinks):
+    model = tiny_model(family)
+    rep = ((0, 0, 0, 0, 0, 0), (1, 1, 1, 1, 4, 4), (0, 0, 2, 2, 0, 2))
+    profile = ClusterProfile((1, 2, 2), "static", representatives=rep, recent=recent, sinks=sinks)
+    enable(model, profile)
+    ids = prompt(60, batch=2)
+    want = model(ids, use_cache=False).logits
+    cache = ClusteredCache(model, profile)
+    parts = [
+        model(part, past_key_values=cache).logits for part in ids.split([3, 1, 40, 14, 1, 1], dim=1)
+    ]
+    close(torch.cat(parts, 1), want)
+    assert cache.layers[0].tensors()["recent"].shape[2] == min(recent, 60)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_result_does_not_depend_on_the_batch(model, side):
     """Rows whose sinks and windows fill up at different times; padding between tokens as well."""

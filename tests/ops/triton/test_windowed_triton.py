@@ -51,7 +51,7 @@ def check(heads, kv_heads, clusters, queries, size, dim, dtype, recent, pad, sof
     tables = windowed.window_tables(size, queries, recent, sinks, valid, query.device)
     band = slice(max(0, size - queries - recent + 1), size)
     real = torch.ones(batch, size, dtype=torch.bool, device=DEVICE) if valid is None else valid
-    first = (~real).to(torch.uint8).argsort(1, stable=True)[:, :sinks]
+    first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :sinks]
     near = NearKeys(
         *(
             torch.cat([take(x.transpose(1, 2), first).transpose(1, 2), x[:, :, band]], 2)

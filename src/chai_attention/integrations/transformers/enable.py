@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from chai_attention.errors import UnsupportedModelError
+from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import attention
 from chai_attention.integrations.transformers.cache import adopt
+from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.support import attention_modules, describe
 from chai_attention.profile import ClusterProfile
@@ -32,6 +33,7 @@ class _Enabled:
     implementation: str
     modules: list[nn.Module]
     hooks: list[RemovableHandle] = field(default_factory=list)
+    corrections: Corrections | None = None
 
 
 # one entry per enabled model; a model that is garbage collected leaves by itself
@@ -41,8 +43,9 @@ _enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKey
 def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None:
     """Run ``model`` with clustered heads from now on; undo with `disable`.
 
-    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched; a model
-    that is enabled already gets the new profile. Inference only: no gradients flow through
+    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, except that
+    a profile with a refit brings output weights of its own until `disable`; a model that is
+    enabled already gets the new profile. Inference only: no gradients flow through
     attention while clustered heads are enabled.
 
     Args:
@@ -61,9 +64,16 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
             f"clustered heads run in float32, bfloat16 or float16, not {model.dtype}: load the "
             "model with one of these dtypes"
         )
+    if profile.refit is not None and profile.corrections is None:
+        raise ProfileError(
+            "this profile has a refit but not its tensors: load it from its file, or use a profile "
+            "without"
+        )
     disable(model)
     modules = attention_modules(model)
+    corrections = Corrections(modules, profile.corrections or {})
     state = _Enabled(profile, model.config._attn_implementation, list(modules.values()))
+    state.corrections = corrections
     if not _enabled:
         attention.register()
     _enabled[model] = state
@@ -81,6 +91,8 @@ def disable(model: PreTrainedModel) -> None:
         return
     for hook in state.hooks:
         hook.remove()
+    if state.corrections is not None:
+        state.corrections.undo()
     for module in state.modules:
         delattr(module, attention.PLAN_ATTRIBUTE)
     model.set_attn_implementation(state.implementation)

@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chai_attention.errors import UnsupportedModelError
 
@@ -20,6 +21,7 @@ FAMILIES = (
 
 # what the code of a model calls transformers' attention interface
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -122,6 +124,47 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"{_supported()}"
         )
     return found
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks of attention and MLP that the decoder runs one after the other."""
+    modules = attention_modules(model)
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    return [parents[id(modules[layer])] for layer in sorted(modules)]
+
+
+def output_projection(module: nn.Module) -> nn.Module:
+    """Return the projection of the heads' outputs, W_O, of an attention module.
+
+    Raises:
+        UnsupportedModelError: there is none of a known name, or its weights are quantised.
+    """
+    for name in _OUTPUTS:
+        projection = getattr(module, name, None)
+        weight = getattr(projection, "weight", None)
+        if projection is None:
+            continue
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+            raise UnsupportedModelError(
+                "the output weights of this model are quantised: load it in bfloat16 or float32"
+            )
+        return projection
+    raise UnsupportedModelError(
+        f"cannot find the output projection of {type(module).__name__} (none of "
+        f"{', '.join(_OUTPUTS)})"
+    )
+
+
+def is_transposed(projection: nn.Module) -> bool:
+    """Whether the weight is stored ``[in, out]``, as GPT-2 does."""
+    return isinstance(projection, Conv1D)
+
+
+def output_weight(module: nn.Module) -> Tensor:
+    """Return W_O ``[out, H * Dv]`` of an attention module."""
+    projection = output_projection(module)
+    weight: Tensor = projection.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    return weight.T if is_transposed(projection) else weight
 
 
 def _layer_types(config: PreTrainedConfig, layers: int) -> list[str]:

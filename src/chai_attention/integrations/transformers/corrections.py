@@ -1,0 +1,74 @@
+"""Refit output weights: put into a model and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from chai_attention.errors import ProfileError
+from chai_attention.integrations.transformers.support import (
+    is_transposed,
+    output_projection,
+    output_weight,
+)
+
+
+class Corrections:
+    """Replaces output weights and adds to output biases while it is in force.
+
+    The parameters that were there are kept, not computed back: `undo` restores them bit for bit.
+
+    Args:
+        modules: attention module of every layer.
+        tensors: ``layers.N.weight [out, in]``, which replaces W_O, and ``layers.N.bias [out]``,
+            which is added to the bias.
+
+    Raises:
+        ProfileError: a tensor that does not fit the model.
+    """
+
+    def __init__(self, modules: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]):
+        self._before: list[tuple[Any, str, nn.Parameter | None]] = []
+        work = [_place(modules, name, tensor) for name, tensor in tensors.items()]
+        for projection, name, tensor in work:
+            self._replace(projection, name, tensor)
+
+    def _replace(self, projection: Any, name: str, tensor: Tensor) -> None:
+        before: nn.Parameter | None = getattr(projection, name, None)
+        self._before.append((projection, name, before))
+        tensor = tensor.to(projection.weight)
+        if name == "weight":
+            tensor = (tensor.T if is_transposed(projection) else tensor).contiguous()
+        elif before is not None:
+            tensor = tensor + before.detach()
+        setattr(projection, name, nn.Parameter(tensor, requires_grad=False))
+
+    def undo(self) -> None:
+        """Put back what was there."""
+        for projection, name, before in reversed(self._before):
+            setattr(projection, name, before)
+        self._before = []
+
+
+def _place(
+    modules: Mapping[int, nn.Module], name: str, tensor: Tensor
+) -> tuple[nn.Module, str, Tensor]:
+    """The projection and parameter that a tensor belongs to, checked."""
+    parts = name.split(".")
+    known = len(parts) == 3 and parts[0] == "layers" and parts[2] in ("weight", "bias")
+    if not known or not parts[1].isdigit() or int(parts[1]) not in modules:
+        raise ProfileError(
+            f"the refit holds {name}, which this model does not have: it was made for another "
+            "one. Calibrate this model with --refit, or use a profile without"
+        )
+    module = modules[int(parts[1])]
+    weight = output_weight(module)
+    wanted = weight.shape if parts[2] == "weight" else weight.shape[:1]
+    if tensor.shape != wanted:
+        raise ProfileError(
+            f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}: it was "
+            "made for another one. Calibrate this model with --refit, or use a profile without"
+        )
+    return output_projection(module), parts[2], tensor

@@ -1,0 +1,72 @@
+"""Files of a profile: whole or not at all, and the tensors of a refit beside the JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chai_attention.errors import ProfileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file; one that was there stays as it is unless all is written.
+
+    Raises:
+        ProfileError: the file cannot be written.
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ProfileError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write a refit's tensors beside the file of its profile; return the profile's entry."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in corrections.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    # named by its contents: the profile that was there before keeps its own
+    file = profile.with_name(f"{profile.stem}-{digest[:8]}.safetensors")
+    write_whole(file, content)
+    return {"kind": kind, "file": file.name, "sha256": digest}
+
+
+def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read the tensors that a profile's entry names.
+
+    Raises:
+        ProfileError: no such file, or another one of that name.
+    """
+    from safetensors.torch import load
+
+    file = profile.with_name(refit["file"])
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ProfileError(
+            f"the refit of this profile is in {file}, which cannot be read ({error.strerror}): "
+            "keep both files in one folder, or calibrate again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != refit["sha256"]:
+        raise ProfileError(
+            f"{file} is not the file this profile was saved with: calibrate again, or restore it"
+        )
+    tensors: dict[str, Tensor] = load(content)
+    return tensors
