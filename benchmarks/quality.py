@@ -34,7 +34,7 @@ from chai_attention.reports.frontier import frontier_plot, paper_ratio
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4)
 PAPER_TOO = (0.025, 0.45)  # so that the paper's curve encloses the bytes of all others
 LENGTH, LONG = 256, 1024
-CALIBRATION, HELD_OUT = 256, 64
+CALIBRATION, HELD_OUT = 128, 64
 TEST = 32  # windows of LONG tokens, cut to four of LENGTH
 DOMAIN_REMOVED = 0.2
 PROBE_REMOVED = 0.1

@@ -163,7 +163,7 @@ def is_transposed(projection: nn.Module) -> bool:
 def output_weight(module: nn.Module) -> Tensor:
     """Return W_O ``[out, H * Dv]`` of an attention module."""
     projection = output_projection(module)
-    weight: Tensor = projection.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: Tensor = projection.weight.detach()  # type: ignore[operator]
     return weight.T if is_transposed(projection) else weight
 
 
