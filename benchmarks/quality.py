@@ -11,6 +11,7 @@ tokens for all recipes; rises are paired window by window.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -34,8 +35,9 @@ from chai_attention.reports.frontier import frontier_plot, paper_ratio
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4)
 PAPER_TOO = (0.025, 0.45)  # so that the paper's curve encloses the bytes of all others
 LENGTH, LONG = 256, 1024
-CALIBRATION, HELD_OUT = 128, 64
 TEST = 32  # windows of LONG tokens, cut to four of LENGTH
+PARTS = ("frontier", "promise", "domains", "probe", "frontier-scores")
+HELD_OUT = 64
 DOMAIN_REMOVED = 0.2
 PROBE_REMOVED = 0.1
 
@@ -70,7 +72,9 @@ class Texts:
 class Bench:
     """One model, its texts, and evidence that is collected once per calibration text."""
 
-    def __init__(self, name: str, data: Path, out: Path):
+    def __init__(self, name: str, data: Path, out: Path, calibration: int, other: int):
+        self.calibration = calibration
+        self.other = other
         self.name = Path(name).name
         self.model, self.tokenizer = load_model(name, "float32")
         self.shape = describe(self.model)
@@ -86,7 +90,7 @@ class Bench:
     def calibrated(self, text: str, **settings: Any) -> Any:
         """A profile from one kind of text, or from equal parts of all ("mixed")."""
         kinds = list(self.texts.calibration) if text == "mixed" else [text]
-        each = (CALIBRATION + HELD_OUT) // len(kinds)
+        each = (self.calibration + HELD_OUT) // len(kinds)
         parts = [self.texts.windows(self.texts.calibration, k, each, LENGTH) for k in kinds]
         keep = HELD_OUT // len(kinds)
         windows = torch.cat([part[: len(part) - keep] for part in parts])
@@ -137,12 +141,11 @@ class Bench:
             )
             for point in points:
                 print(f"{point.recipe} {point.budget} {point.context} {point.rise:+.4f}")
-        frontier_plot(load_points(self.out / f"{file}.json"), self.out / f"{file}.png")
 
-    def promise(self) -> list[dict[str, Any]]:
+    def promise(self, refits: list[str]) -> list[dict[str, Any]]:
         """Does ``max_loss=1%`` hold on text that calibration never saw?"""
         rows = []
-        for refit in ("none", "output"):
+        for refit in refits:
             profile = self.calibrated("wikitext", max_loss=0.01, refit=refit)
             row = {"refit": refit, **dict(profile.promise)}
             for length in (LENGTH, LONG):
@@ -156,10 +159,10 @@ class Bench:
     def domains(self) -> list[dict[str, Any]]:
         """Calibrated on one kind of text, scored on all."""
         kinds = list(self.texts.test)
-        tests = {k: self.texts.windows(self.texts.test, k, 96, LENGTH) for k in kinds}
+        tests = {k: self.texts.windows(self.texts.test, k, self.other, LENGTH) for k in kinds}
         baselines = {k: self.loss(windows) for k, windows in tests.items()}
         rows = []
-        for recipe in ("gradient", "gradient+recent", "gradient+recent+refit", "blend+recent"):
+        for recipe in ("gradient", "gradient+recent"):
             for text in (*kinds, "mixed"):
                 options = {k: v for k, v in RECIPES[recipe].items() if k != "target"}
                 profile = self.calibrated(text, removed=DOMAIN_REMOVED, **options)
@@ -176,7 +179,7 @@ class Bench:
             [{"role": "user", "content": "a"}], return_dict=True
         )
         template = torch.tensor(chat["input_ids"][:start])
-        content = self.texts.windows(self.texts.test, "boolq", 96, LENGTH)
+        content = self.texts.windows(self.texts.test, "boolq", self.other, LENGTH)
         windows = torch.cat([template.expand(len(content), -1), content], 1)
         baseline = self.loss(windows)
         rows = []
@@ -227,35 +230,17 @@ def markdown(bench: Bench, found: dict[str, Any]) -> str:
                 f"{_ratio(short, points)} | {_rise(long)} | {_ratio(long, points)} |"
             )
         lines.append("")
-    lines += [
-        "### `--max-loss 1%`",
-        "",
-        "| refit | promised (64 held-out windows) | test, 256 tokens | saved | "
-        "test, 1,024 tokens | saved | saved per token |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found["promise"]:
-        cells = " | ".join(
-            f"{_rise(row[f'test {n}'])} | {row[f'test {n}']['saved']:.1%}" for n in (LENGTH, LONG)
-        )
-        lines.append(f"| {row['refit']} | {_rise(row)} | {cells} | {row['saved_per_token']:.1%} |")
-    kinds = [k for k in found["domains"][0] if k not in ("recipe", "calibrated on")]
-    lines += [
-        "",
-        f"### Out of domain, {DOMAIN_REMOVED:.0%} removed, 256 tokens",
-        "",
-        "| recipe | calibrated on | " + " | ".join(kinds) + " |",
-        "|---|---|" + "---|" * len(kinds),
-    ]
-    for row in found["domains"]:
-        cells = " | ".join(_rise(row[k]) for k in kinds)
-        lines.append(f"| {row['recipe']} | {row['calibrated on']} | {cells} |")
-    if found["probe"]:
+    if found.get("promise"):
+        lines += _promise(found)
+    if found.get("domains"):
+        lines += _domains(found)
+    if found.get("probe"):
         lines += [
             "",
             f"### Chat template of {found['probe'][0]['template_tokens']} tokens, "
             f"{PROBE_REMOVED:.0%} removed, no recent window",
             "",
+            *_sizes(found, "probe"),
             "| membership | window | probed from start | probed from content |",
             "|---|---|---|---|",
         ]
@@ -265,6 +250,56 @@ def markdown(bench: Bench, found: dict[str, Any]) -> str:
                 f"| {start['membership']} | {start['window']} | {_rise(start)} | {_rise(content)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _promise(found: dict[str, Any]) -> list[str]:
+    """The table of what a loss budget won, and whether it holds."""
+    lines = [
+        "### `--max-loss 1%`",
+        "",
+        *_sizes(found, "promise"),
+        "| refit | promised (held-out windows) | test, 256 tokens | saved | "
+        "test, 1,024 tokens | saved | saved per token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["promise"]:
+        cells = " | ".join(
+            f"{_rise(row[f'test {n}'])} | {row[f'test {n}']['saved']:.1%}" for n in (LENGTH, LONG)
+        )
+        lines.append(f"| {row['refit']} | {_rise(row)} | {cells} | {row['saved_per_token']:.1%} |")
+    return lines
+
+
+def _domains(found: dict[str, Any]) -> list[str]:
+    """The table of what calibration on one kind of text costs on others."""
+    kinds = [k for k in found["domains"][0] if k not in ("recipe", "calibrated on")]
+    lines = [
+        "",
+        f"### Out of domain, {DOMAIN_REMOVED:.0%} removed, 256 tokens",
+        "",
+        *_sizes(found, "domains"),
+        "| recipe | calibrated on | " + " | ".join(kinds) + " |",
+        "|---|---|" + "---|" * len(kinds),
+    ]
+    for row in found["domains"]:
+        cells = " | ".join(_rise(row[k]) for k in kinds)
+        lines.append(f"| {row['recipe']} | {row['calibrated on']} | {cells} |")
+    return lines
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _sizes(found: dict[str, Any], part: str) -> list[str]:
+    """How much text a part used, and where it ran."""
+    sizes = found.get(f"{part} sizes")
+    if sizes is None:
+        return []
+    text = f"{sizes['calibration']} calibration windows"
+    text += f", {sizes['held out']} held out" if part == "promise" else ""
+    text += f", {sizes['other']} test windows per text" if part != "promise" else ""
+    return [f"{text}; {sizes['device']}, float32.", ""]
 
 
 def _rise(row: Any) -> str:
@@ -290,9 +325,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", type=int, default=128, help="windows to calibrate on")
+    parser.add_argument("--other", type=int, default=96, help="test windows: domains and probe")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--refits", default="none,output", help="of the part promise")
     options = parser.parse_args()
+    parts = options.parts.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.model, options.data, options.out)
+    bench = Bench(options.model, options.data, options.out, options.calibration, options.other)
     file = options.out / "parts.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     frontiers = {"Heads removed, K freed" if not bench.grouped else "K/V heads removed": "frontier"}
@@ -303,19 +343,36 @@ def main() -> None:
     targets += [("scores", "frontier-scores")] if bench.grouped else []
 
     def part(name: str, work: Callable[[], Any]) -> None:
-        if name not in found:
+        if name in parts and name not in found:
             start = time.perf_counter()
             found[name] = work()
+            found[f"{name} sizes"] = {
+                "calibration": bench.calibration,
+                "held out": HELD_OUT,
+                "other": bench.other,
+                "device": _device(),
+            }
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
             file.write_text(json.dumps(found, indent=1) + "\n")
 
-    bench.frontier(*targets[0])
-    part("promise", bench.promise)
+    if "frontier" in parts:
+        bench.frontier(*targets[0])
+    part("promise", lambda: bench.promise(options.refits.split(",")))
     part("domains", bench.domains)
     part("probe", bench.probe)
     for target, name in targets[1:]:
-        bench.frontier(target, name)
+        if name in parts:
+            bench.frontier(target, name)
+    found["frontiers"] = {
+        k: v for k, v in frontiers.items() if (options.out / f"{v}.json").exists()
+    }
+    frontiers = found["frontiers"]
     (options.out / "tables.md").write_text(markdown(bench, found))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        return
+    for name in frontiers.values():
+        frontier_plot(load_points(options.out / f"{name}.json"), options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

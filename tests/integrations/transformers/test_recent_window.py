@@ -88,6 +88,21 @@ def test_removed_heads_keep_the_window_and_no_more(model, profile):
 
 
 @torch.no_grad()
+def test_one_removed_head_holds_no_more_than_its_window():
+    """Its slices are contiguous, so that only a copy frees what is around them."""
+    model = tiny_model("llama")
+    rep = ((0, 0, 2, 3, 4, 5),) * 3
+    profile = ClusterProfile((5, 5, 5), "static", representatives=rep, **WINDOW)
+    enable(model, profile)
+    cache = ClusteredCache(model, profile)
+    for length in (10, 200):
+        model(prompt(length), past_key_values=cache)
+    assert cache.memory().recent_bytes == 3 * (RECENT + DRAFT + SINKS) * 8 * 4
+    cache.crop(-20)
+    assert cache.memory().recent_bytes == 3 * (RECENT + DRAFT - 20 + SINKS) * 8 * 4
+
+
+@torch.no_grad()
 def test_k_of_removed_heads_is_held_nowhere_else(model, profile):
     step, ids = prompt(1), prompt(500)
     warm = ClusteredCache(model, profile)

@@ -101,7 +101,7 @@ class RecentKeys:
                 "the cut. Crop right after a forward of several tokens and by few, or reset the "
                 "cache and run the prompt again"
             )
-        self.last = self.last[:, :, : max(0, left)].contiguous()
+        self.last = self.last[:, :, : max(0, left)].clone()
         self._first_is_whole = False
 
     def select(self, rows: Tensor) -> None:
@@ -117,7 +117,7 @@ class RecentKeys:
         most = self.recent + spare
         old = min(self.last.shape[2], max(reach, most - new.shape[2]))
         held = torch.cat([self.last[:, :, self.last.shape[2] - old :], new], 2)
-        self.last = held if held.shape[2] <= most else held[:, :, -most:].contiguous()
+        self.last = held if held.shape[2] <= most else held[:, :, -most:].clone()
         return held
 
     def _extend_first(
