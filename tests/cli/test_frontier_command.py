@@ -55,7 +55,9 @@ def test_points_table_and_plot_are_written_and_a_rerun_reads_them(chai, asked, t
     assert sum("gradient" in line for line in text.splitlines()) == 4
     first = asked[0]
     assert first["windows"].shape == (4, 24)
-    assert {k: v for k, v in first.items() if k != "windows"} == {
+    assert first["held_out"].shape == (2, 24)
+    assert first["store"] is asked[1]["store"]
+    assert {k: v for k, v in first.items() if k not in ("windows", "held_out", "store")} == {
         "samples": 4, "length": 24, "target": "scores", "seed": 0, "save": 0.05, "recipe": "paper",
     }  # fmt: skip
     assert asked[2]["cost"] == "gradient"

@@ -10,7 +10,13 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.errors import CalibrationError, ProfileError
 from chai_attention.evaluation import frontier as module
 from chai_attention.evaluation import paired_rise, token_loss
-from chai_attention.evaluation.frontier import RECIPES, digest_of, frontier, recipes_named
+from chai_attention.evaluation.frontier import (
+    RECIPES,
+    digest_of,
+    for_bytes,
+    frontier,
+    recipes_named,
+)
 from chai_attention.evaluation.points import FrontierError, load_points
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
@@ -272,3 +278,11 @@ def test_digests_tell_windows_apart():
     assert digest_of(windows) == digest_of(windows.clone())
     assert digest_of(windows) != digest_of(windows[:2])
     assert digest_of(windows[:, ::2]) == digest_of(windows[:, ::2].contiguous())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-grouped"])
+def test_the_papers_recipe_can_save_bytes_of_any_model(family):
+    shape = describe(tiny_model(family))
+    recipes = for_bytes(RECIPES, shape)
+    assert set(recipes) == set(RECIPES)
+    assert recipes["paper"]["target"] == ("scores" if family == "llama" else "k-bytes")

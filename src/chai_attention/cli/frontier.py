@@ -47,9 +47,13 @@ def frontier_command(
     contexts: Annotated[str, typer.Option(help="Tokens per test window.")] = "256,1024",
     target: Annotated[
         str | None,
-        typer.Option(help="scores or k-bytes, as in chai calibrate; paper is always scores."),
+        typer.Option(
+            help="scores or k-bytes, as in chai calibrate; paper of heads is always scores."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 128,
+    samples: Annotated[
+        int, typer.Option(help="Windows of calibration text; a quarter more checks refits.", min=4)
+    ] = 128,
     length: Annotated[
         int | None,
         typer.Option(help="Tokens per calibration window. [default: 256, or the model's maximum]"),
@@ -64,13 +68,15 @@ def frontier_command(
     """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
     from chai_attention.calibration import calibrate, load_texts, windows_of
     from chai_attention.calibration.calibrate import window_length
-    from chai_attention.calibration.sources import mixed_windows, parse_sources
+    from chai_attention.calibration.evidence import EvidenceStore
+    from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
     from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
-    from chai_attention.evaluation.frontier import digest_of, frontier, recipes_named
+    from chai_attention.evaluation.frontier import digest_of, for_bytes, frontier, recipes_named
     from chai_attention.evaluation.points import FrontierError
+    from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
 
     asked = {"bytes": "save", "heads": "removed"}.get(of)
@@ -95,12 +101,18 @@ def frontier_command(
     except OSError as error:
         raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
     loaded, tokenizer = load_model(model, dtype, device)
+    if asked == "save":
+        chosen = for_bytes(chosen, describe(loaded))
     length, longest = window_length(loaded, length), window_length(loaded, longest)
     tests = {
         name: windows_of(documents, tokenizer, windows, longest, seed)
         for name, documents in texts.items()
     }
-    calibration, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
+    extra = max(2, samples // 4)
+    mixture, labels = mixed_windows(sources, loaded, tokenizer, samples + extra, length, seed)
+    (calibration, _), (held, _) = split_windows(
+        mixture, labels, max(1, len(mixture) * extra // (samples + extra))
+    )
     refused: list[str] = []
 
     def refuse(name: str, budget: float, error: CalibrationError) -> None:
@@ -126,6 +138,8 @@ def frontier_command(
                 length=length,
                 target=target,
                 seed=seed,
+                held_out=held,
+                store=EvidenceStore(loaded, calibration),  # one pass for all budgets
             ),
             contexts=lengths,
             asked=asked,

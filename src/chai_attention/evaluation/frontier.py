@@ -18,7 +18,7 @@ from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import Loss, paired_rise, token_loss
 from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
 
 SAVE, REMOVED = "save", "removed"
@@ -65,6 +65,17 @@ def recipes_named(names: Sequence[str]) -> dict[str, Recipe]:
                 f"no recipe {name!r}: give a profile's file (.json) or some of {', '.join(RECIPES)}"
             )
     return recipes
+
+
+def for_bytes(recipes: Mapping[str, Recipe], shape: ModelShape) -> dict[str, Recipe]:
+    """Return the recipes with the paper's made able to save a share of K,V bytes.
+
+    In a grouped-query model clusters of query heads free K by chance only, so there the paper's
+    features, window and layer-wise bound choose whole K/V heads.
+    """
+    if PAPER not in recipes or not 1 < shape.kv_heads < shape.heads:
+        return dict(recipes)
+    return {**recipes, PAPER: {"recipe": "paper", "target": "k-bytes"}}
 
 
 def frontier(
