@@ -156,13 +156,13 @@ class Bench:
             rows.append(row)
         return rows
 
-    def domains(self) -> list[dict[str, Any]]:
+    def domains(self, recipes: list[str]) -> list[dict[str, Any]]:
         """Calibrated on one kind of text, scored on all."""
         kinds = list(self.texts.test)
         tests = {k: self.texts.windows(self.texts.test, k, self.other, LENGTH) for k in kinds}
         baselines = {k: self.loss(windows) for k, windows in tests.items()}
         rows = []
-        for recipe in ("gradient", "gradient+recent"):
+        for recipe in recipes:
             for text in (*kinds, "mixed"):
                 options = {k: v for k, v in RECIPES[recipe].items() if k != "target"}
                 profile = self.calibrated(text, removed=DOMAIN_REMOVED, **options)
@@ -329,6 +329,7 @@ def main() -> None:
     parser.add_argument("--other", type=int, default=96, help="test windows: domains and probe")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--refits", default="none,output", help="of the part promise")
+    parser.add_argument("--recipes", default="gradient,gradient+recent", help="of the part domains")
     options = parser.parse_args()
     parts = options.parts.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -358,7 +359,7 @@ def main() -> None:
     if "frontier" in parts:
         bench.frontier(*targets[0])
     part("promise", lambda: bench.promise(options.refits.split(",")))
-    part("domains", bench.domains)
+    part("domains", lambda: bench.domains(options.recipes.split(",")))
     part("probe", bench.probe)
     for target, name in targets[1:]:
         if name in parts:
