@@ -1,5 +1,6 @@
 """Profiles with a refit: two files that belong together."""
 
+import hashlib
 import json
 
 import pytest
@@ -53,3 +54,25 @@ def test_a_refit_without_tensors_is_neither_saved_nor_loaded(tmp_path):
     (tmp_path / "p.json").write_text('{"clusters": [2, 6], "refit": {"kind": "output"}}')
     with pytest.raises(ProfileError, match="needs kind"):
         ClusterProfile.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("file", ["", "../x", "/x", "a/b", ".", ".."])
+def test_tensors_lie_beside_the_profile(file, tmp_path):
+    data = {"clusters": [2], "refit": {"kind": "output", "file": file, "sha256": "0"}}
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match="beside the profile"):
+        ClusterProfile.load(tmp_path / "p.json")
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    (tmp_path / "x").write_bytes(b"hello")
+    digest = hashlib.sha256(b"hello").hexdigest()
+    data = {"clusters": [2], "refit": {"kind": "output", "file": "x", "sha256": digest}}
+    (tmp_path / "p.json").write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match="no safetensors file"):
+        ClusterProfile.load(tmp_path / "p.json")
+
+
+def test_tensors_need_a_kind():
+    with pytest.raises(ProfileError, match="'corrections' need a 'refit'"):
+        ClusterProfile((2, 6), corrections=TENSORS)

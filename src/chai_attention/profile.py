@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
-from chai_attention.profile_checks import problems_of, tuples
+from chai_attention.profile_checks import problems_of, refit_problems, tuples
 from chai_attention.profile_files import load_corrections, save_corrections, write_whole
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Shape(Protocol):
     def head_dim(self) -> int: ...  # noqa: D102
     @property
     def clusterable(self) -> tuple[bool, ...]: ...  # noqa: D102
+    @property
+    def hidden_size(self) -> int | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class ClusterProfile:
                 f"{len(self.clusters)} layers in the profile, {shape.layers} in the model"
             )
         if not problems:
-            problems = self._layer_problems(shape)
+            problems = self._layer_problems(shape) + refit_problems(self, shape)
         if problems:
             raise ProfileError("profile does not fit the model: " + "; ".join(problems))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chai_attention.profile import ClusterProfile
+    from chai_attention.profile import ClusterProfile, Shape
 
+_CORRECTION = re.compile(r"layers\.(?P<layer>\d+)\.(?:weight|(?P<bias>bias))")
 # tables with one entry per layer, and how deep their lists are
 _DEPTHS = {"representatives": 2, "error": 2, "similarity": 3, "costs": 3, "offsets": 3}
 
@@ -96,9 +98,35 @@ def _notes(profile: ClusterProfile) -> list[str]:
         or not all(isinstance(value, str) for value in refit.values())
     ):
         problems.append("'refit' needs kind (output or bias), file and sha256")
+    if profile.corrections is not None and refit is None:
+        problems.append("'corrections' need a 'refit' that says of which kind they are")
     promise: Any = profile.promise
     if not isinstance(promise, Mapping | None):
         problems.append("'promise' must be an object")
+    return problems
+
+
+def refit_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
+    """What keeps a refit from running in a model of ``shape``."""
+    if profile.refit is None:
+        return []
+    if profile.corrections is None:
+        return ["it has a refit but not its tensors: load it from its file, or use one without"]
+    inputs = shape.heads * shape.head_dim
+    problems = []
+    for name, tensor in profile.corrections.items():
+        match = _CORRECTION.fullmatch(name)
+        if match is None or int(match["layer"]) >= shape.layers:
+            problems.append(f"the refit holds {name}, which this model does not have")
+            continue
+        # a config need not say how long the hidden states are: then that is not compared
+        wanted = [shape.hidden_size or tensor.shape[0], inputs][: 1 if match["bias"] else 2]
+        if list(tensor.shape) != wanted:
+            problems.append(f"{name} of the refit is {list(tensor.shape)}, not {wanted}")
+    if problems:
+        problems.append(
+            "the refit was made for another model: calibrate this one, or use a profile without"
+        )
     return problems
 
 

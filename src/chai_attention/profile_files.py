@@ -52,11 +52,15 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
     """Read the tensors that a profile's entry names.
 
     Raises:
-        ProfileError: no such file, or another one of that name.
+        ProfileError: no such file, another one of that name, or none of tensors.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    file = profile.with_name(refit["file"])
+    name = refit["file"]
+    if name in ("", "..") or Path(name).name != name:
+        raise ProfileError(f"{profile}: the refit's file {name!r} must be one beside the profile")
+    file = profile.with_name(name)
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -68,5 +72,8 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
         raise ProfileError(
             f"{file} is not the file this profile was saved with: calibrate again, or restore it"
         )
-    tensors: dict[str, Tensor] = load(content)
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except SafetensorError as error:
+        raise ProfileError(f"{file} is no safetensors file: calibrate again") from error
     return tensors

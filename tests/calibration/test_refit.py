@@ -117,6 +117,9 @@ def test_bad_requests():
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="output or bias"):
         refit(model, static_profile(model), torch.ones(4, 9, dtype=torch.long), kind="all")
+    profile, windows = static_profile(model), torch.ones(4, 9, dtype=torch.long)
+    with enabled(model, profile), pytest.raises(CalibrationError, match="disable"):
+        refit(model, profile, windows, kind="output")
     with pytest.raises(CalibrationError, match="at least 2 windows"):
         refit(model, static_profile(model), torch.ones(1, 9, dtype=torch.long), kind="bias")
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.statistics import evaluating
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import token_loss
+from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import (
@@ -65,11 +66,13 @@ def refit(
         progress: called with (layers done, layers in all).
 
     Raises:
-        CalibrationError: an unknown kind, or too few windows.
+        CalibrationError: an unknown kind, too few windows, or clustered heads are enabled.
         UnsupportedModelError: output weights that cannot be found, or that are quantised.
     """
     if kind not in ("output", "bias"):
         raise CalibrationError(f"refit is output or bias, not {kind!r}")
+    if model.config._attn_implementation == NAME:
+        raise CalibrationError("disable(model) before refitting it")
     if len(windows) < 2:
         raise CalibrationError("a refit needs at least 2 windows of text")
     bare = replace(profile, refit=None, corrections=None)

@@ -14,14 +14,19 @@ def export_command(
     model: options.Model,
     profile: Annotated[str, typer.Option(help="The profile, with or without a refit.")],
     out: Annotated[Path, typer.Option(help="Folder to write; empty or new.")],
-    dtype: options.DType = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: as MODEL was saved.")
+    ] = "auto",
 ) -> None:
     """Write MODEL with refit weights and its profile, for from_pretrained and vLLM."""
-    from chai_attention.cli.loading import load_model
-    from chai_attention.integrations.transformers.export import export
+    from chai_attention.cli.loading import load_model, saved_dtype
+    from chai_attention.integrations.transformers.export import export, require_empty
     from chai_attention.profile import ClusterProfile
 
     chosen = ClusterProfile.resolve(profile)
+    require_empty(out)  # before the model is loaded, which can take minutes
+    if dtype == "auto":
+        dtype = saved_dtype(model)
     loaded, tokenizer = load_model(model, dtype, "cpu")
     path = export(loaded, tokenizer, chosen, out)
     typer.echo(f"model written to {out}, its profile to {path}")

@@ -76,6 +76,14 @@ def load_config(name: str) -> PreTrainedConfig:
         raise _load_error(name, error) from error
 
 
+def saved_dtype(name: str) -> str:
+    """Name of the dtype a model was saved in; "auto" where its config does not say, or another."""
+    if name == SMOLLM2 or Path(name).suffix == ".gguf":
+        return "auto"  # quantised files have no such dtype
+    saved = str(getattr(load_config(name), "dtype", None)).removeprefix("torch.")
+    return saved if saved in DTYPES else "auto"
+
+
 def _load_gguf(
     path: Path, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,5 +1,7 @@
 """Exported checkpoints: the same results as the profile they were made with."""
 
+import errno
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -73,3 +75,32 @@ def test_a_folder_in_use_is_refused(tmp_path):
     model = tiny_model("llama")
     with pytest.raises(ProfileError, match="not an empty folder"):
         export(model, tiny_tokenizer(), refit_profile(model, "none"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ProfileError, match="not an empty folder"):
+        export(model, tiny_tokenizer(), refit_profile(model, "none"), tmp_path / "file")
+
+
+def test_an_enabled_model_is_refused(tmp_path):
+    """Its refit is in the weights already: a bias would be added twice."""
+    model = tiny_model("opt")
+    profile = refit_profile(model, "bias")
+    with enabled(model, profile), pytest.raises(UnsupportedModelError, match="disable"):
+        export(model, tiny_tokenizer(), profile, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(ProfileError, match="No space left on device"):
+        export(model, tokenizer, refit_profile(model, "bias"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert not model.config.attention_bias
+    after = model.state_dict()
+    assert after.keys() == plain.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in plain.items())

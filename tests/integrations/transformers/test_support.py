@@ -34,6 +34,7 @@ def test_every_family_is_described_from_model_and_config(family):
         kv_heads=2 if family in KV_HEADS else 6,
         head_dim=HEADS.get(family, 8),
         clusterable=(not slides, True, True),
+        hidden_size=48,
     )
     assert describe(model) == describe(model.config) == want
     assert want.architecture in FAMILIES

@@ -18,7 +18,8 @@ from chai_attention.integrations.transformers.support import (
 class Corrections:
     """Replaces output weights and adds to output biases while it is in force.
 
-    The parameters that were there are kept, not computed back: `undo` restores them bit for bit.
+    The parameters that were there are kept, not computed back: `undo` restores them bit for bit,
+    on the device and in the dtype that the model has by then.
 
     Args:
         modules: attention module of every layer.
@@ -32,22 +33,34 @@ class Corrections:
     def __init__(self, modules: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]):
         self._before: list[tuple[Any, str, nn.Parameter | None]] = []
         work = [_place(modules, name, tensor) for name, tensor in tensors.items()]
-        for projection, name, tensor in work:
-            self._replace(projection, name, tensor)
+        try:
+            for projection, name, tensor in work:
+                self._replace(projection, name, tensor)
+        except BaseException:  # such as no memory for a layer in the middle
+            self.undo()
+            raise
+
+    @staticmethod
+    def check(modules: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+        """Raise what the constructor would, and change nothing."""
+        for name, tensor in tensors.items():
+            _place(modules, name, tensor)
 
     def _replace(self, projection: Any, name: str, tensor: Tensor) -> None:
         before: nn.Parameter | None = getattr(projection, name, None)
-        self._before.append((projection, name, before))
         tensor = tensor.to(projection.weight)
         if name == "weight":
             tensor = (tensor.T if is_transposed(projection) else tensor).contiguous()
         elif before is not None:
             tensor = tensor + before.detach()
+        self._before.append((projection, name, before))
         setattr(projection, name, nn.Parameter(tensor, requires_grad=False))
 
     def undo(self) -> None:
         """Put back what was there."""
         for projection, name, before in reversed(self._before):
+            if before is not None:  # the model may have been moved or cast meanwhile
+                before.data = before.data.to(getattr(projection, name))
             setattr(projection, name, before)
         self._before = []
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import attention
 from chai_attention.integrations.transformers.cache import adopt
 from chai_attention.integrations.transformers.corrections import Corrections
@@ -64,13 +64,10 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
             f"clustered heads run in float32, bfloat16 or float16, not {model.dtype}: load the "
             "model with one of these dtypes"
         )
-    if profile.refit is not None and profile.corrections is None:
-        raise ProfileError(
-            "this profile has a refit but not its tensors: load it from its file, or use a profile "
-            "without"
-        )
-    disable(model)
     modules = attention_modules(model)
+    # all that can be refused is refused before the profile in force is taken out
+    Corrections.check(modules, profile.corrections or {})
+    disable(model)
     corrections = Corrections(modules, profile.corrections or {})
     state = _Enabled(profile, model.config._attn_implementation, list(modules.values()))
     state.corrections = corrections

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.support import (
     attention_modules,
@@ -45,41 +49,65 @@ def export(
 
     Raises:
         ProfileError: the profile does not fit the model, or the folder cannot be used.
-        UnsupportedModelError: a refit bias for a family whose output projection has none.
+        UnsupportedModelError: a refit bias for a family whose output projection has none, or
+            clustered heads are enabled.
     """
     out = Path(out)
+    require_empty(out)
+    if model.config._attn_implementation == NAME:
+        # its refit may be in the weights already, and would be written twice
+        raise UnsupportedModelError("disable(model) before exporting it")
     profile.check(describe(model))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ProfileError(f"{out} is not an empty folder: export to a new one")
-    if profile.refit is not None and profile.corrections is None:
-        raise ProfileError("this profile has a refit but not its tensors: load it from its file")
     modules = attention_modules(model)
     tensors = dict(profile.corrections or {})
     biased = any(name.endswith(".bias") for name in tensors)
     bare = getattr(output_projection(modules[0]), "bias", None) is None
     added: list[nn.Linear] = []
     applied = Corrections(modules, {})
+    unfinished: Path | None = None
     try:
         if biased and bare:
             added = _add_biases(model, modules)
         applied = Corrections(modules, tensors)
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise ProfileError(f"cannot write to {out}: {error.strerror}") from error
+        # a checkpoint is there as a whole or not at all
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        _without_refit(profile).save(unfinished / EXPORTED)
+        unfinished.chmod(0o755)
+        unfinished.replace(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ProfileError(f"cannot write to {out}: {reason}") from error
     finally:
+        if unfinished is not None and unfinished.exists():
+            shutil.rmtree(unfinished)
         applied.undo()
         for projection in added:
             projection.bias = None  # type: ignore[assignment]
         if added:
             model.config.attention_bias = False
-    note = {**(profile.provenance or {})}
-    if profile.refit is not None:
-        note["refit"] = f"{profile.refit['kind']}, built into the exported weights"
-    written = replace(profile, refit=None, corrections=None, provenance=note)
-    written.save(out / EXPORTED)
     return out / EXPORTED
+
+
+def require_empty(out: Path) -> None:
+    """Refuse a folder that an export would mix with other files.
+
+    Raises:
+        ProfileError: it is no folder, or holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ProfileError(f"{out} is not an empty folder: export to a new one")
+
+
+def _without_refit(profile: ClusterProfile) -> ClusterProfile:
+    """The profile for weights that hold its refit."""
+    if profile.refit is None:
+        return profile
+    kind = profile.refit["kind"]
+    note = {**(profile.provenance or {}), "refit": f"{kind}, built into the exported weights"}
+    return replace(profile, refit=None, corrections=None, provenance=note)
 
 
 def _add_biases(model: PreTrainedModel, modules: dict[int, nn.Module]) -> list[nn.Linear]:

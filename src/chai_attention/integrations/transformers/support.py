@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ FAMILIES = (
 # what the code of a model calls transformers' attention interface
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -36,6 +38,7 @@ class ModelShape:
         kv_heads: G, K/V heads per layer; divides H.
         head_dim: D.
         clusterable: per layer, False for sliding-window layers, which are left as they are.
+        hidden_size: size of the hidden states, None if the config does not say.
     """
 
     architecture: str
@@ -44,6 +47,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     clusterable: tuple[bool, ...]
+    hidden_size: int | None = None
 
     @property
     def group_size(self) -> int:
@@ -95,6 +99,7 @@ def _shape(config: PreTrainedConfig) -> ModelShape:
         kv_heads=kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         clusterable=tuple(kind == _FULL for kind in _layer_types(config, layers)),
+        hidden_size=getattr(config, "hidden_size", None),
     )
 
 
@@ -137,16 +142,21 @@ def output_projection(module: nn.Module) -> nn.Module:
     """Return the projection of the heads' outputs, W_O, of an attention module.
 
     Raises:
-        UnsupportedModelError: there is none of a known name, or its weights are quantised.
+        UnsupportedModelError: there is none of a known name, or its weights are quantised or
+            not in memory.
     """
     for name in _OUTPUTS:
         projection = getattr(module, name, None)
         weight = getattr(projection, "weight", None)
         if projection is None:
             continue
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN or weight.ndim != 2:
             raise UnsupportedModelError(
                 "the output weights of this model are quantised: load it in bfloat16 or float32"
+            )
+        if weight.is_meta:
+            raise UnsupportedModelError(
+                "the output weights of this model are offloaded: load it without offloading"
             )
         return projection
     raise UnsupportedModelError(
