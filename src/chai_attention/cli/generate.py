@@ -27,7 +27,7 @@ def generate_command(
 
     from chai_attention.cli.loading import load_model
     from chai_attention.cli.tables import generation_table
-    from chai_attention.integrations.transformers import enable
+    from chai_attention.integrations.transformers import enable, saved_weight_bytes
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.integrations.transformers.writing import encode_prompt, write
     from chai_attention.profile import ClusterProfile
@@ -48,3 +48,5 @@ def generate_command(
     )
     typer.echo("\n")
     typer.echo(generation_table({"CHAI": written}))
+    if weights := saved_weight_bytes(loaded):
+        typer.echo(f"rows of removed heads in W_Q and W_K, not computed: {weights:,} bytes")

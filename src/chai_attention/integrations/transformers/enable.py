@@ -19,6 +19,7 @@ from chai_attention.integrations.transformers import attention
 from chai_attention.integrations.transformers.cache import adopt
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
+from chai_attention.integrations.transformers.projections import Projections
 from chai_attention.integrations.transformers.support import attention_modules, describe
 from chai_attention.profile import ClusterProfile
 
@@ -32,8 +33,9 @@ class _Enabled:
     profile: ClusterProfile
     implementation: str
     modules: list[nn.Module]
+    corrections: Corrections
+    projections: Projections
     hooks: list[RemovableHandle] = field(default_factory=list)
-    corrections: Corrections | None = None
 
 
 # one entry per enabled model; a model that is garbage collected leaves by itself
@@ -43,10 +45,11 @@ _enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKey
 def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None:
     """Run ``model`` with clustered heads from now on; undo with `disable`.
 
-    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, except that
-    a profile with a refit brings output weights of its own until `disable`; a model that is
-    enabled already gets the new profile. Inference only: no gradients flow through
-    attention while clustered heads are enabled.
+    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, with two
+    exceptions, both until `disable`: a profile with a refit brings output weights of its own, and
+    with a static membership the rows of W_Q and W_K of removed heads leave the model's device
+    (see `Projections`). A model that is enabled already gets the new profile. Inference only: no
+    gradients flow through attention while clustered heads are enabled.
 
     Args:
         model: a causal language model of a supported family, in float32, bfloat16 or float16.
@@ -69,8 +72,13 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     Corrections.check(modules, profile.corrections or {})
     disable(model)
     corrections = Corrections(modules, profile.corrections or {})
-    state = _Enabled(profile, model.config._attn_implementation, list(modules.values()))
-    state.corrections = corrections
+    try:
+        projections = Projections(model, modules, plans)
+    except BaseException:
+        corrections.undo()
+        raise
+    before = model.config._attn_implementation
+    state = _Enabled(profile, before, list(modules.values()), corrections, projections)
     if not _enabled:
         attention.register()
     _enabled[model] = state
@@ -82,18 +90,29 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled."""
-    state = _enabled.pop(model, None)
+    """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled.
+
+    Where the device has no memory left for the rows that `enable` took out, the model stays
+    enabled: free some, and call this again.
+    """
+    state = _enabled.get(model)
     if state is None:
         return
+    state.projections.undo()
+    del _enabled[model]
     for hook in state.hooks:
         hook.remove()
-    if state.corrections is not None:
-        state.corrections.undo()
+    state.corrections.undo()
     for module in state.modules:
         delattr(module, attention.PLAN_ATTRIBUTE)
     model.set_attn_implementation(state.implementation)
     _unregister_if_unused()
+
+
+def saved_weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of W_Q and W_K that `enable` took off the model's device, biases included."""
+    state = _enabled.get(model)
+    return 0 if state is None else state.projections.saved_bytes
 
 
 @contextmanager

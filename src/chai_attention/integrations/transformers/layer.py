@@ -28,7 +28,11 @@ from chai_attention.integrations.transformers.buffers import (
     pick_tokens,
 )
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.plan import (
+    LayerPlan,
+    slot_queries,
+    stored_states,
+)
 from chai_attention.integrations.transformers.recent import RecentKeys, near_keys
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
@@ -215,13 +219,9 @@ class ClusteredLayer(CacheLayerMixin):
         """Append K of representatives and V of all heads; attend by clusters."""
         assert self.membership is not None
         member = self.membership
-        new_keys, new_values = key, value.transpose(1, 2)
-        if not member.is_identity:
-            new_keys = pick_heads(key, member.key_heads)
-            if member.group_size == 1:
-                new_values = pick_heads(new_values, member.value_heads, axis=2)
+        new_keys, new_values = stored_states(member, key, value)
         keys = self._keys.append(new_keys)
-        values = self._values.append(new_values).transpose(1, 2)
+        values = self._values.append(new_values.transpose(1, 2)).transpose(1, 2)
         if self.plan.has_recent_window:
             queries = query.shape[2]
             near = self._recent.extend(key, keys, value, values, member, padding, _spare(queries))
@@ -229,8 +229,7 @@ class ClusteredLayer(CacheLayerMixin):
             return windowed.attention(
                 query, keys, values, member, near, tables, offset=self._offset, **options
             )
-        if not member.is_identity:
-            query = pick_heads(query, member.slot_heads)
+        query = slot_queries(member, query)
         return attention(query, keys, values, member, valid=padding.valid, **options)[0]
 
     def _attend_probing(
@@ -280,18 +279,15 @@ class ClusteredLayer(CacheLayerMixin):
         index = torch.tensor(rows, device=query.device)
         query, keys, values = query[index], keys[index], values[index]
         member = self._membership_of(index, keys, values, part, options)
-        stored = pick_heads(keys, member.key_heads)
+        stored, ordered = stored_states(member, keys, values)
         if plan.has_recent_window:
             near = near_keys(keys, values, part, queries, plan.recent, plan.sinks)
             tables = part.window_tables(queries, plan.recent, plan.sinks)
             options = {**options, "near": near, "tables": tables, "offset": self._offset_of(member)}
-        if member.group_size == 1:
-            values = pick_heads(values, member.value_heads)
-        if plan.has_recent_window:
-            clustered = windowed.attention(query, stored, values, member, **options)
+            clustered = windowed.attention(query, stored, ordered, member, **options)
         else:
-            query = pick_heads(query, member.slot_heads)
-            clustered = attention(query, stored, values, member, valid=part.valid, **options)[0]
+            query = slot_queries(member, query)
+            clustered = attention(query, stored, ordered, member, valid=part.valid, **options)[0]
         behind = part.token_index(queries) >= plan.probe_end  # [rows, Q]
         out[index] = torch.where(behind[:, :, None, None], clustered, out[index])
 

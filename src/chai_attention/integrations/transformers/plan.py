@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chai_attention.clustering.assign import assign, assign_by_cost
 from chai_attention.clustering.kmeans import squared_distances
+from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
@@ -131,6 +132,40 @@ def relative(cost: Tensor) -> Tensor:
     own = torch.eye(heads, dtype=torch.bool, device=cost.device)
     total = cost.masked_fill(own, 0.0).sum((1, 2), keepdim=True)
     return cost * (heads * (heads - 1) / total.clamp_min(1e-30))
+
+
+def slot_queries(membership: Membership, query: Tensor) -> Tensor:
+    """Q of representatives in slot order, ``[B, k, Q, D]``.
+
+    Args:
+        membership: of the layer.
+        query: ``[B, H, Q, D]`` of all heads; ``[B, k, Q, D]``, which a model with compact
+            projections computes (see `projections`), is what is wanted already.
+    """
+    if query.shape[1] == membership.clusters:
+        return query
+    return pick_heads(query, membership.slot_heads)
+
+
+def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, G, Q, Dv]``.
+
+    Args:
+        membership: of the layer.
+        key: ``[B, G, Q, D]`` of all heads, or ``[B, kept, Q, D]`` of compact projections.
+        value: ``[B, G, Q, Dv]``, in the natural order of heads, or in the order of
+            ``membership.value_heads`` if the projections are compact.
+    """
+    # one order of V needs no sign of its own: only multi-head attention reorders V, and there
+    # a layer with clusters always has fewer kept K heads than heads
+    if key.shape[1] == membership.kept_keys:
+        return key, value
+    key = pick_heads(key, membership.key_heads)
+    if membership.group_size == 1:
+        # token by token, as it lies in memory in front of attention and behind it
+        tokens = pick_heads(value.transpose(1, 2), membership.value_heads, axis=2)
+        value = tokens.transpose(1, 2)
+    return key, value
 
 
 def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, ...]:

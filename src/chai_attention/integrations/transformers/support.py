@@ -22,8 +22,8 @@ FAMILIES = (
 
 # what the code of a model calls transformers' attention interface
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -145,12 +145,12 @@ def output_projection(module: nn.Module) -> nn.Module:
         UnsupportedModelError: there is none of a known name, or its weights are quantised or
             not in memory.
     """
-    for name in _OUTPUTS:
+    for name in OUTPUTS:
         projection = getattr(module, name, None)
         weight = getattr(projection, "weight", None)
         if projection is None:
             continue
-        if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or weight.dtype not in PLAIN or weight.ndim != 2:
             raise UnsupportedModelError(
                 "the output weights of this model are quantised: load it in bfloat16 or float32"
             )
@@ -161,7 +161,7 @@ def output_projection(module: nn.Module) -> nn.Module:
         return projection
     raise UnsupportedModelError(
         f"cannot find the output projection of {type(module).__name__} (none of "
-        f"{', '.join(_OUTPUTS)})"
+        f"{', '.join(OUTPUTS)})"
     )
 
 
