@@ -23,12 +23,14 @@ class Chunks:
 
     Attributes:
         slot: ``[B, N]`` int32, the cluster of each chunk.
+        query: ``[B, N]`` int32, the representative head of that cluster.
         key: ``[B, N]`` int32, the place in the K cache that the cluster reads.
         head: ``[B, N, M]`` int32, the heads whose outputs the chunk writes.
         value: ``[B, N, M]`` int32, the place in the V cache of each of them.
     """
 
     slot: Tensor
+    query: Tensor
     key: Tensor
     head: Tensor
     value: Tensor
@@ -82,6 +84,7 @@ def _deal(membership: Membership, members: int) -> Chunks:
     value = membership.value_slot.gather(1, order)
     return Chunks(
         slot=table(count, chunk, slot),
+        query=table(count, chunk, membership.slot_heads.gather(1, slot)),
         key=table(count, chunk, membership.key_slot.gather(1, slot)),
         head=table(count * members, lane, order).view(batch, count, members),
         value=table(count * members, lane, value).view(batch, count, members),

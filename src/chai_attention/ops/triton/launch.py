@@ -10,23 +10,15 @@ import triton
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.triton import launch_decode
+from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of
-from chai_attention.ops.triton.decode import decode, padded
-from chai_attention.ops.triton.device import capability, processors
+from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.prefill import prefill, tileable
 
 logger = logging.getLogger("chai_attention")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
-# decode, measured on an H100: numbers of V per key and per block of keys a program holds, and how
-# many programs a processor runs at a time, by the numbers per key
-DECODE_COLUMNS = 1024
-DECODE_TILE_BYTES = 2 * 16384
-RESIDENT = {512: 3, 256: 4, 0: 6}
-MIN_KEYS_PER_SPLIT = 64
-MAX_SPLITS = 128
-MAX_WAVES = 8
 PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
 HOPPER_QUERIES = 64  # more queries than this are worth the Hopper kernel's tiles of 128
 
@@ -51,7 +43,12 @@ def attention(
     Raises:
         ValueError: a dtype or head size without a kernel, or strided head dimensions.
     """
-    _check(query, key, value)
+    if query.shape[2] == 1:
+        return launch_decode.attention(
+            query, key, value, membership, scale=scale, lengths=lengths, valid=valid,
+            softcap=softcap, return_lse=return_lse,
+        )  # fmt: skip
+    check(query, key, value)
     batch, clusters, queries, dim = query.shape
     shape = (batch, queries, membership.heads, value.shape[3])
     out = torch.empty(shape, dtype=value.dtype, device=query.device)
@@ -64,23 +61,6 @@ def attention(
     options: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "lengths": lengths, "valid": valid,
     }  # fmt: skip
-    if queries == 1:
-        members = min(most, max(1, DECODE_COLUMNS // wide))
-        chunks = chunks_of(membership, members)
-        columns = members * wide
-        programs = batch * max(clusters, triton.cdiv(membership.heads, members))
-        splits = _splits(programs, columns, key.shape[2], query.device)
-        logger.debug("decode kernel: %d members a program, %d splits", members, splits)
-        decode(
-            query, key, value, chunks, out, lse,
-            splits=splits,
-            block=max(8, min(64, DECODE_TILE_BYTES // (columns * value.element_size()))),
-            warps=4 if columns > 128 else 2,
-            stages=2,
-            early=capability(query.device) >= (9, 0),
-            **options,
-        )  # fmt: skip
-        return out, lse
     members = min(most, max(1, PREFILL_COLUMNS // wide))
     chunks = chunks_of(membership, members)
     plain = lengths is None and valid is None and softcap is None
@@ -110,37 +90,3 @@ def _prefill_block(query: Tensor, columns: int) -> int:
     if query.dtype == torch.float32 or query.shape[3] > 128:
         return 32
     return 64 if columns > 128 else 128
-
-
-def _splits(programs: int, columns: int, size: int, device: torch.device) -> int:
-    """How many parts the context is cut into, so that programs fill whole waves of processors.
-
-    ``programs`` is an estimate: how many chunks of full clusters there are. A wave of all
-    processors that is only begun costs as much time as a full one.
-    """
-    resident = next(count for least, count in RESIDENT.items() if columns >= least)
-    slots = processors(device) * resident
-    most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
-    best, best_share = 1, 0.0
-    for waves in range(1, MAX_WAVES + 1):
-        splits = min(slots * waves // programs, most)
-        share = programs * splits / (triton.cdiv(programs * splits, slots) * slots) if splits else 0
-        if share > best_share:
-            best, best_share = splits, share
-        if share > 0.95:
-            break
-    return best
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse what the kernels cannot run."""
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"the kernels take float32, bfloat16 or float16, one for all, not {query.dtype}, "
-            f"{key.dtype}, {value.dtype}"
-        )
-    dim = max(query.shape[3], value.shape[3])
-    if dim > MAX_HEAD_DIM:
-        raise ValueError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")
-    if any(tensor.stride(3) != 1 for tensor in (query, key, value)):
-        raise ValueError("the numbers of a head must be consecutive in memory")

@@ -1,0 +1,159 @@
+"""Writing new tokens into caches: K of the kept heads, V of all, K of the others near the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.ring import NearRing
+
+
+def write_dense(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    membership: Membership,
+    start: Tensor,
+    near: NearRing | None = None,
+) -> None:
+    """Write Q new tokens of every sequence into caches of fixed capacity.
+
+    Args:
+        key: ``[B, G, Q, D]``, all K/V heads in their natural order.
+        value: ``[B, G, Q, Dv]``.
+        keys: ``[B, kept_keys, S, D]``, the K cache, in the order of ``membership.key_heads``.
+        values: ``[B, G, S, Dv]``, the V cache, in the order of ``membership.value_heads``.
+        membership: tables of B rows, or of one for all.
+        start: ``[B]`` integer on the caches' device, position of each sequence's first new token.
+            Tokens that would stand outside S are not written.
+        near: takes K of the removed heads, if given.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or strided head dimensions.
+    """
+    batch, groups, tokens, dim = key.shape
+    size, value_dim = keys.shape[2], value.shape[3]
+    fits = (
+        keys.shape == (batch, membership.kept_keys, size, dim)
+        and values.shape == (batch, groups, size, value_dim)
+        and value.shape == (batch, groups, tokens, value_dim)
+        and membership.kv_heads == groups
+        and membership.batch in (1, batch)
+        and start.shape == (batch,)
+    )
+    _check(fits, key, value, keys, values, membership)
+    if keys.device.type == "cuda":
+        from chai_attention.ops.triton import write
+
+        write.write_dense(key, value, keys, values, membership, start, near)
+        return
+    member = membership if membership.batch == batch else membership.expand(batch)
+    position = start.long()[:, None] + torch.arange(tokens, device=key.device)  # [B, Q]
+    inside = (position >= 0) & (position < size)
+    pick = torch.arange(batch, device=key.device)[:, None]
+    keys_of = key[pick, member.key_heads]  # [B, kept, Q, D]
+    values_of = value[pick, member.value_heads]
+    row, token = inside.nonzero(as_tuple=True)
+    at = position[row, token]
+    keys[row, :, at] = keys_of[row, :, token]
+    values[row, :, at] = values_of[row, :, token]
+    if near is None:
+        return
+    removed = key[pick, member.removed_key_heads]  # [B, G - kept, Q, D]
+    for index in range(near.sinks.shape[2]):
+        here = inside & (position == near.sink_positions[:, index, None])
+        r, t = here.nonzero(as_tuple=True)
+        near.sinks[r, :, index] = removed[r, :, t]
+    ring_size = near.ring.shape[2]
+    latest = token >= tokens - ring_size
+    row, token, at = row[latest], token[latest], at[latest]
+    near.ring[row, :, at % ring_size] = removed[row, :, token]
+
+
+def write_paged(
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    slot_mapping: Tensor,
+    membership: Membership,
+    row_of_token: Tensor | None = None,
+    near: NearRing | None = None,
+    positions: Tensor | None = None,
+    near_rows: Tensor | None = None,
+) -> None:
+    """Write T tokens of any sequences into pages.
+
+    Args:
+        key: ``[T, G, D]``, all K/V heads in their natural order.
+        value: ``[T, G, Dv]``.
+        key_pages: ``[P, N, kept_keys, D]``, any strides but the last.
+        value_pages: ``[P, N, G, Dv]``.
+        slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
+        membership: tables of one row for all, or of any number with ``row_of_token``.
+        row_of_token: ``[T]`` int32, each token's row of the membership's tables.
+        near: takes K of the removed heads of tokens that ``near_rows`` has a place for.
+        positions: ``[T]`` int32, position of each token in its sequence; with ``near``.
+        near_rows: ``[T]`` int32, row of ``near``'s memories; -1 for tokens to leave out, and
+            ``-2 - row`` for those that are too old for the ring of ``row`` (R or more tokens
+            before their sequence's last), which may still be sinks.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or strided head dimensions.
+    """
+    tokens, groups, dim = key.shape
+    pages, page = key_pages.shape[:2]
+    fits = (
+        key_pages.shape == (pages, page, membership.kept_keys, dim)
+        and value_pages.shape == (pages, page, groups, value.shape[2])
+        and value.shape[:2] == (tokens, groups)
+        and membership.kv_heads == groups
+        and (membership.batch == 1 or row_of_token is not None)
+        and slot_mapping.shape == (tokens,)
+        and (near is None or (positions is not None and near_rows is not None))
+    )
+    _check(fits, key, value, key_pages, value_pages, membership)
+    if key_pages.device.type == "cuda":
+        from chai_attention.ops.triton import write
+
+        write.write_paged(
+            key, value, key_pages, value_pages, slot_mapping, membership, row_of_token,
+            near, positions, near_rows,
+        )  # fmt: skip
+        return
+    token = (slot_mapping >= 0).nonzero()[:, 0]
+    slot = slot_mapping[token]
+    line = torch.zeros_like(slot) if row_of_token is None else row_of_token[token].long()
+    at = token[:, None]
+    key_pages[slot // page, slot % page] = key[at, membership.key_heads[line]]
+    value_pages[slot // page, slot % page] = value[at, membership.value_heads[line]]
+    if near is None or positions is None or near_rows is None:
+        return
+    removed = key[at, membership.removed_key_heads[line]]  # [T', G - kept, D]
+    row, position = near_rows[token].long(), positions[token].long()
+    in_ring = row >= 0
+    near.ring[row[in_ring], :, position[in_ring] % near.ring.shape[2]] = removed[in_ring]
+    known = row != -1
+    row = torch.where(row < -1, -2 - row, row)
+    for index in range(near.sinks.shape[2]):
+        here = known & (near.sink_positions[row.clamp_min(0), index] == position)
+        near.sinks[row[here], :, index] = removed[here]
+
+
+def _check(
+    fits: bool, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, membership: Membership
+) -> None:
+    if not fits:
+        raise ValueError(
+            f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
+            f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
+            f"with {membership.kept_keys} kept K heads, or positions are missing"
+        )
+    if key.dtype != keys.dtype or value.dtype != values.dtype:
+        raise ValueError(
+            f"caches of {keys.dtype} and {values.dtype} cannot take {key.dtype} and {value.dtype}"
+        )
+    if any(tensor.stride(-1) != 1 for tensor in (key, value, keys, values)):
+        raise ValueError("the numbers of a head must be consecutive in memory")

@@ -1,0 +1,123 @@
+"""Decode over paged caches, as servers keep them.
+
+K pages ``[P, N, kept, D]`` and V pages ``[P, N, G, Dv]`` hold N tokens each, and may be views
+into one buffer in which a page is a run of memory. A block table says which pages a sequence has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops import reference
+from chai_attention.ops.ring import NearRing, decode_recent
+
+
+def paged_decode(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    membership: Membership,
+    *,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    near: NearRing | None = None,
+    slots: Tensor | None = None,
+    offset: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    most_keys: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with one query per sequence; on CUDA nothing is read on the host.
+
+    Args:
+        query: ``[B, k, D]`` of the representatives in slot order, or ``[B, H, D]`` of all heads
+            in theirs, of which the representatives' are read in place.
+        key_pages: ``[P, N, kept_keys, D]`` in the order of ``membership.key_heads``; any strides
+            but the last.
+        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``.
+        block_table: ``[B, max_pages]`` int32, the pages of each sequence.
+        membership: tables of one row for all sequences, of B, or of any number with ``rows``.
+        lengths: ``[B]`` int32, keys of each sequence, the new one included; 0 gives zeros.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+        rows: ``[B]`` int32, each sequence's row of the membership's tables.
+        near: exact recent window; needs the query of all heads.
+        slots: ``[B]`` int32, each sequence's row of ``near``'s memories; None for its own number.
+        offset: ``[B, H]`` float32 added to the far keys' log-sum-exp; with ``near``.
+        out: ``[B, H, Dv]`` to write to.
+        return_lse: also return the log-sum-exp of each cluster; without ``near``.
+        most_keys: bound of ``lengths`` that the context's splits are chosen for; None for what
+            the block table can hold.
+
+    Returns:
+        ``out [B, H, Dv]`` and ``lse [B, k]`` float32 or None.
+
+    Raises:
+        ValueError: shapes or options that do not fit together.
+    """
+    heads = membership.heads
+    every_head = query.shape[1] == heads
+    if query.shape[1] not in (heads, membership.clusters):
+        raise ValueError(
+            f"a query of {query.shape[1]} heads is neither of all {heads} nor of the "
+            f"{membership.clusters} representatives"
+        )
+    if near is not None and (return_lse or not every_head):
+        raise ValueError("a recent window needs the query of all heads, and has no log-sum-exp")
+    if rows is None and membership.batch not in (1, query.shape[0]):
+        raise ValueError(f"{membership.batch} memberships for {query.shape[0]} sequences need rows")
+    options: dict[str, Any] = {"lengths": lengths, "scale": scale, "softcap": softcap}
+    if query.device.type == "cuda":
+        from chai_attention.ops.triton import launch_decode
+
+        return launch_decode.paged_decode(
+            query, key_pages, value_pages, block_table, membership, rows=rows, near=near,
+            slots=slots, offset=offset, out=out, return_lse=return_lse, most_keys=most_keys,
+            **options,
+        )  # fmt: skip
+    member = rows_of(membership, rows, query.shape[0])
+    key, value = gather_pages(key_pages, block_table), gather_pages(value_pages, block_table)
+    lse = None
+    if near is not None:
+        if slots is not None:
+            near = near.select(slots.long())
+        result = decode_recent(
+            query[:, :, None], key, value, member, near, offset=offset, **options
+        )[:, 0]
+    else:
+        if every_head and not member.is_identity:
+            index = member.slot_heads[:, :, None].expand(-1, -1, query.shape[2])
+            query = query.gather(1, index)
+        value = hide_spare(value, lengths)
+        result, lse = reference.attention(
+            query[:, :, None], hide_spare(key, lengths), value, member, return_lse=return_lse,
+            **options,
+        )  # fmt: skip
+        result = result[:, 0]
+        lse = None if lse is None else lse[:, :, 0]
+    return (result if out is None else out.copy_(result)), lse
+
+
+def rows_of(membership: Membership, rows: Tensor | None, batch: int) -> Membership:
+    """The membership of each of ``batch`` sequences."""
+    if rows is not None:
+        return membership.select(rows.long())
+    return membership if membership.batch == batch else membership.expand(batch)
+
+
+def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
+    """``[P, N, heads, D]`` of ``[B, max_pages]`` pages: ``[B, heads, max_pages * N, D]``."""
+    return pages[block_table.long()].flatten(1, 2).transpose(1, 2)
+
+
+def hide_spare(states: Tensor, lengths: Tensor) -> Tensor:
+    """Zeros in place of what stands behind each sequence's end, which may be anything."""
+    spare = torch.arange(states.shape[2], device=states.device) >= lengths[:, None]
+    return states.masked_fill(spare[:, None, :, None], 0.0)

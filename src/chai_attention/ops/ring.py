@@ -1,0 +1,136 @@
+"""Decode with an exact recent window over fixed memory: a ring of K of the removed heads.
+
+Heads whose K the cache does not hold need it for the last *w* keys and the first real ones, the
+sinks. Both stand in memories of fixed size, so that a decode step changes no shape and can be
+captured in a CUDA graph. What is computed is `reference.recent_attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+
+
+@dataclass(frozen=True, eq=False)
+class NearRing:
+    """K of removed K/V heads, near the end and at the start of every sequence.
+
+    Attributes:
+        ring: ``[B, G - kept, R, D]`` in the order of ``membership.removed_key_heads``; position p
+            stands at ``p % R``; ``R >= recent``.
+        sinks: ``[B, G - kept, s, D]``, K of the first s real tokens.
+        sink_positions: ``[B, s]`` int32, their cache positions, ascending; -1 where a sequence
+            has fewer.
+        recent: w.
+    """
+
+    ring: Tensor
+    sinks: Tensor
+    sink_positions: Tensor
+    recent: int
+
+    def select(self, rows: Tensor) -> NearRing:
+        """Return the sequences ``rows``."""
+        return NearRing(self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent)
+
+
+def decode_recent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: NearRing,
+    *,
+    lengths: Tensor,
+    scale: float,
+    offset: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend with one query per sequence; nothing is read on the host on CUDA.
+
+    Args:
+        query: ``[B, H, 1, D]``, all heads in their natural order.
+        key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
+        value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
+        membership: tables of B rows.
+        near: K of the other heads; holds the new token's already.
+        lengths: ``[B]`` int32, keys of each sequence, the new one included.
+        scale: factor on the scores.
+        offset: ``[B, H]`` float32, added to the log-sum-exp of each head's far keys
+            (`windowed.head_offsets`); None for zeros.
+        valid: ``[B, S]`` bool, False for padding; the sinks are the first keys that are not.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        ``[B, 1, H, Dv]``.
+    """
+    if query.device.type == "cuda":
+        from chai_attention.ops.triton import launch_decode
+
+        return launch_decode.decode_recent(
+            query, key, value, membership, near,
+            lengths=lengths, scale=scale, offset=offset, valid=valid, softcap=softcap,
+        )  # fmt: skip
+    return reference_decode_recent(
+        query, key, value, membership, near,
+        lengths=lengths, scale=scale, offset=offset, valid=valid, softcap=softcap,
+    )  # fmt: skip
+
+
+def reference_decode_recent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: NearRing,
+    *,
+    lengths: Tensor,
+    scale: float,
+    offset: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`decode_recent` in plain PyTorch: puts K of all heads together, sequence by sequence."""
+    size, dim = key.shape[2:]
+    position = torch.arange(size, device=key.device)
+    last = lengths.long()[:, None]
+    real = position < last
+    if valid is not None:
+        real = real & valid[:, :size]
+    # K of removed heads at every position; what no memory holds is far, and nobody asks for it
+    oldest = (last - 1 - (last - 1 - position) % near.ring.shape[2]).clamp_min(0)
+    held = torch.where(position == oldest, position % near.ring.shape[2], 0)
+    removed = near.ring.gather(
+        2, held[:, None, :, None].expand(-1, near.ring.shape[1], -1, dim)
+    )  # [B, G - kept, S, D]
+    is_sink = torch.zeros_like(real)
+    for column in range(near.sinks.shape[2]):
+        at = near.sink_positions[:, column].long()
+        here = (position == at[:, None]) & real
+        is_sink |= here
+        # inside the window the ring holds the same
+        removed = torch.where(here[:, None, :, None], near.sinks[:, :, column, None], removed)
+    every = torch.cat([key, removed], 1)  # [B, G, S, D]
+    every = every.gather(1, membership.key_place[:, :, None, None].expand(-1, -1, size, dim))
+
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group = membership.group_size
+    own = query.to(work) @ every.to(work).repeat_interleave(group, 1).mT * scale  # [B, H, 1, S]
+    if softcap is not None:
+        own = softcap * torch.tanh(own / softcap)
+    rep = membership.representatives
+    shared = own.gather(1, rep[:, :, None, None].expand_as(own))
+    if offset is not None:
+        shared = shared + offset[:, :, None, None]
+    is_near = (position >= last - near.recent) | is_sink
+    scores = torch.where(is_near[:, None, None], own, shared)
+    scores = scores.masked_fill(~real[:, None, None], -torch.inf)
+    probs = torch.softmax(scores, -1).nan_to_num(0.0)
+    slot = membership.value_slot[:, :, None, None].expand(-1, -1, size, value.shape[3])
+    values = value.gather(1, slot).to(work).masked_fill(~real[:, None, :, None], 0.0)
+    return (probs @ values).transpose(1, 2).to(value.dtype)

@@ -1,0 +1,178 @@
+"""Chooses the decode kernel's tiles and its splits of the context."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton.checks import check
+from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.decode import decode, padded
+from chai_attention.ops.triton.device import capability, processors
+
+logger = logging.getLogger("chai_attention")
+
+# measured on an H100: numbers of V per key and per block of keys a program holds, and how many
+# programs a processor runs at a time, by the numbers per key
+COLUMNS = 1024
+TILE_BYTES = 2 * 16384
+RESIDENT = {512: 3, 256: 4, 0: 6}
+MIN_KEYS_PER_SPLIT = 64
+MAX_SPLITS = 128
+MAX_WAVES = 8
+MERGE_PROGRAMS = 256  # fewer leave processors idle while the splits are read
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`ops.reference.attention` for a single query per sequence."""
+    check(query, key, value)
+    lse = _lse(membership, query) if return_lse else None
+    out = _run(
+        query[:, :, 0], key, value, membership, lse, key.shape[2],
+        scale=scale, lengths=lengths, valid=valid, softcap=softcap,
+    )  # fmt: skip
+    return out[:, None], None if lse is None else lse[:, :, None]
+
+
+def decode_recent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: NearRing,
+    *,
+    lengths: Tensor,
+    scale: float,
+    offset: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`ops.ring.decode_recent` in two launches."""
+    check(query, key, value, near.ring, near.sinks)
+    out = _run(
+        query[:, :, 0], key, value, membership, None, key.shape[2],
+        scale=scale, lengths=lengths, valid=valid, softcap=softcap, near=near, offset=offset,
+    )  # fmt: skip
+    return out[:, None]
+
+
+def paged_decode(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    membership: Membership,
+    *,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    near: NearRing | None = None,
+    slots: Tensor | None = None,
+    offset: Tensor | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    most_keys: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`ops.paged.paged_decode` in two launches."""
+    tensors = (query, key_pages, value_pages)
+    check(*tensors, *(() if near is None else (near.ring, near.sinks)))
+    lse = _lse(membership, query) if return_lse else None
+    size = most_keys or block_table.shape[1] * key_pages.shape[1]
+    result = _run(
+        query, key_pages, value_pages, membership, lse, size, out=out, scale=scale,
+        lengths=lengths, softcap=softcap, table=block_table, rows=rows, near=near, slots=slots,
+        offset=offset,
+    )  # fmt: skip
+    return result, lse
+
+
+def _lse(membership: Membership, query: Tensor) -> Tensor:
+    shape = (query.shape[0], membership.clusters)
+    return torch.empty(shape, dtype=torch.float32, device=query.device)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    lse: Tensor | None,
+    size: int,
+    *,
+    out: Tensor | None = None,
+    near: NearRing | None = None,
+    **options: Any,
+) -> Tensor:
+    """Choose tiles for ``size`` keys and launch; ``[B, H, Dv]``."""
+    batch, _, dim = query.shape
+    heads, clusters = membership.heads, membership.clusters
+    if out is None:
+        shape = (batch, heads, value.shape[3])
+        out = torch.empty(shape, dtype=value.dtype, device=query.device)
+    wide = padded(max(dim, value.shape[3]))
+    # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
+    most = triton.next_power_of_2(triton.cdiv(heads, clusters))
+    members = min(most, max(1, COLUMNS // wide))
+    chunks = chunks_of(membership, members)
+    columns = members * wide
+    programs = batch * max(clusters, triton.cdiv(heads, members))
+    splits = splits_of(programs, columns, size, query.device)
+    merging = max(1, MERGE_PROGRAMS // (batch * heads))
+    logger.debug(
+        "decode kernel%s%s: %d members a program, %d splits",
+        ", paged" if options.get("table") is not None else "",
+        ", recent window" if near is not None else "",
+        members,
+        splits,
+    )
+    decode(
+        query, key, value, chunks, out, lse,
+        clusters=clusters, near=near,
+        key_place=None if near is None else membership.key_place,
+        splits=splits,
+        block=max(8, min(64, TILE_BYTES // (columns * value.element_size()))),
+        warps=4 if columns > 128 else 2,
+        stages=2,
+        early=capability(query.device) >= (9, 0),
+        merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
+        **options,
+    )  # fmt: skip
+    return out
+
+
+def splits_of(programs: int, columns: int, size: int, device: torch.device) -> int:
+    """How many parts the context is cut into, so that programs fill whole waves of processors.
+
+    ``programs`` is an estimate: how many chunks of full clusters there are. A wave of all
+    processors that is only begun costs as much time as a full one.
+    """
+    resident = next(count for least, count in RESIDENT.items() if columns >= least)
+    slots = processors(device) * resident
+    most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
+    best, best_share = 1, 0.0
+    for waves in range(1, MAX_WAVES + 1):
+        splits = min(slots * waves // programs, most)
+        share = programs * splits / (triton.cdiv(programs * splits, slots) * slots) if splits else 0
+        if share > best_share:
+            best, best_share = splits, share
+        if share > 0.95:
+            break
+    return best

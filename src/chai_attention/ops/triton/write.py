@@ -1,0 +1,187 @@
+"""Cache write: K of the kept heads and V of all heads to their places, in one launch."""
+
+from __future__ import annotations
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.ring import NearRing
+
+ELEMENTS = 4096  # numbers a program copies
+
+
+@triton.jit
+def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
+    """New K or V of tokens ``[BLOCK]``, whose heads may differ: ``[BLOCK, WIDE]``."""
+    at = row * stride_b + head * stride_h + token.to(tl.int64) * stride_s
+    return tl.load(ptr + at[:, None] + d[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "size", "kept", "groups", "removed", "ring_size"])
+def _write(
+    k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr,
+    k_head_ptr, v_head_ptr, removed_ptr, start_ptr, slot_ptr, line_ptr, near_row_ptr, sink_ptr,
+    tokens, size, kept, groups, removed, ring_size,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_keyb, stride_keyh, stride_keys, stride_valueb, stride_valueh, stride_values,
+    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_t,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
+
+    With pages, ``start_ptr`` holds each token's position, ``slot_ptr`` its slot in the pages.
+    """
+    place, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = token < tokens
+    if PAGE == 0:
+        position = tl.load(start_ptr + row).to(tl.int32) + token
+        there = there & (position >= 0) & (position < size)
+        key_at = row * stride_keyb + position.to(tl.int64) * stride_keys
+        value_at = row * stride_valueb + position.to(tl.int64) * stride_values
+        line = row * stride_t + tl.zeros([BLOCK], tl.int64)
+    else:
+        slot = tl.load(slot_ptr + token, mask=there, other=-1).to(tl.int64)
+        there = there & (slot >= 0)
+        slot = tl.maximum(slot, 0)
+        key_at = slot // PAGE * stride_keyb + slot % PAGE * stride_keys
+        value_at = slot // PAGE * stride_valueb + slot % PAGE * stride_values
+        line = tl.zeros([BLOCK], tl.int64)
+        if HAS_LINES:
+            line += tl.load(line_ptr + token, mask=there, other=0)
+    if place < kept:
+        d = tl.arange(0, DP)
+        mask = there[:, None] & (d < D)[None, :]
+        head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
+        new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+        tl.store(key_ptr + place * stride_keyh + key_at[:, None] + d[None, :], new, mask=mask)
+    elif place < kept + groups:
+        place -= kept
+        d = tl.arange(0, DVP)
+        mask = there[:, None] & (d < DV)[None, :]
+        head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
+        new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
+        tl.store(value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], new, mask=mask)
+    else:
+        place -= kept + groups
+        d = tl.arange(0, DP)
+        mask = there[:, None] & (d < D)[None, :]
+        head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
+        new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+        if PAGE == 0:
+            near_row = row + tl.zeros([BLOCK], tl.int64)
+            in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
+        else:
+            position = tl.load(start_ptr + token, mask=there, other=0).to(tl.int32)
+            near_row = tl.load(near_row_ptr + token, mask=there, other=-1).to(tl.int64)
+            last = near_row < -1  # see `write_paged`: the ring has no place for this token any more
+            in_ring = there & (near_row >= 0)
+            there = there & (near_row != -1)
+            near_row = tl.where(last, -2 - near_row, near_row)
+        at = near_row * stride_rb + (position % ring_size).to(tl.int64) * stride_rs
+        tl.store(
+            ring_ptr + place * stride_rh + at[:, None] + d[None, :], new,
+            mask=in_ring[:, None] & mask,
+        )  # fmt: skip
+        for j in tl.static_range(SINKS):
+            sink = tl.load(sink_ptr + near_row * SINKS + j, mask=there, other=-1)
+            here = there & (position == sink)
+            tl.store(
+                first_ptr + place * stride_fh + j * stride_fs
+                + (near_row * stride_fb)[:, None] + d[None, :],
+                new, mask=here[:, None] & mask,
+            )  # fmt: skip
+
+
+def write_dense(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    membership: Membership,
+    start: Tensor,
+    near: NearRing | None = None,
+) -> None:
+    """`ops.cache_write.write_dense` in one launch."""
+    _launch(
+        key, value, keys, values, membership, near, start, key.shape[2], key.shape[0],
+        strides=(key.stride()[:3], value.stride()[:3], keys.stride()[:3], values.stride()[:3]),
+        size=keys.shape[2],
+    )  # fmt: skip
+
+
+def write_paged(
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    slot_mapping: Tensor,
+    membership: Membership,
+    row_of_token: Tensor | None = None,
+    near: NearRing | None = None,
+    positions: Tensor | None = None,
+    near_rows: Tensor | None = None,
+) -> None:
+    """`ops.cache_write.write_paged` in one launch."""
+
+    def token_last(x: Tensor) -> tuple[int, int, int]:
+        return x.stride(0), x.stride(2), x.stride(1)
+
+    _launch(
+        key, value, key_pages, value_pages, membership, near, positions, key.shape[0], 1,
+        strides=(
+            (0, key.stride(1), key.stride(0)), (0, value.stride(1), value.stride(0)),
+            token_last(key_pages), token_last(value_pages),
+        ),
+        page=key_pages.shape[1], slots=slot_mapping, lines=row_of_token, near_rows=near_rows,
+    )  # fmt: skip
+
+
+def _launch(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    membership: Membership,
+    near: NearRing | None,
+    start: Tensor | None,
+    tokens: int,
+    batch: int,
+    *,
+    strides: tuple[tuple[int, ...], ...],
+    size: int = 0,
+    page: int = 0,
+    slots: Tensor | None = None,
+    lines: Tensor | None = None,
+    near_rows: Tensor | None = None,
+) -> None:
+    if not tokens:
+        return
+    dim, value_dim = key.shape[-1], value.shape[-1]
+    kept, groups = membership.kept_keys, membership.kv_heads
+    removed = groups - kept if near is not None else 0
+    wide = triton.next_power_of_2(max(dim, value_dim))
+    block = min(max(1, ELEMENTS // wide), triton.next_power_of_2(tokens))
+    near_strides = [0] * 6
+    if near is not None:
+        near_strides = [*near.ring.stride()[:3], *near.sinks.stride()[:3]]
+    _write[(triton.cdiv(tokens, block), kept + groups + removed, batch)](
+        key, value, keys, values,
+        None if near is None else near.ring, None if near is None else near.sinks,
+        membership.key_heads.contiguous(), membership.value_heads.contiguous(),
+        membership.removed_key_heads.contiguous() if removed else None,
+        start, slots, lines, near_rows, None if near is None else near.sink_positions,
+        tokens, size, kept, groups, removed, 1 if near is None else near.ring.shape[2],
+        *(stride for group in strides for stride in group), *near_strides,
+        0 if membership.batch == 1 else 1,
+        D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
+        DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
+        SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
+        num_warps=4,
+    )  # fmt: skip

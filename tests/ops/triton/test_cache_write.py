@@ -1,0 +1,133 @@
+"""The cache write against indexing, on a GPU if there is one, else interpreted."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from chai_attention.ops import cache_write
+from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton import write
+from helpers import clustered_inputs, random_membership
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(9, 9, 4), (12, 12, 12), (9, 3, 2)]
+
+
+def same(got, want):
+    assert torch.equal(torch.nan_to_num(got, 7e7).cpu(), torch.nan_to_num(want, 7e7).cpu())
+
+
+def ring(rows, removed, recent, sinks, dim, first):
+    return NearRing(
+        torch.full((rows, removed, recent, dim), torch.nan),
+        torch.full((rows, removed, sinks, dim), torch.nan),
+        (first[:, None] + torch.arange(sinks)).int(),
+        recent,
+    )
+
+
+def on_device(near):
+    return NearRing(
+        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), SHAPES)
+@pytest.mark.parametrize("dim", [48, 64])
+def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, dim):
+    batch, size = 3, 90
+    member = random_membership(heads, clusters, batch, kv_heads)
+    new_key = torch.randn(batch, kv_heads, tokens, dim)
+    new_value = torch.randn(batch, tokens, kv_heads, 40).transpose(1, 2)
+    start = torch.tensor([0, 7, size - tokens])
+    first = torch.tensor([0, 9, 200])
+    query = torch.zeros(batch, heads, 1, dim)
+    _, want_key, want_value = clustered_inputs(member, query, new_key, new_value)
+    for function, device in ((write.write_dense, DEVICE), (cache_write.write_dense, "cpu")):
+        keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, device=device)
+        values = torch.full((batch, size, kv_heads, 40), torch.nan, device=device).transpose(1, 2)
+        near = ring(batch, kv_heads - member.kept_keys, 8, 3, dim, first)
+        near = near if device == "cpu" else on_device(near)
+        function(
+            new_key.to(device), new_value.to(device), keys, values, member.to(device),
+            start.to(device), near,
+        )  # fmt: skip
+        for row, begin in enumerate(start.tolist()):
+            for cache, want in ((keys[row], want_key[row]), (values[row], want_value[row])):
+                assert torch.equal(cache[:, begin : begin + tokens].cpu(), want)
+                cache[:, begin : begin + tokens] = torch.nan
+                assert cache.isnan().all()  # and nothing else was touched
+            removed = new_key[row, member.removed_key_heads[row]]
+            last = torch.full(near.ring[row].shape, torch.nan)
+            for token in range(max(0, tokens - 8), tokens):
+                last[:, (begin + token) % 8] = removed[:, token]
+            same(near.ring[row], last)
+            sinks = torch.full(near.sinks[row].shape, torch.nan)
+            for index in range(3):
+                token = int(first[row]) + index - begin
+                if 0 <= token < tokens:
+                    sinks[:, index] = removed[:, token]
+            same(near.sinks[row], sinks)
+
+
+def test_tokens_beyond_the_cache_are_not_written():
+    member = random_membership(4, 2, 1).to(DEVICE)
+    new = torch.randn(1, 4, 6, 16, device=DEVICE)
+    room = torch.full((1, 4, 20, 16), torch.nan, device=DEVICE)
+    key, value = room[:, :2, :10], torch.full((1, 4, 10, 16), torch.nan, device=DEVICE)
+    write.write_dense(new, new, key, value, member, torch.tensor([7], device=DEVICE))
+    assert torch.equal(value[0, :, 7:], new[0, member.value_heads[0], :3])
+    assert room[:, :, 10:].isnan().all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), SHAPES)
+def test_pages(heads, kv_heads, clusters, shared):
+    tokens, dim, page, pages = 11, 48, 8, 5
+    member = random_membership(heads, clusters, 1 if shared else 3, kv_heads)
+    removed = kv_heads - member.kept_keys
+    key, value = torch.randn(tokens, kv_heads, dim), torch.randn(tokens, kv_heads, 40)
+    slots = torch.randperm(page * pages)[:tokens]
+    slots[4] = -1
+    lines = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1, 9, 2], dtype=torch.int32)
+    near_rows = torch.tensor([-3, -3, -3, 1, 1, 1, 1, 0, 0, -1, 0], dtype=torch.int32)
+    results = []
+    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+        keys = torch.full((pages, page, member.kept_keys, dim), torch.nan, device=device)
+        values = torch.full((pages, page, kv_heads, 40), torch.nan, device=device)
+        near = ring(2, removed, 4, 2, dim, torch.zeros(2))
+        near = near if device == "cpu" else on_device(near)
+        function(
+            key.to(device), value.to(device), keys, values, slots.to(device), member.to(device),
+            None if lines is None else lines.to(device), near, positions.to(device),
+            near_rows.to(device),
+        )  # fmt: skip
+        results.append((keys, values, near.ring, near.sinks))
+    for got, want in zip(*results, strict=True):
+        same(got, want)
+    keys, values, *_ = results[1]
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            line = 0 if lines is None else int(lines[token])
+            at = slot // page, slot % page
+            assert torch.equal(keys[at], key[token, member.key_heads[line]])
+            assert torch.equal(values[at], value[token, member.value_heads[line]])
+            keys[at], values[at] = torch.nan, torch.nan
+    assert keys.isnan().all()
+    assert values.isnan().all()
+
+
+def test_what_does_not_fit_is_refused():
+    member = random_membership(4, 2, 1)
+    new = torch.randn(1, 4, 3, 16)
+    key, value = (torch.zeros(1, n, 9, 16) for n in (2, 4))
+    start = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="do not fit caches"):
+        cache_write.write_dense(new, new, value, value, member, start)
+    with pytest.raises(ValueError, match="cannot take"):
+        cache_write.write_dense(new.half(), new.half(), key, value, member, start)
+    with pytest.raises(ValueError, match="consecutive"):
+        cache_write.write_dense(new, new.mT.contiguous().mT, key, value, member, start)

@@ -1,0 +1,149 @@
+"""Decode with an exact recent window, contiguous and paged, against the definition."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("triton")
+
+from chai_attention.ops import paged, reference, windowed
+from chai_attention.ops.cache_write import write_dense
+from chai_attention.ops.ring import NearRing, decode_recent
+from chai_attention.ops.triton import launch_decode
+from helpers import random_membership
+from paged_caches import paged_caches
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def _nan_memory(nan_memory):
+    """Fresh memory holds NaN."""
+
+
+def empty_ring(member, recent, sinks, spare, dim, dtype, first):
+    removed = member.kv_heads - member.kept_keys
+    return NearRing(
+        torch.full((member.batch, removed, recent + spare, dim), torch.nan, dtype=dtype),
+        torch.full((member.batch, removed, sinks, dim), torch.nan, dtype=dtype),
+        first[:, None].int() + torch.arange(sinks, dtype=torch.int32),
+        recent,
+    )
+
+
+def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
+    """Caches, ring and the definition's inputs of sequences padded at their left."""
+    size, batch = max(lengths) + 3, member.batch
+    key = torch.randn(batch, member.kv_heads, size, dim).to(dtype)
+    value = torch.randn(batch, member.kv_heads, size, value_dim).to(dtype)
+    near = empty_ring(member, recent, sinks, spare, dim, dtype, first)
+    keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, dtype=dtype)
+    values = torch.full((batch, size, member.kv_heads, value_dim), torch.nan, dtype=dtype)
+    values = values.transpose(1, 2)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        write_dense(
+            key[one, :, :length], value[one, :, :length], keys[one], values[one],
+            member.select(torch.tensor([row])), torch.zeros(1, dtype=torch.int32),
+            NearRing(near.ring[one], near.sinks[one], near.sink_positions[one], recent),
+        )  # fmt: skip
+    return key, value, keys, values, near
+
+
+def definition(query, key, value, member, lengths, first, offsets, **options):
+    rows = []
+    for row, length in enumerate(lengths):
+        valid = (torch.arange(length) >= first[row])[None]
+        states = (x[row : row + 1, :, :length].double() for x in (key, value))
+        rows.append(
+            reference.recent_attention(
+                query[row : row + 1].double(),
+                *states,
+                member.select(torch.tensor([row])),
+                offsets=offsets,
+                valid=valid,
+                **options,
+            )
+        )
+    return torch.cat(rows)
+
+
+def moved(near):
+    return NearRing(
+        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "clusters", "dim", "recent", "sinks", "spare"),
+    [(9, 9, 4, 48, 5, 3, 0), (12, 12, 1, 64, 32, 4, 2), (6, 6, 2, 128, 7, 0, 1),
+     (9, 3, 2, 80, 9, 2, 0), (8, 8, 8, 96, 4, 1, 0)],
+)  # fmt: skip
+def test_window_is_the_definition(heads, kv_heads, clusters, dim, recent, sinks, spare, pad, dtype):
+    lengths = [1, 8, 63, 129]
+    member = random_membership(heads, clusters, 4, kv_heads)
+    first = torch.tensor([0, 2, 40, 126] if pad else [0, 0, 0, 0])
+    query = torch.randn(4, heads, 1, dim).to(dtype)
+    offsets = torch.randn(heads, heads)
+    key, value, keys, values, near = filled(
+        member, lengths, first, recent, sinks, spare, dim, 40, dtype
+    )
+    options = {"scale": dim**-0.5, "softcap": None}
+    want = definition(
+        query, key, value, member, lengths, first, offsets, recent=recent, sinks=sinks, **options
+    )
+    offset = windowed.head_offsets(offsets, member)
+    valid = torch.arange(keys.shape[2]) >= first[:, None] if pad else None
+    options["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    mine = decode_recent(query, keys, values, member, near, offset=offset, valid=valid, **options)
+    assert_close(mine.double(), want, atol=TOLERANCE[dtype], rtol=0)
+    options["lengths"] = options["lengths"].to(DEVICE)
+    token_major = values.transpose(1, 2).to(DEVICE).transpose(1, 2)
+    got = launch_decode.decode_recent(
+        query.to(DEVICE), keys.to(DEVICE), token_major, member.to(DEVICE), moved(near),
+        offset=offset.to(DEVICE), valid=None if valid is None else valid.to(DEVICE), **options,
+    )  # fmt: skip
+    assert_close(got.double().cpu(), want, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), [(9, 9, 4), (6, 2, 1)])
+def test_window_over_pages(heads, kv_heads, clusters):
+    lengths, dim, recent, sinks = [70, 3, 129], 64, 9, 4
+    member = random_membership(heads, clusters, 3, kv_heads)
+    case = paged_caches(member, lengths, 16, dim, dim, torch.float32, DEVICE)
+    slots = torch.tensor([2, 0, 4], dtype=torch.int32)
+    near = NearRing(
+        torch.full((5, kv_heads - member.kept_keys, recent, dim), torch.nan),
+        torch.full((5, kv_heads - member.kept_keys, sinks, dim), torch.nan),
+        torch.arange(sinks, dtype=torch.int32).expand(5, -1).contiguous(),
+        recent,
+    )
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
+        removed = case.full_keys[row][member.removed_key_heads[row]]
+        near.sinks[slot, :, : min(sinks, length)] = removed[:, :sinks]
+        for token in range(max(0, length - recent), length):
+            near.ring[slot, :, token % recent] = removed[:, token]
+    query, offset = torch.randn(3, heads, dim), torch.randn(3, heads)
+    options = {"scale": 0.2, "softcap": 4.0}
+    want = torch.cat(
+        [
+            decode_recent(
+                query[row, None, :, None],
+                case.full_keys[row][member.key_heads[row]][None],
+                case.full_values[row][member.value_heads[row]][None],
+                member.select(torch.tensor([row])), near.select(slots[row : row + 1].long()),
+                lengths=torch.tensor([length]), offset=offset[row : row + 1], **options,
+            )[:, 0]
+            for row, length in enumerate(lengths)
+        ]
+    )  # fmt: skip
+    for function in (paged.paged_decode, launch_decode.paged_decode):
+        got, _ = function(
+            query.to(DEVICE), case.keys, case.values, case.table, member.to(DEVICE),
+            lengths=case.lengths, near=moved(near), slots=slots.to(DEVICE),
+            offset=offset.to(DEVICE), **options,
+        )  # fmt: skip
+        assert_close(got.cpu(), want, atol=2e-5, rtol=0)
