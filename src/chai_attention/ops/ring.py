@@ -21,21 +21,25 @@ class NearRing:
 
     Attributes:
         ring: ``[B, G - kept, R, D]`` in the order of ``membership.removed_key_heads``; position p
-            stands at ``p % R``; ``R >= recent``.
+            stands at ``(p - begin) % R``; ``R >= recent``, or all tokens if they are fewer.
         sinks: ``[B, G - kept, s, D]``, K of the first s real tokens.
         sink_positions: ``[B, s]`` int32, their cache positions, ascending; -1 where a sequence
             has fewer.
         recent: w.
+        begin: a position whose K stands first in the ring.
     """
 
     ring: Tensor
     sinks: Tensor
     sink_positions: Tensor
     recent: int
+    begin: int = 0
 
     def select(self, rows: Tensor) -> NearRing:
         """Return the sequences ``rows``."""
-        return NearRing(self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent)
+        return NearRing(
+            self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent, self.begin
+        )
 
 
 def decode_recent(
@@ -45,7 +49,7 @@ def decode_recent(
     membership: Membership,
     near: NearRing,
     *,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     scale: float,
     offset: Tensor | None = None,
     valid: Tensor | None = None,
@@ -59,7 +63,7 @@ def decode_recent(
         value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
         membership: tables of B rows.
         near: K of the other heads; holds the new token's already.
-        lengths: ``[B]`` int32, keys of each sequence, the new one included.
+        lengths: ``[B]`` int32, keys of each sequence, the new one included; None for S.
         scale: factor on the scores.
         offset: ``[B, H]`` float32, added to the log-sum-exp of each head's far keys
             (`windowed.head_offsets`); None for zeros.
@@ -89,7 +93,7 @@ def reference_decode_recent(
     membership: Membership,
     near: NearRing,
     *,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     scale: float,
     offset: Tensor | None = None,
     valid: Tensor | None = None,
@@ -98,13 +102,15 @@ def reference_decode_recent(
     """`decode_recent` in plain PyTorch: puts K of all heads together, sequence by sequence."""
     size, dim = key.shape[2:]
     position = torch.arange(size, device=key.device)
+    if lengths is None:
+        lengths = torch.full((query.shape[0],), size, device=key.device)
     last = lengths.long()[:, None]
     real = position < last
     if valid is not None:
         real = real & valid[:, :size]
     # K of removed heads at every position; what no memory holds is far, and nobody asks for it
     oldest = (last - 1 - (last - 1 - position) % near.ring.shape[2]).clamp_min(0)
-    held = torch.where(position == oldest, position % near.ring.shape[2], 0)
+    held = torch.where(position == oldest, (position - near.begin) % near.ring.shape[2], 0)
     removed = near.ring.gather(
         2, held[:, None, :, None].expand(-1, near.ring.shape[1], -1, dim)
     )  # [B, G - kept, S, D]

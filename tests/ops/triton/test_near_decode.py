@@ -147,3 +147,22 @@ def test_window_over_pages(heads, kv_heads, clusters):
             offset=offset.to(DEVICE), **options,
         )  # fmt: skip
         assert_close(got.cpu(), want, atol=2e-5, rtol=0)
+
+
+def test_ring_that_begins_anywhere():
+    lengths, dim = [40, 40], 32
+    member = random_membership(6, 2, 2)
+    first = torch.tensor([0, 0])
+    query = torch.randn(2, 6, 1, dim)
+    key, value, keys, values, near = filled(member, lengths, first, 8, 2, 0, dim, 40, query.dtype)
+    want = definition(query, key, value, member, lengths, first, None, recent=8, sinks=2, scale=0.3)
+    keys, values = keys[:, :, :40], values[:, :, :40]
+    near = NearRing(near.ring.roll(3, 2), near.sinks, near.sink_positions, 8, begin=5)
+    mine = decode_recent(query, keys, values, member, near, scale=0.3)
+    assert_close(mine.double(), want, atol=2e-5, rtol=0)
+    got = launch_decode.decode_recent(
+        query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE),
+        NearRing(*(x.to(DEVICE) for x in (near.ring, near.sinks, near.sink_positions)), 8, begin=5),
+        scale=0.3,
+    )  # fmt: skip
+    assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)

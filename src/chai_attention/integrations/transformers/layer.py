@@ -36,6 +36,7 @@ from chai_attention.integrations.transformers.plan import (
 from chai_attention.integrations.transformers.recent import RecentKeys, near_keys
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
+from chai_attention.ops.ring import decode_recent
 
 # A forward of several tokens that ends this close behind the window may hold draft tokens, which
 # assisted decoding takes back: K of all heads is then kept until the next forward. For the same
@@ -222,8 +223,14 @@ class ClusteredLayer(CacheLayerMixin):
         new_keys, new_values = stored_states(member, key, value)
         keys = self._keys.append(new_keys)
         values = self._values.append(new_values.transpose(1, 2)).transpose(1, 2)
+        queries = query.shape[2]
+        if self.plan.has_recent_window and queries == 1 and query.is_cuda:
+            ring = self._recent.step(key, member, padding)
+            return decode_recent(
+                query, keys, values, member, ring, offset=self._offset, valid=padding.valid,
+                **options,
+            )  # fmt: skip
         if self.plan.has_recent_window:
-            queries = query.shape[2]
             near = self._recent.extend(key, keys, value, values, member, padding, _spare(queries))
             tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
             return windowed.attention(

@@ -11,6 +11,7 @@ from chai_attention.integrations.transformers.buffers import pick_heads, pick_to
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.membership import Membership
 from chai_attention.ops.near import NearKeys
+from chai_attention.ops.ring import NearRing
 
 
 class RecentKeys:
@@ -73,6 +74,31 @@ class RecentKeys:
             pick_heads(torch.cat([near.key, own], 1), membership.key_place),
             in_head_order(near.value, membership),
         )
+
+    def step(self, key: Tensor, membership: Membership, padding: Padding) -> NearRing:
+        """Take one new token, as `extend` does, for an attention that reads K where it stands.
+
+        Args:
+            key: ``[B, G, 1, D]`` of the new token, all heads.
+            membership: the cache's.
+            padding: of all tokens.
+        """
+        length = padding.length
+        sinks = min(self.sinks, length)
+        removed = membership.removed_key_heads
+        positions = padding.first_positions(sinks).int()
+        if membership.kept_keys == membership.kv_heads:
+            nothing = key[:, :0]
+            return NearRing(nothing, nothing.expand(-1, -1, sinks, -1), positions, self.recent)
+        self._extend_first(key, removed, sinks, length - 1, padding)
+        new = pick_heads(key, removed)
+        if self.last is None:
+            self.last = new
+        else:
+            self._extend_last(new, self.recent - 1, 0)
+        assert self.first is not None
+        begin = length - self.last.shape[2]
+        return NearRing(self.last, self.first, positions, self.recent, begin)
 
     def cut(self, keys: Tensor, membership: Membership, padding: Padding, spare: int) -> None:
         """Start from ``keys [B, G, S, D]`` of all heads; ``padding`` may know later tokens."""

@@ -159,7 +159,7 @@ def _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, seen,
 def _near(
     head, place, row, slot_row, line, length,
     q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, key_place_ptr,
-    scale, softcap, recent, ring_size, kept,
+    scale, softcap, recent, ring_size, ring_from, kept,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -197,7 +197,7 @@ def _near(
     removed = where - kept
     k += tl.load(
         ring_ptr + slot_row * stride_rb + removed * stride_rh
-        + (position % ring_size).to(tl.int64)[:, None] * stride_rs + d[None, :],
+        + ((position - ring_from) % ring_size).to(tl.int64)[:, None] * stride_rs + d[None, :],
         mask=(absent & (j >= SINKS))[:, None] & in_key, other=0.0,
     ).to(tl.float32)  # fmt: skip
     if SINKS > 0:
@@ -219,13 +219,15 @@ def _near(
 
 
 @triton.jit(
-    do_not_specialize=["size", "chunks", "splits", "clusters", "recent", "ring_size", "kept"]
-)
+    do_not_specialize=[
+        "size", "chunks", "splits", "clusters", "recent", "ring_size", "ring_from", "kept",
+    ]
+)  # fmt: skip
 def _merge(
     acc_ptr, sum_ptr, slot_ptr, head_ptr, value_ptr, rows_ptr, out_ptr, lse_ptr,
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr,
     ring_ptr, first_ptr, sink_ptr, key_place_ptr, offset_ptr, slots_ptr,
-    scale, softcap, size, chunks, splits, clusters, recent, ring_size, kept,
+    scale, softcap, size, chunks, splits, clusters, recent, ring_size, ring_from, kept,
     stride_ob, stride_oh, stride_t, stride_offset,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
@@ -254,7 +256,7 @@ def _merge(
         near_best, near_weight, near_out = _near(
             head, place, row, slot_row, line, length,
             q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr,
-            key_place_ptr, scale, softcap, recent, ring_size, kept,
+            key_place_ptr, scale, softcap, recent, ring_size, ring_from, kept,
             stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
             stride_vs, stride_mb, stride_table, stride_rb, stride_rh, stride_rs,
             stride_fb, stride_fh, stride_fs,
@@ -369,7 +371,7 @@ def decode(
     stride_t = 0 if chunks.slot.shape[0] == 1 else 1
     sinks = 0 if near is None else near.sinks.shape[2]
     recent = 0 if near is None else near.recent
-    ring_size = 1 if near is None else near.ring.shape[2]
+    ring_size, ring_from = (1, 0) if near is None else (near.ring.shape[2], near.begin)
     near_strides = [0] * 6
     if near is not None:
         near_strides = [*near.ring.stride()[:3], *near.sinks.stride()[:3]]
@@ -401,8 +403,8 @@ def decode(
         acc, sums, chunks.slot, chunks.head, chunks.value, rows, out, lse,
         query, key, value, lengths, valid, table,
         ring, first, sink, key_place, offset, slots,
-        scale, softcap or 1.0, size, chunks.count, splits, clusters, recent, ring_size, kept,
-        out.stride(0), out.stride(1), stride_t, 0 if offset is None else offset.stride(0),
+        scale, softcap or 1.0, size, chunks.count, splits, clusters, recent, ring_size, ring_from,
+        kept, out.stride(0), out.stride(1), stride_t, 0 if offset is None else offset.stride(0),
         query.stride(0), query.stride(1), *key_strides, *value_strides,
         stride_mb, stride_table, *near_strides,
         COLUMNS=columns, SPLITS=triton.next_power_of_2(splits), GROUP=heads // groups,

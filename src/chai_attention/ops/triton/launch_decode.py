@@ -23,6 +23,7 @@ logger = logging.getLogger("chai_attention")
 COLUMNS = 1024
 TILE_BYTES = 2 * 16384
 RESIDENT = {512: 3, 256: 4, 0: 6}
+RESIDENT_SMALL_PAGES = {256: 3, 0: 6}  # where a block of keys lies in several pages
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 MAX_WAVES = 8
@@ -58,7 +59,7 @@ def decode_recent(
     membership: Membership,
     near: NearRing,
     *,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     scale: float,
     offset: Tensor | None = None,
     valid: Tensor | None = None,
@@ -134,7 +135,11 @@ def _run(
     chunks = chunks_of(membership, members)
     columns = members * wide
     programs = batch * max(clusters, triton.cdiv(heads, members))
-    splits = splits_of(programs, columns, size, query.device)
+    block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
+    small_pages = options.get("table") is not None and key.shape[1] % block != 0
+    resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT
+    at_a_time = next(count for least, count in resident.items() if columns >= least)
+    splits = splits_of(programs, at_a_time, size, query.device)
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
         "decode kernel%s%s: %d members a program, %d splits",
@@ -148,7 +153,7 @@ def _run(
         clusters=clusters, near=near,
         key_place=None if near is None else membership.key_place,
         splits=splits,
-        block=max(8, min(64, TILE_BYTES // (columns * value.element_size()))),
+        block=block,
         warps=4 if columns > 128 else 2,
         stages=2,
         early=capability(query.device) >= (9, 0),
@@ -158,13 +163,13 @@ def _run(
     return out
 
 
-def splits_of(programs: int, columns: int, size: int, device: torch.device) -> int:
+def splits_of(programs: int, resident: int, size: int, device: torch.device) -> int:
     """How many parts the context is cut into, so that programs fill whole waves of processors.
 
-    ``programs`` is an estimate: how many chunks of full clusters there are. A wave of all
-    processors that is only begun costs as much time as a full one.
+    ``programs`` is an estimate: how many chunks of full clusters there are; ``resident`` of them
+    run on a processor at a time. A wave of all processors that is only begun costs as much time
+    as a full one.
     """
-    resident = next(count for least, count in RESIDENT.items() if columns >= least)
     slots = processors(device) * resident
     most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
     best, best_share = 1, 0.0
