@@ -75,6 +75,14 @@ class Membership:
         return cls(rep, clusters, kv_heads, kept_keys)
 
     @classmethod
+    def from_tables(cls, representatives: Tensor, clusters: int, **tables: Tensor) -> Membership:
+        """Take a multi-head membership whose tables a kernel has made, by their names here."""
+        heads = representatives.shape[1]
+        membership = cls(representatives, clusters, heads, clusters)
+        membership.__dict__.update(tables)  # where cached properties keep what they computed
+        return membership
+
+    @classmethod
     def identity(
         cls,
         heads: int,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chai_attention.clustering.assign import assign, assign_by_cost
-from chai_attention.clustering.kmeans import squared_distances
+from chai_attention.clustering.assign import SCORES, assign, assign_by_cost
+from chai_attention.clustering.kmeans import TIE, squared_distances
 from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
+from chai_attention.ops.online import fused_membership
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
 
 
@@ -97,6 +98,10 @@ class LayerPlan:
             softcap: as in `ops.reference.attention`.
         """
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        if self.costs is None and self.target == SCORES:
+            fused = fused_membership(query, key, self.clusters, tie=TIE, **options)
+            if fused is not None:
+                return fused
         if self.costs is None:
             gram = window_gram(query, key, **options)
             rep = assign(gram, self.clusters, self.kv_heads, self.target)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.triton import tables
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def _deal(membership: Membership, members: int) -> Chunks:
     device = membership.representatives.device
     # a cluster of n heads needs 1 + (n - 1) // members chunks
     count = clusters + (heads - clusters) // members
+    if membership.group_size == 1 and device.type == "cuda" and heads <= tables.MAX_HEADS:
+        return Chunks(*tables.chunk_tables(membership.representatives, count, members))
     order = membership.order  # [B, H]
     slot = membership.slot.gather(1, order)  # [B, H], ascending
     offsets = membership.offsets

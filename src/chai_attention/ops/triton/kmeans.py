@@ -1,0 +1,146 @@
+"""k-means of heads in one launch: what `clustering.kmeans` computes, a program per sequence.
+
+The search of `clustering.kmeans` is hundreds of small tensor operations one after the other, each
+a launch on a GPU. Here a program keeps the Gram matrix of its sequence in registers and runs the
+whole search: greedy seeds, moves of single heads, medoids. Costs that differ by rounding alone
+count as equal in both, so both return the same memberships.
+"""
+
+from __future__ import annotations
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_HEADS = 128  # a Gram matrix of more does not fit the registers of a program
+
+
+@triton.jit
+def _lowest(cost, index, tie, END: tl.constexpr):
+    """Lowest index of those within ``tie`` of the smallest cost, of one or two axes."""
+    return tl.min(tl.where(cost <= tl.min(cost) + tie, index, END))
+
+
+@triton.jit
+def _seeds(distance, real, tie, head, clusters, HP: tl.constexpr):
+    """Label of each head's nearest seed; each seed lowers the summed distance most."""
+    best = tl.where(real, float("inf"), 0.0)  # [HP]; padding adds nothing to a sum
+    label = tl.where(real, 0, -1)
+    taken = head < 0
+    for step in range(clusters):
+        total = tl.sum(tl.minimum(best[None, :], distance), axis=1)
+        total = tl.where(taken | (real == 0), float("inf"), total)
+        seed = _lowest(total, head, tie, HP)
+        chosen = head == seed
+        to_seed = tl.sum(tl.where(chosen[:, None], distance, 0.0), axis=0)
+        # strictly nearer by the tie margin: equal heads stay with the earlier seed
+        nearer = ((to_seed < best - tie) | chosen) & (taken == 0) & real
+        label = tl.where(nearer, step, label)
+        best = tl.where(nearer, to_seed, best)
+        taken = taken | chosen
+    return label
+
+
+@triton.jit
+def _refine(
+    gram, norm, label, real, tie, head, heads, clusters, HP: tl.constexpr, KP: tl.constexpr
+):
+    """Move one head at a time to another cluster while that lowers the inertia."""
+    cluster = tl.arange(0, KP)
+    index = head[:, None] * KP + cluster[None, :]
+    # inner products of every head with the sum of each cluster; a move changes two columns
+    cross = tl.zeros([HP, KP], dtype=tl.float32)
+    for c in range(clusters):
+        column = tl.sum(tl.where(label[None, :] == c, gram, 0.0), axis=1)
+        cross = tl.where(cluster[None, :] == c, column[:, None], cross)
+    step = 0
+    limit = 2 * heads
+    while step < limit:
+        member = label[:, None] == cluster[None, :]  # [HP, KP]
+        size = tl.sum(member.to(tl.float32), axis=0)  # [KP]
+        count = tl.maximum(size, 1.0)
+        within = tl.sum(tl.where(member, cross, 0.0), axis=0)
+        distance = norm[:, None] - 2 * cross / count[None, :] + (within / (count * count))[None, :]
+        own_size = tl.sum(tl.where(member, size[None, :], 0.0), axis=1)  # [HP]
+        own = tl.sum(tl.where(member, distance, 0.0), axis=1)
+        leave = own * own_size / tl.maximum(own_size - 1, 1.0)
+        change = distance * (size / (size + 1))[None, :] - leave[:, None]
+        allowed = (label[:, None] != cluster[None, :]) & ((own_size > 1) & real)[:, None]
+        change = tl.where(allowed & (cluster < clusters)[None, :], change, float("inf"))
+        move = _lowest(change, index, tie, HP * KP)
+        gain = tl.min(tl.where(index == move, change, float("inf")))
+        better = gain < -tie
+        moved = tl.where(better, move // KP, HP)  # no head, if no move is better
+        source = tl.max(tl.where(head == moved, label, -1))
+        column = tl.sum(tl.where(head[None, :] == moved, gram, 0.0), axis=1)[:, None]
+        cross += tl.where(cluster[None, :] == move % KP, column, 0.0)
+        cross -= tl.where(cluster[None, :] == source, column, 0.0)
+        label = tl.where(head == moved, move % KP, label)
+        step = tl.where(better, step + 1, limit)
+    return label
+
+
+@triton.jit
+def _kmeans(
+    features_ptr, out_ptr, heads, clusters, tie_share, size,
+    HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HP)
+    real = head < heads
+    gram = tl.zeros([HP, HP], dtype=tl.float32)
+    for first in range(0, size, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        part = tl.load(
+            features_ptr + row * heads * size + head[:, None] * size + n[None, :],
+            mask=real[:, None] & (n < size)[None, :], other=0.0,
+        )  # fmt: skip
+        gram = tl.dot(part, tl.trans(part), gram, input_precision="ieee")
+    norm = tl.sum(tl.where(head[:, None] == head[None, :], gram, 0.0), axis=1)
+    tie = tie_share * tl.maximum(tl.max(norm), 1e-30)
+    distance = tl.maximum(norm[:, None] + norm[None, :] - 2 * gram, 0.0)
+    label = _seeds(distance, real, tie, head, clusters, HP)
+    label = _refine(gram, norm, label, real, tie, head, heads, clusters, HP, KP)
+    # medoids: the centre's norm is the same for all members, so it cannot change the choice
+    same = label[:, None] == label[None, :]
+    to_centre = tl.sum(tl.where(same, gram, 0.0), axis=1) / tl.sum(same.to(tl.float32), axis=1)
+    cost = tl.where(same, (norm - 2 * to_centre)[None, :], float("inf"))
+    near = cost <= tl.min(cost, axis=1)[:, None] + tie
+    medoid = tl.min(tl.where(near, head[None, :], HP), axis=1)
+    tl.store(out_ptr + row * heads + head, medoid.to(tl.int64), mask=real)
+
+
+def kmeans(features: Tensor, clusters: int, *, tie: float) -> Tensor:
+    """Cluster heads and return each head's representative, as `clustering.kmeans.kmeans` does.
+
+    Args:
+        features: ``[B, H, F]`` float32, whose inner products are computed here.
+        clusters: k, between 1 and H.
+        tie: costs this close, relative to the largest norm of a head, count as equal.
+
+    Returns:
+        ``[B, H]`` int64; nothing is read on the host.
+
+    Raises:
+        ValueError: k out of range, or more heads than a program can hold.
+    """
+    batch, heads, size = features.shape
+    if not 1 <= clusters <= heads:
+        raise ValueError(f"cannot make {clusters} clusters of {heads} heads")
+    if heads > MAX_HEADS:
+        raise ValueError(f"the kernel takes up to {MAX_HEADS} heads, not {heads}")
+    if clusters == heads:
+        return torch.arange(heads, device=features.device).expand(batch, heads).clone()
+    features = features.contiguous()
+    out = torch.empty(batch, heads, dtype=torch.long, device=features.device)
+    padded = max(16, triton.next_power_of_2(heads))
+    _kmeans[(batch,)](
+        features, out, heads, clusters, tie, size,
+        HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=32,
+        num_warps={16: 2, 32: 4, 64: 8, 128: 16}[padded],
+    )  # fmt: skip
+    return out

@@ -1,0 +1,58 @@
+"""The k-means kernel against the k-means it has to reproduce."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from chai_attention.clustering.kmeans import TIE
+from chai_attention.clustering.kmeans import kmeans as search
+from chai_attention.ops.triton.kmeans import kmeans
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def maps_of(batch: int, heads: int, groups: int, spread: float) -> torch.Tensor:
+    """Attention maps that fall into ``groups`` kinds, more or less."""
+    kinds = torch.randn(batch, groups, 12, 12)
+    which = torch.randint(groups, (batch, heads))
+    scores = kinds.gather(1, which[:, :, None, None].expand(-1, -1, 12, 12))
+    scores = scores + spread * torch.randn(batch, heads, 12, 12)
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    return torch.softmax(scores.masked_fill(future, -torch.inf), -1).flatten(2)
+
+
+def gram_of(maps: torch.Tensor) -> torch.Tensor:
+    return maps.double() @ maps.double().mT
+
+
+@pytest.mark.parametrize(
+    ("heads", "clusters"), [(9, 1), (9, 4), (9, 8), (12, 5), (32, 4), (32, 17), (52, 6)]
+)
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_equals_the_search_in_torch(heads, clusters, spread):
+    maps = maps_of(4, heads, max(2, clusters), spread)
+    got = kmeans(maps.to(DEVICE), clusters, tie=TIE)
+    assert torch.equal(got.cpu(), search(gram_of(maps), clusters))
+
+
+def test_ties_go_to_the_lowest_head():
+    # pairs of equal heads: only the tie rule decides who represents whom
+    maps = torch.randn(3, 5, 20).repeat_interleave(2, dim=1)
+    gram = gram_of(maps)
+    for clusters in range(1, 10):
+        got = kmeans(maps.to(DEVICE), clusters, tie=TIE).cpu()
+        assert torch.equal(got, search(gram, clusters))
+        assert (got.sort(1).values.diff(dim=1) != 0).sum(1).tolist() == [clusters - 1] * 3
+
+
+def test_every_head_on_its_own():
+    maps = maps_of(2, 6, 3, 1.0)
+    assert kmeans(maps.to(DEVICE), 6, tie=TIE).tolist() == [list(range(6))] * 2
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="cannot make 7 clusters of 6 heads"):
+        kmeans(maps_of(1, 6, 2, 1.0), 7, tie=TIE)
+    with pytest.raises(ValueError, match="up to 128 heads"):
+        kmeans(torch.eye(130)[None], 4, tie=TIE)
