@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+WARPS = {16: 2, 32: 4, 64: 8, 128: 16}  # by heads, padded
 MAX_HEADS = 128  # a Gram matrix of more does not fit the registers of a program
 
 
@@ -141,6 +142,6 @@ def kmeans(features: Tensor, clusters: int, *, tie: float) -> Tensor:
     _kmeans[(batch,)](
         features, out, heads, clusters, tie, size,
         HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=32,
-        num_warps={16: 2, 32: 4, 64: 8, 128: 16}[padded],
+        num_warps=WARPS[padded],
     )  # fmt: skip
     return out

@@ -99,11 +99,16 @@ def chunk_tables(
     """
     batch, heads = representatives.shape
     device = representatives.device
-    lines = torch.full((3, batch, count), -1, dtype=torch.int32, device=device)
-    lanes = torch.full((2, batch, count, members), -1, dtype=torch.int32, device=device)
+    line, lane = batch * count, batch * count * members
+    memory = torch.full((3 * line + 2 * lane,), -1, dtype=torch.int32, device=device)
+    slot, query, key, head, value = memory.split([line, line, line, lane, lane])
     wide = max(16, triton.next_power_of_2(heads))
     _deal[(batch,)](
-        representatives.contiguous(), *lines, *lanes, heads, count,
+        representatives.contiguous(), slot, query, key, head, value, heads, count,
         M=members, HP=wide, num_warps=4,
     )  # fmt: skip
-    return lines[0], lines[1], lines[2], lanes[0], lanes[1]
+    shape = (batch, count)
+    return (
+        slot.view(shape), query.view(shape), key.view(shape),
+        head.view(*shape, members), value.view(*shape, members),
+    )  # fmt: skip
