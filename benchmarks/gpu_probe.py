@@ -1,8 +1,9 @@
 """Time the probe and the clustering of heads on a GPU: 32 layers of LLaMA-7B's heads.
 
 What an online membership costs a prefill: from queries and keys of the first W tokens to the
-tables that attention needs, called from Python as the runtime does. Beside it, the same in plain
-PyTorch. Memberships of both must agree before anything is timed.
+tables that attention needs, called from Python as the runtime does, and in a CUDA graph: the
+time on the GPU, which is all that counts while a prefill keeps it busy. Beside it, the same in
+plain PyTorch. Memberships of both must agree before anything is timed.
 
     python benchmarks/gpu_probe.py --out gpu_probe.json
 """
@@ -66,6 +67,14 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[2:])
 
 
+def graph_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a CUDA graph of the call: what a GPU that is never waited for takes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return milliseconds(graph.replay, 10)
+
+
 def main() -> None:
     """Check, measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,6 +109,7 @@ def main() -> None:
             {
                 "clusters": clusters,
                 "fused_ms": milliseconds(lambda: all_layers(fused), 10),
+                "fused_graph_ms": graph_milliseconds(lambda: all_layers(fused)),
                 "pytorch_ms": milliseconds(lambda: all_layers(plain), 2),
             }
         )

@@ -19,3 +19,7 @@ class UnsupportedModelError(ChaiError):
 
 class CacheError(ChaiError):
     """A K,V cache was used in a way that clustered heads cannot honour."""
+
+
+class AttentionInputError(ChaiError, ValueError):
+    """Tensors with a shape, dtype, layout or device that attention cannot run with."""

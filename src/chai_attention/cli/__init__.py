@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from chai_attention.cli.bench import bench_app
 from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
 from chai_attention.cli.export import export_command
@@ -28,6 +29,7 @@ app.command("generate")(generate_command)
 app.command("demo")(demo_command)
 app.command("export")(export_command)
 app.command("frontier")(frontier_command)
+app.add_typer(bench_app, name="bench")
 
 
 # typer brings its own copy of click from 0.20 on; this is ClickException of whichever it uses

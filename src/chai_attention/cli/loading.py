@@ -43,23 +43,33 @@ def load_model(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if dtype not in DTYPES:
-        raise LoadError(f"dtype is one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    chosen = resolve_dtype(dtype, device)
     transformers_logging.disable_progress_bar()
     path = Path(name)
     try:
         if name == SMOLLM2:
-            return _load_gguf(_smollm2_file(), DTYPES[dtype], device)
+            return _load_gguf(_smollm2_file(), chosen, device)
         if path.suffix == ".gguf":
-            return _load_gguf(path, DTYPES[dtype], device)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype])
+            return _load_gguf(path, chosen, device)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
         return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
     except ChaiError:
         raise
     except Exception as error:  # loading fails in a different way for every kind of mistake
         raise _load_error(name, error) from error
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the dtype that a name or "auto" means on a device.
+
+    Raises:
+        LoadError: an unknown name.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in DTYPES:
+        raise LoadError(f"dtype is one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    return DTYPES[dtype]
 
 
 def load_config(name: str) -> PreTrainedConfig:

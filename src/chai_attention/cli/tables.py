@@ -10,9 +10,9 @@ from chai_attention.integrations.transformers.writing import Written
 from chai_attention.profile import ClusterProfile, Shape
 
 
-def render(table: Table) -> str:
+def render(table: Table, width: int = 100) -> str:
     """Return a rich table as plain text."""
-    console = Console(width=100)
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")

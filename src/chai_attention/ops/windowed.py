@@ -8,6 +8,7 @@ paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ class WindowTables:
     Attributes:
         recent: w, cache positions that count as near; padding between tokens counts too.
         queries: Q, the last tokens of the sequences.
+        length: S, all tokens.
         sinks: s, first real tokens that are always near; no more than the sequences' length.
-        seen: columns that each query sees (see `near.attention`); None for all.
+        sink_positions: ``[B or 1, s]`` int32, where they stand; S for those that a sequence lacks.
+        ordinary: ``[B or 1, S]`` bool, False for padding and sinks.
         far: the stretch of keys that holds all far ones; None if there are none.
         far_valid: ``[B, keys of far]`` bool, False for padding and sinks; None if all are far.
         padded: whether there is padding.
@@ -34,11 +37,22 @@ class WindowTables:
 
     recent: int
     queries: int
+    length: int
     sinks: int
-    seen: Tensor | None
+    sink_positions: Tensor
+    ordinary: Tensor
     far: slice | None
     far_valid: Tensor | None
     padded: bool
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """Columns that each query sees (see `near.attention`); None for all."""
+        if self.padded or self.queries > 1 or self.length - self.recent < self.sinks:
+            return _seen(
+                self.queries, self.recent, self.ordinary, self.sink_positions, self.far is not None
+            )
+        return None
 
 
 def window_tables(
@@ -63,25 +77,23 @@ def window_tables(
     other = length - recent  # keys behind these are near to every query
     if valid is None:
         far = slice(sinks, other) if other > sinks else None
-        seen = None
-        if queries > 1 or other < sinks:
-            position = torch.arange(length, device=device)[None]
-            ordinary, position = position >= sinks, position[:, :sinks]
-            seen = _seen(queries, recent, ordinary, position, None, far is not None)
-        return WindowTables(recent, queries, sinks, seen, far, None, padded=False)
+        position = torch.arange(length, dtype=torch.int32, device=device)[None]
+        ordinary, position = position >= sinks, position[:, :sinks]
+        return WindowTables(
+            recent, queries, length, sinks, position, ordinary, far, None, padded=False
+        )
     position = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, :sinks]
+    position = torch.where(valid.gather(1, position), position, length).int()
     ordinary = valid & (valid.cumsum(1) > sinks)
     far = slice(0, other) if other > 0 else None
-    real = valid.gather(1, position)
-    seen = _seen(queries, recent, ordinary, position, real, far is not None)
     far_valid = None if far is None else ordinary[:, far]
-    return WindowTables(recent, queries, sinks, seen, far, far_valid, padded=True)
+    return WindowTables(
+        recent, queries, length, sinks, position, ordinary, far, far_valid, padded=True
+    )
 
 
-def _seen(
-    queries: int, recent: int, ordinary: Tensor, sinks: Tensor, real: Tensor | None, far: bool
-) -> Tensor:
-    """Columns that every query sees; ``ordinary [B, S]`` is False for padding and sinks.
+def _seen(queries: int, recent: int, ordinary: Tensor, sinks: Tensor, far: bool) -> Tensor:
+    """Columns that every query sees, from tables as in `WindowTables`.
 
     The far keys' column is seen by all: their log-sum-exp knows who sees them.
     """
@@ -100,8 +112,6 @@ def _seen(
     key = key[:, None]
     seen = band[:, :, None] & (key <= query) & (key > query - recent)
     sink = sinks[:, None, None] <= query  # [B, blocks, block, s]
-    if real is not None:
-        sink = sink & real[:, None, None]
     columns = [sink, seen, torch.ones_like(seen[..., :1])] if far else [sink, seen]
     return torch.cat(columns, -1)[:, None, :, None]
 
@@ -135,7 +145,7 @@ def attention(
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of ``value``.
     """
-    far = None
+    out = lse = None
     if tables.far is not None:
         # Without its last w keys, the causal rule of clustered attention hides just what is near.
         # Queries before the last ones as many as keys would see none.
@@ -152,7 +162,14 @@ def attention(
             softcap=softcap,
             return_lse=True,
         )
-        assert lse is not None
+    if query.device.type == "cuda":
+        from chai_attention.ops.triton import near_prefill
+
+        return near_prefill.attention(
+            query, near, tables, membership, out, lse, scale=scale, offset=offset, softcap=softcap
+        )
+    far = None
+    if out is not None and lse is not None:
         lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
         far = Far(out, lse if offset is None else lse + offset[:, :, None])
     return near_part.attention(

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from chai_attention.evaluation.points import FrontierError, Point
-from chai_attention.reports.plots import _require_matplotlib
+from chai_attention.reports.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def frontier_plot(points: Sequence[Point], path: Path) -> Path:
     """
     if not points:
         raise FrontierError("there are no points to plot")
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -32,7 +32,7 @@ def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
     """
     if profile.error is None or profile.similarity is None:
         raise ProfileError("this profile has no error curves to plot: make one with chai calibrate")
-    _require_matplotlib()
+    require_matplotlib()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return [_elbows(profile, folder), _similarities(profile, folder)]
@@ -98,6 +98,7 @@ def _grid(count: int, draw: Any, path: Path, title: str) -> Path:
     return path
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
+    """Raise `ChaiError` where there is none."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ChaiError("plots need matplotlib: pip install 'chai-attention[plots]'")

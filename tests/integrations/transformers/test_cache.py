@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers import ClusteredCache, enable
@@ -211,9 +211,12 @@ def test_other_caches_are_refused():
     enable(model, PROFILE)
     with pytest.raises(CacheError, match="already holds K of all heads"):
         model(prompt(1), past_key_values=filled)
-    static = StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(CacheError, match="not StaticCache"):
-        model(prompt(4), past_key_values=static)
+
+    class OtherCache(DynamicCache):
+        pass
+
+    with pytest.raises(CacheError, match="not OtherCache"):
+        model(prompt(4), past_key_values=OtherCache(config=model.config))
     other = ClusteredCache(model, ClusterProfile(clusters=(2, 2, 2), window=8))
     with pytest.raises(CacheError, match="another profile"):
         model(prompt(4), past_key_values=other)

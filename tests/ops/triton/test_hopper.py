@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from helpers import clustered_inputs, random_membership
+from packed_cases import packed_case
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import reference
+from chai_attention.ops import paged_prefill, reference
 from chai_attention.ops import triton as kernels
 
 hopper_only = pytest.mark.skipif(
@@ -20,17 +21,24 @@ hopper_only = pytest.mark.skipif(
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def check(heads, clusters, queries, size, dim, dtype, batch, spare=0, return_lse=True):
-    """Compare with the definition in float64; V token-major, K with spare room behind it."""
-    member = random_membership(heads, clusters, batch).to("cuda")
+def check(
+    heads, clusters, queries, size, dim, dtype, batch, spare=0, return_lse=True, kv_heads=None,
+    token_major=True,
+):  # fmt: skip
+    """Compare with the definition in float64; spare room behind K and V."""
+    kv_heads = kv_heads or heads
+    member = random_membership(heads, clusters, batch, kv_heads).to("cuda")
     query = torch.randn(batch, heads, queries, dim, dtype=dtype, device="cuda")
-    key, value = (torch.randn(batch, heads, size, dim, dtype=dtype, device="cuda") for _ in "kv")
+    key, value = (torch.randn(batch, kv_heads, size, dim, dtype=dtype, device="cuda") for _ in "kv")
     q, k, v = clustered_inputs(member, query, key, value)
     options = {"scale": dim**-0.5, "return_lse": return_lse}
     want, want_lse = reference.attention(q.double(), k.double(), v.double(), member, **options)
     k = F.pad(k, (0, 0, 0, spare), value=torch.nan)[:, :, :size]
-    v = F.pad(v, (0, 0, 0, spare), value=torch.nan).transpose(1, 2).contiguous().transpose(1, 2)
+    v = F.pad(v, (0, 0, 0, spare), value=torch.nan)
+    if token_major:
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
     got, lse = kernels.attention(q, k, v[:, :, :size], member, **options)
+    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
     mask = reference.visible(batch, queries, size, None, None, query.device)
     exact = F.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), attn_mask=mask
@@ -53,6 +61,38 @@ def test_hopper(dim, heads, clusters, queries, size, dtype, caplog):
     with caplog.at_level(logging.DEBUG, "chai_attention"):
         check(heads, clusters, queries, size, dim, dtype, batch=3, spare=7)
     assert "Hopper prefill kernel" in caplog.text
+
+
+@hopper_only
+@pytest.mark.parametrize("token_major", [False, True])
+def test_grouped_queries(token_major, caplog):
+    with caplog.at_level(logging.DEBUG, "chai_attention"):
+        check(32, 6, 200, 500, 128, torch.bfloat16, batch=2, kv_heads=8, token_major=token_major)
+    assert "Hopper prefill kernel" in caplog.text
+
+
+@hopper_only
+@pytest.mark.parametrize("page", [16, 48, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_pages(page, dim):
+    """Pages out of order, of which the last hold NaN behind the end; one sequence has no key."""
+    member = random_membership(12, 4, 3)
+    case = packed_case(
+        member, [200, 70, 1], [0, 333, 0], page, dim, dim, torch.bfloat16, "cuda", True, tail=5
+    )
+    lengths = case.caches.lengths.clone()
+    lengths[2] = 0
+    pages = (case.caches.keys, case.caches.values, case.caches.table)
+    options = {"most_queries": 200, "scale": dim**-0.5, "return_lse": True}
+    out, lse = paged_prefill.paged_prefill(
+        case.query, *pages, member.to("cuda"), query_starts=case.starts, lengths=lengths, **options
+    )
+    want, want_lse = paged_prefill.paged_prefill(
+        case.query.double().cpu(), *(x.cpu().double() for x in pages[:2]), pages[2].cpu(), member,
+        query_starts=case.starts.cpu(), lengths=lengths.cpu(), **options,
+    )  # fmt: skip
+    torch.testing.assert_close(out[:271].double().cpu(), want[:271], atol=3e-2, rtol=0)
+    torch.testing.assert_close(lse[:271].cpu(), want_lse[:271], atol=2e-3, rtol=1e-3)
 
 
 @hopper_only

@@ -7,6 +7,8 @@ pytest.importorskip("triton")
 
 from chai_attention.clustering.kmeans import TIE
 from chai_attention.clustering.kmeans import kmeans as search
+from chai_attention.membership import Membership
+from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.ops.triton.kmeans import kmeans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,8 +34,23 @@ def gram_of(maps: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 def test_equals_the_search_in_torch(heads, clusters, spread):
     maps = maps_of(4, heads, max(2, clusters), spread)
-    got = kmeans(maps.to(DEVICE), clusters, tie=TIE)
+    got = kmeans(maps.to(DEVICE), clusters, tie=TIE).representatives
     assert torch.equal(got.cpu(), search(gram_of(maps), clusters))
+
+
+@pytest.mark.parametrize(
+    ("heads", "clusters"), [(1, 1), (2, 1), (9, 4), (32, 5), (52, 51), (20, 20)]
+)
+def test_tables_are_the_membership_s(heads, clusters):
+    maps = torch.randn(3, heads, 20)
+    got = kmeans(maps.to(DEVICE), clusters, tie=TIE, members=(8, 3))
+    want = Membership.from_representatives(got.representatives.cpu(), clusters)
+    for name in ("slot", "value_slot", "order", "slot_heads", "offsets", "key_heads", "key_slot"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+    for members in (8, 3):
+        mine, its = chunks_of(got, members), chunks_of(want, members)
+        for name in ("slot", "query", "key", "head", "value"):
+            assert torch.equal(getattr(mine, name).cpu(), getattr(its, name)), name
 
 
 def test_ties_go_to_the_lowest_head():
@@ -41,14 +58,16 @@ def test_ties_go_to_the_lowest_head():
     maps = torch.randn(3, 5, 20).repeat_interleave(2, dim=1)
     gram = gram_of(maps)
     for clusters in range(1, 10):
-        got = kmeans(maps.to(DEVICE), clusters, tie=TIE).cpu()
+        got = kmeans(maps.to(DEVICE), clusters, tie=TIE).representatives.cpu()
         assert torch.equal(got, search(gram, clusters))
         assert (got.sort(1).values.diff(dim=1) != 0).sum(1).tolist() == [clusters - 1] * 3
 
 
 def test_every_head_on_its_own():
     maps = maps_of(2, 6, 3, 1.0)
-    assert kmeans(maps.to(DEVICE), 6, tie=TIE).tolist() == [list(range(6))] * 2
+    got = kmeans(maps.to(DEVICE), 6, tie=TIE)
+    assert got.representatives.tolist() == [list(range(6))] * 2
+    assert got.is_identity
 
 
 def test_what_does_not_fit_is_refused():

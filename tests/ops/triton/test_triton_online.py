@@ -9,9 +9,7 @@ pytest.importorskip("triton")
 from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.membership import Membership
 from chai_attention.ops.probe import window_gram
-from chai_attention.ops.triton import online, probe, tables
-from chai_attention.ops.triton.chunks import chunks_of
-from helpers import random_membership
+from chai_attention.ops.triton import online, probe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = ("order", "slot", "value_slot", "slot_heads", "offsets")
@@ -47,24 +45,3 @@ def test_online_membership(clusters):
     assert (got.clusters, got.kv_heads, got.kept_keys) == (clusters, 9, clusters)
     for name in (*TABLES, "key_heads", "value_heads", "key_slot"):
         assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
-
-
-@pytest.mark.parametrize("heads", [2, 9, 32, 52, 128])
-def test_tables(heads):
-    for clusters in {1, 2, heads // 2, heads}:
-        member = random_membership(heads, clusters, 3)
-        made = tables.membership_tables(member.representatives.to(DEVICE), clusters)
-        assert set(made) == set(TABLES)
-        for name, table in made.items():
-            assert torch.equal(table.cpu(), getattr(member, name)), name
-
-
-@pytest.mark.parametrize("members", [1, 2, 4, 8])
-@pytest.mark.parametrize("heads", [9, 32, 52])
-def test_chunks(heads, members):
-    for clusters in (1, 5, heads):
-        member = random_membership(heads, clusters, 3)
-        want = chunks_of(member, members)
-        got = tables.chunk_tables(member.representatives.to(DEVICE), want.count, members)
-        for table, name in zip(got, ("slot", "query", "key", "head", "value"), strict=True):
-            assert torch.equal(table.cpu(), getattr(want, name)), name

@@ -7,5 +7,16 @@ from chai_attention.integrations.transformers.enable import (
     enabled,
     saved_weight_bytes,
 )
+from chai_attention.integrations.transformers.graphs import DecodeGraph
+from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
-__all__ = ["CacheMemory", "ClusteredCache", "disable", "enable", "enabled", "saved_weight_bytes"]
+__all__ = [
+    "CacheMemory",
+    "ClusteredCache",
+    "DecodeGraph",
+    "StaticClusteredCache",
+    "disable",
+    "enable",
+    "enabled",
+    "saved_weight_bytes",
+]

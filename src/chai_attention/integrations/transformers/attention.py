@@ -14,6 +14,7 @@ from chai_attention.integrations.transformers.layer import LAYER_TAG, ClusteredL
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 
 NAME = "chai"
 PLAN_ATTRIBUTE = "_chai_plan"
@@ -38,7 +39,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the ``[B, S]`` padding of plain causal attention, or None where there is none.
+    """Return the ``[B, S]`` padding of plain causal attention as it is, not read on the host.
 
     Any other mask (a sliding window's) is made as for torch's fused attention.
     """
@@ -46,8 +47,6 @@ def padding_mask(
         return sdpa_mask(
             *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
         )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
     return attention_mask
 
 
@@ -102,7 +101,11 @@ def clustered_attention(
     layer = getattr(key, LAYER_TAG, None)
     if layer is None:
         layer = _uncached(plan, query, key, value)
-    padding = _padding_of(attention_mask, query, layer.get_seq_length() + query.shape[2])
+    queries = query.shape[2]
+    if isinstance(layer, StaticClusteredLayer):
+        padding = layer.begin(queries)  # its cache has taken the mask already
+    else:
+        padding = _padding_of(attention_mask, query, layer.get_seq_length() + queries)
     with torch.no_grad():
         return layer.attend(query, padding, scale, softcap), None
 
@@ -146,6 +149,9 @@ def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
         )
     padding = getattr(mask, PADDING_TAG, None)
     if padding is None or padding.length != length:
-        padding = Padding(mask[:, :length].bool(), query.shape[0], length, query.device)
+        valid: Tensor | None = mask[:, :length].bool()
+        if bool(mask[:, :length].all()):
+            valid = None
+        padding = Padding(valid, query.shape[0], length, query.device)
         setattr(mask, PADDING_TAG, padding)
     return padding

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.support import describe
@@ -23,12 +20,14 @@ class CacheMemory:
     Attributes:
         key_bytes: K tensors, spare room for new tokens included.
         value_bytes: V tensors, spare room included.
-        probe_bytes: queries remembered while a probe window fills up.
+        probe_bytes: queries remembered while a probe window fills up; of a static cache also K
+            and V until then.
         recent_bytes: K of removed heads, last and first tokens (the exact recent window).
         full_key_bytes: what the K of all heads would take for the same room.
         full_value_bytes: what the V would take in a full cache, for the same room.
         tokens: tokens held per sequence, padding included.
-        sequences: sequences held.
+        sequences: sequences held, or that there is room for in a static cache.
+        table_bytes: lengths and padding of a static cache.
     """
 
     key_bytes: int
@@ -39,11 +38,13 @@ class CacheMemory:
     full_value_bytes: int
     tokens: int
     sequences: int
+    table_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All bytes held."""
-        return self.key_bytes + self.value_bytes + self.probe_bytes + self.recent_bytes
+        held = self.key_bytes + self.value_bytes + self.probe_bytes + self.recent_bytes
+        return held + self.table_bytes
 
     @property
     def full_bytes(self) -> int:
@@ -87,30 +88,35 @@ class ClusteredCache(DynamicCache):
         config = model.config if isinstance(model, PreTrainedModel) else model
         profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
         super().__init__(config=config.get_text_config(decoder=True))
-        _take_over(self, layer_plans(describe(config), profile))
+        take_over(self, layer_plans(describe(config), profile))
 
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""
         return memory_of(self)
 
 
-def memory_of(cache: DynamicCache) -> CacheMemory:
-    """Report what any dynamic cache holds; one without clusters is a full cache itself."""
+def memory_of(cache: Cache) -> CacheMemory:
+    """Report what any cache holds; one without clusters is a full cache itself."""
     key = value = probe = recent = full_key = sequences = 0
     for layer in cache.layers:
-        layer_key, layer_value = _bytes(layer.keys), _bytes(layer.values)
-        full = layer_key
         if isinstance(layer, ClusteredLayer):
-            kept = 0 if layer.keys is None else layer.keys.shape[1]
-            full = layer_key // kept * layer.plan.kv_heads if kept else 0
-            held = layer.tensors()
-            probe += _bytes(held.get("probe"))
-            recent += _bytes(held.get("recent")) + _bytes(held.get("sink"))
-        if layer.keys is not None:
-            sequences = max(sequences, layer.keys.shape[0])
-        key += layer_key
-        value += layer_value
-        full_key += full
+            tensors = layer.tensors()
+        else:
+            pair = {"key": layer.keys, "value": layer.values}
+            tensors = {name: held for name, held in pair.items() if held is not None}
+        if not tensors:
+            continue
+        held = {name: tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
+        layer_key, full = held.pop("key", 0), 0
+        if "key" in tensors:
+            full, heads = layer_key, tensors["key"].shape[1]
+            if isinstance(layer, ClusteredLayer):
+                full = layer_key // heads * layer.plan.kv_heads if heads else 0
+        key, full_key = key + layer_key, full_key + full
+        value += held.pop("value", 0)
+        recent += held.pop("recent", 0) + held.pop("sink", 0)
+        probe += sum(held.values())
+        sequences = max(sequences, *(tensor.shape[0] for tensor in tensors.values()))
     return CacheMemory(
         key_bytes=key,
         value_bytes=value,
@@ -123,43 +129,7 @@ def memory_of(cache: DynamicCache) -> CacheMemory:
     )
 
 
-def adopt(cache: Any, plans: tuple[LayerPlan, ...], config: PreTrainedConfig) -> ClusteredCache:
-    """Return a `ClusteredCache` in place of what a forward was given.
-
-    None gives a new one. An empty `DynamicCache`, which ``generate()`` makes, becomes one itself,
-    so that everyone who holds it goes on holding the right cache.
-
-    Raises:
-        CacheError: a cache of another kind, of another profile, or one that holds tokens.
-    """
-    if isinstance(cache, ClusteredCache):
-        if cache.plans != plans:
-            raise CacheError(
-                "this cache was made for another profile: make one with ClusteredCache(model, "
-                "profile), with the profile that the model is enabled with"
-            )
-        return cache
-    if cache is None:
-        cache = DynamicCache(config=config)
-    if type(cache) is not DynamicCache or cache.offloading:
-        raise CacheError(
-            f"clustered heads need a ClusteredCache or a plain DynamicCache, not "
-            f"{type(cache).__name__}{' with offloading' if isinstance(cache, DynamicCache) else ''}"
-            ": leave out past_key_values and cache_implementation, or pass "
-            "ClusteredCache(model, profile)"
-        )
-    if cache.get_seq_length():
-        raise CacheError(
-            "this cache already holds K of all heads: start with an empty one, or with "
-            "ClusteredCache(model, profile)"
-        )
-    cache.__class__ = ClusteredCache
-    assert isinstance(cache, ClusteredCache)
-    _take_over(cache, plans)
-    return cache
-
-
-def _take_over(cache: ClusteredCache, plans: Sequence[LayerPlan]) -> None:
+def take_over(cache: ClusteredCache, plans: Sequence[LayerPlan]) -> None:
     """Put clustered layers in the place of an empty cache's full-attention layers."""
     sliding = cache.layers
     cache.layers = [
@@ -167,8 +137,3 @@ def _take_over(cache: ClusteredCache, plans: Sequence[LayerPlan]) -> None:
     ]
     cache.layer_class_to_replicate = None
     cache.plans = tuple(plans)
-
-
-def _bytes(tensor: torch.Tensor | None) -> int:
-    """Bytes of the memory behind a tensor, spare room included."""
-    return 0 if tensor is None else tensor.untyped_storage().nbytes()

@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers import attention
-from chai_attention.integrations.transformers.cache import adopt
+from chai_attention.integrations.transformers import attention, graphs
+from chai_attention.integrations.transformers.adopt import adopt
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.projections import Projections
+from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 from chai_attention.integrations.transformers.support import attention_modules, describe
 from chai_attention.profile import ClusterProfile
 
@@ -86,6 +87,7 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     for layer, module in modules.items():
         setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
     state.hooks = _adopt_caches(model, plans)
+    vars(model)["get_compiled_call"] = graphs.GraphedCall(model)
     model.set_attn_implementation(attention.NAME)
 
 
@@ -100,6 +102,7 @@ def disable(model: PreTrainedModel) -> None:
         return
     state.projections.undo()
     del _enabled[model]
+    vars(model).pop("get_compiled_call", None)
     for hook in state.hooks:
         hook.remove()
     state.corrections.undo()
@@ -142,7 +145,9 @@ def _adopt_caches(model: PreTrainedModel, plans: tuple[LayerPlan, ...]) -> list[
         if wanted is None:
             wanted = config.use_cache
         if cache is not None or wanted:
-            kwargs["past_key_values"] = adopt(cache, plans, config)
+            cache = kwargs["past_key_values"] = adopt(cache, plans, config)
+        if isinstance(cache, StaticClusteredCache):
+            cache.begin(kwargs.get("attention_mask"))
         return args, kwargs
 
     # a user may call the decoder inside the causal model directly

@@ -126,14 +126,18 @@ class ClusteredLayer(CacheLayerMixin):
         if keep <= 0:
             self.reset()
             return
+        self.check_window(keep)
+        self._recent.crop(length, keep)
+        self._keys.length = self._values.length = keep
+
+    def check_window(self, keep: int) -> None:
+        """Refuse to go back to ``keep`` tokens, if they end in the window of a clustered layer."""
         if self.membership is not None and keep < self._window_end:
             raise CacheError(
                 f"cannot crop to {keep} tokens: the heads were clustered on the first "
                 f"{self._window_end}, and K of the other heads has been freed. Reset the cache "
                 "and run the prompt again, or use a static membership"
             )
-        self._recent.crop(length, keep)
-        self._keys.length = self._values.length = keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rearrange the sequences of the batch (beam search)."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton import tables
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,15 @@ class Chunks:
         return idle.sort(stable=True).indices.int(), (1 - idle).sum(dtype=torch.int32)[None]
 
 
+def members_of(heads: int, clusters: int, columns: int) -> int:
+    """Members of a chunk whose program has room for the V of ``columns`` of them.
+
+    Lanes that no member fills are wasted, so chunks are no wider than clusters are on average.
+    """
+    most = 1 << (-(-heads // clusters) - 1).bit_length()
+    return min(most, max(1, columns))
+
+
 # a membership serves every step of a request: its tables are made once and die with it
 _made: weakref.WeakKeyDictionary[Membership, dict[int, Chunks]] = weakref.WeakKeyDictionary()
 
@@ -63,14 +71,17 @@ def chunks_of(membership: Membership, members: int) -> Chunks:
     return made[members]
 
 
+def adopt_chunks(membership: Membership, chunks: Chunks) -> None:
+    """Remember chunks that were made together with the membership."""
+    _made.setdefault(membership, {})[chunks.head.shape[2]] = chunks
+
+
 def _deal(membership: Membership, members: int) -> Chunks:
     """Deal the heads of each cluster, in order, into chunks of ``members``."""
     batch, heads, clusters = membership.batch, membership.heads, membership.clusters
     device = membership.representatives.device
     # a cluster of n heads needs 1 + (n - 1) // members chunks
     count = clusters + (heads - clusters) // members
-    if membership.group_size == 1 and device.type == "cuda" and heads <= tables.MAX_HEADS:
-        return Chunks(*tables.chunk_tables(membership.representatives, count, members))
     order = membership.order  # [B, H]
     slot = membership.slot.gather(1, order)  # [B, H], ascending
     offsets = membership.offsets

@@ -26,9 +26,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _scores_base2(s, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of log2, softcap applied."""
     if HAS_SOFTCAP:
-        # tanh from exp2, which saturates without overflow
-        e = tl.exp2(tl.abs(s) * (2 * LOG2_E) / -softcap)
-        s = softcap * tl.where(s < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+        # tanh from exp2, which saturates without overflow; near 0, where 1 - e would lose digits,
+        # from its series
+        x = s / softcap
+        e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+        far = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+        y = x * x
+        series = 1 - y * (1 / 3 - y * (2 / 15 - y * (17 / 315 - y * (62 / 2835))))
+        s = softcap * tl.where(tl.abs(x) < 0.25, x * series, far)
     return s * LOG2_E
 
 

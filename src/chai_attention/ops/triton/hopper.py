@@ -6,7 +6,8 @@ warpgroup, the scores of a block are computed together with the product of the b
 third warpgroup only moves K and V to shared memory, with the tensor memory accelerator. Programs
 stay on their processor and take tiles from a list, longest first.
 
-It serves whole prompts and their continuations without padding; `prefill` serves the rest.
+It serves whole prompts and their continuations without padding, of equal length or packed, with
+K and V in tensors or in pages; `prefill` serves the rest.
 """
 
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
@@ -15,100 +16,26 @@ It serves whole prompts and their continuations without padding; `prefill` serve
 
 from __future__ import annotations
 
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import Chunks
-from chai_attention.ops.triton.device import processors
-from chai_attention.ops.triton.prefill import group_of, tileable
-
-# two names that later versions of Triton changed
-_fetch_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from chai_attention.ops.triton.hopper_fetch import (
+    FIELDS,
+    barrier,
+    blocks_of,
+    fetch,
+    reinterpret,
+    told,
+)
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOG_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _work(item, work_ptr, pairs, tiles, group, chunks, queries, size, ROWS: gl.constexpr,
-          BLOCK: gl.constexpr):  # fmt: skip
-    """What an item of the list is: batch row, chunk, first query, blocks of keys.
-
-    Chunks come in groups, which share the L2 cache; within a group the longest tiles come first.
-    """
-    start = item // (group * tiles) * group
-    width = gl.minimum(group, pairs - start)
-    inside = item - start * tiles
-    tile = tiles - 1 - inside // width  # the last queries see the most keys
-    pair = gl.load(work_ptr + start + inside % width)
-    first = tile * (2 * ROWS)
-    stop = gl.minimum(size, size - queries + first + 2 * ROWS)
-    return pair // chunks, pair, first, (stop + BLOCK - 1) // BLOCK
-
-
-@gluon.jit
-def _fetch(
-    q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free,
-    next_ptr, work_ptr, slot_ptr, key_ptr, value_ptr, pairs, tiles, group, chunks, queries, size,
-    ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Take items from the list and bring their Q, K and V to shared memory.
-
-    A stage of the ring holds K of one block and V of the block before, as the halves need them.
-    """
-    K_BYTES: gl.constexpr = k_tiles.block_type.nbytes
-    V_BYTES: gl.constexpr = v_tiles.block_type.nbytes
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    done = 0
-    turn = 0
-    item = gl.atomic_add(next_ptr, 1)
-    while item < pairs * tiles:
-        row, pair, first, blocks = _work(
-            item, work_ptr, pairs, tiles, group, chunks, queries, size, ROWS, BLOCK
-        )
-        slot = gl.load(slot_ptr + pair)
-        key = gl.load(key_ptr + pair)
-        column = gl.load(value_ptr + pair * M) * D
-        mbarrier.wait(q_free, (turn & 1) ^ 1)
-        item_buf.store(gl.full([1], item, gl.int32, layout=one))
-        _barrier()
-        mbarrier.expect(q_full, 2 * q_tiles.block_type.nbytes)
-        for half in gl.static_range(2):
-            _fetch_tile(q_tiles, [row, slot, first + half * ROWS, 0], q_full, q_bufs.index(half))
-        for i in range(0, blocks + 1):
-            stage = (done + i) % STAGES
-            n = (blocks - 1 - i) * BLOCK
-            bar = full.index(stage)
-            mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
-            has_k = i < blocks
-            has_v = i > 0
-            mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v)
-            mbarrier.expect(bar, K_BYTES, pred=i == 0)
-            mbarrier.expect(bar, V_BYTES, pred=i == blocks)
-            _fetch_tile(k_tiles, [row, key, n, 0], bar, k_bufs.index(stage), pred=has_k)
-            _fetch_tile(v_tiles, [row, n + BLOCK, column], bar, v_bufs.index(stage), pred=has_v)
-        done += blocks + 1
-        turn += 1
-        item = gl.atomic_add(next_ptr, 1)
-    # the end of the list, for the halves
-    mbarrier.wait(q_free, (turn & 1) ^ 1)
-    item_buf.store(gl.full([1], item, gl.int32, layout=one))
-    _barrier()
-    mbarrier.arrive(q_full, count=1)
 
 
 @gluon.constexpr_function
@@ -127,29 +54,113 @@ def _lines(width):
 @gluon.jit
 def _release(bar):
     """Say that this warpgroup, all of its warps, is through with a buffer."""
-    _barrier()
+    barrier()
     mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
-def _softmax(s, best, weight, factor, at, position, masked):
-    """Weights of a block, factor of the sums so far, running maximum and sum."""
-    if masked:
+def _blank(v_bufs, stage, stop, BLOCK: gl.constexpr, PIECES: gl.constexpr):
+    """Zeros in place of V behind the first ``stop`` tokens of a block.
+
+    Other sequences' V stands there, or anything: their weights are 0, but 0 times NaN is not.
+    """
+    BOX: gl.constexpr = v_bufs.shape[3]
+    COLUMNS: gl.constexpr = v_bufs.shape[4]
+    DOWN: gl.constexpr = BLOCK // BOX
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for piece in gl.static_range(PIECES):
+        token = (piece % DOWN) * BOX + gl.arange(0, BOX, layout=gl.SliceLayout(1, spread))
+        buffer = v_bufs.index(stage * PIECES + piece).reshape([BOX, COLUMNS])
+        v = buffer.load(spread)
+        buffer.store(gl.where(token[:, None] < stop, v, gl.zeros_like(v)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _softmax(s, best, weight, factor, at, position, MASKED: gl.constexpr, LAZY: gl.constexpr):
+    """Weights of a block, factor of the sums so far, running maximum and sum.
+
+    With LAZY the sums keep their scale until some score exceeds it by 2^LAZY, which the last
+    number returned says. That is rare, and saves the factor most of the time.
+    """
+    if MASKED:
         s = gl.where(at[None, :] <= position[:, None], s, float("-inf"))
-    new = gl.maximum(best, gl.max(s, axis=1) * factor)
-    base = gl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
+    top = gl.max(s, axis=1) * factor
+    new = gl.maximum(best, top)
+    moved = 1
+    if LAZY > 0:
+        moved = gl.max((top > best + LAZY).to(gl.int32), axis=0)
+        new = gl.where(moved > 0, new, best)
+    base = new
+    if MASKED or LAZY > 0:
+        base = gl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
     p = gl.exp2(s * factor - base[:, None])
     old = gl.exp2(best - base)
-    return p, old, new, weight * old + gl.sum(p, axis=1)
+    return p, old, new, weight * old + gl.sum(p, axis=1), moved
+
+
+@gluon.jit
+def _rescaled(acc, old, moved, LAZY: gl.constexpr):
+    if LAZY > 0:
+        if moved > 0:
+            acc = acc * old[:, None]
+    else:
+        acc = acc * old[:, None]
+    return acc
+
+
+@gluon.jit
+def _step(
+    HALF: gl.constexpr, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, lap,
+    first_key, position, factor,
+    ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    LAZY: gl.constexpr, OVERLAP: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Scores of one block, and the product of the one before with its V."""
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    weights: gl.constexpr = p16.type.layout
+    out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
+    stage = lap % STAGES
+    # the halves take turns at the tensor cores
+    mbarrier.wait(turns.index(HALF), (laps & 1) ^ (1 - HALF))
+    k = k_all.index(stage).permute([1, 0])
+    v = v_all.index(stage)
+    at = first_key + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores))
+    if OVERLAP:
+        # both are computed together
+        s_later = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        acc_later = warpgroup_mma(p16, v, acc, is_async=True)
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+        s = warpgroup_mma_wait(1, deps=[s_later])
+        p, old, best, weight, moved = _softmax(s, best, weight, factor, at, position, MASKED, LAZY)
+        # the loop in this wait keeps ptxas from moving the next wait, for the product, in
+        # front of the softmax
+        mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
+        acc, p16, p, old = warpgroup_mma_wait(0, deps=[acc_later, p16, p, old])
+        _release(free.index(stage))
+    else:
+        # one after the other: the scores take the registers of the weights
+        acc_later = warpgroup_mma(p16, v, acc, is_async=True)
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+        acc, p16 = warpgroup_mma_wait(0, deps=[acc_later, p16])
+        s = warpgroup_mma(q, k, zero, use_acc=False)
+        _release(free.index(stage))
+        p, old, best, weight, moved = _softmax(s, best, weight, factor, at, position, MASKED, LAZY)
+        mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
+    acc = _rescaled(acc, gl.convert_layout(old, out_row), moved, LAZY)
+    return acc, gl.convert_layout(p.to(DTYPE), weights), best, weight
 
 
 @gluon.jit
 def _attend(
-    HALF: gl.constexpr, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free, turns,
-    work_ptr, slot_ptr, head_ptr, out_ptr, lse_ptr, pairs, tiles, group, chunks, clusters,
-    queries, size, factor, stride_ob, stride_os, stride_oh,
+    HALF: gl.constexpr, q_bufs, k_all, v_all, v_bufs, item_buf, q_full, q_free, full, free, turns,
+    slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
+    stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, HAS_LSE: gl.constexpr, DTYPE: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, LAZY: gl.constexpr,
+    OVERLAP: gl.constexpr, WIDE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend with one half of every tile's queries."""
     WIDTH: gl.constexpr = M * D
@@ -159,21 +170,23 @@ def _attend(
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     out_row: gl.constexpr = gl.SliceLayout(1, output)
-    # the product's rows and warps, but 16 consecutive bytes a thread
-    lines: gl.constexpr = _lines(WIDTH)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lines: gl.constexpr = _lines(WIDTH) if WIDE else output
     zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
     done = 0
     turn = 0
     laps = 0
     mbarrier.wait(q_full, 0)
-    item = gl.max(item_buf.load(one), axis=0)
-    while item < pairs * tiles:
-        row, pair, first, blocks = _work(
-            item, work_ptr, pairs, tiles, group, chunks, queries, size, ROWS, BLOCK
-        )
-        # every query of both halves sees the first `whole` blocks whole
-        whole = (size - queries + first + 1) // BLOCK
+    while told(item_buf, 0) > 0:
+        row = told(item_buf, 1)
+        pair = told(item_buf, 2)
+        first = told(item_buf, 3)
+        begin = told(item_buf, 4)
+        queries = told(item_buf, 5)
+        size = told(item_buf, 6)
+        blocks = blocks_of(first, queries, size, 2 * ROWS, BLOCK)
+        # every query of both halves sees the first `whole` blocks whole; not the last block,
+        # which is masked even where it need not be
+        whole = gl.minimum(gl.maximum(size - queries + first + 1, 0) // BLOCK, blocks - 1)
         first += HALF * ROWS
         i = first + gl.arange(0, ROWS, layout=by_row)
         # rows beyond the last query compute something, but see no key that is not there
@@ -185,81 +198,89 @@ def _attend(
 
         stage = done % STAGES
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
-        k = k_bufs.index(stage).reshape([BLOCK, D]).permute([1, 0])
-        s = warpgroup_mma(q, k, zero, use_acc=False)
-        at = (blocks - 1) * BLOCK + gl.arange(0, BLOCK, layout=by_key)
-        p, old, best, weight = _softmax(s, best, weight, factor, at, position, blocks > whole)
+        s = warpgroup_mma(q, k_all.index(stage).permute([1, 0]), zero, use_acc=False)
+        last = (blocks - 1) * BLOCK
+        at = last + gl.arange(0, BLOCK, layout=by_key)
+        p, _old, best, weight, _moved = _softmax(s, best, weight, factor, at, position, True, LAZY)
         p16 = gl.convert_layout(p.to(DTYPE), weights)
         _release(free.index(stage))
-        mbarrier.wait(full.index((done + 1) % STAGES), ((done + 1) // STAGES) & 1)
-        for n in range(1, blocks):
-            stage = (done + n) % STAGES
-            # the halves take turns at the tensor cores
-            mbarrier.wait(turns.index(HALF), (laps & 1) ^ (1 - HALF))
-            # scores of this block and the product of the one before are computed together
-            k = k_bufs.index(stage).reshape([BLOCK, D]).permute([1, 0])
-            s_later = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-            v = v_bufs.index(stage).reshape([BLOCK, WIDTH])
-            acc_later = warpgroup_mma(p16, v, acc, is_async=True)
-            mbarrier.arrive(turns.index(1 - HALF), count=1)
+        stage = (done + 1) % STAGES
+        mbarrier.wait(full.index(stage), ((done + 1) // STAGES) & 1)
+        if RAGGED:  # noqa: SIM102 - known when compiled
+            if last + BLOCK > size:
+                _blank(v_bufs, stage, size - last, BLOCK, v_bufs.shape[0] // STAGES)
+        for n in range(1, blocks - whole):
+            acc, p16, best, weight = _step(
+                HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
+                last - n * BLOCK, position, factor,
+                ROWS, BLOCK, STAGES, True, LAZY, OVERLAP, DTYPE,
+            )  # fmt: skip
             laps += 1
-            s = warpgroup_mma_wait(1, deps=[s_later])
-            at = (blocks - 1 - n) * BLOCK + gl.arange(0, BLOCK, layout=by_key)
-            p, old, best, weight = _softmax(
-                s, best, weight, factor, at, position, blocks - n > whole
-            )
-            # the loop in this wait keeps ptxas from moving the next wait, for the product, in
-            # front of the softmax
-            mbarrier.wait(full.index((done + n + 1) % STAGES), ((done + n + 1) // STAGES) & 1)
-            acc, p16, p, old = warpgroup_mma_wait(0, deps=[acc_later, p16, p, old])
-            _release(free.index(stage))
-            acc = acc * gl.convert_layout(old, out_row)[:, None]
-            p16 = gl.convert_layout(p.to(DTYPE), weights)
+        for n in range(blocks - whole, blocks):
+            acc, p16, best, weight = _step(
+                HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
+                last - n * BLOCK, position, factor,
+                ROWS, BLOCK, STAGES, False, LAZY, OVERLAP, DTYPE,
+            )  # fmt: skip
+            laps += 1
         stage = (done + blocks) % STAGES
         _release(q_free)
         turn += 1
-        v = v_bufs.index(stage).reshape([BLOCK, WIDTH])
-        acc = warpgroup_mma(p16, v, acc)
+        acc = warpgroup_mma(p16, v_all.index(stage), acc)
         _release(free.index(stage))
         done += blocks + 1
 
-        acc = acc * gl.convert_layout(1.0 / weight, out_row)[:, None]
+        share = 1.0 / weight
+        if RAGGED:
+            share = gl.where(weight > 0, share, 0.0)  # a sequence may have no keys
+        acc = acc * gl.convert_layout(share, out_row)[:, None]
         result = gl.convert_layout(acc.to(DTYPE), lines)
         io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
         column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, lines))
         head = gl.load(head_ptr + pair * M + column // D)
-        target = out_ptr + row.to(gl.int64) * stride_ob + io[:, None].to(gl.int64) * stride_os
+        token = (begin + io).to(gl.int64)
+        target = out_ptr + row.to(gl.int64) * stride_ob + token[:, None] * stride_os
         target = target + (head * stride_oh + column % D)[None, :]
         gl.store(target, result, mask=(io[:, None] < queries) & (head[None, :] >= 0))
         if HAS_LSE:
             slot = gl.load(slot_ptr + pair)
             lse = (best + gl.log2(weight)) * LOG_2
-            gl.store(
-                lse_ptr + (row * clusters + slot).to(gl.int64) * queries + i, lse, mask=i < queries
-            )
+            lse_base = lse_ptr + row.to(gl.int64) * stride_lb + slot.to(gl.int64) * stride_lk
+            gl.store(lse_base + (begin + i).to(gl.int64) * stride_lq, lse, mask=i < queries)
         mbarrier.wait(q_full, turn & 1)
-        item = gl.max(item_buf.load(one), axis=0)
 
 
-@gluon.jit(do_not_specialize=["queries", "size", "chunks", "clusters", "tiles", "group"])
-def _prefill_hopper(
-    q_tiles, k_tiles, v_tiles, next_ptr, work_ptr, count_ptr,
-    slot_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, queries, size, chunks, clusters, tiles, group, stride_ob, stride_os, stride_oh,
+@gluon.jit(do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch"])
+def prefill_hopper(
+    q_tiles, k_tiles, v_tiles, next_ptr, work_ptr, count_ptr, start_ptr, length_ptr, table_ptr,
+    rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
+    scale, queries, size, chunks, tiles, group, batch, stride_table, stride_t,
+    stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, HAS_LSE: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    HAS_LENGTH: gl.constexpr, HAS_LSE: gl.constexpr, LAZY: gl.constexpr, OVERLAP: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first."""
+    """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
+
+    RAGGED: queries are packed, as are K and V unless they are in pages of PAGE tokens; the list
+    is `hopper_work.plan`'s. Else it is the chunks that have work.
+    """
     DTYPE: gl.constexpr = q_tiles.dtype
     q_shape: gl.constexpr = [2] + q_tiles.block_type.shape  # noqa: RUF005
     q_bufs = gl.allocate_shared_memory(DTYPE, q_shape, q_tiles.layout)
-    k_shape: gl.constexpr = [STAGES] + k_tiles.block_type.shape  # noqa: RUF005
+    # filled piece by piece; pieces lie as the parts of the whole block's tile do
+    pieces: gl.constexpr = STAGES * BLOCK * D // (k_tiles.block_type.nbytes // 2)
+    k_shape: gl.constexpr = [pieces] + k_tiles.block_type.shape  # noqa: RUF005
     k_bufs = gl.allocate_shared_memory(DTYPE, k_shape, k_tiles.layout)
-    v_shape: gl.constexpr = [STAGES] + v_tiles.block_type.shape  # noqa: RUF005
+    v_shape: gl.constexpr = [pieces * M] + v_tiles.block_type.shape  # noqa: RUF005
     v_bufs = gl.allocate_shared_memory(DTYPE, v_shape, v_tiles.layout)
+    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    k_all = reinterpret(k_bufs, DTYPE, [STAGES, BLOCK, D], flat)
+    v_all = reinterpret(v_bufs, DTYPE, [STAGES, BLOCK, M * D], flat)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    item_buf = gl.allocate_shared_memory(gl.int32, [1], shared)
+    item_buf = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], shared)
     q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     q_free = gl.allocate_shared_memory(gl.int64, [1], bar)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -275,82 +296,38 @@ def _prefill_hopper(
     fence_async_shared()
     if not HAS_LSE:
         lse_ptr = out_ptr
-    pairs = gl.load(count_ptr)
+    # functions take no None
+    if not RAGGED:
+        start_ptr = work_ptr
+    if not HAS_LENGTH:
+        length_ptr = work_ptr
+    if PAGE == 0:
+        table_ptr = work_ptr
+    if not HAS_ROWS:
+        rows_ptr = work_ptr
+    if RAGGED:
+        next_ptr = work_ptr + batch + 1
+        pairs = 0
+        items = gl.load(work_ptr + batch)
+    else:
+        pairs = gl.load(count_ptr)
+        items = pairs * tiles
     factor = scale * LOG2_E
     gl.warp_specialize([
         (_attend, (
-            0, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free, turns,
-            work_ptr, slot_ptr, head_ptr, out_ptr, lse_ptr, pairs, tiles, group, chunks, clusters,
-            queries, size, factor, stride_ob, stride_os, stride_oh,
-            ROWS, BLOCK, D, M, STAGES, HAS_LSE, DTYPE)),
+            0, q_bufs, k_all, v_all, v_bufs, item_buf, q_full, q_free, full, free, turns,
+            slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
+            stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
+            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, LAZY, OVERLAP, WIDE, DTYPE)),
         (_attend, (
-            1, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free, turns,
-            work_ptr, slot_ptr, head_ptr, out_ptr, lse_ptr, pairs, tiles, group, chunks, clusters,
-            queries, size, factor, stride_ob, stride_os, stride_oh,
-            ROWS, BLOCK, D, M, STAGES, HAS_LSE, DTYPE)),
-        (_fetch, (
+            1, q_bufs, k_all, v_all, v_bufs, item_buf, q_full, q_free, full, free, turns,
+            slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
+            stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
+            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, LAZY, OVERLAP, WIDE, DTYPE)),
+        (fetch, (
             q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full,
-            free, next_ptr, work_ptr, slot_ptr, key_ptr, value_ptr, pairs, tiles, group, chunks,
-            queries, size, ROWS, BLOCK, D, M, STAGES)),
+            free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, rows_ptr, query_ptr,
+            key_ptr, value_ptr, items, pairs, tiles, group, chunks, queries, size, batch,
+            stride_table, stride_t,
+            ROWS, BLOCK, D, M, STAGES, RAGGED, PAGE, HAS_ROWS, HAS_LENGTH)),
     ], [4, 1], [240, 24])  # fmt: skip
-
-
-ROWS, BLOCK, STAGES = 64, 64, 3
-WIDTHS = (128, 256)  # columns of V a program can hold, of all its members
-
-
-def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chunks: Chunks,
-    out: Tensor,
-    lse: Tensor | None,
-    *,
-    scale: float,
-) -> None:
-    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
-    batch, clusters, queries, dim = query.shape
-    groups, size, value_dim = value.shape[1:]
-    members = chunks.head.shape[2]
-    tiles = triton.cdiv(queries, 2 * ROWS)
-    work, count = chunks.used
-    _prefill_hopper[(min(processors(query.device), tiles * chunks.count * batch),)](
-        _tiles(query, query.shape, query.stride(), [1, 1, ROWS, dim]),
-        _tiles(key, key.shape, key.stride(), [1, 1, BLOCK, dim]),
-        _tiles(
-            value,
-            (batch, size, groups * value_dim),
-            (value.stride(0), value.stride(2), 1),
-            [1, BLOCK, members * value_dim],
-        ),
-        torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
-        work, count, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
-        scale, queries, size, chunks.count, clusters, tiles, group_of(tiles), *out.stride()[:3],
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=members, STAGES=STAGES, HAS_LSE=lse is not None,
-        num_warps=4,
-    )  # fmt: skip
-
-
-def fits(query: Tensor, key: Tensor, value: Tensor, membership: Membership, members: int) -> bool:
-    """Whether this kernel can run these tensors: head sizes 64 and 128, 16-bit, aligned."""
-    dim, value_dim = query.shape[3], value.shape[3]
-    aligned = query.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in query.stride()[:3])
-    return (
-        query.dtype.itemsize == 2
-        and dim == value_dim
-        and dim in (64, 128)
-        and members > 1
-        and members * dim in WIDTHS
-        and query.shape[2] <= key.shape[2]
-        and aligned
-        and tileable(key, value, membership.group_size > 1)
-    )
-
-
-def _tiles(
-    tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: list[int]
-) -> TensorDescriptor:
-    """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-    return TensorDescriptor(tensor, list(shape), list(strides), block, layout)

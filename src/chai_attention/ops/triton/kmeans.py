@@ -11,10 +11,19 @@ from __future__ import annotations
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.triton.chunks import adopt_chunks
+from chai_attention.ops.triton.tables import (
+    chunk_memory,
+    membership_memory,
+    slots_of,
+    write_chunks,
+    write_membership,
+)
 
 WARPS = {16: 2, 32: 4, 64: 8, 128: 16}  # by heads, padded
 MAX_HEADS = 128  # a Gram matrix of more does not fit the registers of a program
@@ -87,8 +96,11 @@ def _refine(
 
 @triton.jit
 def _kmeans(
-    features_ptr, out_ptr, heads, clusters, tie_share, size,
+    features_ptr, long_ptr, first_ptr, second_ptr, batch, heads, clusters, tie_share, size,
+    first_count, second_count,
     HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, FIRST_LANES: tl.constexpr,
+    SECOND: tl.constexpr, SECOND_LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HP)
@@ -111,20 +123,32 @@ def _kmeans(
     to_centre = tl.sum(tl.where(same, gram, 0.0), axis=1) / tl.sum(same.to(tl.float32), axis=1)
     cost = tl.where(same, (norm - 2 * to_centre)[None, :], float("inf"))
     near = cost <= tl.min(cost, axis=1)[:, None] + tie
-    medoid = tl.min(tl.where(near, head[None, :], HP), axis=1)
-    tl.store(out_ptr + row * heads + head, medoid.to(tl.int64), mask=real)
+    rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
+    slot, inside, place = slots_of(rep, head, real, HP)
+    write_membership(long_ptr, rep, slot, place, row, batch, head, real, heads, clusters)
+    write_chunks(
+        first_ptr, rep, slot, inside, place, row, batch, head, real, first_count,
+        FIRST, FIRST_LANES,
+    )  # fmt: skip
+    write_chunks(
+        second_ptr, rep, slot, inside, place, row, batch, head, real, second_count,
+        SECOND, SECOND_LANES,
+    )  # fmt: skip
 
 
-def kmeans(features: Tensor, clusters: int, *, tie: float) -> Tensor:
-    """Cluster heads and return each head's representative, as `clustering.kmeans.kmeans` does.
+def kmeans(
+    features: Tensor, clusters: int, *, tie: float, members: tuple[int, int] = (8, 2)
+) -> Membership:
+    """Cluster heads as `clustering.kmeans.kmeans` does, in one launch; nothing is read on the host.
 
     Args:
         features: ``[B, H, F]`` float32, whose inner products are computed here.
         clusters: k, between 1 and H.
         tie: costs this close, relative to the largest norm of a head, count as equal.
+        members: the sizes of chunks that tables are made for.
 
     Returns:
-        ``[B, H]`` int64; nothing is read on the host.
+        The membership, in multi-head attention, with its tables.
 
     Raises:
         ValueError: k out of range, or more heads than a program can hold.
@@ -134,14 +158,20 @@ def kmeans(features: Tensor, clusters: int, *, tie: float) -> Tensor:
         raise ValueError(f"cannot make {clusters} clusters of {heads} heads")
     if heads > MAX_HEADS:
         raise ValueError(f"the kernel takes up to {MAX_HEADS} heads, not {heads}")
-    if clusters == heads:
-        return torch.arange(heads, device=features.device).expand(batch, heads).clone()
-    features = features.contiguous()
-    out = torch.empty(batch, heads, dtype=torch.long, device=features.device)
+    device = features.device
+    memory, membership = membership_memory(batch, heads, clusters, device)
+    (one, first), (two, second) = (
+        chunk_memory(batch, heads, clusters, each, device) for each in members
+    )
     padded = max(16, triton.next_power_of_2(heads))
     _kmeans[(batch,)](
-        features, out, heads, clusters, tie, size,
+        features.contiguous(), memory, one, two, batch, heads, clusters, tie, size,
+        first.count, second.count,
         HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=32,
+        FIRST=members[0], FIRST_LANES=triton.next_power_of_2(first.count * members[0]),
+        SECOND=members[1], SECOND_LANES=triton.next_power_of_2(second.count * members[1]),
         num_warps=WARPS[padded],
     )  # fmt: skip
-    return out
+    for chunks in (first, second):
+        adopt_chunks(membership, chunks)
+    return membership

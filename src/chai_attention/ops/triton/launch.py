@@ -6,21 +6,17 @@ import logging
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.triton import launch_decode
 from chai_attention.ops.triton.checks import check
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
-from chai_attention.ops.triton.prefill import prefill, tileable
+from chai_attention.ops.triton.prefill import COLUMNS, block_of, prefill, tileable
 
 logger = logging.getLogger("chai_attention")
-
-PREFILL_COLUMNS = 256  # columns of a prefill program's accumulator
-HOPPER_QUERIES = 64  # more queries than this are worth the Hopper kernel's tiles of 128
 
 
 def attention(
@@ -56,37 +52,30 @@ def attention(
     if return_lse:
         lse = torch.empty(batch, clusters, queries, dtype=torch.float32, device=query.device)
     wide = padded(max(dim, value.shape[3]))
-    # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
-    most = triton.next_power_of_2(triton.cdiv(membership.heads, clusters))
     options: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "lengths": lengths, "valid": valid,
     }  # fmt: skip
-    members = min(most, max(1, PREFILL_COLUMNS // wide))
+    members = members_of(membership.heads, membership.clusters, COLUMNS // wide)
     chunks = chunks_of(membership, members)
-    plain = lengths is None and valid is None and softcap is None
-    if plain and queries > HOPPER_QUERIES and capability(query.device)[0] == 9:
-        from chai_attention.ops.triton import hopper
+    plain = lengths is None and valid is None and softcap is None and queries <= key.shape[2]
+    if plain and capability(query.device)[0] == 9:
+        from chai_attention.ops.triton import launch_hopper
 
-        if hopper.fits(query, key, value, membership, members):
+        if queries >= launch_hopper.LEAST_QUERIES and launch_hopper.fits(
+            query, key, value, members
+        ):
             logger.debug("Hopper prefill kernel: %d members a program", members)
-            hopper.prefill(query, key, value, chunks, out, lse, scale=scale)
+            launch_hopper.prefill(query, key, value, chunks, out, lse, scale=scale)
             return out, lse
     rows = 128 if queries > 64 and query.dtype != torch.float32 else 32
     logger.debug("prefill kernel: %d members a program, tiles of %d queries", members, rows)
     prefill(
         query, key, value, chunks, out, lse,
         rows=rows,
-        block=_prefill_block(query, members * wide),
+        block=block_of(query, members * wide),
         warps=8 if rows == 128 else 4,
         stages=3 if wide <= 128 else 2,
         tiles=query.is_cuda and tileable(key, value, membership.group_size > 1),
         **options,
     )  # fmt: skip
     return out, lse
-
-
-def _prefill_block(query: Tensor, columns: int) -> int:
-    """Keys of one block of a prefill program."""
-    if query.dtype == torch.float32 or query.shape[3] > 128:
-        return 32
-    return 64 if columns > 128 else 128

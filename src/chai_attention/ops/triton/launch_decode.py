@@ -12,7 +12,7 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import check
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.decode import decode, padded
 from chai_attention.ops.triton.device import capability, processors
 
@@ -129,9 +129,7 @@ def _run(
         shape = (batch, heads, value.shape[3])
         out = torch.empty(shape, dtype=value.dtype, device=query.device)
     wide = padded(max(dim, value.shape[3]))
-    # lanes that no member fills are wasted, so chunks are no wider than clusters are on average
-    most = triton.next_power_of_2(triton.cdiv(heads, clusters))
-    members = min(most, max(1, COLUMNS // wide))
+    members = members_of(heads, clusters, COLUMNS // wide)
     chunks = chunks_of(membership, members)
     columns = members * wide
     programs = batch * max(clusters, triton.cdiv(heads, members))

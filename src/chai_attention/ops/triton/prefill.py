@@ -1,4 +1,9 @@
-"""Prefill: causal attention in tiles; scores and softmax once for several members' V."""
+"""Prefill: causal attention in tiles; scores and softmax once for several members' V.
+
+One kernel serves whole batches, packed sequences of different lengths, and sequences whose context
+stands in pages: what differs is where a sequence's tokens are. `paged_prefill` launches it for the
+last two.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +13,56 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.ops.triton.chunks import Chunks
-from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
+from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
 
 
 @triton.jit
 def _tile(
-    q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
-    k_tiles, v_tiles, row, key, v_column,
-    scale, softcap, stride_ks, stride_vs,
+    q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
+    in_value, k_tiles, v_tiles, tile_row, tile_begin, key, v_column,
+    scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
     D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, TILES: tl.constexpr,
+    PAGE: tl.constexpr, MASKED: tl.constexpr, TILES: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: scores, running softmax, and the product with the members' V."""
     n = first + tl.arange(0, BLOCK)
-    n64 = n.to(tl.int64)
+    inside = n < stop
+    if PAGE == 0:
+        k_at = n.to(tl.int64) * stride_ks
+        v_at = n.to(tl.int64) * stride_vs
+    else:
+        if PAGE % BLOCK == 0:  # a block lies in one page
+            page = tl.load(table_base + first // PAGE).to(tl.int64)
+        elif MASKED:
+            page = tl.load(table_base + n // PAGE, mask=inside, other=0).to(tl.int64)
+        else:
+            page = tl.load(table_base + n // PAGE).to(tl.int64)
+        within = (n % PAGE).to(tl.int64)
+        k_at = page * stride_kb + within * stride_ks
+        v_at = page * stride_vb + within * stride_vs
     if MASKED:
-        inside = n < stop
         k = tl.load(
-            k_base[:, None] + n64[None, :] * stride_ks,
-            mask=inside[None, :] & (d[:, None] < D), other=0.0,
-        )  # fmt: skip
+            k_base[:, None] + k_at[None, :], mask=inside[None, :] & (d[:, None] < D), other=0.0
+        )
         v = tl.load(
-            v_base[None, :] + n64[:, None] * stride_vs,
-            mask=inside[:, None] & in_value[None, :], other=0.0,
-        )  # fmt: skip
+            v_base[None, :] + v_at[:, None], mask=inside[:, None] & in_value[None, :], other=0.0
+        )
     elif TILES:
-        k = k_tiles.load([row, key, first, 0]).reshape(BLOCK, D).T
-        v = v_tiles.load([row, first, v_column]).reshape(BLOCK, WIDTH)
+        k = k_tiles.load([tile_row, key, tile_begin + first, 0]).reshape(BLOCK, D).T
+        v = v_tiles.load([tile_row, tile_begin + first, v_column]).reshape(BLOCK, WIDTH)
     else:
         if D == DP:
-            k = tl.load(k_base[:, None] + n64[None, :] * stride_ks)
+            k = tl.load(k_base[:, None] + k_at[None, :])
         else:
-            k = tl.load(k_base[:, None] + n64[None, :] * stride_ks, mask=d[:, None] < D, other=0.0)
-        v = tl.load(v_base[None, :] + n64[:, None] * stride_vs, mask=in_value[None, :], other=0.0)
+            k = tl.load(k_base[:, None] + k_at[None, :], mask=d[:, None] < D, other=0.0)
+        v = tl.load(v_base[None, :] + v_at[:, None], mask=in_value[None, :], other=0.0)
     s = tl.dot(q, k, input_precision=PRECISION) * scale
     s = _scores_base2(s, softcap, HAS_SOFTCAP)
     if MASKED:
         s = tl.where((n[None, :] <= position[:, None]) & inside[None, :], s, float("-inf"))
     if HAS_VALID:
-        real = tl.load(valid_base + n, mask=n < stop, other=0) != 0
+        real = tl.load(valid_base + n, mask=inside, other=0) != 0
         s = tl.where(real[None, :], s, float("-inf"))
     new = tl.maximum(best, tl.max(s, axis=1))
     base = new
@@ -61,50 +76,113 @@ def _tile(
     return new, weight, acc
 
 
-@triton.jit(do_not_specialize=["queries", "size", "chunks", "clusters", "tiles", "group", "pairs"])
+@triton.jit
+def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr, BATCH_P: tl.constexpr):
+    """The sequence that a tile of packed tokens belongs to, and that sequence's first tile.
+
+    Tiles are counted from sequence to sequence without reading the lengths on the host: sequence
+    r gets those from ``start // ROWS + r`` on, which is enough for it, with at most one to spare.
+    """
+    r = tl.arange(0, BATCH_P)
+    key = tl.load(start_ptr + r, mask=r < batch, other=0) // ROWS + r
+    mine = (r < batch) & (key <= item)
+    return tl.sum(mine.to(tl.int32), axis=0) - 1, tl.max(tl.where(mine, key, 0), axis=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit",
+    ]
+)  # fmt: skip
 def _prefill(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr,
-    slot_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, softcap, queries, size, chunks, clusters, tiles, group, pairs,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, start_ptr, table_ptr, rows_ptr,
+    slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
+    scale, softcap, queries, size, chunks, tiles, group, pairs, batch, limit,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_mb, stride_ob, stride_os, stride_oh,
+    stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t,
+    stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr,
-    TILES: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BATCH_P: tl.constexpr,
+    RAGGED: tl.constexpr, LIMITED: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LSE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of members, ROWS queries."""
+    """One chunk of members, ROWS queries.
+
+    RAGGED: the queries of all sequences are packed, as are K and V unless they are in pages.
+    LIMITED: only sequences without context, and of those the first ``limit`` tokens.
+    """
+    item = tl.program_id(0)
+    row, begin = 0, 0
+    if RAGGED and not LIMITED:
+        # one sequence after the other, each with a grid of its own
+        row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS, BATCH_P)
+        item -= first_tile * chunks
+        begin = tl.load(start_ptr + row)
+        queries = tl.load(start_ptr + row + 1) - begin
+        tiles = tl.cdiv(queries, ROWS)
+        if item >= tiles * chunks:
+            return
+        group, pairs = tl.maximum(2, 128 // tiles), chunks
     # groups of chunks one after the other, so that tiles at work share K and V in the L2 cache;
     # within a group the last queries, which see the most keys, start first
-    start = tl.program_id(0) // (group * tiles) * group
+    start = item // (group * tiles) * group
     width = tl.minimum(group, pairs - start)
-    inside = tl.program_id(0) - start * tiles
+    inside = item - start * tiles
     tile = tiles - 1 - inside // width
     pair = start + inside % width
-    row = (pair // chunks).to(tl.int64)
     chunk = pair % chunks
-    slot = tl.load(slot_ptr + row * chunks + chunk)
+    if LIMITED or not RAGGED:
+        row = pair // chunks
+    if LIMITED:
+        begin = tl.load(start_ptr + row)
+        queries = tl.load(start_ptr + row + 1) - begin
+    row = tl.cast(row, tl.int64)
+    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+    slot = tl.load(slot_ptr + line * chunks + chunk)
     if slot < 0:
         return
-    length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
+    if HAS_LENGTH:
+        length = tl.load(length_ptr + row).to(tl.int32)
+    elif RAGGED:
+        length = queries
+    else:
+        length = size
+    if LIMITED:
+        queries = tl.where(length == queries, tl.minimum(queries, limit), 0)
+        length = queries
+        if tile * ROWS >= queries:
+            return
     i = tile * ROWS + tl.arange(0, ROWS)
     position = length - queries + i
     d = tl.arange(0, DP)
     column = tl.arange(0, M * DVP)
     lane, dv = column // DVP, column % DVP
-    key = tl.load(key_ptr + row * chunks + chunk).to(tl.int64)
-    place = tl.load(value_ptr + (row * chunks + chunk) * M + lane).to(tl.int64)
-    head = tl.load(head_ptr + (row * chunks + chunk) * M + lane)
+    query = tl.load(query_ptr + line * chunks + chunk)
+    key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
+    place = tl.load(value_ptr + (line * chunks + chunk) * M + lane).to(tl.int64)
+    head = tl.load(head_ptr + (line * chunks + chunk) * M + lane)
     in_value = (place >= 0) & (dv < DV)
-    i64 = i.to(tl.int64)
+    token = begin + i.to(tl.int64)
     q = tl.load(
-        q_ptr + row * stride_qb + slot * stride_qk + i64[:, None] * stride_qs + d[None, :],
+        q_ptr + row * stride_qb + query * stride_qk + token[:, None] * stride_qs + d[None, :],
         mask=(i[:, None] < queries) & (d[None, :] < D), other=0.0,
     )  # fmt: skip
-    k_base = k_ptr + row * stride_kb + key * stride_kh + d
-    v_base = v_ptr + row * stride_vb + place * stride_vh + dv
+    k_base = k_ptr + key * stride_kh + d
+    v_base = v_ptr + place * stride_vh + dv
+    table_base = k_ptr
+    tile_row = 0
+    if PAGE > 0:
+        table_base = table_ptr + row * stride_table
+    elif RAGGED:
+        k_base += tl.cast(begin, tl.int64) * stride_ks
+        v_base += tl.cast(begin, tl.int64) * stride_vs
+    else:
+        k_base += row * stride_kb
+        v_base += row * stride_vb
+        tile_row = row.to(tl.int32)
     # members of a chunk lie side by side in V; lanes without one read their neighbours, unused
-    v_column = tl.load(value_ptr + (row * chunks + chunk) * M) * DV
+    v_column = tl.load(value_ptr + (line * chunks + chunk) * M) * DV
     valid_base = valid_ptr + row * stride_mb if HAS_VALID else k_ptr
 
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -115,21 +193,21 @@ def _prefill(
     whole = tl.maximum(length - queries + tile * ROWS + 1, 0) // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         best, weight, acc = _tile(
-            q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
-            k_tiles, v_tiles, row.to(tl.int32), key.to(tl.int32), v_column,
-            scale, softcap, stride_ks, stride_vs,
-            D, DP, M * DVP, BLOCK, False, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
+            q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
+            in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
+            scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
+            D, DP, M * DVP, BLOCK, PAGE, False, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     for first in range(whole, stop, BLOCK):
         best, weight, acc = _tile(
-            q, k_base, v_base, valid_base, first, stop, position, best, weight, acc, d, in_value,
-            k_tiles, v_tiles, row.to(tl.int32), key.to(tl.int32), v_column,
-            scale, softcap, stride_ks, stride_vs,
-            D, DP, M * DVP, BLOCK, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
+            q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
+            in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
+            scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
+            D, DP, M * DVP, BLOCK, PAGE, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     seen = weight > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, weight, 1.0)[:, None], 0.0)
-    target = out_ptr + row * stride_ob + i64[:, None] * stride_os + head[None, :] * stride_oh
+    target = out_ptr + row * stride_ob + token[:, None] * stride_os + head[None, :] * stride_oh
     tl.store(
         target + dv[None, :], acc.to(out_ptr.dtype.element_ty),
         mask=(i[:, None] < queries) & in_value[None, :],
@@ -137,7 +215,8 @@ def _prefill(
     if HAS_LSE:
         lse = (best + tl.log2(tl.where(seen, weight, 1.0))) / LOG2_E
         lse = tl.where(seen, lse, float("-inf"))
-        tl.store(lse_ptr + (row * clusters + slot) * queries + i, lse, mask=i < queries)
+        lse_base = lse_ptr + row * stride_lb + slot * stride_lk
+        tl.store(lse_base + token * stride_lq, lse, mask=i < queries)
 
 
 def prefill(
@@ -162,7 +241,7 @@ def prefill(
 
     ``tiles`` reads K and V with the tensor memory accelerator; `tileable` says if that can be.
     """
-    batch, clusters, queries, dim = query.shape
+    batch, _, queries, dim = query.shape
     value_dim = value.shape[3]
     members = chunks.head.shape[2]
     k_tiles, v_tiles = key, value
@@ -175,23 +254,37 @@ def prefill(
             [value.stride(0), value.stride(2), 1],
             [1, block, members * value_dim],
         )
-    # float32 inputs are multiplied as such, not rounded to tf32
-    precision = "ieee" if query.dtype.itemsize == 4 else "tf32"
     count, pairs = triton.cdiv(queries, rows), chunks.count * batch
     _prefill[(count * pairs,)](
-        query, key, value, k_tiles, v_tiles, lengths, valid,
-        chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
-        scale, softcap or 1.0, queries, key.shape[2], chunks.count, clusters,
-        count, group_of(count), pairs,
+        query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
+        chunks.slot, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
+        scale, softcap or 1.0, queries, key.shape[2], chunks.count,
+        count, group_of(count), pairs, batch, 0,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        0 if valid is None else valid.stride(0), *out.stride()[:3],
+        0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
+        *((0, 0, 0) if lse is None else lse.stride()),
         D=dim, DP=padded(dim), DV=value_dim,
         DVP=padded(value_dim), M=members,
-        ROWS=rows, BLOCK=block, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
+        ROWS=rows, BLOCK=block, PAGE=0, BATCH_P=1, RAGGED=False, LIMITED=False, HAS_ROWS=False,
+        HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
         HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
-        PRECISION=precision,
-        num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def precision_of(query: Tensor) -> str:
+    """float32 inputs are multiplied as such, not rounded to tf32."""
+    return "ieee" if query.dtype.itemsize == 4 else "tf32"
+
+
+COLUMNS = 256  # columns of a program's accumulator
+
+
+def block_of(query: Tensor, columns: int) -> int:
+    """Keys of one block of a program."""
+    if query.dtype.itemsize == 4 or query.shape[-1] > 128:
+        return 32
+    return 64 if columns > 128 else 128
 
 
 def group_of(tiles: int) -> int:

@@ -32,6 +32,7 @@ def _write(
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
+    HAS_NEAR: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
 
@@ -68,7 +69,7 @@ def _write(
         head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
         tl.store(value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], new, mask=mask)
-    else:
+    elif HAS_NEAR:  # else no program comes here
         place -= kept + groups
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
@@ -183,5 +184,6 @@ def _launch(
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
         SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
+        HAS_NEAR=removed > 0,
         num_warps=4,
     )  # fmt: skip

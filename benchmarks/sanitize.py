@@ -1,0 +1,131 @@
+"""Every kernel on a few tiny inputs, for NVIDIA's compute-sanitizer; results are checked, too.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
+
+Memory is not cached, so that the tool sees the bounds of every tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+if "--interpret" in sys.argv:  # the same without a GPU, to check this script
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from chai_attention.clustering.kmeans import TIE, kmeans
+from chai_attention.membership import Membership
+from chai_attention.ops import cache_write, window_gram
+from chai_attention.ops.triton import online, write
+from helpers import random_membership
+from kernel_calls import DEVICE, Config
+from random_cases import check_case
+
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # as the interpreter needs it
+TOKENS = 40
+
+
+def config(
+    kind: str, heads: int, kv_heads: int, clusters: int, dim: int, **other: object
+) -> Config:
+    """A configuration with nothing special but what is said."""
+    options: dict[str, object] = {
+        "value_dim": dim, "dtype": HALF, "softcap": None, "padded": False, "spare": False,
+        "page": 16, "recent": 0, "sinks": 0, "probe_end": 0, **other,
+    }  # fmt: skip
+    return Config(kind, heads, kv_heads, clusters, dim, **options)  # type: ignore[arg-type]
+
+
+ATTENTION = [
+    (config("decode", 8, 8, 3, 64), TOKENS),
+    (config("decode", 9, 3, 4, 48, padded=True, spare=True, softcap=5.0), TOKENS),
+    (config("decode", 8, 8, 8, 128, dtype=torch.float32), 300),
+    (config("prefill", 8, 8, 3, 64, softcap=5.0), TOKENS),
+    (config("prefill", 9, 3, 4, 48, padded=True, spare=True), TOKENS),
+    (config("prefill", 6, 6, 2, 128), 130),  # on Hopper, the kernel for it
+    (config("prefill", 6, 6, 6, 64), 130),
+    (config("near", 8, 8, 3, 64, recent=5, sinks=2, spare=True), TOKENS),
+    (config("near", 9, 3, 2, 48, recent=32, sinks=4, spare=True, padded=True), TOKENS),
+    (config("paged", 8, 8, 3, 64), TOKENS),
+    (config("paged", 9, 3, 4, 80, softcap=5.0, page=32), TOKENS),
+    (config("paged near", 8, 8, 2, 64, recent=5, sinks=2), TOKENS),
+    (config("paged prefill", 8, 8, 3, 64), TOKENS),
+    (config("paged prefill", 9, 3, 4, 48, probe_end=5, page=32), TOKENS),
+    (config("varlen", 8, 8, 3, 64, probe_end=5), TOKENS),
+    (config("varlen", 6, 6, 2, 128), 130),
+]
+
+
+def writes_dense() -> None:
+    """Cache write of fixed capacity, beyond the end too."""
+    member = random_membership(9, 4, 2)
+    new = [torch.randn(2, 9, 5, 48) for _ in "kv"]
+    start = torch.tensor([0, 13])
+    results = []
+    for function, device in ((write.write_dense, DEVICE), (cache_write.write_dense, "cpu")):
+        keys = torch.zeros(2, 4, 16, 48, device=device)
+        values = torch.zeros(2, 9, 16, 48, device=device)
+        function(*(x.to(device) for x in new), keys, values, member.to(device), start.to(device))
+        results.append([keys.cpu(), values.cpu()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def writes_paged() -> None:
+    """Cache write into pages, some tokens left out."""
+    member = random_membership(9, 4, 1)
+    key, value = (torch.randn(7, 9, 48) for _ in "kv")
+    slots = torch.tensor([3, 40, -1, 17, 0, 31, 47])
+    results = []
+    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+        keys = torch.zeros(3, 16, 4, 48, device=device)
+        values = torch.zeros(3, 16, 9, 48, device=device)
+        function(
+            key.to(device), value.to(device), keys, values, slots.to(device), member.to(device)
+        )
+        results.append([keys.cpu(), values.cpu()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def online_membership(heads: int, clusters: int) -> None:
+    """Probe, k-means and tables."""
+    query, key = (2 * torch.randn(2, heads, 8, 32, device=DEVICE) for _ in "qk")
+    got = online.cluster_window(query, key, clusters, tie=TIE, scale=0.3, softcap=None)
+    gram = window_gram(query.cpu(), key.cpu(), scale=0.3)
+    want = Membership.from_representatives(kmeans(gram, clusters))
+    assert torch.equal(got.representatives.cpu(), want.representatives)
+    assert torch.equal(got.order.cpu(), want.order)
+
+
+OTHERS: list[tuple[str, Callable[[], None]]] = [
+    ("cache write", writes_dense),
+    ("cache write, paged", writes_paged),
+    ("online membership, 9 heads", lambda: online_membership(9, 4)),
+    ("online membership, 32 heads", lambda: online_membership(32, 5)),
+]
+
+
+def main() -> None:
+    """Run all, one line each."""
+    if DEVICE == "cpu" and "--interpret" not in sys.argv:
+        sys.exit("needs a GPU, or --interpret")
+    torch.manual_seed(0)
+    for number, (each, most) in enumerate(ATTENTION):
+        print(each, flush=True)
+        check_case(each, number, most, full=True)
+    for name, work in OTHERS:
+        print(name, flush=True)
+        work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(ATTENTION) + len(OTHERS)} cases are right")
+
+
+if __name__ == "__main__":
+    main()

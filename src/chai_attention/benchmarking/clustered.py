@@ -1,0 +1,216 @@
+"""Clustered attention as the runtimes call it: inputs, caches, and one call per layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chai_attention.benchmarking.cases import AttentionShape, Case
+from chai_attention.membership import Membership
+from chai_attention.ops import attention, windowed
+from chai_attention.ops.near import NearKeys
+from chai_attention.ops.paged import paged_decode
+from chai_attention.ops.paged_prefill import paged_prefill
+from chai_attention.ops.ring import NearRing, decode_recent
+
+Attend = Callable[[], Tensor]
+
+
+class Inputs(NamedTuple):
+    """Q, K and V of all heads.
+
+    Attributes:
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, S, D]``.
+        value: ``[B, G, S, D]``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.query.shape[-1] ** -0.5)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How K and V lie in memory and what is exact.
+
+    Attributes:
+        page: tokens of a page; None for dense caches.
+        recent: w, last keys that every head sees with its own scores; 0 for none.
+        sinks: s, first keys that it does.
+    """
+
+    page: int | None = None
+    recent: int = 0
+    sinks: int = 0
+
+    def __str__(self) -> str:
+        parts = ["dense" if self.page is None else f"pages of {self.page}"]
+        if self.recent:
+            parts.append(f"exact {self.recent}+{self.sinks}")
+        return ", ".join(parts)
+
+
+def random_inputs(case: Case, shape: AttentionShape, dtype: torch.dtype, device: str) -> Inputs:
+    """Draw normally distributed Q, K and V."""
+    sizes = (
+        (shape.heads, case.queries),
+        (shape.kv_heads, case.tokens),
+        (shape.kv_heads, case.tokens),
+    )
+    return Inputs(
+        *(
+            torch.randn(case.batch, heads, tokens, shape.head_dim, device=device, dtype=dtype)
+            for heads, tokens in sizes
+        )
+    )
+
+
+def even_membership(
+    heads: int, clusters: int, batch: int, kv_heads: int | None = None
+) -> Membership:
+    """Clusters of equal size (give or take one) over shuffled heads, another for every sequence."""
+    rows = []
+    for _ in range(batch):
+        row = torch.empty(heads, dtype=torch.long)
+        for members in torch.randperm(heads).tensor_split(clusters):
+            row[members] = members.min()
+        rows.append(row)
+    return Membership.from_representatives(torch.stack(rows), kv_heads=kv_heads)
+
+
+def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend:
+    """Store K and V as a cache would, and return the call that attends: ``[B, Q, H, D]``."""
+    key = _pick(inputs.key, member.key_heads)
+    value = _pick(inputs.value, member.value_heads)
+    # layers without clusters keep V head-major, as torch's fused attention reads it
+    if not member.is_identity:
+        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+    stored = Inputs(inputs.query, key, value)
+    windowed_too = bool(layout.recent) and not member.is_identity
+    decode = inputs.query.shape[2] == 1
+    if layout.page is not None:
+        if not decode:
+            return _paged_prefill(inputs, stored, member, layout)
+        return _paged(inputs, stored, member, layout, windowed_too)
+    if windowed_too:
+        ring = decode and inputs.query.is_cuda
+        return (_ring if ring else _windowed)(inputs, stored, member, layout)
+    query = _pick(inputs.query, member.slot_heads)
+
+    def call() -> Tensor:
+        return attention(query, key, value, member, scale=inputs.scale)[0]
+
+    return call
+
+
+def near_ring(key: Tensor, member: Membership, layout: Layout) -> NearRing:
+    """Return the memories of K ``[B, G, S, D]`` of removed heads behind S tokens."""
+    removed = _pick(key, member.removed_key_heads)
+    batch, size = key.shape[0], key.shape[2]
+    ring = removed.new_zeros(*removed.shape[:2], layout.recent, removed.shape[3])
+    last = torch.arange(max(0, size - layout.recent), size, device=key.device)
+    ring[:, :, last % layout.recent] = removed[:, :, last]
+    sinks = removed.new_zeros(*removed.shape[:2], layout.sinks, removed.shape[3])
+    count = min(layout.sinks, size)
+    sinks[:, :, :count] = removed[:, :, :count]
+    positions = torch.arange(layout.sinks, device=key.device, dtype=torch.int32)
+    positions = torch.where(positions < count, positions, -1).expand(batch, -1).contiguous()
+    return NearRing(ring, sinks, positions, layout.recent)
+
+
+def _ring(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
+    near, lengths = near_ring(inputs.key, member, layout), _lengths(inputs)
+
+    def call() -> Tensor:
+        return decode_recent(*stored, member, near, lengths=lengths, scale=inputs.scale)
+
+    return call
+
+
+def _windowed(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
+    queries, size = inputs.query.shape[2], inputs.key.shape[2]
+    sinks = min(layout.sinks, size)
+    first = max(0, size - queries - layout.recent + 1)
+    near = NearKeys(
+        *(torch.cat([x[:, :, :sinks], x[:, :, first:]], 2) for x in (inputs.key, inputs.value))
+    )
+    tables = windowed.window_tables(
+        size, queries, layout.recent, layout.sinks, None, inputs.query.device
+    )
+
+    def call() -> Tensor:
+        return windowed.attention(*stored, member, near, tables, scale=inputs.scale)
+
+    return call
+
+
+def _paged(
+    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, windowed_too: bool
+) -> Attend:
+    pages, lengths = _pages(stored, layout), _lengths(inputs)
+    near = near_ring(inputs.key, member, layout) if windowed_too else None
+    query = inputs.query[:, :, 0].contiguous()
+
+    def call() -> Tensor:
+        out, _ = paged_decode(query, *pages, member, lengths=lengths, scale=inputs.scale, near=near)
+        return out[:, None]
+
+    return call
+
+
+def _paged_prefill(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
+    batch, heads, queries, dim = inputs.query.shape
+    pages, lengths = _pages(stored, layout), _lengths(inputs)
+    packed = inputs.query.transpose(1, 2).reshape(batch * queries, heads, dim)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
+
+    def call() -> Tensor:
+        out, _ = paged_prefill(
+            packed, *pages, member, query_starts=starts, lengths=lengths, most_queries=queries,
+            scale=inputs.scale,
+        )  # fmt: skip
+        return out.view(batch, queries, heads, -1)
+
+    return call
+
+
+def _pages(stored: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """K pages, V pages and the block table, pages in random order."""
+    assert layout.page is not None
+    count = -(-stored.key.shape[2] // layout.page)
+    batch, device = stored.key.shape[0], stored.key.device
+    order = torch.randperm(batch * count, device=device).view(batch, count)
+    keys, values = (_in_pages(x, order, layout.page) for x in (stored.key, stored.value))
+    return keys, values, order.to(torch.int32)
+
+
+def _in_pages(states: Tensor, order: Tensor, page: int) -> Tensor:
+    """``[B, heads, S, D]`` to pages ``[P, page, heads, D]`` at the places ``order [B, P / B]``."""
+    batch, heads, size, dim = states.shape
+    count = order.shape[1]
+    room = states.new_zeros(batch, count * page, heads, dim)
+    room[:, :size] = states.transpose(1, 2)
+    pages = torch.empty_like(room).view(batch * count, page, heads, dim)
+    pages[order.flatten()] = room.view(batch * count, page, heads, dim)
+    return pages
+
+
+def _lengths(inputs: Inputs) -> Tensor:
+    batch, size = inputs.key.shape[0], inputs.key.shape[2]
+    return torch.full((batch,), size, dtype=torch.int32, device=inputs.key.device)
+
+
+def _pick(states: Tensor, heads: Tensor) -> Tensor:
+    """Rows of ``[B, heads, S, D]`` in the order ``[B, n]``; contiguous."""
+    index = heads[:, :, None, None].expand(-1, -1, *states.shape[2:])
+    return states.gather(1, index)

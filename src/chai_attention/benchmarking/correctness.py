@@ -1,0 +1,116 @@
+"""Is a result the definition's? Asked before any figure is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chai_attention.benchmarking.cases import BenchmarkError
+from chai_attention.benchmarking.clustered import Inputs, Layout
+from chai_attention.membership import Membership
+from chai_attention.ops import reference
+
+ROWS = 8  # queries of each of the three stretches that are compared
+
+
+class WrongResultError(BenchmarkError):
+    """Something computed a wrong result, so nothing is reported."""
+
+
+class Accuracy(NamedTuple):
+    """How far a result is from float64.
+
+    Attributes:
+        error: largest difference.
+        allowed: twice what torch's own attention loses in the same dtype on the same inputs, and
+            four units of rounding.
+    """
+
+    error: float
+    allowed: float
+
+    @property
+    def right(self) -> bool:
+        """Whether it is within bounds; NaN is not."""
+        return self.error <= self.allowed
+
+
+def accuracy(out: Tensor, inputs: Inputs, member: Membership, layout: Layout) -> Accuracy:
+    """Compare some rows of ``out [B, Q, H, D]`` with the float64 definition.
+
+    The first, middle and last queries of the first and the last sequence are compared.
+
+    Args:
+        out: the result.
+        inputs: Q, K and V of all heads.
+        member: of B rows.
+        layout: says whether there is an exact recent window.
+    """
+    parts: list[Accuracy] = []
+    queries, size = inputs.query.shape[2], inputs.key.shape[2]
+    for row in sorted({0, inputs.query.shape[0] - 1}):
+        one = member.select(torch.tensor([row], device=out.device))
+        for start, stop in _stretches(queries):
+            part = Inputs(
+                inputs.query[row : row + 1, :, start:stop],
+                *(x[row : row + 1, :, : size - queries + stop] for x in inputs[1:]),
+            )
+            parts.append(_compare(out[row : row + 1, start:stop], part, one, layout))
+    wrong = [part for part in parts if not part.right]
+    return wrong[0] if wrong else max(parts, key=lambda part: part.error / part.allowed)
+
+
+def require_right(name: str, found: Accuracy) -> Accuracy:
+    """Return what was found.
+
+    Raises:
+        WrongResultError: it is not within bounds.
+    """
+    if not found.right:
+        raise WrongResultError(
+            f"{name} is wrong: off by {found.error:.2g} where {found.allowed:.2g} is allowed; "
+            "nothing is reported"
+        )
+    return found
+
+
+def _stretches(queries: int) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of a few queries at the start, in the middle and at the end."""
+    starts = {0, max(0, queries // 2 - ROWS // 2), max(0, queries - ROWS)}
+    for start in sorted(starts):
+        yield start, min(start + ROWS, queries)
+
+
+def _compare(out: Tensor, inputs: Inputs, member: Membership, layout: Layout) -> Accuracy:
+    """Compare all rows of one sequence."""
+    exact, shared = _double(inputs), _every_head(inputs, member)
+    mask = reference.visible(
+        1, inputs.query.shape[2], inputs.key.shape[2], None, None, inputs.query.device
+    )
+    plain, low = (
+        F.scaled_dot_product_attention(x.query, x.key, x.value, attn_mask=mask)
+        for x in (_double(shared), shared)
+    )
+    want = plain.transpose(1, 2)
+    if layout.recent:
+        want = reference.recent_attention(
+            *exact, member, recent=layout.recent, sinks=layout.sinks, scale=inputs.scale
+        )
+    error = (out.double() - want).abs().max().item()
+    loss = (low.double() - plain).abs().max().item()
+    return Accuracy(error, 2 * loss + 4 * torch.finfo(inputs.query.dtype).eps)
+
+
+def _double(inputs: Inputs) -> Inputs:
+    return Inputs(*(x.double() for x in inputs))
+
+
+def _every_head(inputs: Inputs, member: Membership) -> Inputs:
+    """Q and K of each head's representative and its own V: plain attention that is clustered."""
+    group, rep = member.group_size, member.representatives[0]
+    key = inputs.key[:, rep // group]
+    return Inputs(inputs.query[:, rep], key, inputs.value.repeat_interleave(group, 1))

@@ -1,0 +1,63 @@
+"""Free and peak memory of the device that a benchmark runs on."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def free_bytes(device: str) -> int | None:
+    """Return the bytes that can still be allocated; None where the system does not tell."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) + int(
+            torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        )
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def release() -> None:
+    """Give unused memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak(device: str) -> None:
+    """Forget the peak so far."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access(_RESET, os.W_OK):
+        try:
+            _RESET.write_text("5")
+        except OSError:  # not allowed in every container: `peak_bytes` then says None
+            return
+
+
+def peak_bytes(device: str) -> int | None:
+    """Return the most bytes held since `reset_peak`: of tensors on CUDA, of the process on Linux.
+
+    None where the system does not tell.
+    """
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def score_bytes(batch: int, heads: int, queries: int, size: int, dtype: torch.dtype) -> int:
+    """Return what unfused attention holds: scores, float32 probabilities and their rounded copy."""
+    return batch * heads * queries * size * (2 * dtype.itemsize + 4)

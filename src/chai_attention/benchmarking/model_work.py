@@ -1,0 +1,70 @@
+"""The least work of a whole model, from which the ideal times follow."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from chai_attention.benchmarking.cases import DECODE, PREFILL, AttentionShape, Case
+from chai_attention.benchmarking.ceilings import Work, attention_work
+from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.profile import ClusterProfile
+
+
+def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the bytes of all matrices a token is multiplied with, and of the last of them."""
+    head = model.get_output_embeddings()
+    last = 0 if head is None else head.weight.nbytes
+    matrices = {
+        id(module.weight): module.weight.nbytes
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    return sum(matrices.values()), last
+
+
+def model_work(
+    case: Case,
+    shape: ModelShape,
+    weights: tuple[int, int],
+    element_size: int,
+    profile: ClusterProfile | None,
+    window: int | None = None,
+) -> Work:
+    """Least work of a forward: one token per sequence over ``case.tokens``, or a whole prompt.
+
+    Args:
+        case: kind and size.
+        shape: of the model.
+        weights: as `weight_bytes` counts them, without those that are not computed.
+        element_size: bytes of a number.
+        profile: clusters; None for the plain model.
+        window: tokens that a sliding-window layer sees.
+    """
+    total, last = weights
+    tokens = case.batch * case.queries
+    # only the last token of a prompt needs logits
+    flops = 2 * (tokens * (total - last) + case.batch * last) / element_size
+    moved = float(total)
+    one = AttentionShape("", shape.heads, shape.kv_heads, shape.head_dim)
+    for layer, full in enumerate(shape.clusterable):
+        clusters, kept, near, size = shape.heads, shape.kv_heads, 0, case
+        if profile is not None:
+            clusters, kept = profile.clusters[layer], profile.kept_keys(layer, shape)
+            near = profile.recent + profile.sinks if profile.recent else 0
+        if not full and window is not None and case.kind == DECODE:
+            size = Case(DECODE, case.batch, min(case.tokens, window))
+        part = attention_work(size, one, clusters, kept, element_size, near)
+        flops, moved = flops + part.flops, moved + part.bytes
+    return Work(moved, flops)
+
+
+def first_token(batch: int, tokens: int) -> Case:
+    """The forward over a prompt."""
+    return Case(PREFILL, batch, tokens)
+
+
+def next_token(batch: int, tokens: int) -> Case:
+    """A forward over one token per sequence behind ``tokens`` others."""
+    return Case(DECODE, batch, tokens)

@@ -1,0 +1,222 @@
+"""``chai bench``: speed and memory beside baselines and the ideal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chai_attention.cli import options
+
+bench_app = typer.Typer(
+    help="Measure attention or a whole model beside baselines and the ideal; results are checked "
+    "first.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="llama-7b, llama-33b or opt-66b, a folder of a model, or its name on the hub. "
+        "[default: llama-7b, or what the profile says]",
+    ),
+]
+Profile = Annotated[
+    str | None, typer.Option(help="A profile, or the name of a published schedule.")
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(help="How long to repeat each timing. [default: 0.1 on a GPU, else 1]", min=0),
+]
+Seed = Annotated[int, typer.Option(help="Of inputs and memberships.")]
+Out = Annotated[Path | None, typer.Option(help="Write all figures here (JSON).")]
+Plot = Annotated[Path | None, typer.Option(help="Draw them here (PNG).")]
+
+
+@bench_app.command("attention")
+def attention_command(
+    model: Model = None,
+    profile: Profile = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="decode:BATCHxTOKENS or prefill:BATCHxTOKENS, such as decode:16x8192; again for "
+            "several. [default: those of docs/results]"
+        ),
+    ] = None,
+    clusters: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of clusters: 4,16,all. [default: those of the profile, else an eighth, "
+            "half and all of the heads]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16, or several: float32,bfloat16. [default: bfloat16 on "
+            "a GPU, else float32,bfloat16]"
+        ),
+    ] = None,
+    paged: Annotated[
+        int | None,
+        typer.Option(help="Keep K and V in pages of so many tokens (on a GPU).", min=1),
+    ] = None,
+    recent: Annotated[
+        str | None,
+        typer.Option(
+            help="RECENT+SINKS keys that every head sees with its own scores: 32+4; 0 for none. "
+            "[default: those of the profile, else none]"
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    seconds: Seconds = None,
+    seed: Seed = 0,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Time one layer's clustered attention against every attention that is installed."""
+    from chai_attention.benchmarking.attention import AttentionRequest, bench_attention
+    from chai_attention.benchmarking.cases import (
+        default_cases,
+        default_clusters,
+        default_dtypes,
+        default_seconds,
+        parse_case,
+        parse_clusters,
+        parse_dtypes,
+        parse_recent,
+        resolve_device,
+    )
+    from chai_attention.benchmarking.clustered import Layout
+    from chai_attention.benchmarking.files import require_writable
+    from chai_attention.benchmarking.presets import (
+        profile_clusters,
+        profile_representatives,
+        resolve_attention,
+    )
+    from chai_attention.profile import ClusterProfile
+    from chai_attention.reports.bench import attention_plot, attention_tables
+
+    require_writable(out, plot)
+    device = resolve_device(device)
+    chosen = None if profile is None else ClusterProfile.resolve(profile)
+    shape = resolve_attention(model, profile, chosen, _config)
+    window = (0, 0) if chosen is None else (chosen.recent, chosen.sinks)
+    window = window if recent is None else parse_recent(recent)
+    if clusters is not None:
+        counts = parse_clusters(clusters, shape.heads)
+    else:
+        counts = default_clusters(shape.heads) if chosen is None else profile_clusters(chosen)
+    request = AttentionRequest(
+        shape=shape,
+        cases=default_cases(device) if not case else [parse_case(text) for text in case],
+        clusters=counts,
+        dtypes=default_dtypes(device) if dtype is None else parse_dtypes(dtype),
+        device=device,
+        layout=Layout(paged, *window),
+        seconds=default_seconds(device) if seconds is None else seconds,
+        seed=seed,
+        representatives={} if chosen is None else profile_representatives(chosen),
+    )
+    _report(
+        lambda progress: bench_attention(request, progress),
+        attention_tables, attention_plot, out, plot,
+    )  # fmt: skip
+
+
+@bench_app.command("model")
+def model_command(
+    model: Model = None,
+    profile: Profile = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="BATCHxPROMPT, such as 1x2048; again for several. [default: 1x2048]"),
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens behind the prompt that are timed.", min=1)
+    ] = 16,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Build so many layers only, with random weights, and take the profile's evenly.",
+            min=1,
+        ),
+    ] = None,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    seconds: Seconds = None,
+    seed: Seed = 0,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Time first and further tokens of a whole model: unfused, fused and clustered attention.
+
+    A preset has random weights; a folder or a name of the hub has its own, unless --layers is
+    given. Without --profile, llama-7b and llama-33b take their published schedule.
+    """
+    from chai_attention.benchmarking.cases import default_seconds, parse_size, resolve_device
+    from chai_attention.benchmarking.files import require_writable
+    from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
+    from chai_attention.benchmarking.presets import resolve_model
+    from chai_attention.cli.loading import load_model, resolve_dtype
+    from chai_attention.reports.bench import model_plot, model_tables
+
+    require_writable(out, plot)
+    device = resolve_device(device)
+    sizes = [parse_size(text) for text in case or ["1x2048"]]
+    longest = max(tokens for _, tokens in sizes) + new_tokens + 1
+    plan = resolve_model(model, profile, layers, longest, _config)
+    if plan.config is None:
+        loaded, _ = load_model(str(model), dtype, device)
+    else:
+        loaded = random_model(plan.config, resolve_dtype(dtype, device), device, seed)
+    request = ModelRequest(
+        name=plan.name,
+        profile=plan.profile,
+        profile_name=plan.profile_name,
+        sizes=sizes,
+        new_tokens=new_tokens,
+        seconds=default_seconds(device) if seconds is None else seconds,
+        seed=seed,
+    )
+    _report(
+        lambda progress: bench_model(loaded, request, progress),
+        model_tables, model_plot, out, plot,
+    )  # fmt: skip
+
+
+def _config(name: str) -> Any:
+    from chai_attention.cli.loading import load_config
+
+    return load_config(name)
+
+
+def _report(
+    measure: Callable[[Callable[[str, int, int], None]], dict[str, Any]],
+    tables: Callable[[dict[str, Any]], Sequence[Any]],
+    draw: Callable[[dict[str, Any], Path], Path],
+    out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure with a progress bar, then show and write what came out."""
+    from chai_attention.benchmarking.files import write_report
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.tables import render
+
+    with progress_bar("starting") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.describe(what)
+            bar(done, total)
+
+        report = measure(progress)
+    for table in tables(report):
+        typer.echo(render(table, width=140))
+    if out is not None:
+        typer.echo(f"figures written to {write_report(report, out)}")
+    if plot is not None:
+        typer.echo(f"plot written to {draw(report, plot)}")

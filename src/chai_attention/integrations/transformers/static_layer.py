@@ -1,0 +1,311 @@
+"""One layer of a static cache: memory of fixed size, decode steps of fixed shapes.
+
+While an online membership waits for its probe window to fill up, the layer works as a
+`ClusteredLayer`, with K of all heads in memory that grows. With the membership, all of it moves
+into the static memory, where it stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chai_attention.clustering.assign import K_BYTES
+from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers.buffers import TokenBuffer
+from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.padding import Padding
+from chai_attention.integrations.transformers.plan import LayerPlan, slot_queries
+from chai_attention.integrations.transformers.recent import RecentKeys
+from chai_attention.integrations.transformers.static_tokens import StaticTokens
+from chai_attention.membership import Membership
+from chai_attention.ops import attention, windowed
+from chai_attention.ops.cache_write import write_dense
+from chai_attention.ops.ring import NearRing, decode_recent
+
+
+class StaticClusteredLayer(ClusteredLayer):
+    """Cache layer with room for a fixed number of tokens.
+
+    Args:
+        plan: of the layer.
+        tokens: of the cache; the layer that a forward comes to first advances them.
+    """
+
+    is_compileable = True  # generate() asks the model for a fast decode step then
+    is_croppable = False  # not always, see `check_crop`
+
+    def __init__(self, plan: LayerPlan, tokens: StaticTokens):
+        self.tokens = tokens
+        self._seen = 0  # tokens that this layer has taken
+        self._near: NearRing | None = None
+        self._one_row: Membership | None = None  # of a fixed membership, for writing
+        super().__init__(plan)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the memory for sequences like these, ``[B, G or kept, any, D]``."""
+        plan, capacity = self.plan, self.tokens.capacity
+        batch, _, _, dim = key_states.shape
+        groups, kept, value_dim = plan.kv_heads, kept_keys(plan), value_states.shape[3]
+        self.tokens.allocate(batch, key_states.device)
+        self._key = key_states.new_empty(batch, kept, capacity, dim)
+        # V of clusters is read best token by token, of single heads head by head
+        shape = (groups, capacity) if plan.is_identity else (capacity, groups)
+        value = value_states.new_empty(batch, *shape, value_dim)
+        self._value = value if plan.is_identity else value.transpose(1, 2)  # [B, G, S, Dv]
+        if plan.has_recent_window:
+            size, sinks, removed = min(plan.recent, capacity), self.tokens.sinks, groups - kept
+            ring, first = self._key[:, :0, :size], self._key[:, :0, :sinks]
+            if removed:
+                ring = key_states.new_zeros(batch, removed, size, dim)
+                first = key_states.new_zeros(batch, removed, sinks, dim)
+            self._near = NearRing(ring, first, self.tokens.sink_positions, plan.recent)
+        super().lazy_initialization(key_states, value_states)
+
+    def begin(self, queries: int) -> Padding:
+        """Join a forward of ``queries`` new tokens; the padding of all tokens.
+
+        Raises:
+            CacheError: no room, another batch, or an earlier forward that stopped midway.
+        """
+        if self._incoming is None:
+            raise CacheError("attend() needs the K and V of an update() just before")
+        key, tokens = self._incoming[0], self.tokens
+        try:
+            tokens.allocate(key.shape[0], key.device)
+            if self._seen == tokens.count:
+                tokens.advance(queries)
+            if self._seen + queries != tokens.count:
+                raise CacheError(
+                    "an earlier forward with this cache stopped midway, so its layers hold "
+                    "different tokens: call cache.reset() and run the prompt again"
+                )
+        except CacheError:
+            self._incoming = None  # refused, so the next forward may come
+            raise
+        self._seen = tokens.count
+        return tokens.padding
+
+    # ---- what is held
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the membership is still to be decided."""
+        return self.plan.needs_probe and self.membership is None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, kept, S, D]``: K in the order of ``membership.key_heads``."""
+        if self.is_waiting or not self.is_initialized:
+            return super().keys
+        return self._key[:, :, : self._seen]
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, G, S, Dv]``: V in the order of ``membership.value_heads``."""
+        if self.is_waiting or not self.is_initialized:
+            return super().values
+        return self._value[:, :, : self._seen]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences there is room for, 0 before the first."""
+        return self.tokens.batch
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor this layer holds, by what it is: its whole memory."""
+        waiting = {f"waiting {name}": held for name, held in super().tensors().items()}
+        if not self.is_initialized:
+            return waiting
+        held = {"key": self._key, "value": self._value}
+        if self._near is not None and self._near.ring.shape[1]:
+            held |= {"recent": self._near.ring, "sink": self._near.sinks}
+        return held | waiting
+
+    def get_seq_length(self) -> int:
+        """Tokens held, padding included."""
+        return super().get_seq_length() if self.is_waiting else self._seen
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.tokens.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; a membership that does not depend on them stays."""
+        membership, offset = getattr(self, "membership", None), getattr(self, "_offset", None)
+        super().reset()
+        self._seen = 0
+        if not self.plan.needs_probe:
+            self.membership, self._offset = membership, offset
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not for a single layer: `StaticClusteredCache.crop` crops all."""
+        raise CacheError("crop the whole static cache: cache.crop(n)")
+
+    def check_crop(self, keep: int) -> None:
+        """Refuse a crop to ``keep`` tokens that would need K that is gone.
+
+        Raises:
+            CacheError: says what is missing.
+        """
+        if self.is_waiting:
+            return
+        self.check_window(keep)
+        near = self._near
+        if near is None or not near.ring.shape[1]:
+            return
+        if max(0, keep - self.plan.recent + 1) < self._seen - near.ring.shape[2]:
+            raise CacheError(
+                f"cannot crop to {keep} tokens: of {self._seen}, a static cache with an exact "
+                f"recent window holds the K of all heads for the last {near.ring.shape[2]} only. "
+                "Use ClusteredCache for assisted decoding, or reset and run the prompt again"
+            )
+
+    def rewind(self, keep: int) -> None:
+        """Hold ``keep`` tokens only; later ones are overwritten by the next."""
+        if self.is_waiting:
+            self._keys.length = self._values.length = keep
+        self._seen = keep
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Only once: the room is for a fixed number of sequences."""
+        if repeats != 1:
+            raise CacheError(
+                f"a static cache cannot repeat its {self.tokens.batch} sequences: repeat the "
+                "prompts, or use ClusteredCache"
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Put the sequences ``indices [B]`` in the place of all.
+
+        Raises:
+            CacheError: more or fewer than there is room for.
+        """
+        if not self._seen:
+            return
+        rows = indices.to(self.device)
+        if rows.shape[0] != self.tokens.batch or rows.dtype == torch.bool:
+            raise CacheError(
+                f"a static cache holds {self.tokens.batch} sequences, no more and no fewer: use "
+                "ClusteredCache to keep some of a batch"
+            )
+        if self.is_waiting:
+            super().batch_select_indices(rows)
+            return
+        for memory in (self._key, self._value):
+            used = memory[:, :, : self._seen]
+            used.copy_(used[rows])
+        if self._near is not None:
+            self._near.ring.copy_(self._near.ring[rows])
+            self._near.sinks.copy_(self._near.sinks[rows])
+        if self.plan.needs_probe and self.membership is not None:
+            self._use(self.membership.select(rows))
+
+    # ---- attention
+
+    def _attend_clustered(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
+    ) -> Tensor:
+        """Write K of representatives and V of all heads; attend by clusters."""
+        assert self.membership is not None
+        member, queries = self.membership, query.shape[2]
+        if queries == 1:
+            return self._step(query, key, value, options)
+        past = self.tokens.count - queries
+        recent = self._recent_before(past) if self._near is not None else None
+        self._write(key, value, queries)
+        keys, values = self._key[:, :, : past + queries], self._value[:, :, : past + queries]
+        if recent is None:
+            query = slot_queries(member, query)
+            return attention(query, keys, values, member, valid=padding.valid, **options)[0]
+        near = recent.extend(key, keys, value, values, member, padding, 0)
+        tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
+        return windowed.attention(
+            query, keys, values, member, near, tables, offset=self._offset, **options
+        )
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        """One new token: shapes never change, and nothing is read on the host."""
+        assert self.membership is not None
+        self._write(key, value, 1)
+        options = {"lengths": self.tokens.lengths, "valid": self.tokens.valid, **options}
+        if self._near is not None:
+            return decode_recent(
+                query, self._key, self._value, self.membership, self._near, offset=self._offset,
+                **options,
+            )  # fmt: skip
+        query = slot_queries(self.membership, query)
+        return attention(query, self._key, self._value, self.membership, **options)[0]
+
+    def _write(self, key: Tensor, value: Tensor, queries: int) -> None:
+        """Write new tokens; those of compact projections come in the cache's order."""
+        member = self._one_row or self.membership
+        assert member is not None
+        if key.shape[1] == member.kv_heads:
+            write_dense(key, value, self._key, self._value, member, self.tokens.start, self._near)
+        elif queries == 1:
+            self._key.index_copy_(2, self.tokens.index, key)
+            self._value.index_copy_(2, self.tokens.index, value)
+        else:
+            new = slice(self.tokens.count - queries, self.tokens.count)
+            self._key[:, :, new].copy_(key)
+            self._value[:, :, new].copy_(value)
+
+    def _recent_before(self, past: int) -> RecentKeys:
+        """The recent window of ``past`` tokens, copied: the ring is about to be overwritten."""
+        recent = RecentKeys(self.plan.recent, self.plan.sinks)
+        if past and self._near is not None and self._near.ring.shape[1]:
+            size = self._near.ring.shape[2]
+            held = torch.arange(max(0, past - size), past, device=self._near.ring.device)
+            recent.last = self._near.ring[:, :, held % size]
+            recent.first = self._near.sinks
+        return recent
+
+    # ---- the membership
+
+    def _use(self, membership: Membership) -> None:
+        """Set the membership, with as many kept K heads as there is room for."""
+        kept = self._key.shape[1]
+        if membership.kept_keys != kept:
+            membership = Membership(
+                membership.representatives, membership.clusters, membership.kv_heads, kept
+            )
+        super()._use(membership)
+        if not self.plan.needs_probe:
+            self._one_row = self.plan.fixed_membership(1, membership.representatives.device)
+
+    def _confirm(self, padding: Padding, queries: int, options: dict[str, Any]) -> None:
+        """Fix the membership if the windows are still full, and move to the static memory."""
+        super()._confirm(padding, queries, options)
+        keys, values = self._keys.view, self._values.view
+        if self.membership is None or keys is None or values is None:
+            return
+        length = keys.shape[2]
+        self._key[:, :, :length].copy_(keys)
+        self._value[:, :, :length].copy_(values.transpose(1, 2))
+        if self._near is not None and self._recent.last is not None:
+            assert self._recent.first is not None
+            size, first = self._near.ring.shape[2], self._recent.first
+            last = self._recent.last[:, :, -size:]
+            held = torch.arange(length - last.shape[2], length, device=last.device)
+            self._near.ring[:, :, held % size] = last
+            self._near.sinks[:, :, : first.shape[2]].copy_(first)
+        self._keys, self._values = TokenBuffer(token_axis=2), TokenBuffer(token_axis=1)
+        self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
+
+
+def kept_keys(plan: LayerPlan) -> int:
+    """K heads that a layer holds whatever the tokens are.
+
+    An online membership of grouped-query attention by scores may need fewer: at most as many as
+    it has clusters.
+    """
+    if plan.is_identity:
+        return plan.kv_heads
+    if plan.representatives is not None:
+        return plan.fixed_membership(1, torch.device("cpu")).kept_keys
+    if plan.target == K_BYTES:
+        return plan.clusters * plan.kv_heads // plan.heads
+    return min(plan.clusters, plan.kv_heads)

@@ -1,0 +1,185 @@
+"""Where a static cache stands: its length on host and device, its padding, its first tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers.padding import Padding
+
+
+class StaticTokens:
+    """What all layers of a static cache know about the tokens they hold.
+
+    Every sequence holds equally many, padding included. Their number stands on the host, for
+    checks and shapes, and on the device, for kernels: a decode step changes the device's tensors
+    in place, without a look at them, so that it can be captured in a CUDA graph.
+
+    Args:
+        capacity: tokens that a sequence can hold.
+        sinks: s, first real tokens that every head attends to with its own scores; 0 for none.
+
+    Attributes:
+        count: tokens held, those of the forward under way included.
+        lengths: ``[B]`` int32 on the device, the same.
+        start: ``[B]`` int32, position of the first token of the forward under way.
+        index: ``[1]`` int64, the same for indexing.
+        sink_positions: ``[B, s]`` int32, where the first real tokens stand, -1 for those to come.
+        padding: of the tokens held.
+    """
+
+    lengths: Tensor
+    start: Tensor
+    index: Tensor
+    sink_positions: Tensor
+    padding: Padding
+
+    def __init__(self, capacity: int, sinks: int):
+        self.capacity = capacity
+        self.sinks = min(sinks, capacity)
+        self.count = 0
+        self.batch = 0
+        self._mask: Tensor | None = None
+        self._valid: Tensor | None = None  # [B, capacity], True in spare room
+        self._is_padded = False
+
+    @property
+    def valid(self) -> Tensor | None:
+        """``[B, capacity]`` bool, False for padding; None if all tokens are known to be real."""
+        return self._valid if self._is_padded else None
+
+    def tensors(self) -> list[Tensor]:
+        """All memory that is held."""
+        if not self.batch:
+            return []
+        held = [self.lengths, self.start, self.index, self.sink_positions]
+        return held if self._valid is None else [*held, self._valid]
+
+    def allocate(self, batch: int, device: torch.device) -> None:
+        """Make the tables, or check that they are for ``batch`` sequences on ``device``.
+
+        Raises:
+            CacheError: they are not.
+        """
+        if not self.batch:
+            self.batch = batch
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.start = torch.zeros_like(self.lengths)
+            self.index = torch.zeros(1, dtype=torch.long, device=device)
+            shape = (batch, self.sinks)
+            self.sink_positions = torch.full(shape, -1, dtype=torch.int32, device=device)
+            self._columns = torch.arange(self.sinks, dtype=torch.int32, device=device)
+            return
+        if batch != self.batch:
+            raise CacheError(
+                f"this static cache holds {self.batch} sequences, not {batch}: make another one"
+            )
+        if device != self.lengths.device:
+            raise CacheError(
+                f"a static cache lives on one device, here {self.lengths.device}, but a layer runs "
+                f"on {device}: use ClusteredCache for models on several devices"
+            )
+
+    def offer(self, mask: Tensor | None) -> None:
+        """Hear, before a forward, what its 2D attention mask is; `advance` looks at it."""
+        self._mask = mask
+
+    def require(self, queries: int) -> None:
+        """Check that there is room.
+
+        Raises:
+            CacheError: there is none.
+        """
+        if self.count + queries > self.capacity:
+            raise CacheError(
+                f"this static cache has room for {self.capacity} tokens a sequence, padding "
+                f"included; it holds {self.count} and was given {queries} more: make one with a "
+                "larger max_tokens, or use ClusteredCache, which grows"
+            )
+
+    def advance(self, queries: int) -> None:
+        """Count the new tokens of a forward that begins.
+
+        Raises:
+            CacheError: no room, or a mask that does not cover all tokens.
+        """
+        self.require(queries)
+        mask, self._mask = self._mask, None
+        if mask is not None:
+            self.take(mask, queries)
+        self.start.copy_(self.lengths)
+        self.index.copy_(self.start[:1])
+        self.lengths.add_(queries)
+        self.count += queries
+        valid = None if self.valid is None else self.valid[:, : self.count]
+        self.padding = Padding(valid, self.batch, self.count, self.lengths.device)
+        if self.sinks:
+            self._find_sinks(queries)
+
+    def take(self, mask: Tensor, queries: int) -> None:
+        """Take the padding of old tokens and ``queries`` new ones from ``mask [B, S or more]``.
+
+        Padding that was told once is remembered: new tokens without a mask are real. A mask with
+        a single new token is not looked at on the host.
+
+        Raises:
+            CacheError: it covers too few tokens.
+        """
+        total = self.count + queries
+        if mask.shape[1] < total:
+            raise CacheError(
+                f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {total}: "
+                "give a mask over all of them"
+            )
+        mask = mask[:, :total]
+        if not self._is_padded:
+            if queries > 1 and bool(mask.all()):
+                return
+            self._is_padded = True
+            if self._valid is None:
+                shape = (self.batch, self.capacity)
+                self._valid = torch.ones(shape, dtype=torch.bool, device=self.lengths.device)
+        assert self._valid is not None
+        self._valid[:, :total].copy_(mask)
+
+    def crop(self, keep: int) -> None:
+        """Go back to ``keep`` tokens."""
+        self.count = keep
+        self.lengths.fill_(keep)
+        self.sink_positions.masked_fill_(self.sink_positions >= keep, -1)
+        if self._valid is not None:
+            self._valid[:, keep:] = True
+
+    def reset(self) -> None:
+        """Forget all tokens and their padding."""
+        self._mask = None
+        self._is_padded = False
+        if self.batch:
+            self.crop(0)
+
+    def select(self, rows: Tensor) -> None:
+        """Put the sequences ``rows [B]`` in the place of all."""
+        self.sink_positions.copy_(self.sink_positions[rows])
+        if self._valid is not None:
+            self._valid.copy_(self._valid[rows])
+
+    def _find_sinks(self, queries: int) -> None:
+        """Bring `sink_positions` up to date; for one new token without a look at the device."""
+        if queries > 1:
+            found = min(self.sinks, self.count)
+            positions = self.padding.first_positions(found)
+            if self.valid is not None:
+                positions = positions.masked_fill(~self.valid.gather(1, positions), -1)
+            self.sink_positions.fill_(-1)
+            self.sink_positions[:, :found].copy_(positions)
+            return
+        if self.valid is None:
+            there = self._columns < self.lengths[:, None]
+            self.sink_positions.copy_(torch.where(there, self._columns, -1))
+            return
+        new = self.start[:, None]
+        old = self.sink_positions.masked_fill(self.sink_positions >= new, -1)
+        next_column = (old >= 0).sum(1, keepdim=True)
+        is_next = (self._columns == next_column) & self.valid.gather(1, new.long())
+        self.sink_positions.copy_(torch.where(is_next, new, old))

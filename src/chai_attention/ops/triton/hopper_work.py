@@ -1,0 +1,106 @@
+"""The Hopper kernel's list of work: which tile of which sequence an item is."""
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from chai_attention.ops.triton.chunks import Chunks
+
+
+@gluon.jit
+def _in_group(item, tiles, group, pairs):
+    """The tile of an item, and its place among the ``pairs``.
+
+    Pairs of a sequence and a chunk come in groups, which share the L2 cache; within a group the
+    last queries, which see the most keys, come first.
+    """
+    start = item // (group * tiles) * group
+    width = gl.minimum(group, pairs - start)
+    inside = item - start * tiles
+    return tiles - 1 - inside // width, start + inside % width
+
+
+@gluon.jit
+def dense_work(item, work_ptr, pairs, tiles, group, chunks, queries, size, TILE: gl.constexpr):
+    """Row, pair of row and chunk, first query, first token, queries, keys of an item."""
+    tile, place = _in_group(item, tiles, group, pairs)
+    pair = gl.load(work_ptr + place)
+    return pair // chunks, pair, tile * TILE, 0, queries, size
+
+
+@gluon.jit
+def packed_work(
+    item, row, plan_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
+    HAS_ROWS: gl.constexpr, HAS_LENGTH: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    """The same for packed sequences; ``row`` is one that is not behind the item's.
+
+    Items of a list come in order, so that the search goes on where it ended.
+    """
+    ahead = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    passed = 32
+    while passed == 32:
+        ends = gl.load(
+            plan_ptr + 1 + row + ahead, mask=row + ahead < batch, other=2147483647
+        )  # fmt: skip
+        passed = gl.sum((ends <= item).to(gl.int32), axis=0)
+        row += passed
+    first = gl.load(plan_ptr + row)
+    used = gl.load(plan_ptr + row + 1) - first
+    begin = gl.load(start_ptr + row)
+    queries = gl.load(start_ptr + row + 1) - begin
+    tiles = (queries + TILE - 1) // TILE
+    tile, chunk = _in_group(item - first, tiles, gl.maximum(2, 128 // tiles), used // tiles)
+    size = queries
+    if HAS_LENGTH:
+        size = gl.load(length_ptr + row)
+    line = row * stride_t
+    if HAS_ROWS:
+        line = gl.load(rows_ptr + row)
+    return row, line * chunks + chunk, tile * TILE, begin, queries, size
+
+
+@triton.jit(do_not_specialize=["chunks", "batch"])
+def _plan(
+    start_ptr, rows_ptr, slot_ptr, plan_ptr, chunks, batch, stride_t,
+    BATCH_P: tl.constexpr, CHUNKS_P: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Where each sequence's items begin, then the end of the list, then a counter at 0."""
+    r, c = tl.arange(0, BATCH_P), tl.arange(0, CHUNKS_P)
+    there = r < batch
+    begin = tl.load(start_ptr + r, mask=there, other=0)
+    end = tl.load(start_ptr + 1 + r, mask=there, other=0)
+    line = r * stride_t
+    if HAS_ROWS:
+        line = tl.load(rows_ptr + r, mask=there, other=0)
+    slot = tl.load(
+        slot_ptr + line[:, None] * chunks + c[None, :],
+        mask=there[:, None] & (c < chunks)[None, :], other=-1,
+    )  # fmt: skip
+    # a row's chunks without work are its last ones
+    items = tl.cdiv(end - begin, TILE) * tl.sum((slot >= 0).to(tl.int32), axis=1)
+    tl.store(plan_ptr + 1 + r, tl.cumsum(items, axis=0), mask=there)
+    tl.store(plan_ptr, 0)
+    tl.store(plan_ptr + batch + 1, 0)
+
+
+def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -> Tensor:
+    """Make the list of packed sequences: ``[B + 2]`` int32, see `_plan`."""
+    batch = query_starts.shape[0] - 1
+    made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
+    _plan[(1,)](
+        query_starts, rows, chunks.slot, made, chunks.count, batch,
+        0 if chunks.slot.shape[0] == 1 else 1,
+        BATCH_P=triton.next_power_of_2(batch), CHUNKS_P=triton.next_power_of_2(chunks.count),
+        TILE=tile, HAS_ROWS=rows is not None, num_warps=4,
+    )  # fmt: skip
+    return made

@@ -1,0 +1,196 @@
+"""The exact part of windowed prefill: every head's own scores of its nearest keys.
+
+A tile of queries starts from what clustered attention found among the far keys, as if that were
+one key with their log-sum-exp as its score and their output as its V, and goes on with the sinks
+and its band of keys. `ops.near` is the same in PyTorch.
+"""
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.near import NearKeys
+from chai_attention.ops.triton.checks import check
+from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
+from chai_attention.ops.triton.prefill import precision_of
+
+if TYPE_CHECKING:
+    from chai_attention.ops.windowed import WindowTables
+
+
+@triton.jit
+def _attend(
+    q, k_base, v_base, column, there, seen, best, weight, acc, d, dv, scale, softcap,
+    stride_ks, stride_vs,
+    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some keys, at ``column`` of the near ones where ``there``; ``seen`` by each query."""
+    at = column.to(tl.int64)
+    k = tl.load(
+        k_base + at[None, :] * stride_ks + d[:, None],
+        mask=there[None, :] & (d < D)[:, None], other=0.0,
+    )  # fmt: skip
+    v = tl.load(
+        v_base + at[:, None] * stride_vs + dv[None, :],
+        mask=there[:, None] & (dv < DV)[None, :], other=0.0,
+    )  # fmt: skip
+    s = _scores_base2(tl.dot(q, k, input_precision=PRECISION) * scale, softcap, HAS_SOFTCAP)
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(best, tl.max(s, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
+    p = tl.exp2(s - base[:, None])
+    old = tl.exp2(best - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
+    return new, weight * old + tl.sum(p, axis=1), acc
+
+
+@triton.jit(do_not_specialize=["queries", "length", "columns", "late", "recent"])
+def _near(
+    q_ptr, k_ptr, v_ptr, sink_ptr, ordinary_ptr, far_ptr, lse_ptr, slot_ptr, offset_ptr, out_ptr,
+    scale, softcap, queries, length, columns, late, recent,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_sinks, stride_ordinary,
+    stride_fb, stride_fs, stride_fh, stride_lb, stride_lk, stride_slot, stride_offset,
+    stride_ob, stride_os, stride_oh,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SINKS: tl.constexpr, SINKS_P: tl.constexpr,
+    HAS_FAR: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head, ROWS queries."""
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i64 = i.to(tl.int64)
+    inside = i < queries
+    position = length - queries + i
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    q = tl.load(
+        q_ptr + row * stride_qb + head * stride_qh + i64[:, None] * stride_qs + d[None, :],
+        mask=inside[:, None] & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+    k_base = k_ptr + row * stride_kb + (head // GROUP) * stride_kh
+    v_base = v_ptr + row * stride_vb + (head // GROUP) * stride_vh
+    best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, DVP], dtype=tl.float32)
+    if HAS_FAR:
+        far = i - (queries - late)  # the first queries see no far keys
+        has = inside & (far >= 0)
+        slot = tl.load(slot_ptr + row * stride_slot + head)
+        best = tl.load(
+            lse_ptr + row * stride_lb + slot * stride_lk + far, mask=has, other=float("-inf")
+        )
+        if HAS_OFFSET:
+            best += tl.load(offset_ptr + row * stride_offset + head)
+        best *= LOG2_E
+        has = best > float("-inf")
+        weight = tl.where(has, 1.0, 0.0)
+        acc = tl.load(
+            far_ptr + row * stride_fb + far.to(tl.int64)[:, None] * stride_fs + head * stride_fh
+            + dv[None, :],
+            mask=has[:, None] & (dv < DV)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    if SINKS > 0:
+        j = tl.arange(0, SINKS_P)
+        # sinks that a sequence lacks stand behind all queries
+        sink = tl.load(sink_ptr + row * stride_sinks + j, mask=j < SINKS, other=length)
+        best, weight, acc = _attend(
+            q, k_base, v_base, j, sink < length, sink[None, :] <= position[:, None], best, weight,
+            acc, d, dv, scale, softcap, stride_ks, stride_vs, D, DV, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+    begin = tl.maximum(length - queries + tl.program_id(0) * ROWS - recent + 1, 0)
+    stop = tl.minimum(length - queries + (tl.program_id(0) + 1) * ROWS, length)
+    for start in range(begin, stop, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        there = n < stop
+        there = there & (
+            tl.load(ordinary_ptr + row * stride_ordinary + n, mask=there, other=0) != 0
+        )
+        seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - recent)
+        best, weight, acc = _attend(
+            q, k_base, v_base, SINKS + n - (length - columns), there, seen & there[None, :], best,
+            weight, acc, d, dv, scale, softcap, stride_ks, stride_vs, D, DV, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+    acc = tl.where(weight[:, None] > 0, acc / tl.where(weight > 0, weight, 1.0)[:, None], 0.0)
+    tl.store(
+        out_ptr + row * stride_ob + i64[:, None] * stride_os + head * stride_oh + dv[None, :],
+        acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (dv < DV)[None, :],
+    )  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    near: NearKeys,
+    tables: WindowTables,
+    membership: Membership,
+    far: Tensor | None,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    offset: Tensor | None = None,
+    softcap: float | None = None,
+    rows: int | None = None,
+    block: int = 32,
+    warps: int = 4,
+) -> Tensor:
+    """Join the nearest keys with what clustered attention found among the others.
+
+    Args:
+        query: ``[B, H, Q, D]``, all heads.
+        near: the near keys.
+        tables: of these Q queries.
+        membership: tables of B rows.
+        far: ``[B, Q', H, Dv]``, clustered attention of the last Q' queries to the far keys; those
+            before see none. None if there are none.
+        lse: ``[B, k, Q']`` float32, its log-sum-exp; with ``far``.
+        scale: factor on the scores.
+        offset: ``[B, H]`` float32, added to each head's log-sum-exp; None for zeros.
+        softcap: as in `ops.reference.attention`.
+        rows: queries of a program; None for what registers allow.
+        block: keys of a step.
+        warps: of a program.
+
+    Returns:
+        ``[B, Q, H, Dv]`` in the dtype of V; zeros for a query that sees no key.
+
+    Raises:
+        ValueError: a dtype or head size without a kernel, or strided head dimensions.
+    """
+    check(query, near.key, near.value)
+    batch, heads, queries, dim = query.shape
+    groups, value_dim = near.value.shape[1], near.value.shape[3]
+    shape = (batch, queries, heads, value_dim)
+    out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
+    if rows is None:
+        rows = 32 if query.dtype.itemsize == 4 or max(dim, value_dim) > 128 else 64
+    rows = min(rows, max(16, triton.next_power_of_2(queries)))
+    sinks = tables.sinks
+    shared = tables.ordinary.shape[0] == 1  # all sequences of the batch have the same tables
+    slot = membership.slot
+    _near[(triton.cdiv(queries, rows), heads, batch)](
+        query, near.key, near.value, tables.sink_positions, tables.ordinary, far, lse, slot, offset,
+        out,
+        scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
+        0 if far is None else far.shape[1], tables.recent,
+        *query.stride()[:3], *near.key.stride()[:3], *near.value.stride()[:3],
+        *(0 if shared else x.stride(0) for x in (tables.sink_positions, tables.ordinary)),
+        *((0, 0, 0) if far is None else far.stride()[:3]),
+        *((0, 0) if lse is None else lse.stride()[:2]), slot.stride(0),
+        0 if offset is None else offset.stride(0), *out.stride()[:3],
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), GROUP=heads // groups,
+        ROWS=rows, BLOCK=block, SINKS=sinks, SINKS_P=max(16, triton.next_power_of_2(sinks)),
+        HAS_FAR=far is not None, HAS_OFFSET=offset is not None,
+        HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query), num_warps=warps,
+        num_stages=2,
+    )  # fmt: skip
+    return out

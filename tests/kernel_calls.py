@@ -1,0 +1,237 @@
+"""Every attention kernel called on random sequences; what no token fills is NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops import triton as kernels
+from chai_attention.ops import windowed
+from chai_attention.ops.paged_prefill import Probe
+from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton import launch_decode, paged_prefill
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What kernels are compiled for."""
+
+    kind: str
+    heads: int
+    kv_heads: int
+    clusters: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    softcap: float | None
+    padded: bool  # padding at the left of dense sequences
+    spare: bool  # unused capacity, so that sequences differ in length
+    page: int
+    recent: int
+    sinks: int
+    probe_end: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.dim}/{self.value_dim}"
+        flags = [name for name in ("softcap", "padded", "spare") if getattr(self, name)]
+        return ", ".join([self.kind, sizes, str(self.dtype).removeprefix("torch."), *flags])
+
+
+@dataclass
+class Sequence:
+    """Q of all heads ``[H, Q, D]``, K ``[G, S, D]``, V ``[G, S, Dv]``, and how much is padding."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first: int = 0
+
+    @property
+    def valid(self) -> Tensor:
+        return torch.arange(self.key.shape[1], device=DEVICE) >= self.first
+
+
+def offsets_of(config: Config, member: Membership) -> tuple[Tensor, Tensor] | None:
+    """``[H, H]`` of an exact recent window, and each head's."""
+    if not config.recent:
+        return None
+    generator = torch.Generator().manual_seed(config.heads)
+    table = torch.randn(config.heads, config.heads, generator=generator).to(DEVICE)
+    return table, windowed.head_offsets(table, member)
+
+
+def _stack(parts: list[Tensor], size: int, token_major: bool = False) -> Tensor:
+    """``[heads, S, D]`` of each sequence to ``[B, heads, size, D]``."""
+    heads, _, dim = parts[0].shape
+    shape = (len(parts), size, heads, dim) if token_major else (len(parts), heads, size, dim)
+    room = torch.full(shape, torch.nan, dtype=parts[0].dtype, device=DEVICE)
+    room = room.transpose(1, 2) if token_major else room
+    for row, part in enumerate(parts):
+        room[row, :, : part.shape[1]] = part
+    return room
+
+
+def _stored(member: Membership, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
+    """K and V of each sequence in the cache's order."""
+    keys = [one.key[heads] for one, heads in zip(sequences, member.key_heads, strict=True)]
+    values = [one.value[heads] for one, heads in zip(sequences, member.value_heads, strict=True)]
+    return keys, values
+
+
+def _lengths(sequences: list[Sequence]) -> Tensor:
+    sizes = [one.key.shape[1] for one in sequences]
+    return torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+
+
+def _valid(config: Config, sequences: list[Sequence], size: int) -> Tensor | None:
+    if not config.padded:
+        return None
+    valid = torch.ones(len(sequences), size, dtype=torch.bool, device=DEVICE)
+    for row, one in enumerate(sequences):
+        valid[row, : one.first] = False
+    return valid
+
+
+def _dense(config, member, sequences, scale):
+    keys, values = _stored(member, sequences)
+    size = max(k.shape[1] for k in keys) + (3 if config.spare else 0)
+    query = torch.stack([one.query[h] for one, h in zip(sequences, member.slot_heads, strict=True)])
+    out, lse = kernels.attention(
+        query, _stack(keys, size), _stack(values, size, token_major=True), member, scale=scale,
+        lengths=_lengths(sequences) if config.spare else None,
+        valid=_valid(config, sequences, size), softcap=config.softcap, return_lse=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def _near_of(config: Config, member: Membership, sequences: list[Sequence]) -> NearRing:
+    """K of removed heads as a cache remembers it behind these tokens."""
+    batch, removed = len(sequences), member.kv_heads - member.kept_keys
+    room = config.recent + 2
+    shape = (batch, removed, room, config.dim)
+    ring = torch.full(shape, torch.nan, dtype=config.dtype, device=DEVICE)
+    sinks = ring.new_full((batch, removed, config.sinks, config.dim), torch.nan)
+    positions = torch.full((batch, config.sinks), -1, dtype=torch.int32, device=DEVICE)
+    for row, one in enumerate(sequences):
+        key, size = one.key[member.removed_key_heads[row]], one.key.shape[1]
+        last = torch.arange(max(0, size - room), size, device=DEVICE)
+        ring[row, :, last % room] = key[:, last]
+        first = torch.arange(one.first, min(size, one.first + config.sinks), device=DEVICE)
+        sinks[row, :, : len(first)] = key[:, first]
+        positions[row, : len(first)] = first.int()
+    return NearRing(ring, sinks, positions, config.recent)
+
+
+def _near(config, member, sequences, scale):
+    keys, values = _stored(member, sequences)
+    size = max(k.shape[1] for k in keys) + 3
+    out = launch_decode.decode_recent(
+        torch.stack([one.query for one in sequences]), _stack(keys, size),
+        _stack(values, size, token_major=True), member, _near_of(config, member, sequences),
+        lengths=_lengths(sequences), scale=scale, offset=offsets_of(config, member)[1],
+        valid=_valid(config, sequences, size), softcap=config.softcap,
+    )  # fmt: skip
+    return out, None
+
+
+def _pages(parts: list[Tensor], tables: Tensor, page: int) -> Tensor:
+    """``[heads, S, D]`` of each sequence in its pages of ``[P, page, heads, D]``."""
+    heads, _, dim = parts[0].shape
+    count = int(tables.max()) + 2
+    room = torch.full((count, page, heads, dim), torch.nan, dtype=parts[0].dtype, device=DEVICE)
+    flat = room.view(-1, heads, dim)
+    for part, table in zip(parts, tables.long(), strict=True):
+        token = torch.arange(part.shape[1], device=DEVICE)
+        flat[table[token // page] * page + token % page] = part.transpose(0, 1)
+    return room
+
+
+def _paged_caches(config, member, sequences):
+    """K pages, V pages and the block table."""
+    most = max(-(-one.key.shape[1] // config.page) for one in sequences) + 1
+    order = torch.randperm(len(sequences) * most)
+    tables = order.view(len(sequences), most).to(device=DEVICE, dtype=torch.int32)
+    keys, values = (_pages(parts, tables, config.page) for parts in _stored(member, sequences))
+    return keys, values, tables
+
+
+def _paged(config, member, sequences, scale):
+    near = _near_of(config, member, sequences) if config.recent else None
+    offsets = offsets_of(config, member)
+    out, lse = launch_decode.paged_decode(
+        torch.stack([one.query[:, 0] for one in sequences]),
+        *_paged_caches(config, member, sequences), member, lengths=_lengths(sequences),
+        scale=scale, softcap=config.softcap, near=near,
+        offset=None if offsets is None else offsets[1], return_lse=near is None,
+    )  # fmt: skip
+    return out[:, None], None if lse is None else lse[:, :, None]
+
+
+def _packed(sequences: list[Sequence]) -> tuple[Tensor, Tensor, list[int]]:
+    """Q of all heads ``[T, H, D]``, where each sequence starts, and the numbers of queries."""
+    counts = [one.query.shape[1] for one in sequences]
+    query = torch.cat([one.query.transpose(0, 1) for one in sequences])
+    starts = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    return query, starts, counts
+
+
+def _probe(config: Config, sequences: list[Sequence], query: Tensor) -> Probe | None:
+    if not config.probe_end:
+        return None
+    news = (
+        torch.cat([x[:, x.shape[1] - one.query.shape[1] :].transpose(0, 1) for one, x in rows])
+        for rows in (
+            [(one, one.key) for one in sequences],
+            [(one, one.value) for one in sequences],
+        )
+    )
+    return Probe(query, *news, config.probe_end)
+
+
+def _split(out: Tensor, lse: Tensor, counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    return list(out.split(counts)), [part.T for part in lse.split(counts)]
+
+
+def _paged_prefill(config, member, sequences, scale):
+    query, starts, counts = _packed(sequences)
+    if not sum(counts):
+        return [one.query.transpose(0, 1) for one in sequences], None
+    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
+    lse = paged_prefill.paged_prefill(
+        query, *_paged_caches(config, member, sequences), member, out, query_starts=starts,
+        lengths=_lengths(sequences), most_queries=max(counts), scale=scale,
+        softcap=config.softcap, probe=_probe(config, sequences, query), return_lse=True,
+    )  # fmt: skip
+    return _split(out, lse, counts)
+
+
+def _varlen(config, member, sequences, scale):
+    query, starts, counts = _packed(sequences)
+    if not sum(counts):
+        return [one.query.transpose(0, 1) for one in sequences], None
+    keys, values = (
+        torch.cat([x.transpose(0, 1) for x in parts]) for parts in _stored(member, sequences)
+    )
+    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
+    lse = paged_prefill.varlen_prefill(
+        query, keys, values, member, out, query_starts=starts, most_queries=max(counts),
+        scale=scale, softcap=config.softcap, probe=_probe(config, sequences, query),
+        return_lse=True,
+    )  # fmt: skip
+    return _split(out, lse, counts)
+
+
+RUN = {
+    "decode": _dense,
+    "prefill": _dense,
+    "near": _near,
+    "paged": _paged,
+    "paged near": _paged,
+    "paged prefill": _paged_prefill,
+    "varlen": _varlen,
+}

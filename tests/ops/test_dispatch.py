@@ -1,0 +1,172 @@
+"""Which implementation runs, what is refused, and what the reference serves with a warning."""
+
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+
+from chai_attention.errors import AttentionInputError, ChaiError
+from chai_attention.membership import Membership
+from chai_attention.ops import attention, blocked, dense, dispatch, reference
+from helpers import clustered_inputs, random_membership
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(heads=6, clusters=3, queries=1, size=9, dim=16, dtype=torch.float32, batch=2):
+    member = random_membership(heads, clusters, batch).to(DEVICE)
+    states = (torch.randn(batch, heads, n, dim, dtype=dtype) for n in (queries, size, size))
+    return [*clustered_inputs(member, *(x.to(DEVICE) for x in states)), member]
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """As in a fresh process: nothing imported by the dispatch, no warning given."""
+    monkeypatch.setattr(dispatch, "_warned", set())
+    dispatch._triton.cache_clear()
+    yield
+    dispatch._triton.cache_clear()
+
+
+def chosen(device, *tensors, plain=False):
+    return dispatch.choose(device, *tensors, plain=plain)
+
+
+@pytest.mark.parametrize(
+    ("queries", "dtype", "plain", "module"),
+    [
+        (1, torch.float32, False, blocked),
+        (1, torch.float32, True, dense),
+        (1, torch.bfloat16, True, blocked),
+        (40, torch.bfloat16, True, dense),
+        (40, torch.float32, False, blocked),
+    ],
+)
+def test_the_cpu_has_two(queries, dtype, plain, module):
+    q, k, v, _ = inputs(queries=queries, size=40, dtype=dtype)
+    assert chosen("cpu", q, k, v, plain=plain) == (module, None)
+
+
+def test_cuda_runs_kernels_and_torch_where_nothing_is_clustered():
+    pytest.importorskip("triton")
+    from chai_attention.ops import triton as kernels
+
+    q, k, v, _ = inputs(queries=5)
+    assert chosen("cuda", q, k, v) == (kernels, None)
+    assert chosen("cuda", q, k, v, plain=True) == (dense, None)
+    q, k, v, _ = inputs(queries=1)
+    assert chosen("cuda", q, k, v, plain=True) == (kernels, None)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "reason"),
+    [
+        ("cuda", {"dim": 257}, "head size 257 is more than the 256"),
+        ("cuda", {"dtype": torch.float64}, "no kernel for float64"),
+        ("mps", {}, "no kernel for device 'mps'"),
+    ],
+)
+def test_what_has_no_kernel_goes_to_the_reference(device, options, reason):
+    if device == "cuda":
+        pytest.importorskip("triton")
+    q, k, v, _ = inputs(queries=5, **options)
+    choice = chosen(device, q, k, v)
+    assert choice.module is reference
+    assert reason in choice.missing
+
+
+def test_cuda_without_triton_says_how_to_get_it(forget, monkeypatch):
+    monkeypatch.setitem(sys.modules, "chai_attention.ops.triton", None)
+    monkeypatch.delattr("chai_attention.ops.triton", raising=False)
+    q, k, v, _ = inputs()
+    choice = chosen("cuda", q, k, v)
+    assert choice.module is reference
+    assert "pip install triton" in choice.missing
+
+
+def test_the_warning_names_the_cost_once(forget, monkeypatch):
+    q, k, v, member = inputs(queries=4, size=9)
+    monkeypatch.setattr(
+        dispatch, "choose", lambda *a, **b: dispatch.Choice(reference, "there is none")
+    )
+    lengths = torch.tensor([9, 7], device=DEVICE)
+    v[1, :, 7:] = torch.nan  # capacity that is not in use
+    with pytest.warns(UserWarning, match="because there is none.* 1.7e-06 GB for this call"):
+        got, _ = attention(q, k, v, member, scale=0.2, lengths=lengths)
+    assert got.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(q, k, v, member, scale=0.2)
+
+
+def test_large_heads_on_a_gpu_are_right(forget):
+    if DEVICE == "cpu":
+        pytest.skip("needs a GPU: the CPU has no limit on head sizes")
+    q, k, v, member = inputs(queries=5, dim=320)
+    with pytest.warns(UserWarning, match="head size 320"):
+        got, _ = attention(q, k, v, member, scale=0.1)
+    want, _ = reference.attention(q.double(), k.double(), v.double(), member, scale=0.1)
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_log_says_what_runs(caplog):
+    q, k, v, member = inputs(queries=3)
+    with caplog.at_level(logging.DEBUG, "chai_attention"):
+        attention(q, k, v, member, scale=0.2)
+    name = "blocked" if DEVICE == "cpu" else "triton"
+    assert f"attention by chai_attention.ops.{name}" in caplog.text
+    assert "query (2, 3, 3, 16), key (2, 3, 9, 16)" in caplog.text
+
+
+def strided(x):
+    return x.mT.contiguous().mT
+
+
+def test_strided_heads_are_refused_where_kernels_cannot_read_them():
+    pytest.importorskip("triton")
+    q, k, v, member = inputs(queries=3)
+    with pytest.raises(AttentionInputError, match=r"of value are not consecutive.*contiguous"):
+        chosen("cuda", q, k, strided(v))
+    if DEVICE == "cpu":
+        got, _ = attention(q, k, strided(v), member, scale=0.2)
+        want, _ = reference.attention(q, k, v, member, scale=0.2)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, m: (q, k, v.half(), m), "one dtype.*not float32, float32, float16"),
+        (lambda q, k, v, m: (q.int(), k.int(), v.int(), m), "one dtype.*not int32"),
+        (lambda q, k, v, m: (q[0], k, v, m), "four dimensions"),
+        (lambda q, k, v, m: (q[:, :2], k, v, m), r"query has shape \[2, 2, 1, 16\], needed is"),
+        (lambda q, k, v, m: (q, k[:, :2], v, m), "key has shape"),
+        (lambda q, k, v, m: (q, k[..., :8], v, m), "key has shape"),
+        (lambda q, k, v, m: (q, k, v[:, :, :8], m), "value has shape"),
+        (lambda q, k, v, m: (q, k, v[:, :3], m), "value has shape"),
+        (lambda q, k, v, m: (q, k, v, m.select(torch.tensor([0]))), "representatives has shape"),
+        (
+            lambda q, k, v, m: (q, k, v, Membership(m.representatives.to("meta"), 3, 6, 3)),
+            "representatives is on meta",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(AttentionInputError, match=message):
+        attention(*change(*inputs()), scale=0.2)
+
+
+def test_lengths_and_valid_need_their_shapes():
+    q, k, v, member = inputs()
+    with pytest.raises(AttentionInputError, match="lengths has shape"):
+        attention(q, k, v, member, scale=0.2, lengths=torch.ones(3, device=DEVICE))
+    valid = torch.ones(2, 8, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(AttentionInputError, match="valid has shape"):
+        attention(q, k, v, member, scale=0.2, valid=valid)
+
+
+def test_the_error_is_ours_and_a_value_error():
+    assert issubclass(AttentionInputError, ChaiError)
+    assert issubclass(AttentionInputError, ValueError)
