@@ -202,7 +202,7 @@ class Membership:
         if self.kv_heads == self.heads:
             return self.order
         places = torch.arange(self.kv_heads, device=self.representatives.device)
-        return places.expand(self.batch, self.kv_heads)
+        return places.expand(self.batch, self.kv_heads).contiguous()
 
     @cached_property
     def value_slot(self) -> Tensor:
@@ -234,10 +234,13 @@ class Membership:
 
 
 def _true_positions(flags: Tensor, count: int) -> Tensor:
-    """Positions of the first ``count`` true flags of each row, ascending: ``[B, count]``."""
+    """Positions of the first ``count`` true flags of each row, ascending: ``[B, count]``.
+
+    Contiguous, as kernels read it at every step.
+    """
     size = flags.shape[1]
     position = torch.arange(size, device=flags.device)
-    return torch.where(flags, position, position + size).argsort(1)[:, :count]
+    return torch.where(flags, position, position + size).argsort(1)[:, :count].contiguous()
 
 
 def _checked_clusters(rep: Tensor) -> int:

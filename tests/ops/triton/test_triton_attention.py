@@ -16,15 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _nan_memory(monkeypatch):
-    """Fresh memory holds NaN, so that whatever a kernel leaves out shows."""
-    empty = torch.empty
-
-    def filled(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", filled)
+def _nan_memory(nan_memory):
+    """Fresh memory holds NaN."""
 
 
 def check(

@@ -18,16 +18,9 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
+def _kernels(monkeypatch, nan_memory):
     """Take the kernels on any device, and fill fresh memory with NaN."""
     monkeypatch.setattr(windowed, "clustered", kernels.attention)
-    empty = torch.empty
-
-    def filled(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def take(states, heads):
