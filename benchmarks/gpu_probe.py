@@ -1,7 +1,7 @@
 """Time the probe and the clustering of heads on a GPU: 32 layers of LLaMA-7B's heads.
 
-What an online membership costs a prefill: from queries and keys of the first W tokens to the
-tables that attention needs, called from Python as the runtime does, and in a CUDA graph: the
+What an online membership costs a prefill: from queries, keys and values of the first W tokens to
+the tables that attention needs, called from Python as the runtime does, and in a CUDA graph: the
 time on the GPU, which is all that counts while a prefill keeps it busy. Beside it, the same in
 plain PyTorch. Memberships of both must agree before anything is timed.
 
@@ -14,45 +14,65 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
-from chai_attention.clustering.kmeans import TIE, kmeans
+from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
-from chai_attention.ops import window_gram
-from chai_attention.ops.online import fused_membership
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops import online
+from chai_attention.ops.triton import launch_decode, prefill
+from chai_attention.ops.triton.chunks import chunks_of, members_of
+from chai_attention.ops.triton.device import capability
 
 LAYERS, HEADS, DIM = 32, 32, 128
-DECODE_MEMBERS, PREFILL_MEMBERS = 8, 2  # the tables that both phases need
+CLUSTERS = (4, 8, 16)
+# what is compared in the window, and whether static costs are added
+METHODS = {
+    "k-means of maps": ("scores", False),
+    "blend with distances of maps": ("scores", True),
+    "blend with distances of outputs": ("value", True),
+}
+CHECKED_LAYERS = 4
+
+Layer = tuple[Tensor, Tensor, Tensor]
 
 
-def fused(query: Tensor, key: Tensor, clusters: int) -> Membership:
-    """Membership and tables by the kernels."""
-    member = fused_membership(query, key, clusters, tie=TIE, scale=DIM**-0.5, softcap=None)
-    assert member is not None
-    tables(member)
-    return member
+def plan_of(method: str, clusters: int, window: int) -> LayerPlan:
+    """A layer with an online membership."""
+    features, blended = METHODS[method]
+    costs = torch.rand(HEADS, HEADS, generator=torch.Generator().manual_seed(0))
+    return LayerPlan(
+        0, HEADS, HEADS, clusters, window, "scores", features=features, blend=float(blended),
+        costs=tuple(tuple(row) for row in costs.tolist()) if blended else None,
+    )  # fmt: skip
 
 
-def plain(query: Tensor, key: Tensor, clusters: int) -> Membership:
-    """The same in PyTorch."""
-    gram = window_gram(query, key, scale=DIM**-0.5)
-    member = Membership.from_representatives(kmeans(gram, clusters), clusters)
-    tables(member)
-    return member
-
-
-def tables(member: Membership) -> None:
-    """Make what prefill and decode read."""
-    for members in (DECODE_MEMBERS, PREFILL_MEMBERS):
-        chunks_of(member, members)
+def cluster(plan: LayerPlan, layer: Layer) -> Membership:
+    """Membership of one layer, with the tables that prefill and decode read."""
+    member = plan.online_membership(*layer, DIM**-0.5, None)
+    for columns in (launch_decode.COLUMNS, prefill.COLUMNS):
+        chunks = chunks_of(member, members_of(HEADS, plan.clusters, columns // DIM))
+    if capability(layer[0].device)[0] == 9:  # Hopper's prefill
+        assert chunks.used is not None
     assert member.key_heads is not None
     assert member.value_heads is not None
+    return member
+
+
+@contextmanager
+def pytorch_only() -> Iterator[None]:
+    """Without the kernels."""
+    kernels = online._kernels
+    online._kernels = lambda *states: None
+    try:
+        yield
+    finally:
+        online._kernels = kernels
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -75,6 +95,45 @@ def graph_milliseconds(call: Callable[[], object]) -> float:
     return milliseconds(graph.replay, 10)
 
 
+def inputs(batch: int, tokens: int, window: int) -> list[Layer]:
+    """Windows of longer prompts; heads resemble each other, as in a model."""
+    layers = []
+    for _ in range(LAYERS):
+        states = []
+        for _ in "qkv":
+            x = torch.randn(batch, tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+            x += 2 * x[:, :, torch.randint(6, (HEADS,), device="cuda")]
+            states.append(x.transpose(1, 2)[:, :, :window])
+        layers.append((states[0], states[1], states[2]))
+    return layers
+
+
+def measure(method: str, clusters: int, layers: list[Layer]) -> dict[str, object]:
+    """Check one method against PyTorch, then time both."""
+    plan = plan_of(method, clusters, layers[0][0].shape[2])
+
+    def all_layers() -> None:
+        for layer in layers:
+            cluster(plan, layer)
+
+    differ = 0
+    for layer in layers[:CHECKED_LAYERS]:
+        got = cluster(plan, layer).representatives
+        with pytorch_only():
+            differ += int((got != cluster(plan, layer).representatives).any(1).sum())
+    if differ:
+        raise SystemExit(f"{method}, {clusters} clusters: {differ} memberships differ; no figures")
+    row: dict[str, object] = {
+        "method": method,
+        "clusters": clusters,
+        "fused_ms": milliseconds(all_layers, 10),
+        "fused_graph_ms": graph_milliseconds(all_layers),
+    }
+    with pytorch_only():
+        row["pytorch_ms"] = milliseconds(all_layers, 2)
+    return row
+
+
 def main() -> None:
     """Check, measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,36 +143,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="length of the prompts")
     options = parser.parse_args()
     torch.manual_seed(0)
-    shape = (options.batch, options.tokens, HEADS, DIM)
-    layers = []
-    for _ in range(LAYERS):
-        states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "qk"]
-        # heads that resemble each other, as in a model
-        states[0] += 2 * states[0][:, :, torch.randint(6, (HEADS,), device="cuda")]
-        states[1] += 2 * states[1][:, :, torch.randint(6, (HEADS,), device="cuda")]
-        layers.append([x.transpose(1, 2)[:, :, : options.window] for x in states])
+    layers = inputs(options.batch, options.tokens, options.window)
     rows = []
-    for clusters in (4, 8, 16):
-        differ = 0
-        for query, key in layers[:4]:
-            a, b = fused(query, key, clusters), plain(query, key, clusters)
-            differ += int((a.representatives != b.representatives).any(1).sum())
-        if differ:
-            raise SystemExit(f"{differ} memberships differ from PyTorch's; nothing is reported")
-
-        def all_layers(make: Callable[..., Membership], k: int = clusters) -> None:
-            for query, key in layers:
-                make(query, key, k)
-
-        rows.append(
-            {
-                "clusters": clusters,
-                "fused_ms": milliseconds(lambda: all_layers(fused), 10),
-                "fused_graph_ms": graph_milliseconds(lambda: all_layers(fused)),
-                "pytorch_ms": milliseconds(lambda: all_layers(plain), 2),
-            }
-        )
-        print(rows[-1])
+    for method in METHODS:
+        for clusters in CLUSTERS:
+            rows.append(measure(method, clusters, layers))
+            print(rows[-1], flush=True)
     result = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -75,10 +75,16 @@ class Membership:
         return cls(rep, clusters, kv_heads, kept_keys)
 
     @classmethod
-    def from_tables(cls, representatives: Tensor, clusters: int, **tables: Tensor) -> Membership:
-        """Take a multi-head membership whose tables a kernel has made, by their names here."""
-        heads = representatives.shape[1]
-        membership = cls(representatives, clusters, heads, clusters)
+    def from_tables(
+        cls,
+        representatives: Tensor,
+        clusters: int,
+        kv_heads: int,
+        kept_keys: int,
+        **tables: Tensor,
+    ) -> Membership:
+        """Take a membership whose tables a kernel has made, by their names here."""
+        membership = cls(representatives, clusters, kv_heads, kept_keys)
         membership.__dict__.update(tables)  # where cached properties keep what they computed
         return membership
 
@@ -217,10 +223,20 @@ class Membership:
         """`representatives` as Python integers, for code that runs on the CPU."""
         return tuple(tuple(row) for row in self.representatives.tolist())
 
+    @property
+    def known_rows(self) -> tuple[tuple[int, ...], ...] | None:
+        """`host_rows` if they are known without waiting for another device, else None."""
+        if self.representatives.device.type == "cpu":
+            return self.host_rows
+        return self.__dict__.get("host_rows")
+
     def expand(self, batch: int) -> Membership:
         """Return this one-row membership for ``batch`` sequences (no copy of the vector)."""
         rep = self.representatives.expand(batch, self.heads)
-        return Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        expanded = Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        if self.known_rows is not None:
+            expanded.__dict__["host_rows"] = self.known_rows * batch
+        return expanded
 
     def select(self, rows: Tensor) -> Membership:
         """Return the rows ``rows`` (``[N]`` integer or ``[B]`` bool), as beam search needs."""
@@ -230,7 +246,10 @@ class Membership:
     def to(self, device: torch.device | str) -> Membership:
         """Return the membership on ``device``."""
         rep = self.representatives.to(device)
-        return Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        moved = Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        if self.known_rows is not None:
+            moved.__dict__["host_rows"] = self.known_rows
+        return moved
 
 
 def _true_positions(flags: Tensor, count: int) -> Tensor:

@@ -47,8 +47,9 @@ def kmedoids(cost: Tensor, kv_heads: int, kept: int, tie: Tensor) -> Tensor:
     # a head of a kept K/V head uses its own scores, at no cost
     cost = cost.masked_fill(torch.eye(heads, dtype=torch.bool, device=cost.device), 0.0)
     nearest = cost.view(batch, heads, kv_heads, group).amin(-1)  # [B, H, G]
-    if comb(kv_heads, kept) <= MAX_CHOICES:
-        subsets = _subsets(kv_heads, kept).to(cost.device)  # [N, G] bool
+    subsets = choices(kv_heads, kept)  # [N, G] bool
+    if subsets is not None:
+        subsets = subsets.to(cost.device)
         # [B, H, N, G] to [B, N]
         total = nearest[:, :, None].masked_fill(~subsets, torch.inf).amin(-1).sum(1)
         chosen = subsets[lowest_argmin(total, tie)]  # [B, G]
@@ -98,9 +99,16 @@ def _swap(nearest: Tensor, chosen: Tensor, tie: Tensor) -> Tensor:
     return chosen
 
 
+def choices(size: int, count: int) -> Tensor | None:
+    """Every subset of ``count`` of ``size``, ``[N, size]`` bool; None for more than MAX_CHOICES.
+
+    On the CPU, in lexicographic order, and always the same tensor.
+    """
+    return _subsets(size, count) if comb(size, count) <= MAX_CHOICES else None
+
+
 @lru_cache(maxsize=64)
 def _subsets(size: int, count: int) -> Tensor:
-    """Every subset of ``count`` of ``size``, in lexicographic order: ``[N, size]`` bool."""
     table = torch.zeros(comb(size, count), size, dtype=torch.bool)
     for row, members in enumerate(combinations(range(size), count)):
         table[row, list(members)] = True

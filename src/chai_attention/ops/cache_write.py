@@ -66,10 +66,9 @@ def write_dense(
         here = inside & (position == near.sink_positions[:, index, None])
         r, t = here.nonzero(as_tuple=True)
         near.sinks[r, :, index] = removed[r, :, t]
-    ring_size = near.ring.shape[2]
-    latest = token >= tokens - ring_size
+    latest = token >= tokens - near.size
     row, token, at = row[latest], token[latest], at[latest]
-    near.ring[row, :, at % ring_size] = removed[row, :, token]
+    near.ring[row, :, (at + near.shift) % near.size] = removed[row, :, token]
 
 
 def write_paged(
@@ -134,7 +133,8 @@ def write_paged(
     removed = key[at, membership.removed_key_heads[line]]  # [T', G - kept, D]
     row, position = near_rows[token].long(), positions[token].long()
     in_ring = row >= 0
-    near.ring[row[in_ring], :, position[in_ring] % near.ring.shape[2]] = removed[in_ring]
+    at_ring = (position[in_ring] + near.shift) % near.size
+    near.ring[row[in_ring], :, at_ring] = removed[in_ring]
     known = row != -1
     row = torch.where(row < -1, -2 - row, row)
     for index in range(near.sinks.shape[2]):

@@ -1,9 +1,14 @@
-"""Online memberships by the GPU's kernels, where they take the shape."""
+"""Online memberships by the GPU's kernels, where they take the shape.
+
+`clustering` defines what they compute, `integrations` chooses; both functions return None where
+there is no kernel, and the same is then done in PyTorch, in hundreds of launches.
+"""
 
 from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from types import ModuleType
 
 from torch import Tensor
 
@@ -15,7 +20,7 @@ logger = logging.getLogger("chai_attention")
 def fused_membership(
     query: Tensor, key: Tensor, clusters: int, *, tie: float, scale: float, softcap: float | None
 ) -> Membership | None:
-    """Cluster heads by k-means over their maps of the probe window, in three launches.
+    """Cluster heads by k-means over their maps of the probe window, in two launches.
 
     Args:
         query: ``[B, H, W, D]`` of the window.
@@ -26,14 +31,68 @@ def fused_membership(
         softcap: as in `ops.reference.attention`.
 
     Returns:
-        The membership, or None where there is no kernel: the same is then done in PyTorch
-        (`window_gram`, `clustering.kmeans`), in hundreds of launches.
+        The membership, or None where there is no kernel (`window_gram` and `clustering.assign`
+        do the same). With grouped queries, the K/V heads it reads are counted on the host.
     """
+    kernels = _kernels(query, key)
+    if kernels is None:
+        return None
+    logger.debug("probe and k-means kernels: %d clusters", clusters)
+    found: Membership = kernels.cluster_window(
+        query, key, clusters, tie=tie, scale=scale, softcap=softcap
+    )
+    return found
+
+
+def fused_medoids(
+    query: Tensor,
+    key: Tensor,
+    clusters: int,
+    *,
+    value: Tensor | None = None,
+    static: Tensor | None = None,
+    choices: Tensor | None = None,
+    whole_groups: bool = False,
+    tie: float,
+    scale: float,
+    softcap: float | None,
+) -> Membership | None:
+    """Cluster heads by k-medoids on costs in the probe window, in two or three launches.
+
+    Args:
+        query: ``[B, H, W, D]`` of the window.
+        key: ``[B, G, W, D]`` of the window.
+        clusters: k; with ``whole_groups`` a multiple of H / G.
+        value: ``[B, G, W, Dv]`` of the window: costs are `window_output_distances`. None: squared
+            distances of maps.
+        static: ``[H, H]`` float32, added to the costs, which are then divided by their mean over
+            pairs of different heads; None for the costs as they are.
+        choices: ``[N, units]`` bool, all choices of units (heads, or K/V heads with
+            ``whole_groups``) that there are, to try them all; None searches by swaps.
+        whole_groups: choose K/V heads, whose query heads all keep their scores.
+        tie: costs this close, relative to the largest (of maps without static costs, to the
+            largest norm), count as equal.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        The membership, or None where there is no kernel.
+    """
+    kernels = _kernels(query, key, value)
+    if kernels is None:
+        return None
+    logger.debug("probe and k-medoids kernels: %d clusters", clusters)
+    found: Membership = kernels.medoids_of_window(
+        query, key, clusters, value=value, static=static, choices=choices,
+        whole_groups=whole_groups, tie=tie, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return found
+
+
+def _kernels(query: Tensor, key: Tensor, value: Tensor | None = None) -> ModuleType | None:
+    """The launchers, if they take the shape."""
     if query.device.type != "cuda" or find_spec("triton") is None:
         return None
     from chai_attention.ops.triton import online
 
-    if not online.fits(query.shape[1], key.shape[1], query.shape[2]):
-        return None
-    logger.debug("probe and clustering kernels: %d clusters", clusters)
-    return online.cluster_window(query, key, clusters, tie=tie, scale=scale, softcap=softcap)
+    return online if online.fits(query, key, value) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.ring import NearRing, decode_recent
@@ -60,19 +61,14 @@ def paged_decode(
         ``out [B, H, Dv]`` and ``lse [B, k]`` float32 or None.
 
     Raises:
-        ValueError: shapes or options that do not fit together.
+        AttentionInputError: shapes or options that do not fit together; kernels would read memory
+            that is not theirs.
+        ValueError: on CUDA, a dtype or head size without a kernel, or strided head dimensions.
     """
-    heads = membership.heads
-    every_head = query.shape[1] == heads
-    if query.shape[1] not in (heads, membership.clusters):
-        raise ValueError(
-            f"a query of {query.shape[1]} heads is neither of all {heads} nor of the "
-            f"{membership.clusters} representatives"
-        )
-    if near is not None and (return_lse or not every_head):
-        raise ValueError("a recent window needs the query of all heads, and has no log-sum-exp")
-    if rows is None and membership.batch not in (1, query.shape[0]):
-        raise ValueError(f"{membership.batch} memberships for {query.shape[0]} sequences need rows")
+    _check(
+        query, key_pages, value_pages, block_table, membership, lengths, rows, near, slots, offset,
+        out, return_lse,
+    )  # fmt: skip
     options: dict[str, Any] = {"lengths": lengths, "scale": scale, "softcap": softcap}
     if query.device.type == "cuda":
         from chai_attention.ops.triton import launch_decode
@@ -92,7 +88,7 @@ def paged_decode(
             query[:, :, None], key, value, member, near, offset=offset, **options
         )[:, 0]
     else:
-        if every_head and not member.is_identity:
+        if query.shape[1] != member.clusters:
             index = member.slot_heads[:, :, None].expand(-1, -1, query.shape[2])
             query = query.gather(1, index)
         value = hide_spare(value, lengths)
@@ -103,6 +99,64 @@ def paged_decode(
         result = result[:, 0]
         lse = None if lse is None else lse[:, :, 0]
     return (result if out is None else out.copy_(result)), lse
+
+
+def _check(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    block_table: Tensor,
+    membership: Membership,
+    lengths: Tensor,
+    rows: Tensor | None,
+    near: NearRing | None,
+    slots: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor | None,
+    return_lse: bool,
+) -> None:
+    """Refuse what `paged_decode` cannot take; nothing is read on the host."""
+    heads, kept, groups = membership.heads, membership.kept_keys, membership.kv_heads
+    batch, count, dim = query.shape
+    pages, page, value_dim = *key_pages.shape[:2], value_pages.shape[-1]
+    if count not in (heads, membership.clusters):
+        raise AttentionInputError(
+            f"a query of {count} heads is neither of all {heads} nor of the "
+            f"{membership.clusters} representatives"
+        )
+    if near is not None and (return_lse or count != heads):
+        raise AttentionInputError(
+            "a recent window needs the query of all heads, and has no log-sum-exp"
+        )
+    if near is None and (slots is not None or offset is not None):
+        raise AttentionInputError("slots and offset belong to a recent window: give near, too")
+    if rows is None and membership.batch not in (1, batch):
+        raise AttentionInputError(f"{membership.batch} memberships for {batch} sequences need rows")
+    wanted = {
+        "key_pages": (key_pages, (pages, page, kept, dim)),
+        "value_pages": (value_pages, (pages, page, groups, value_dim)),
+        "block_table": (block_table, (batch, *block_table.shape[1:2])),
+        "lengths": (lengths, (batch,)),
+        "rows": (rows, (batch,)),
+        "slots": (slots, (batch,)),
+        "offset": (offset, (batch, heads)),
+        "out": (out, (batch, heads, value_dim)),
+    }
+    if near is not None:
+        memories = near.ring.shape[0] if slots is not None else batch
+        wanted["near.ring"] = (near.ring, (memories, groups - kept, near.size, dim))
+        sinks = near.sinks.shape[2]
+        wanted["near.sinks"] = (near.sinks, (memories, groups - kept, sinks, dim))
+        wanted["near.sink_positions"] = (near.sink_positions, (memories, sinks))
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise AttentionInputError(
+                f"{name} has shape {list(tensor.shape)}, needed is {list(shape)}"
+            )
+        if tensor is not None and tensor.device != query.device:
+            raise AttentionInputError(
+                f"{name} is on {tensor.device} and query on {query.device}: move it there first"
+            )
 
 
 def rows_of(membership: Membership, rows: Tensor | None, batch: int) -> Membership:

@@ -35,6 +35,16 @@ class NearRing:
     recent: int
     begin: int = 0
 
+    @property
+    def size(self) -> int:
+        """R, tokens that the ring holds."""
+        return self.ring.shape[2]
+
+    @property
+    def shift(self) -> int:
+        """Position p stands at ``(p + shift) % R``, which no position makes negative."""
+        return -self.begin % self.size
+
     def select(self, rows: Tensor) -> NearRing:
         """Return the sequences ``rows``."""
         return NearRing(
@@ -61,7 +71,7 @@ def decode_recent(
         query: ``[B, H, 1, D]``, all heads in their natural order.
         key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
         value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
-        membership: tables of B rows.
+        membership: tables of B rows, or of one for all.
         near: K of the other heads; holds the new token's already.
         lengths: ``[B]`` int32, keys of each sequence, the new one included; None for S.
         scale: factor on the scores.
@@ -100,6 +110,8 @@ def reference_decode_recent(
     softcap: float | None = None,
 ) -> Tensor:
     """`decode_recent` in plain PyTorch: puts K of all heads together, sequence by sequence."""
+    if membership.batch != query.shape[0]:
+        membership = membership.expand(query.shape[0])
     size, dim = key.shape[2:]
     position = torch.arange(size, device=key.device)
     if lengths is None:
@@ -109,8 +121,8 @@ def reference_decode_recent(
     if valid is not None:
         real = real & valid[:, :size]
     # K of removed heads at every position; what no memory holds is far, and nobody asks for it
-    oldest = (last - 1 - (last - 1 - position) % near.ring.shape[2]).clamp_min(0)
-    held = torch.where(position == oldest, (position - near.begin) % near.ring.shape[2], 0)
+    oldest = (last - 1 - (last - 1 - position) % near.size).clamp_min(0)
+    held = torch.where(position == oldest, (position + near.shift) % near.size, 0)
     removed = near.ring.gather(
         2, held[:, None, :, None].expand(-1, near.ring.shape[1], -1, dim)
     )  # [B, G - kept, S, D]

@@ -54,6 +54,9 @@ def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
 def definition(query, key, value, member, lengths, first, offsets, **options):
     rows = []
     for row, length in enumerate(lengths):
+        if not length:
+            rows.append(torch.zeros(1, 1, *query.shape[1:2], value.shape[3], dtype=torch.float64))
+            continue
         valid = (torch.arange(length) >= first[row])[None]
         states = (x[row : row + 1, :, :length].double() for x in (key, value))
         rows.append(
@@ -80,13 +83,14 @@ def moved(near):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "clusters", "dim", "recent", "sinks", "spare"),
     [(9, 9, 4, 48, 5, 3, 0), (12, 12, 1, 64, 32, 4, 2), (6, 6, 2, 128, 7, 0, 1),
-     (9, 3, 2, 80, 9, 2, 0), (8, 8, 8, 96, 4, 1, 0)],
+     (9, 3, 2, 80, 9, 2, 0), (8, 8, 8, 96, 4, 1, 0), (5, 5, 2, 64, 125, 4, 1)],
 )  # fmt: skip
 def test_window_is_the_definition(heads, kv_heads, clusters, dim, recent, sinks, spare, pad, dtype):
-    lengths = [1, 8, 63, 129]
-    member = random_membership(heads, clusters, 4, kv_heads)
-    first = torch.tensor([0, 2, 40, 126] if pad else [0, 0, 0, 0])
-    query = torch.randn(4, heads, 1, dim).to(dtype)
+    """Windows longer than the context, longer than a step of the kernel, and over the sinks."""
+    lengths = [1, 8, 63, 129, 0]
+    member = random_membership(heads, clusters, 5, kv_heads)
+    first = torch.tensor([0, 2, 40, 126, 0] if pad else [0, 0, 0, 0, 0])
+    query = torch.randn(5, heads, 1, dim).to(dtype)
     offsets = torch.randn(heads, heads)
     key, value, keys, values, near = filled(
         member, lengths, first, recent, sinks, spare, dim, 40, dtype
@@ -111,14 +115,16 @@ def test_window_is_the_definition(heads, kv_heads, clusters, dim, recent, sinks,
 
 @pytest.mark.parametrize(("heads", "kv_heads", "clusters"), [(9, 9, 4), (6, 2, 1)])
 def test_window_over_pages(heads, kv_heads, clusters):
-    lengths, dim, recent, sinks = [70, 3, 129], 64, 9, 4
-    member = random_membership(heads, clusters, 3, kv_heads)
+    """The last row is padding, as CUDA graphs of a fixed batch have it."""
+    lengths, dim, recent, sinks = [70, 3, 129, 0], 64, 9, 4
+    member = random_membership(heads, clusters, 4, kv_heads)
     case = paged_caches(member, lengths, 16, dim, dim, torch.float32, DEVICE)
-    slots = torch.tensor([2, 0, 4], dtype=torch.int32)
+    slots = torch.tensor([2, 0, 4, -1], dtype=torch.int32)
     near = NearRing(
         torch.full((5, kv_heads - member.kept_keys, recent, dim), torch.nan),
         torch.full((5, kv_heads - member.kept_keys, sinks, dim), torch.nan),
-        torch.arange(sinks, dtype=torch.int32).expand(5, -1).contiguous(),
+        # of memories in use, what they hold; of others, anything
+        torch.tensor([[0, 1, 2, -1], [77] * 4, [0, 1, 2, 3], [5] * 4, [0, 1, 2, 3]]).int(),
         recent,
     )
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
@@ -126,7 +132,7 @@ def test_window_over_pages(heads, kv_heads, clusters):
         near.sinks[slot, :, : min(sinks, length)] = removed[:, :sinks]
         for token in range(max(0, length - recent), length):
             near.ring[slot, :, token % recent] = removed[:, token]
-    query, offset = torch.randn(3, heads, dim), torch.randn(3, heads)
+    query, offset = torch.randn(4, heads, dim), torch.randn(heads)[:, None].expand(-1, 4).T
     options = {"scale": 0.2, "softcap": 4.0}
     want = torch.cat(
         [
@@ -137,9 +143,10 @@ def test_window_over_pages(heads, kv_heads, clusters):
                 member.select(torch.tensor([row])), near.select(slots[row : row + 1].long()),
                 lengths=torch.tensor([length]), offset=offset[row : row + 1], **options,
             )[:, 0]
-            for row, length in enumerate(lengths)
+            for row, length in enumerate(lengths[:3])
         ]
     )  # fmt: skip
+    want = torch.cat([want, torch.zeros_like(want[:1])])
     for function in (paged.paged_decode, launch_decode.paged_decode):
         got, _ = function(
             query.to(DEVICE), case.keys, case.values, case.table, member.to(DEVICE),
@@ -164,5 +171,33 @@ def test_ring_that_begins_anywhere():
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE),
         NearRing(*(x.to(DEVICE) for x in (near.ring, near.sinks, near.sink_positions)), 8, begin=5),
         scale=0.3,
+    )  # fmt: skip
+    assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
+
+
+def test_one_membership_for_all_and_sinks_at_one_place():
+    """Tables of one row, and tables whose rows are the same memory."""
+    lengths, dim = [40, 9, 25], 32
+    member = random_membership(32, 4)
+    query, first = torch.randn(3, 32, 1, dim), torch.tensor([0, 0, 0])
+    key, value, keys, values, near = filled(
+        member.expand(3), lengths, first, 8, 2, 0, dim, dim, query.dtype
+    )
+    want = definition(
+        query, key, value, member.expand(3), lengths, first, None, recent=8, sinks=2, scale=0.3
+    )
+    positions = torch.arange(2, dtype=torch.int32).expand(3, -1)
+    near = NearRing(near.ring, near.sinks, positions, 8)
+    options = {"lengths": torch.tensor(lengths), "scale": 0.3}
+    assert_close(
+        decode_recent(query, keys, values, member, near, **options).double(),
+        want, atol=2e-5, rtol=0,
+    )  # fmt: skip
+    on_device = NearRing(
+        near.ring.to(DEVICE), near.sinks.to(DEVICE), positions[:1].to(DEVICE).expand(3, -1), 8
+    )
+    got = launch_decode.decode_recent(
+        query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE), on_device,
+        lengths=options["lengths"].to(DEVICE), scale=0.3,
     )  # fmt: skip
     assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 from chai_attention.clustering.kmeans import TIE
 from chai_attention.clustering.kmeans import kmeans as search
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.ops.triton.kmeans import kmeans
+from membership_checks import assert_same_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,12 +45,7 @@ def test_tables_are_the_membership_s(heads, clusters):
     maps = torch.randn(3, heads, 20)
     got = kmeans(maps.to(DEVICE), clusters, tie=TIE, members=(8, 3))
     want = Membership.from_representatives(got.representatives.cpu(), clusters)
-    for name in ("slot", "value_slot", "order", "slot_heads", "offsets", "key_heads", "key_slot"):
-        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
-    for members in (8, 3):
-        mine, its = chunks_of(got, members), chunks_of(want, members)
-        for name in ("slot", "query", "key", "head", "value"):
-            assert torch.equal(getattr(mine, name).cpu(), getattr(its, name)), name
+    assert_same_membership(got, want, (8, 3))
 
 
 def test_ties_go_to_the_lowest_head():
@@ -61,6 +56,36 @@ def test_ties_go_to_the_lowest_head():
         got = kmeans(maps.to(DEVICE), clusters, tie=TIE).representatives.cpu()
         assert torch.equal(got, search(gram, clusters))
         assert (got.sort(1).values.diff(dim=1) != 0).sum(1).tolist() == [clusters - 1] * 3
+
+
+@pytest.mark.parametrize("heads", [9, 32])
+def test_degenerate_maps(heads):
+    """All heads alike, all but one, one far from all: nothing but ties, and no ties at all."""
+    alike = torch.randn(1, 1, 20).expand(1, heads, 20)
+    but_one = alike.clone()
+    but_one[:, 3] += 1
+    lone = torch.randn(1, heads, 20)
+    lone[:, 5] += 50
+    maps = torch.cat([alike, but_one, lone, torch.zeros(1, heads, 20)])
+    for clusters in (1, 2, heads // 2, heads - 1):
+        got = kmeans(maps.to(DEVICE), clusters, tie=TIE).representatives.cpu()
+        assert torch.equal(got, search(gram_of(maps), clusters))
+
+
+def test_what_is_no_number_still_gives_heads():
+    """Attention would read memory that is not its own."""
+    maps = torch.randn(2, 9, 20)
+    maps[0, 3, 1] = maps[1] = torch.nan
+    for clusters in (1, 4, 9):
+        got = kmeans(maps.to(DEVICE), clusters, tie=TIE).representatives
+        assert Membership.from_representatives(got).clusters == clusters
+
+
+@pytest.mark.parametrize("members", [(2, 2), (1, 8)])
+def test_every_size_of_chunks(members):
+    got = kmeans(torch.randn(2, 12, 20, device=DEVICE), 5, tie=TIE, members=members)
+    want = Membership.from_representatives(got.representatives.cpu())
+    assert_same_membership(got, want, members)
 
 
 def test_every_head_on_its_own():

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chai_attention.clustering.assign import SCORES, assign, assign_by_cost
+from chai_attention.clustering.assign import K_BYTES, SCORES, assign, assign_by_cost
 from chai_attention.clustering.kmeans import TIE, squared_distances
+from chai_attention.clustering.kmedoids import choices
 from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
-from chai_attention.ops.online import fused_membership
+from chai_attention.ops.online import fused_medoids, fused_membership
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
 
 
@@ -77,8 +78,9 @@ class LayerPlan:
         """Return the membership of a layer that does not probe, for ``batch`` sequences."""
         if self.representatives is None:
             return Membership.identity(self.heads, self.kv_heads, batch, device)
-        rep = torch.tensor(self.representatives, device=device)
-        return Membership.from_representatives(rep, kv_heads=self.kv_heads).expand(batch)
+        rep = torch.tensor(self.representatives)
+        member = Membership.from_representatives(rep, kv_heads=self.kv_heads)
+        return member.to(device).expand(batch)
 
     @property
     def probe_end(self) -> int:
@@ -98,10 +100,9 @@ class LayerPlan:
             softcap: as in `ops.reference.attention`.
         """
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        if self.costs is None and self.target == SCORES:
-            fused = fused_membership(query, key, self.clusters, tie=TIE, **options)
-            if fused is not None:
-                return fused
+        fused = self._fused_membership(query, key, value, options)
+        if fused is not None:
+            return fused
         if self.costs is None:
             gram = window_gram(query, key, **options)
             rep = assign(gram, self.clusters, self.kv_heads, self.target)
@@ -111,15 +112,42 @@ class LayerPlan:
                 if self.features == "value"
                 else squared_distances(window_gram(query, key, **options))
             )
-            cost = relative(distance) + self.blend * relative(self._cost_table(query.device))
+            cost = relative(distance) + self._weighted_costs(query.device)
             rep = assign_by_cost(cost, self.clusters, self.kv_heads, self.target)
         # how many K/V heads "scores" needs depends on the data; otherwise it follows from k
-        kept = None if self.target == "scores" else self.clusters * self.kv_heads // self.heads
+        kept = None if self.target == SCORES else self.clusters * self.kv_heads // self.heads
         return Membership.from_representatives(rep, self.clusters, self.kv_heads, kept)
 
-    def _cost_table(self, device: torch.device) -> Tensor:
-        """``[1, H, H]`` static costs on ``device``."""
-        return _table(self.costs or (), device)[None]
+    def _fused_membership(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Membership | None:
+        """`online_membership` by the GPU's kernels; None where there are none."""
+        if self.costs is None and self.target == SCORES:
+            return fused_membership(query, key, self.clusters, tie=TIE, **options)
+        blended = self.costs is not None
+        units = self.heads if self.target == SCORES else self.kv_heads
+        return fused_medoids(
+            query,
+            key,
+            self.clusters,
+            value=value if blended and self.features == "value" else None,
+            static=self._weighted_costs(query.device) if blended else None,
+            choices=choices(units, self.clusters * units // self.heads),
+            whole_groups=self.target == K_BYTES,
+            tie=TIE,
+            **options,
+        )
+
+    def _weighted_costs(self, device: torch.device) -> Tensor:
+        """``[H, H]`` static costs as they are added to those of the window."""
+        if device not in self._weighted:
+            table = _table(self.costs or (), device)
+            self._weighted[device] = self.blend * relative(table[None])[0]
+        return self._weighted[device]
+
+    @cached_property
+    def _weighted(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def offset_table(self, device: torch.device) -> Tensor | None:
         """``[H, H]`` float32 offsets on ``device``, None for zeros."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,16 @@ def check(*tensors: Tensor) -> None:
         raise ValueError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError("the numbers of a head must be consecutive in memory")
+
+
+@overload
+def by_line(table: Tensor) -> Tensor: ...
+@overload
+def by_line(table: None) -> None: ...
+@overload
+def by_line(table: Tensor | None) -> Tensor | None: ...
+def by_line(table: Tensor | None) -> Tensor | None:
+    """A table of lengths, places and the like, each line consecutive in memory."""
+    if table is None or table.stride(-1) == 1:
+        return table
+    return table.contiguous()

@@ -1,17 +1,23 @@
 """How heads are dealt out to programs: chunks of a few members of one cluster.
 
 A program computes the probabilities of one cluster once and applies them to the V of up to M
-members. How many chunks a row needs depends on its membership, which lives on the device; the
-grid is sized for the worst case, and programs without a chunk return at once.
+members. How many chunks a row needs depends on its membership. If that is known on the device
+only, the grid is sized for the worst case, and programs without a chunk return at once.
 """
 
 from __future__ import annotations
 
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
@@ -27,6 +33,7 @@ class Chunks:
         key: ``[B, N]`` int32, the place in the K cache that the cluster reads.
         head: ``[B, N, M]`` int32, the heads whose outputs the chunk writes.
         value: ``[B, N, M]`` int32, the place in the V cache of each of them.
+        exact: whether some row has work for all N chunks, and not just the worst row there is.
     """
 
     slot: Tensor
@@ -34,6 +41,7 @@ class Chunks:
     key: Tensor
     head: Tensor
     value: Tensor
+    exact: bool = False
 
     @property
     def count(self) -> int:
@@ -46,8 +54,28 @@ class Chunks:
 
         ``[B * N]`` and ``[1]`` int32.
         """
-        idle = (self.slot < 0).flatten().int()
-        return idle.sort(stable=True).indices.int(), (1 - idle).sum(dtype=torch.int32)[None]
+        size = self.slot.numel()
+        memory = torch.empty(size + 1, dtype=torch.int32, device=self.slot.device)
+        work, count = memory[:size], memory[size:]
+        _list_used[(1,)](self.slot.contiguous(), work, count, size, BLOCK=1024, num_warps=4)
+        return work, count
+
+
+@triton.jit(do_not_specialize=["size"])
+def _list_used(slot_ptr, work_ptr, count_ptr, size, BLOCK: tl.constexpr):
+    """List the chunks with work, in order, then the others."""
+    used = 0
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        used += tl.sum((tl.load(slot_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32))
+    tl.store(count_ptr, used)
+    before = 0
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        busy = (tl.load(slot_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32)
+        rank = before + tl.cumsum(busy) - busy  # chunks with work that stand before
+        before += tl.sum(busy)
+        tl.store(work_ptr + tl.where(busy > 0, rank, used + i - rank), i, mask=i < size)
 
 
 def members_of(heads: int, clusters: int, columns: int) -> int:
@@ -77,19 +105,28 @@ def adopt_chunks(membership: Membership, chunks: Chunks) -> None:
 
 
 def _deal(membership: Membership, members: int) -> Chunks:
-    """Deal the heads of each cluster, in order, into chunks of ``members``."""
+    """Deal the heads of each cluster, in order, into as few chunks as ``members`` allows.
+
+    Chunks of a cluster are of equal size but for one, so that programs take equally long.
+    """
     batch, heads, clusters = membership.batch, membership.heads, membership.clusters
     device = membership.representatives.device
     # a cluster of n heads needs 1 + (n - 1) // members chunks
+    rows = membership.known_rows
     count = clusters + (heads - clusters) // members
+    if rows is not None:
+        count = max(_needed(row, members) for row in set(rows))
     order = membership.order  # [B, H]
     slot = membership.slot.gather(1, order)  # [B, H], ascending
     offsets = membership.offsets
     place = torch.arange(heads, device=device) - offsets.gather(1, slot)
-    needed = (offsets.diff(dim=1) + members - 1) // members  # [B, k]
+    size = offsets.diff(dim=1)  # [B, k]
+    needed = (size + members - 1) // members
     first = needed.cumsum(1) - needed
-    chunk = first.gather(1, slot) + place // members
-    lane = chunk * members + place % members  # [B, H]
+    size, needed = size.gather(1, slot), needed.gather(1, slot)  # [B, H]
+    part = place * needed // size
+    chunk = first.gather(1, slot) + part
+    lane = chunk * members + place - (part * size + needed - 1) // needed
 
     def table(size: int, index: Tensor, source: Tensor) -> Tensor:
         empty = torch.full((batch, size), -1, dtype=torch.int32, device=device)
@@ -102,4 +139,10 @@ def _deal(membership: Membership, members: int) -> Chunks:
         key=table(count, chunk, membership.key_slot.gather(1, slot)),
         head=table(count * members, lane, order).view(batch, count, members),
         value=table(count * members, lane, value).view(batch, count, members),
+        exact=rows is not None,
     )
+
+
+def _needed(representatives: tuple[int, ...], members: int) -> int:
+    """Chunks of one row."""
+    return sum(-(-size // members) for size in Counter(representatives).values())

@@ -16,21 +16,38 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import adopt_chunks
-from chai_attention.ops.triton.tables import (
-    chunk_memory,
-    membership_memory,
-    slots_of,
-    write_chunks,
-    write_membership,
-)
+from chai_attention.ops.triton.tables import table_memory, write_tables
 
 WARPS = {16: 2, 32: 4, 64: 8, 128: 16}  # by heads, padded
 MAX_HEADS = 128  # a Gram matrix of more does not fit the registers of a program
+BLOCK = 32  # features that a program multiplies at a time
+# of the products of features: three TF32 products lose nothing that could change a choice
+PRECISION = "tf32x3"
+# integers that one compiled kernel serves whatever they are
+SIZES = [
+    "batch", "heads", "clusters", "kept", "first_members", "first_count", "second_members",
+    "second_count",
+]  # fmt: skip
 
 
 @triton.jit
-def _lowest(cost, index, tie, END: tl.constexpr):
+def gram_of(
+    features_ptr, row, head, heads, size,
+    HP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inner products of the features of all heads of a sequence, ``[HP, HP]``; no NaN."""
+    gram = tl.zeros([HP, HP], dtype=tl.float32)
+    line = features_ptr + (row * heads + head[:, None]) * size
+    for first in range(0, size, BLOCK):
+        n = first + tl.arange(0, BLOCK)[None, :]
+        part = tl.load(line + n, mask=(head < heads)[:, None] & (n < size), other=0.0)
+        gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
+    # whatever the model computed, the choices below have to be heads
+    return tl.where(gram == gram, gram, 0.0)
+
+
+@triton.jit
+def lowest(cost, index, tie, END: tl.constexpr):
     """Lowest index of those within ``tie`` of the smallest cost, of one or two axes."""
     return tl.min(tl.where(cost <= tl.min(cost) + tie, index, END))
 
@@ -44,7 +61,7 @@ def _seeds(distance, real, tie, head, clusters, HP: tl.constexpr):
     for step in range(clusters):
         total = tl.sum(tl.minimum(best[None, :], distance), axis=1)
         total = tl.where(taken | (real == 0), float("inf"), total)
-        seed = _lowest(total, head, tie, HP)
+        seed = lowest(total, head, tie, HP)
         chosen = head == seed
         to_seed = tl.sum(tl.where(chosen[:, None], distance, 0.0), axis=0)
         # strictly nearer by the tie margin: equal heads stay with the earlier seed
@@ -81,7 +98,7 @@ def _refine(
         change = distance * (size / (size + 1))[None, :] - leave[:, None]
         allowed = (label[:, None] != cluster[None, :]) & ((own_size > 1) & real)[:, None]
         change = tl.where(allowed & (cluster < clusters)[None, :], change, float("inf"))
-        move = _lowest(change, index, tie, HP * KP)
+        move = lowest(change, index, tie, HP * KP)
         gain = tl.min(tl.where(index == move, change, float("inf")))
         better = gain < -tie
         moved = tl.where(better, move // KP, HP)  # no head, if no move is better
@@ -94,25 +111,16 @@ def _refine(
     return label
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _kmeans(
-    features_ptr, long_ptr, first_ptr, second_ptr, batch, heads, clusters, tie_share, size,
-    first_count, second_count,
-    HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
-    FIRST: tl.constexpr, FIRST_LANES: tl.constexpr,
-    SECOND: tl.constexpr, SECOND_LANES: tl.constexpr,
+    features_ptr, long_ptr, first_ptr, second_ptr, tie_share, batch, heads, size,
+    clusters, kept, first_members, first_count, second_members, second_count,
+    HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HP)
     real = head < heads
-    gram = tl.zeros([HP, HP], dtype=tl.float32)
-    for first in range(0, size, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        part = tl.load(
-            features_ptr + row * heads * size + head[:, None] * size + n[None, :],
-            mask=real[:, None] & (n < size)[None, :], other=0.0,
-        )  # fmt: skip
-        gram = tl.dot(part, tl.trans(part), gram, input_precision="ieee")
+    gram = gram_of(features_ptr, row, head, heads, size, HP, BLOCK, PRECISION)
     norm = tl.sum(tl.where(head[:, None] == head[None, :], gram, 0.0), axis=1)
     tie = tie_share * tl.maximum(tl.max(norm), 1e-30)
     distance = tl.maximum(norm[:, None] + norm[None, :] - 2 * gram, 0.0)
@@ -124,15 +132,9 @@ def _kmeans(
     cost = tl.where(same, (norm - 2 * to_centre)[None, :], float("inf"))
     near = cost <= tl.min(cost, axis=1)[:, None] + tie
     rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
-    slot, inside, place = slots_of(rep, head, real, HP)
-    write_membership(long_ptr, rep, slot, place, row, batch, head, real, heads, clusters)
-    write_chunks(
-        first_ptr, rep, slot, inside, place, row, batch, head, real, first_count,
-        FIRST, FIRST_LANES,
-    )  # fmt: skip
-    write_chunks(
-        second_ptr, rep, slot, inside, place, row, batch, head, real, second_count,
-        SECOND, SECOND_LANES,
+    write_tables(
+        rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
+        first_members, first_count, second_members, second_count, 1, HP,
     )  # fmt: skip
 
 
@@ -158,20 +160,12 @@ def kmeans(
         raise ValueError(f"cannot make {clusters} clusters of {heads} heads")
     if heads > MAX_HEADS:
         raise ValueError(f"the kernel takes up to {MAX_HEADS} heads, not {heads}")
-    device = features.device
-    memory, membership = membership_memory(batch, heads, clusters, device)
-    (one, first), (two, second) = (
-        chunk_memory(batch, heads, clusters, each, device) for each in members
-    )
+    memory = table_memory(batch, heads, clusters, heads, clusters, members, features.device)
     padded = max(16, triton.next_power_of_2(heads))
     _kmeans[(batch,)](
-        features.contiguous(), memory, one, two, batch, heads, clusters, tie, size,
-        first.count, second.count,
-        HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=32,
-        FIRST=members[0], FIRST_LANES=triton.next_power_of_2(first.count * members[0]),
-        SECOND=members[1], SECOND_LANES=triton.next_power_of_2(second.count * members[1]),
+        features.contiguous(), memory.tables, memory.first, memory.second, tie, batch, heads,
+        size, *memory.sizes,
+        HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=BLOCK, PRECISION=PRECISION,
         num_warps=WARPS[padded],
     )  # fmt: skip
-    for chunks in (first, second):
-        adopt_chunks(membership, chunks)
-    return membership
+    return memory.membership

@@ -13,8 +13,9 @@ from chai_attention.membership import Membership
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of, members_of
-from chai_attention.ops.triton.decode import decode, padded
+from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability, processors
+from chai_attention.ops.triton.split_decode import decode
 
 logger = logging.getLogger("chai_attention")
 
@@ -132,7 +133,9 @@ def _run(
     members = members_of(heads, clusters, COLUMNS // wide)
     chunks = chunks_of(membership, members)
     columns = members * wide
-    programs = batch * max(clusters, triton.cdiv(heads, members))
+    # of chunks known on the device only, as many as clusters of equal size have
+    used = chunks.count if chunks.exact else max(clusters, triton.cdiv(heads, members))
+    programs = batch * used
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT
@@ -155,7 +158,7 @@ def _run(
         warps=4 if columns > 128 else 2,
         # the loads of small pages wait for the block table: they are not worth running ahead
         stages=1 if options.get("table") is not None and key.shape[1] <= 16 else 2,
-        early=capability(query.device) >= (9, 0),
+        early=int(capability(query.device) >= (9, 0)),
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
         **options,
     )  # fmt: skip

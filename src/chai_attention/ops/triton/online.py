@@ -1,18 +1,30 @@
-"""From a probe window to a membership on the GPU: two launches, nothing read on the host."""
+"""From a probe window to a membership on the GPU: two or three launches.
+
+In multi-head attention, and where whole K/V heads are chosen, nothing is read on the host.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton import kmeans, launch_decode, prefill, probe
+from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, prefill, probe
 from chai_attention.ops.triton.chunks import members_of
 from chai_attention.ops.triton.decode import padded
 
 
-def fits(heads: int, kv_heads: int, window: int) -> bool:
-    """Whether the kernels take the shape: multi-head attention, up to 128 heads and tokens."""
-    return heads == kv_heads and heads <= kmeans.MAX_HEADS and window <= probe.MAX_WINDOW
+def fits(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
+    """Whether the kernels take a window: up to 128 heads and tokens (64 with V), no float64."""
+    heads, window = query.shape[1:3]
+    most = probe.MAX_WINDOW if value is None else probe.MAX_VALUE_WINDOW
+    states = (query, key) if value is None else (query, key, value)
+    return (
+        heads <= kmeans.MAX_HEADS
+        and window <= most
+        and query.dtype != torch.float64
+        and all(each.stride(3) == 1 for each in states)
+    )
 
 
 def cluster_window(
@@ -24,16 +36,52 @@ def cluster_window(
 
     Args:
         query: ``[B, H, W, D]`` of the probe window.
-        key: ``[B, H, W, D]``.
+        key: ``[B, G, W, D]``.
         clusters: k.
         tie: see `clustering.kmeans`.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
     """
     maps = probe.window_maps(query, key, scale=scale, softcap=softcap)
+    members = _members(query, clusters)
+    return _of_groups(kmeans.kmeans(maps, clusters, tie=tie, members=members), key)
+
+
+def medoids_of_window(
+    query: Tensor,
+    key: Tensor,
+    clusters: int,
+    *,
+    value: Tensor | None,
+    static: Tensor | None,
+    choices: Tensor | None,
+    whole_groups: bool,
+    tie: float,
+    scale: float,
+    softcap: float | None,
+) -> Membership:
+    """Cluster the heads of every sequence by k-medoids; see `ops.online.fused_medoids`."""
+    maps = probe.window_maps(query, key, scale=scale, softcap=softcap)
+    unit = query.shape[1] // key.shape[1] if whole_groups else 1
+    found = kmedoids.kmedoids(
+        maps if value is None else probe.output_distances(maps, value), clusters,
+        from_maps=value is None, static=static, choices=choices, unit=unit, group=unit, tie=tie,
+        members=_members(query, clusters),
+    )  # fmt: skip
+    return found if whole_groups else _of_groups(found, key)
+
+
+def _members(query: Tensor, clusters: int) -> tuple[int, int]:
+    """Members of a chunk in decode and in prefill."""
     heads, wide = query.shape[1], padded(query.shape[3])
-    members = (
-        members_of(heads, clusters, launch_decode.COLUMNS // wide),
-        members_of(heads, clusters, prefill.COLUMNS // wide),
+    decode = members_of(heads, clusters, launch_decode.COLUMNS // wide)
+    return decode, members_of(heads, clusters, prefill.COLUMNS // wide)
+
+
+def _of_groups(found: Membership, key: Tensor) -> Membership:
+    """Count, with grouped queries, the K/V heads that single heads read: only the host can."""
+    if key.shape[1] == found.heads:
+        return found
+    return Membership.from_representatives(
+        found.representatives, found.clusters, kv_heads=key.shape[1]
     )
-    return kmeans.kmeans(maps, clusters, tie=tie, members=members)

@@ -1,4 +1,4 @@
-"""Attention maps of the probe window, all heads of all sequences in one launch."""
+"""The probe window on the GPU: all heads' attention maps, and what exchanging them would change."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from torch import Tensor
 from chai_attention.ops.triton.decode import _scores_base2, padded
 
 MAX_WINDOW = 128  # maps of more do not fit the registers of a program
+MAX_VALUE_WINDOW = 64  # and differences of maps its shared memory
+WARPS = {16: 4, 32: 4, 64: 4, 128: 8}  # by tokens of the window, padded
+BLOCK = 64  # columns of Q, K and V that a program multiplies at a time
+# products of float32 in three TF32 products, which loses nothing that could change a choice
+PRECISION = "tf32x3"
 
 
 @triton.jit
@@ -20,28 +25,61 @@ def _maps(
     q_ptr, k_ptr, out_ptr, scale, softcap,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Causal probabilities of one head, ``[W, W]``; zeros in the future."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, d = tl.arange(0, WP), tl.arange(0, DP)
-    mask = (i < W)[:, None] & (d < D)[None, :]
+    i = tl.arange(0, WP)
     at = i.to(tl.int64)[:, None]
-    q = tl.load(
-        q_ptr + row * stride_qb + head * stride_qh + at * stride_qs + d[None, :],
-        mask=mask, other=0.0,
-    )  # fmt: skip
-    k = tl.load(
-        k_ptr + row * stride_kb + (head // GROUP) * stride_kh + at * stride_ks + d[None, :],
-        mask=mask, other=0.0,
-    )  # fmt: skip
-    s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
-    s = _scores_base2(s, softcap, HAS_SOFTCAP)
+    q_base = q_ptr + row * stride_qb + head * stride_qh + at * stride_qs
+    k_base = k_ptr + row * stride_kb + (head // GROUP) * stride_kh + at * stride_ks
+    s = tl.zeros([WP, WP], dtype=tl.float32)
+    for first in range(0, D, BLOCK):
+        d = first + tl.arange(0, BLOCK)[None, :]
+        mask = (i < W)[:, None] & (d < D)
+        q = tl.load(q_base + d, mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(k_base + d, mask=mask, other=0.0).to(tl.float32)
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    s = _scores_base2(s * scale, softcap, HAS_SOFTCAP)
     s = tl.where(i[None, :] <= i[:, None], s, float("-inf"))
     p = tl.exp2(s - tl.max(s, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
     out = out_ptr + (row * HEADS + head) * (W * W) + i[:, None] * W + i[None, :]
     tl.store(out, p, mask=(i < W)[:, None] & (i < W)[None, :])
+
+
+@triton.jit
+def _distances(
+    map_ptr, v_ptr, out_ptr, stride_vb, stride_vh, stride_vs,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Squared change of one head's output for the maps of every head.
+
+    The change is a difference of maps times V. Its square needs only the inner products of V's
+    rows, ``[W, W]``; rows of maps have the same sum, so V may be centred, which keeps its mean
+    from drowning the difference.
+    """
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, WP)
+    base = v_ptr + row * stride_vb + (head // GROUP) * stride_vh
+    base += i.to(tl.int64)[:, None] * stride_vs
+    products = tl.zeros([WP, WP], dtype=tl.float32)
+    for first in range(0, D, BLOCK):
+        d = first + tl.arange(0, BLOCK)[None, :]
+        mask = (i < W)[:, None] & (d < D)
+        v = tl.load(base + d, mask=mask, other=0.0).to(tl.float32)
+        v = tl.where(mask, v - tl.sum(v, axis=0)[None, :] / W, 0.0)
+        products = tl.dot(v, tl.trans(v), products, input_precision=PRECISION)
+    inside = (i < W)[:, None] & (i < W)[None, :]
+    at = i[:, None] * W + i[None, :]
+    maps = map_ptr + row * HEADS * (W * W)
+    own = tl.load(maps + head * (W * W) + at, mask=inside, other=0.0)
+    out = out_ptr + (row * HEADS + head) * HEADS
+    for other in range(HEADS):
+        change = tl.load(maps + other * (W * W) + at, mask=inside, other=0.0) - own
+        square = change * tl.dot(change, products, input_precision=PRECISION)
+        tl.store(out + other, tl.maximum(tl.sum(square), 0.0))
 
 
 def window_maps(
@@ -51,7 +89,7 @@ def window_maps(
 
     Args:
         query: ``[B, H, W, D]``, any strides but the last; W up to 128.
-        key: ``[B, G, W, D]``.
+        key: ``[B, G, W, D]``, the same.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
 
@@ -59,11 +97,40 @@ def window_maps(
         ``[B, H, W * W]`` float32.
     """
     batch, heads, window, dim = query.shape
-    maps = torch.empty(batch, heads, window * window, device=query.device)
+    maps = torch.empty(batch, heads, window * window, dtype=torch.float32, device=query.device)
     wide = padded(window)
     _maps[(heads, batch)](
         query, key, maps, scale, softcap or 1.0, *query.stride()[:3], *key.stride()[:3],
-        HEADS=heads, GROUP=heads // key.shape[1], W=window, WP=wide, D=dim, DP=padded(dim),
-        HAS_SOFTCAP=softcap is not None, num_warps=4 if wide <= 64 else 8,
+        HEADS=heads, GROUP=heads // key.shape[1], W=window, WP=wide, D=dim,
+        BLOCK=min(BLOCK, padded(dim)), PRECISION=_precision(query),
+        HAS_SOFTCAP=softcap is not None, num_warps=WARPS[wide],
     )  # fmt: skip
     return maps
+
+
+def output_distances(maps: Tensor, value: Tensor) -> Tensor:
+    """`ops.probe.window_output_distances` of maps that are known.
+
+    Args:
+        maps: ``[B, H, W * W]`` of `window_maps`.
+        value: ``[B, G, W, Dv]``, any strides but the last.
+
+    Returns:
+        ``[B, H, H]`` float32.
+    """
+    batch, heads, _ = maps.shape
+    groups, window, dim = value.shape[1:]
+    out = torch.empty(batch, heads, heads, dtype=torch.float32, device=maps.device)
+    wide = padded(window)
+    _distances[(heads, batch)](
+        maps, value, out, *value.stride()[:3],
+        HEADS=heads, GROUP=heads // groups, W=window, WP=wide, D=dim,
+        BLOCK=min(BLOCK, padded(dim)), PRECISION=PRECISION,
+        num_warps=WARPS[wide],
+    )  # fmt: skip
+    return out
+
+
+def _precision(states: Tensor) -> str:
+    """How Q and K are multiplied: numbers of 16 bits are exact in TF32."""
+    return PRECISION if states.dtype == torch.float32 else "tf32"

@@ -9,95 +9,195 @@ from __future__ import annotations
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
 from triton import jit
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.chunks import Chunks, adopt_chunks
 
 
 @jit
-def write_membership(long_ptr, rep, slot, place, row, batch, head, real, heads, clusters):
-    """Write the tables of `Membership`, one after the other as `membership_memory` has them."""
-    all_heads = batch * heads
-    at = row * heads
-    tl.store(long_ptr + at + head, rep.to(tl.int64), mask=real)
-    tl.store(long_ptr + all_heads + at + head, slot.to(tl.int64), mask=real)
-    tl.store(long_ptr + 2 * all_heads + at + head, place.to(tl.int64), mask=real)
-    tl.store(long_ptr + 3 * all_heads + at + place, head.to(tl.int64), mask=real)
-    slot_heads = long_ptr + 4 * all_heads + row * clusters
-    tl.store(slot_heads + slot, head.to(tl.int64), mask=real & (rep == head))
-    # cluster c begins behind the heads of all slots before it; the last entry is all heads
-    offsets = long_ptr + 4 * all_heads + batch * clusters + row * (clusters + 1)
-    behind = tl.sum((slot[None, :] < head[:, None]).to(tl.int32), axis=1)
-    tl.store(offsets + head, behind.to(tl.int64), mask=head < clusters)
-    tl.store(offsets + clusters, tl.sum(real.to(tl.int64), axis=0))
-
-
-@jit
-def slots_of(rep, head, real, HP: tl.constexpr):
-    """Of every head: its slot, its place within the cluster, and its place in `order`."""
-    chosen = ((rep == head) & real).to(tl.int32)
-    slot = tl.sum(tl.where(head[None, :] < rep[:, None], chosen[None, :], 0), axis=1)
-    slot = tl.where(real, slot, HP)
-    same = (slot[None, :] == slot[:, None]) & (head[None, :] < head[:, None])
-    inside = tl.sum(same.to(tl.int32), axis=1)
-    before = tl.sum((slot[None, :] < slot[:, None]).to(tl.int32), axis=1)
-    return slot, inside, before + inside
-
-
-@jit
-def write_chunks(
-    int_ptr, rep, slot, inside, place, row, batch, head, real, count,
-    M: tl.constexpr, LANES: tl.constexpr,
+def write_tables(
+    rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
+    first_members, first_count, second_members, second_count,
+    GROUP: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
-    """Write the tables of `Chunks` for M members, as `chunk_memory` has them."""
-    line, lane = batch * count, batch * count * M
-    at = tl.arange(0, LANES)
-    for table in tl.static_range(3):
-        tl.store(int_ptr + table * line + row * count + at, -1, mask=at < count)
-    for table in tl.static_range(2):
-        lanes = int_ptr + 3 * line + table * lane + row * count * M
-        tl.store(lanes + at, -1, mask=at < count * M)
+    """Write everything of `Memory` for the sequence ``row``."""
+    real = head < heads
+    before_head = head[None, :] < head[:, None]
+    chosen = (rep == head) & real
+    # of every head: its cluster, the K that the cluster reads, its place within the cluster
+    slot = tl.sum(((head[None, :] < rep[:, None]) & chosen[None, :]).to(tl.int32), axis=1)
+    slot = tl.where(real, slot, HP)
+    lower = slot[None, :] < slot[:, None]
+    same = (slot[None, :] == slot[:, None]) & real[None, :]
+    size = tl.maximum(tl.sum(same.to(tl.int32), axis=1), 1)
+    inside = tl.sum((same & before_head).to(tl.int32), axis=1)
+    place = tl.sum(lower.to(tl.int32), axis=1) + inside
+    if GROUP == 1:
+        needed = chosen
+        key, value = slot, place
+    else:  # K/V heads that a representative reads
+        reads = (head[None, :] // GROUP == head[:, None]) & chosen[None, :]
+        needed = tl.sum(reads.to(tl.int32), axis=1) > 0
+        earlier = head[None, :] < (rep // GROUP)[:, None]
+        key = tl.sum((earlier & needed[None, :]).to(tl.int32), axis=1)
+        value = head // GROUP
+    groups = heads // GROUP
+    is_group = head < groups
+    kept_before = tl.sum((before_head & needed[None, :]).to(tl.int32), axis=1)
+    removed_before = head - kept_before
+    key_place = tl.where(needed, kept_before, kept + removed_before)
+
+    # one table after the other, as `Memory` has them
+    at = long_ptr
+    line = row * heads
+    tl.store(at + line + head, rep.to(tl.int64), mask=real)
+    at += batch * heads
+    tl.store(at + line + head, slot.to(tl.int64), mask=real)
+    at += batch * heads
+    tl.store(at + line + head, value.to(tl.int64), mask=real)
+    at += batch * heads
+    tl.store(at + line + place, head.to(tl.int64), mask=real)
+    at += batch * heads
+    tl.store(at + row * clusters + slot, head.to(tl.int64), mask=chosen)
+    at += batch * clusters
+    tl.store(at + row * clusters + slot, key.to(tl.int64), mask=chosen)
+    at += batch * clusters
+    # cluster c begins behind the heads of all slots before it; the last entry is all heads
+    behind = tl.sum((slot[None, :] < head[:, None]).to(tl.int32), axis=1)
+    tl.store(at + row * (clusters + 1) + head, behind.to(tl.int64), mask=head < clusters)
+    tl.store(at + row * (clusters + 1) + clusters, heads.to(tl.int64))
+    at += batch * (clusters + 1)
+    tl.store(at + row * groups + head, key_place.to(tl.int64), mask=is_group)
+    at += batch * groups
+    tl.store(at + row * kept + kept_before, head.to(tl.int64), mask=is_group & needed)
+    at += batch * kept
+    tl.store(
+        at + row * (groups - kept) + removed_before, head.to(tl.int64),
+        mask=is_group & (needed == 0),
+    )  # fmt: skip
+    _write_chunks(
+        first_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real,
+        first_members, first_count, HP,
+    )  # fmt: skip
+    if second_count > 0:
+        _write_chunks(
+            second_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real,
+            second_members, second_count, HP,
+        )  # fmt: skip
+
+
+@jit
+def _write_chunks(
+    int_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real, members, count,
+    HP: tl.constexpr,
+):  # fmt: skip
+    """Write the tables of `Chunks`: first all -1, then what is used, as `chunks_of` deals."""
+    line, lane = batch * count, batch * count * members
+    for first in range(0, count, HP):
+        at = first + head
+        for table in tl.static_range(3):
+            tl.store(int_ptr + table * line + row * count + at, -1, mask=at < count)
+    lanes = int_ptr + 3 * line + row * count * members
+    for first in range(0, count * members, HP):
+        at = first + head
+        for table in tl.static_range(2):
+            tl.store(lanes + table * lane + at, -1, mask=at < count * members)
     tl.debug_barrier()  # other threads of the program write over it
+    # chunks of a cluster are of equal size but for one
+    needed = (size + members - 1) // members
+    part = inside * needed // size
+    inside -= (part * size + needed - 1) // needed
     # a head that stands first in its chunk counts that chunk
-    opens = (inside % M == 0) & real
-    chunk = tl.sum(((slot[None, :] < slot[:, None]) & opens[None, :]).to(tl.int32), axis=1)
-    chunk += inside // M
+    opens = (inside == 0) & real
+    chunk = tl.sum((lower & opens[None, :]).to(tl.int32), axis=1) + part
     at = row * count + chunk
     tl.store(int_ptr + at, slot, mask=opens)
     tl.store(int_ptr + line + at, rep, mask=opens)
-    tl.store(int_ptr + 2 * line + at, slot, mask=opens)
-    at = at * M + inside % M
+    tl.store(int_ptr + 2 * line + at, key, mask=opens)
+    at = at * members + inside
     tl.store(int_ptr + 3 * line + at, head, mask=real)
-    tl.store(int_ptr + 3 * line + lane + at, place, mask=real)
+    tl.store(int_ptr + 3 * line + lane + at, value, mask=real)
 
 
-def membership_memory(
-    batch: int, heads: int, clusters: int, device: torch.device
-) -> tuple[Tensor, Membership]:
-    """Memory for `write_membership`, and the multi-head membership that reads it."""
-    sizes = [batch * heads] * 4 + [batch * clusters, batch * (clusters + 1)]
-    memory = torch.empty(sum(sizes), dtype=torch.long, device=device)
-    tables = [part.view(batch, -1) for part in memory.split(sizes)]
-    names = ("slot", "value_slot", "order", "slot_heads", "offsets")
+@dataclass(frozen=True)
+class Memory:
+    """What `write_tables` writes, and the membership that reads it.
+
+    Attributes:
+        tables: int64, the tables of the membership.
+        first: int32, its chunks of one size.
+        second: int32, its chunks of another size; the first again where both are equal.
+        membership: not to be read before the kernel is launched.
+        sizes: the integers of `write_tables` from ``clusters`` on, in its order.
+    """
+
+    tables: Tensor
+    first: Tensor
+    second: Tensor
+    membership: Membership
+    sizes: tuple[int, ...]
+
+
+def table_memory(
+    batch: int,
+    heads: int,
+    clusters: int,
+    kv_heads: int,
+    kept: int,
+    members: tuple[int, int],
+    device: torch.device,
+) -> Memory:
+    """Memory for the tables of ``batch`` memberships.
+
+    Args:
+        batch: B.
+        heads: H.
+        clusters: k.
+        kv_heads: G.
+        kept: K/V heads that the representatives of every sequence read.
+        members: two sizes of chunks.
+        device: where.
+    """
+    widths = (
+        heads, heads, heads, heads, clusters, clusters, clusters + 1, kv_heads, kept,
+        kv_heads - kept,
+    )  # fmt: skip
+    names = (
+        "slot", "value_slot", "order", "slot_heads", "key_slot", "offsets", "key_place",
+        "key_heads", "removed_key_heads",
+    )  # fmt: skip
+    memory = torch.empty(batch * sum(widths), dtype=torch.long, device=device)
+    parts = memory.split([batch * width for width in widths])
+    tables = [part.view(batch, width) for part, width in zip(parts, widths, strict=True)]
     made = dict(zip(names, tables[1:], strict=True))
-    return memory, Membership.from_tables(tables[0], clusters, **made)
+    membership = Membership.from_tables(tables[0], clusters, kv_heads, kept, **made)
+    chunks, sizes = {}, [clusters, kept]
+    for each in members:
+        count = clusters + (heads - clusters) // each
+        sizes += [each, 0 if each in chunks else count]
+        if each not in chunks:
+            chunks[each] = _chunk_memory(batch, count, each, membership)
+    first, second = (chunks[each] for each in members)
+    return Memory(memory, first, second, membership, tuple(sizes))
 
 
-def chunk_memory(
-    batch: int, heads: int, clusters: int, members: int, device: torch.device
-) -> tuple[Tensor, Chunks]:
-    """Memory for `write_chunks`, and the chunks that read it."""
-    count = clusters + (heads - clusters) // members
+def _chunk_memory(batch: int, count: int, members: int, membership: Membership) -> Tensor:
+    """Memory for `_write_chunks`, which `chunks_of` will find."""
     line, lane = batch * count, batch * count * members
-    sizes = [line, line, line, lane, lane]
-    memory = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    slot, query, key, head, value = memory.split(sizes)
+    memory = torch.empty(
+        3 * line + 2 * lane, dtype=torch.int32, device=membership.representatives.device
+    )
+    slot, query, key, head, value = memory.split([line, line, line, lane, lane])
     shape = (batch, count)
-    return memory, Chunks(
+    chunks = Chunks(
         slot.view(shape), query.view(shape), key.view(shape),
         head.view(*shape, members), value.view(*shape, members),
     )  # fmt: skip
+    adopt_chunks(membership, chunks)
+    return memory

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton.checks import by_line
 
 ELEMENTS = 4096  # numbers a program copies
 
@@ -22,14 +23,16 @@ def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
     return tl.load(ptr + at[:, None] + d[None, :], mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "size", "kept", "groups", "removed", "ring_size"])
+@triton.jit(
+    do_not_specialize=["tokens", "size", "kept", "groups", "removed", "ring_size", "ring_shift"]
+)
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr,
     k_head_ptr, v_head_ptr, removed_ptr, start_ptr, slot_ptr, line_ptr, near_row_ptr, sink_ptr,
-    tokens, size, kept, groups, removed, ring_size,
+    tokens, size, kept, groups, removed, ring_size, ring_shift,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_keyb, stride_keyh, stride_keys, stride_valueb, stride_valueh, stride_values,
-    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_t,
+    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
     HAS_NEAR: tl.constexpr,
@@ -85,13 +88,13 @@ def _write(
             in_ring = there & (near_row >= 0)
             there = there & (near_row != -1)
             near_row = tl.where(last, -2 - near_row, near_row)
-        at = near_row * stride_rb + (position % ring_size).to(tl.int64) * stride_rs
+        at = near_row * stride_rb + ((position + ring_shift) % ring_size).to(tl.int64) * stride_rs
         tl.store(
             ring_ptr + place * stride_rh + at[:, None] + d[None, :], new,
             mask=in_ring[:, None] & mask,
         )  # fmt: skip
         for j in tl.static_range(SINKS):
-            sink = tl.load(sink_ptr + near_row * SINKS + j, mask=there, other=-1)
+            sink = tl.load(sink_ptr + near_row * stride_sinks + j, mask=there, other=-1)
             here = there & (position == sink)
             tl.store(
                 first_ptr + place * stride_fh + j * stride_fs
@@ -169,16 +172,17 @@ def _launch(
     removed = groups - kept if near is not None else 0
     wide = triton.next_power_of_2(max(dim, value_dim))
     block = min(max(1, ELEMENTS // wide), triton.next_power_of_2(tokens))
-    near_strides = [0] * 6
+    near_strides, sink_positions = [0] * 7, None
     if near is not None:
-        near_strides = [*near.ring.stride()[:3], *near.sinks.stride()[:3]]
+        sink_positions = by_line(near.sink_positions)
+        near_strides = [*near.ring.stride()[:3], *near.sinks.stride()[:3], sink_positions.stride(0)]
     _write[(triton.cdiv(tokens, block), kept + groups + removed, batch)](
         key, value, keys, values,
         None if near is None else near.ring, None if near is None else near.sinks,
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
-        start, slots, lines, near_rows, None if near is None else near.sink_positions,
-        tokens, size, kept, groups, removed, 1 if near is None else near.ring.shape[2],
+        by_line(start), by_line(slots), by_line(lines), by_line(near_rows), sink_positions,
+        tokens, size, kept, groups, removed, *((1, 0) if near is None else (near.size, near.shift)),
         *(stride for group in strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,

@@ -1,0 +1,44 @@
+"""``chai serve``: an OpenAI-compatible server with clustered heads, by vLLM."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="What `vllm serve` takes: a folder or a name.")
+    ],
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A profile, or a published schedule; default: the one in MODEL."),
+    ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Only print K,V capacity and expected gain; load nothing."),
+    ] = False,
+    gpu_memory: Annotated[
+        float, typer.Option(help="With --estimate: memory of a GPU in GB.", min=1)
+    ] = 80.0,
+) -> None:
+    """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
+    chosen = profile or model
+    if estimate:
+        from chai_attention.cli.loading import load_config
+        from chai_attention.cli.serving_table import serving_table
+        from chai_attention.integrations.vllm.weigh import estimate_config
+
+        config = load_config(model)
+        found = estimate_config(config, chosen, context.args, int(gpu_memory * 1e9))
+        typer.echo(serving_table(found))
+        return
+    from chai_attention.integrations.vllm.serving import vllm_command
+
+    command = vllm_command(model, chosen, context.args)
+    os.execv(command[0], command)

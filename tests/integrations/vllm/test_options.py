@@ -1,0 +1,104 @@
+"""What vLLM may not be asked for together with clustered heads; no vLLM needed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.integrations.vllm.options import mark, profile_of, refuse, refuse_layer
+from chai_attention.profile import EXPORTED, ClusterProfile
+
+PLAIN = ClusterProfile((2, 3), window=8)
+WINDOW = ClusterProfile((2, 3), window=8, recent=4)
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """A stand-in for ``VllmConfig`` with what is looked at."""
+    made = SimpleNamespace(
+        additional_config={},
+        model_config=SimpleNamespace(model="nowhere", dtype="torch.bfloat16"),
+        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=True),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+    for name, value in changes.items():
+        part, _, entry = name.rpartition("__")
+        setattr(getattr(made, part) if part else made, entry, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "profile", "line"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, PLAIN, "--kv-cache-dtype auto"),
+        ({"cache_config__cache_dtype": "float16"}, PLAIN, "cache of float16"),
+        ({"parallel_config__decode_context_parallel_size": 2}, PLAIN, "context parallelism"),
+        ({"kv_transfer_config": object()}, PLAIN, "--kv-transfer-config"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, PLAIN, "drafts of a model"),
+        ({"parallel_config__enable_dbo": True}, PLAIN, "microbatches"),
+        ({}, WINDOW, "--no-enable-prefix-caching"),
+    ],
+)
+def test_refused(changes: dict[str, Any], profile: ClusterProfile, line: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=line) as raised:
+        refuse(config(**changes), profile)
+    assert "\n" not in str(raised.value)
+
+
+def test_accepted() -> None:
+    refuse(config(), PLAIN)
+    refuse(config(cache_config__enable_prefix_caching=False), WINDOW)
+    refuse(config(cache_config__cache_dtype="bfloat16"), PLAIN)
+    refuse(config(speculative_config=SimpleNamespace(method="ngram")), PLAIN)
+
+
+def test_refit_has_to_be_exported() -> None:
+    refit = ClusterProfile((2, 3), refit={"kind": "bias", "file": "x", "sha256": "y"})
+    with pytest.raises(ProfileError, match="chai export"):
+        refuse(config(), refit)
+
+
+def test_where_the_profile_comes_from(tmp_path) -> None:
+    file = tmp_path / "some.json"
+    PLAIN.save(file)
+    named = config(additional_config={"chai": {"profile": str(file)}})
+    assert profile_of(named) == PLAIN
+    mark(named, PLAIN)  # every process of vLLM may do so
+    mark(named, PLAIN)
+    assert profile_of(named) == PLAIN
+    assert named.additional_config["chai"]["profile"] == str(file)
+    published = config(additional_config={"chai": {"profile": "llama-7b"}})
+    assert profile_of(published).clusters[-1] == 4
+    with pytest.raises(ProfileError, match="need a profile"):
+        profile_of(config())
+    with pytest.raises(ProfileError, match="nothing but a profile"):
+        profile_of(config(additional_config={"chai": {"window": 3}}))
+    WINDOW.save(tmp_path / EXPORTED)
+    exported = config(model_config__model=str(tmp_path))
+    assert profile_of(exported) == WINDOW
+    before = exported.additional_config
+    mark(exported, WINDOW)
+    assert before != exported.additional_config
+    assert profile_of(exported) == WINDOW
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ({"alibi": True}, "ALiBi"),
+        ({"sliding_window": True}, "a sliding window"),
+        ({"decoder": False}, "not a decoder's"),
+        ({"shared": True}, "shared with another layer"),
+        ({"extras": {"sinks": object()}}, "sinks"),
+    ],
+)
+def test_layers_that_are_not_plain(what: dict[str, Any], text: str) -> None:
+    plain = {"alibi": False, "sliding_window": False, "decoder": True, "shared": False}
+    plain["extras"] = {"sinks": None}
+    refuse_layer("a layer", **plain)
+    with pytest.raises(UnsupportedModelError, match=text):
+        refuse_layer("a layer", **{**plain, **what})

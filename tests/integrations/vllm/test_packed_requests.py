@@ -1,0 +1,140 @@
+"""Chunks of requests over pages and rings, against the definition; no vLLM needed."""
+
+import pytest
+import torch
+
+from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.vllm.layers import ServedLayer
+from chai_attention.integrations.vllm.memberships import PageMemberships
+from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.integrations.vllm.per_request import Request, from_pages
+from chai_attention.integrations.vllm.step import Row, leading_decodes, rows_of
+from chai_attention.integrations.vllm.window import RecentPool, RequestSlots
+from chai_attention.membership import Membership
+from chai_attention.ops import reference, windowed
+from chai_attention.ops.cache_write import write_paged
+
+DIM, PAGE = 16, 16
+
+
+def served(rep: tuple[int, ...], groups: int, recent: int, sinks: int, offsets) -> ServedLayer:
+    kept = Membership.from_representatives(torch.tensor(rep), kv_heads=groups).kept_keys
+    table = tuple(map(tuple, offsets.tolist()))
+    plan = LayerPlan(
+        0, len(rep), groups, len(set(rep)), 8, "scores", rep,
+        recent=recent, sinks=sinks, offsets=table,
+    )  # fmt: skip
+    return ServedLayer(plan, kept, rep)
+
+
+@pytest.mark.parametrize(
+    ("rep", "groups"),
+    [((0, 0, 2, 2, 0, 5), 6), ((0, 1, 0, 1, 4, 4), 3), ((0, 0, 0, 0), 4), ((0, 1, 0, 1), 2)],
+)
+@pytest.mark.parametrize("recent", [1, 5, 33])
+@pytest.mark.parametrize("chunks", [[40], [3, 1, 20, 1, 1, 14], [1] * 12, [2, 38]])
+def test_window_does_not_depend_on_chunks(
+    rep: tuple[int, ...], groups: int, recent: int, chunks: list[int]
+) -> None:
+    sinks, drafts, slot, heads = 3, 2, 1, len(rep)
+    offsets = torch.randn(heads, heads)
+    layer = served(rep, groups, recent, sinks, offsets)
+    layout, member = layer.layout(DIM, DIM), layer.membership()
+    pool = RecentPool(layer, 3, DIM, drafts, torch.float32, torch.device("cpu"))
+    cache = torch.full((8, 1, PAGE, layout.numbers_per_token), torch.nan)
+    pages = layout.split(cache)
+    length = sum(chunks)
+    query, key, value = (torch.randn(length, n, DIM) for n in (heads, groups, groups))
+    table = torch.tensor([5, 2, 7, 1])
+    past, outputs = 0, []
+    for count in chunks:
+        new = slice(past, past + count)
+        position = torch.arange(past, past + count)
+        last = pool.last(slot, past, min(past, recent - 1))
+        old = position < past + count - pool.size
+        write_paged(
+            key[new], value[new], *pages, table[position // PAGE] * PAGE + position % PAGE, member,
+            near=pool.near, positions=position,
+            near_rows=torch.where(old, -2 - slot, slot).int(),
+        )  # fmt: skip
+        q, k, v = (x[new].transpose(0, 1)[None] for x in (query, key, value))
+        keys, values = (from_pages(x, table, past + count) for x in pages)
+        request = Request(q, k, v, keys, values, member, 0.3, None)
+        first = pool.first(slot, min(sinks, past + count))
+        offset = windowed.head_offsets(offsets, member)
+        outputs.append(request.attend_near(recent, sinks, offset, first, last))
+        past += count
+    q, k, v = (x.double().transpose(0, 1)[None] for x in (query, key, value))
+    wanted = reference.recent_attention(
+        q, k, v, member, recent=recent, sinks=sinks, scale=0.3, offsets=offsets.double()
+    )
+    torch.testing.assert_close(torch.cat(outputs).double(), wanted[0], atol=2e-5, rtol=2e-5)
+
+
+def test_full_attention_of_the_first_tokens() -> None:
+    member = Membership.from_representatives(torch.tensor([[0, 0, 2]]))
+    q, k, v = torch.randn(3, 1, 3, 9, DIM)
+    keys, values = k[:, member.key_heads[0]], v[:, member.value_heads[0]]
+    request = Request(q, k, v, keys, values, member, 0.3, 20.0)
+    own = Membership.identity(3)
+    wanted = reference.attention(q, k, v, own, scale=0.3, softcap=20.0)[0][0]
+    torch.testing.assert_close(request.attend_fully(4), wanted[:4])
+    shared = reference.attention(
+        q[:, member.slot_heads[0]], keys, values, member, scale=0.3, softcap=20.0
+    )[0][0]
+    torch.testing.assert_close(request.attend(), shared)
+
+
+def test_pages_are_one_run_of_memory() -> None:
+    layout = PageLayout(kept=2, kv_heads=3, head_dim=4, value_dim=5)
+    cache = torch.arange(2.0 * PAGE * layout.numbers_per_token).view(2, 1, PAGE, -1)
+    keys, values = layout.split(cache)
+    assert keys.shape == (2, PAGE, 2, 4)
+    assert values.shape == (2, PAGE, 3, 5)
+    for page in range(2):
+        run = torch.cat([keys[page].flatten(), values[page].flatten()])
+        assert torch.equal(run, cache[page].flatten())
+    values[1, 3, 2] = -1  # views, not copies
+    assert bool((cache[1] == -1).any())
+    assert layout.page_bytes(PAGE, 2) == cache[0].numel() * 2
+
+
+def test_memberships_by_page_stay_up_to_date() -> None:
+    offsets = torch.randn(4, 4)
+    fallback = (0, 1, 0, 1)
+    layer = served(fallback, 4, 2, 0, offsets)
+    pages = PageMemberships(layer, 6, torch.device("cpu"))
+    everything = pages._all
+    before = everything.value_heads, everything.slot, everything.key_place  # made and remembered
+    assert pages.of(torch.tensor([3], dtype=torch.int32))[0].host_rows == (fallback,)
+    new = Membership.from_representatives(torch.tensor([[0, 0, 2, 2], [0, 0, 0, 3]]), 2)
+    pages.publish(torch.tensor([4, 1], dtype=torch.int32), new)
+    rows = torch.tensor([1, 4, 0], dtype=torch.int32)
+    found, lines = pages.of(rows)
+    assert lines is None
+    assert found.host_rows == ((0, 0, 0, 3), (0, 0, 2, 2), fallback)
+    wanted = windowed.head_offsets(offsets, found)
+    torch.testing.assert_close(pages.offsets(rows), wanted)
+    # tables that were made of all pages' memberships have the new rows, in place
+    fresh = Membership.from_representatives(everything.representatives.clone(), 2)
+    for table, name in zip(before, ("value_heads", "slot", "key_place"), strict=True):
+        assert getattr(everything, name) is table
+        assert torch.equal(table, getattr(fresh, name))
+
+
+def test_rows_of_a_step() -> None:
+    rows = rows_of([0, 1, 2, 9, 9], [5, 1, 10, 0])
+    assert rows == [Row(0, 0, 1, 4), Row(1, 1, 2, 0), Row(2, 2, 9, 3), Row(3, 9, 9, 0)]
+    assert [row.length for row in rows] == [5, 1, 10, 0]
+    assert leading_decodes(rows) == 2
+    assert leading_decodes(rows[:2]) == 2
+
+
+def test_slots_go_to_the_longest_unused() -> None:
+    slots = RequestSlots(2)
+    assert slots.rows([7, 9], [True, True]) == [0, 1]
+    assert slots.rows([9], [False]) == [1]
+    assert slots.rows([3], [True]) == [0]  # 7 was used longest ago
+    with pytest.raises(RuntimeError, match="first page 7 was lost"):
+        slots.rows([7], [False])
+    assert slots.rows([9, 3], [True, False]) == [1, 0]  # a new request in an old page

@@ -1,0 +1,70 @@
+"""Versions of vLLM and the command that starts it; no vLLM needed."""
+
+import json
+
+import pytest
+
+from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.integrations.vllm import serving
+from chai_attention.integrations.vllm.plugin import version_problem
+from chai_attention.integrations.vllm.serving import vllm_command
+from chai_attention.profile import ClusterProfile
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "installed_version", lambda: "0.32.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.28.1", "too old"),
+        ("0.29.0", None),
+        ("0.32.0+cpu", None),
+        ("0.33.1", None),
+        ("0.34.0", "newer than"),
+        ("1.0.0", "newer than"),
+        (None, "not installed"),
+        ("dev", "too old"),
+    ],
+)
+def test_versions(version: str | None, reason: str | None) -> None:
+    problem = version_problem(version)
+    assert problem is None if reason is None else reason in str(problem)
+
+
+def test_command_adds_what_clusters_need() -> None:
+    command = vllm_command("model", "llama-7b", ["--port", "1", '--additional-config={"x": 1}'])
+    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "model"]
+    given = json.loads(command[command.index("--additional-config") + 1])
+    assert given == {"x": 1, "chai": {"profile": "llama-7b"}}
+    assert command[command.index("--attention-backend") + 1] == "CUSTOM"
+    assert command[-2:] == ["--port", "1"]
+    assert "--no-enable-prefix-caching" not in command
+
+
+def test_recent_window_turns_prefix_caching_off(tmp_path) -> None:
+    file = tmp_path / "profile.json"
+    ClusterProfile((2,), window=8, recent=4).save(file)
+    assert "--no-enable-prefix-caching" in vllm_command("model", str(file), [])
+    # what was asked for is not overruled: vLLM then stops, and says why
+    asked = vllm_command("model", str(file), ["--enable-prefix-caching"])
+    assert "--no-enable-prefix-caching" not in asked
+
+
+def test_bad_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProfileError, match="no profile 'nothing'"):
+        vllm_command("model", "nothing", [])
+    for value, reason in (
+        ("[1]", "JSON object"),
+        ("{", "not JSON"),
+        ('{"chai": {}}', "leave 'chai'"),
+    ):
+        with pytest.raises(ProfileError, match=reason):
+            vllm_command("model", "llama-7b", ["--additional-config", value])
+    with pytest.raises(ProfileError, match="needs a value"):
+        vllm_command("model", "llama-7b", ["--additional-config"])
+    monkeypatch.setattr(serving, "installed_version", lambda: None)
+    with pytest.raises(UnsupportedModelError, match="not installed"):
+        vllm_command("model", "llama-7b", [])
