@@ -1,0 +1,1 @@
+"""Methods that a quality table puts side by side: one file each."""
