@@ -20,9 +20,13 @@ if "--interpret" in sys.argv:  # the same without a GPU, to check this script
 
 import torch
 
+from chai_attention.clustering.assign import assign_by_cost
 from chai_attention.clustering.kmeans import TIE, kmeans
+from chai_attention.clustering.kmedoids import choices
+from chai_attention.integrations.transformers.plan import relative
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write, window_gram
+from chai_attention.ops.probe import window_output_distances
 from chai_attention.ops.triton import online, write
 from helpers import random_membership
 from kernel_calls import DEVICE, Config
@@ -103,11 +107,29 @@ def online_membership(heads: int, clusters: int) -> None:
     assert torch.equal(got.order.cpu(), want.order)
 
 
+def online_medoids(heads: int, clusters: int) -> None:
+    """Probe, distances of outputs, k-medoids on the blend and tables."""
+    query, key, value = (2 * torch.randn(2, heads, 8, 32, device=DEVICE) for _ in "qkv")
+    static = torch.rand(heads, heads, device=DEVICE)
+    table = choices(heads, clusters)
+    got = online.medoids_of_window(
+        query, key, clusters, value=value, static=static, choices=table,
+        whole_groups=False, tie=TIE, scale=0.3, softcap=None,
+    )  # fmt: skip
+    distances = window_output_distances(query.cpu(), key.cpu(), value.cpu(), scale=0.3)
+    costs = relative(distances) + static.cpu()
+    want = Membership.from_representatives(assign_by_cost(costs, clusters, heads))
+    assert torch.equal(got.representatives.cpu(), want.representatives)
+    assert torch.equal(got.order.cpu(), want.order)
+
+
 OTHERS: list[tuple[str, Callable[[], None]]] = [
     ("cache write", writes_dense),
     ("cache write, paged", writes_paged),
     ("online membership, 9 heads", lambda: online_membership(9, 4)),
     ("online membership, 32 heads", lambda: online_membership(32, 5)),
+    ("online membership, blend, 9 heads", lambda: online_medoids(9, 4)),
+    ("online membership, blend, 32 heads", lambda: online_medoids(32, 5)),
 ]
 
 

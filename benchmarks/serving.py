@@ -3,7 +3,8 @@
 Random weights, bfloat16, CUDA graphs, prefix caching off. Every engine runs in a process of its
 own. ``check`` comes first: a small random model in which whole groups of heads have the same W_Q
 and W_K, so that clustering them changes nothing, must give the stock engine's tokens. ``time``
-then measures K,V capacity, time to first token (all rows of the batch) and time per output token.
+then measures K,V capacity, time to first token (all rows of the batch), time per output token, and
+the throughput of many requests at once: lengths like those of chats, and long prompts.
 
     python benchmarks/serving.py check --work /tmp/serving
     python benchmarks/serving.py time --work /tmp/serving --out serving.json
@@ -24,7 +25,9 @@ from typing import Any
 
 CASES = [(1, 2048), (1, 8192), (16, 2048), (16, 8192)]
 NEW_TOKENS = 65  # the first one and 64 steps
-REPEATS = 3
+REPEATS = 2
+# requests that come at once: "chats" have log-normal lengths, of ShareGPT's order
+LOADS = {"chats": 384, "long prompts": 40}
 SEVEN_B = 32  # layers, and heads of each
 STOCK = "stock"
 # name: clusters per layer, membership, exact recent window
@@ -102,8 +105,7 @@ def engine(job: dict[str, Any]) -> Any:
     return LLM(
         job["model"],
         skip_tokenizer_init=True,
-        gpu_memory_utilization=0.9,
-        **{"dtype": "bfloat16", **options},
+        **{"dtype": "bfloat16", "gpu_memory_utilization": 0.9, **options},
     )
 
 
@@ -162,7 +164,41 @@ def run_time(job: dict[str, Any]) -> dict[str, Any]:
             "ttft_ms": round(first * 1e3, 2),
             "tpot_ms": round((all_ - first) / (NEW_TOKENS - 1) * 1e3, 3),
         }
-    return {"cases": results, **capacity(llm)}
+    return {"cases": results, "throughput": throughput(llm), **capacity(llm)}
+
+
+def loads(name: str) -> list[tuple[int, int]]:
+    """Tokens of each request's prompt and output, the same in every run."""
+    chosen = random.Random(7)
+    count = LOADS[name]
+    if name == "chats":
+        drawn = [
+            (chosen.lognormvariate(4.7, 1.1), chosen.lognormvariate(5.0, 0.7)) for _ in range(count)
+        ]
+        return [(max(4, min(2048, int(a))), max(4, min(1024, int(b)))) for a, b in drawn]
+    return [(chosen.randint(4096, 7600), chosen.randint(256, 512)) for _ in range(count)]
+
+
+def throughput(llm: Any) -> dict[str, dict[str, float]]:
+    """Tokens per second with more requests waiting than run."""
+    found = {}
+    for name in LOADS:
+        sizes = loads(name)
+        random.seed(3)
+        prompts = [
+            {"prompt_token_ids": [random.randrange(3, 32000) for _ in range(length)]}
+            for length, _ in sizes
+        ]
+        start = time.perf_counter()
+        llm.generate(prompts, [params(count) for _, count in sizes], use_tqdm=False)
+        spent = time.perf_counter() - start
+        read, written = (sum(each) for each in zip(*sizes, strict=True))
+        found[name] = {
+            "seconds": round(spent, 2),
+            "output_tokens_s": round(written / spent, 1),
+            "all_tokens_s": round((read + written) / spent, 1),
+        }
+    return found
 
 
 def in_process(mode: str, job: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -212,7 +248,7 @@ def check(work: Path, only: list[str] | None, variants: list[str]) -> bool:
     model = work / "small"
     if not (model / "model.safetensors").exists():
         write_model(model, small=True)
-    common = {"max_model_len": 2048, "max_num_seqs": 16}
+    common = {"max_model_len": 2048, "max_num_seqs": 16, "gpu_memory_utilization": 0.3}
     decode_graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
     plain = {"enable_prefix_caching": False, **common}
     every: dict[str, dict[str, Any]] = {
@@ -269,16 +305,17 @@ def compare(wanted: list[dict[str, Any]], found: list[dict[str, Any]]) -> tuple[
     return len(differences) / total, statistics.mean(differences or [9.9])
 
 
-def measure(work: Path, only: list[str] | None, out: Path | None) -> None:
+def measure(work: Path, only: list[str] | None, out: Path | None, page: int) -> None:
     """Time the stock engine and all kinds; print a table and write JSON."""
     model = work / "seven"
     write_model(model, small=False)
     options = {
         "load_format": "dummy",
         "max_model_len": 8192 + 128,
-        "max_num_seqs": 16,
+        "max_num_seqs": 256,
         "max_num_batched_tokens": 16384,
         "enable_prefix_caching": False,
+        "block_size": page,
     }
     groups = [head % 8 for head in range(SEVEN_B)]
     rows: dict[str, Any] = {}
@@ -307,6 +344,12 @@ def measure(work: Path, only: list[str] | None, out: Path | None) -> None:
             ]
             gain = rows[job["name"]]["tokens"] / stock["tokens"]
             print(f"{'':18} {gain:>8.3f}x         {'  '.join(ratios)}", flush=True)
+        for load, found in rows[job["name"]]["throughput"].items():
+            ratio = ""
+            if stock:
+                gain = found["output_tokens_s"] / stock["throughput"][load]["output_tokens_s"]
+                ratio = f", {gain:.3f}x"
+            print(f"{'':18} {load}: {found['output_tokens_s']:,.0f} output tokens/s{ratio}")
         if out is not None:
             import torch
             import vllm
@@ -328,6 +371,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
     parser.add_argument("--only", action="append", help="names of profiles, or stock; repeatable")
     parser.add_argument("--variant", action="append", default=[], help="of `check`; repeatable")
+    parser.add_argument("--page", type=int, default=16, help="tokens of a page, of all engines")
     parser.add_argument("--out", type=Path, help="JSON of `time`")
     parser.add_argument("--job", help="one job, in this process")
     options = parser.parse_args()
@@ -338,7 +382,7 @@ def main() -> None:
     elif options.mode == "check":
         sys.exit(0 if check(options.work, options.only, options.variant) else 1)
     else:
-        measure(options.work, options.only, options.out)
+        measure(options.work, options.only, options.out, options.page)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ Call = Callable[[], object]
 WARM_REPLAYS = 3
 LEAST_REPLAYS, MOST_REPLAYS = 12, 100
 LEAST_REPEATS, MOST_REPEATS = 5, 50
-SHORT_US = 500.0  # a CUDA graph should take this long, so that its launch does not count
+MOST_ROUNDS = 32
+SHORT_US = 2000.0  # a CUDA graph should take this long, so that its launch does not count
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _graph(calls: Sequence[Call], seconds: float) -> Timing:
         once = _events(calls)
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    rounds = max(1, min(16, int(SHORT_US / max(once, 1.0))))
+    rounds = max(1, min(MOST_ROUNDS, int(SHORT_US / max(once, 1.0))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):

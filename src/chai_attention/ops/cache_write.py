@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.ring import NearRing
 
@@ -17,29 +18,34 @@ def write_dense(
     membership: Membership,
     start: Tensor,
     near: NearRing | None = None,
+    *,
+    ordered: bool = False,
 ) -> None:
     """Write Q new tokens of every sequence into caches of fixed capacity.
 
     Args:
-        key: ``[B, G, Q, D]``, all K/V heads in their natural order.
-        value: ``[B, G, Q, Dv]``.
+        key: ``[B, G, Q, D]``, all K/V heads in their natural order; if ``ordered``
+            ``[B, kept_keys, Q, D]``, in the cache's order.
+        value: ``[B, G, Q, Dv]``, in the order of ``key``.
         keys: ``[B, kept_keys, S, D]``, the K cache, in the order of ``membership.key_heads``.
         values: ``[B, G, S, Dv]``, the V cache, in the order of ``membership.value_heads``.
         membership: tables of B rows, or of one for all.
         start: ``[B]`` integer on the caches' device, position of each sequence's first new token.
             Tokens that would stand outside S are not written.
-        near: takes K of the removed heads, if given.
+        near: takes K of the removed heads, if given; not with ``ordered``, which has none.
+        ordered: K and V come from projections that leave out removed heads.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or strided head dimensions.
+        AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
     """
-    batch, groups, tokens, dim = key.shape
-    size, value_dim = keys.shape[2], value.shape[3]
+    batch, heads, tokens, dim = key.shape
+    size, value_dim, groups = keys.shape[2], value.shape[3], membership.kv_heads
     fits = (
         keys.shape == (batch, membership.kept_keys, size, dim)
         and values.shape == (batch, groups, size, value_dim)
         and value.shape == (batch, groups, tokens, value_dim)
-        and membership.kv_heads == groups
+        and heads == (membership.kept_keys if ordered else groups)
+        and not (ordered and near is not None)
         and membership.batch in (1, batch)
         and start.shape == (batch,)
     )
@@ -47,14 +53,14 @@ def write_dense(
     if keys.device.type == "cuda":
         from chai_attention.ops.triton import write
 
-        write.write_dense(key, value, keys, values, membership, start, near)
+        write.write_dense(key, value, keys, values, membership, start, near, ordered=ordered)
         return
     member = membership if membership.batch == batch else membership.expand(batch)
     position = start.long()[:, None] + torch.arange(tokens, device=key.device)  # [B, Q]
     inside = (position >= 0) & (position < size)
     pick = torch.arange(batch, device=key.device)[:, None]
-    keys_of = key[pick, member.key_heads]  # [B, kept, Q, D]
-    values_of = value[pick, member.value_heads]
+    keys_of = key if ordered else key[pick, member.key_heads]  # [B, kept, Q, D]
+    values_of = value if ordered else value[pick, member.value_heads]
     row, token = inside.nonzero(as_tuple=True)
     at = position[row, token]
     keys[row, :, at] = keys_of[row, :, token]
@@ -100,7 +106,7 @@ def write_paged(
             before their sequence's last), which may still be sinks.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or strided head dimensions.
+        AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
     """
     tokens, groups, dim = key.shape
     pages, page = key_pages.shape[:2]
@@ -146,14 +152,14 @@ def _check(
     fits: bool, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, membership: Membership
 ) -> None:
     if not fits:
-        raise ValueError(
+        raise AttentionInputError(
             f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
             f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
             f"with {membership.kept_keys} kept K heads, or positions are missing"
         )
     if key.dtype != keys.dtype or value.dtype != values.dtype:
-        raise ValueError(
+        raise AttentionInputError(
             f"caches of {keys.dtype} and {values.dtype} cannot take {key.dtype} and {value.dtype}"
         )
     if any(tensor.stride(-1) != 1 for tensor in (key, value, keys, values)):
-        raise ValueError("the numbers of a head must be consecutive in memory")
+        raise AttentionInputError("the numbers of a head must be consecutive in memory")

@@ -61,9 +61,9 @@ def paged_decode(
         ``out [B, H, Dv]`` and ``lse [B, k]`` float32 or None.
 
     Raises:
-        AttentionInputError: shapes or options that do not fit together; kernels would read memory
-            that is not theirs.
-        ValueError: on CUDA, a dtype or head size without a kernel, or strided head dimensions.
+        AttentionInputError: shapes or options that do not fit together, with which kernels would
+            read memory that is not theirs; on CUDA, a dtype or head size without a kernel, or
+            strided head dimensions.
     """
     _check(
         query, key_pages, value_pages, block_table, membership, lengths, rows, near, slots, offset,

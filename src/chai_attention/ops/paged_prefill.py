@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.paged import gather_pages, hide_spare, rows_of
@@ -80,11 +81,11 @@ def paged_prefill(
         ``out [T, H, Dv]`` and ``lse [T, k]`` float32 (natural logarithm) or None.
 
     Raises:
-        ValueError: shapes or options that do not fit together.
+        AttentionInputError: shapes or options that do not fit together.
     """
     _check(query, value_pages.shape[2], membership, query_starts, rows, probe)
     if key_pages.shape[1] % 16 or key_pages.shape[:2] != value_pages.shape[:2]:
-        raise ValueError(
+        raise AttentionInputError(
             f"pages hold a multiple of 16 tokens, K and V alike, not {key_pages.shape[1]} and "
             f"{value_pages.shape[1]}"
         )
@@ -147,12 +148,12 @@ def varlen_prefill(
         ``out [T, H, Dv]`` and ``lse [T, k]`` float32 or None.
 
     Raises:
-        ValueError: shapes or options that do not fit together.
+        AttentionInputError: shapes or options that do not fit together.
     """
     _check(query, value.shape[1], membership, query_starts, rows, probe)
     kept = membership.kv_heads if natural_order else membership.kept_keys
     if key.shape[1] != kept:
-        raise ValueError(f"K has {key.shape[1]} heads, not {kept}")
+        raise AttentionInputError(f"K has {key.shape[1]} heads, not {kept}")
     out = _room(query, value, membership) if out is None else out
     if query.device.type == "cuda":
         from chai_attention.ops.triton import paged_prefill as kernels
@@ -234,18 +235,18 @@ def _check(
     """Refuse what does not fit together."""
     heads, batch = membership.heads, query_starts.shape[0] - 1
     if query.shape[1] not in (heads, membership.clusters):
-        raise ValueError(
+        raise AttentionInputError(
             f"a query of {query.shape[1]} heads is neither of all {heads} nor of the "
             f"{membership.clusters} representatives"
         )
     if groups != membership.kv_heads:
-        raise ValueError(f"V has {groups} heads, not {membership.kv_heads}")
+        raise AttentionInputError(f"V has {groups} heads, not {membership.kv_heads}")
     if rows is None and membership.batch not in (1, batch):
-        raise ValueError(f"{membership.batch} memberships for {batch} sequences need rows")
+        raise AttentionInputError(f"{membership.batch} memberships for {batch} sequences need rows")
     if probe is not None:
         want = (heads, membership.kv_heads, membership.kv_heads)
         if tuple(x.shape[1] for x in probe[:3]) != want or probe.end < 1:
-            raise ValueError(
+            raise AttentionInputError(
                 f"a probe needs {want[0]} heads of Q, {want[1]} of K and V, and an end of at least "
                 "1 token"
             )

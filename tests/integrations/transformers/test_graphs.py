@@ -55,18 +55,18 @@ def close(got, want):
 @pytest.mark.parametrize(("family", "kind", "window"), CASES)
 def test_a_replay_is_the_step(family, kind, window, padding):
     model, profile = made(family, kind, window)
-    ids = prompt(61)
+    ids = prompt(81)
     mask = torch.ones_like(ids)
     if padding:
-        mask[1, :27] = 0
+        mask[1, :20] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    first = {"attention_mask": mask[:, :41], "position_ids": positions[:, :41]}
+    first = {"attention_mask": mask[:, :61], "position_ids": positions[:, :61]}
     eager, cache = ClusteredCache(model, profile), StaticClusteredCache(model, profile, ROOM)
-    want = model(ids[:, :41], past_key_values=eager, **first).logits
-    close(model(ids[:, :41], past_key_values=cache, **first).logits[mask[:, :41].bool()],
-          want[mask[:, :41].bool()])  # fmt: skip
+    want = model(ids[:, :61], past_key_values=eager, **first).logits
+    close(model(ids[:, :61], past_key_values=cache, **first).logits[mask[:, :61].bool()],
+          want[mask[:, :61].bool()])  # fmt: skip
     graph = DecodeGraph(model, cache)
-    for at in range(41, 61):
+    for at in range(61, 81):
         step, here = ids[:, at : at + 1], positions[:, at : at + 1]
         seen = mask[:, : at + 1]
         want = model(step, attention_mask=seen, position_ids=here, past_key_values=eager).logits
@@ -128,9 +128,9 @@ def test_what_changes_is_captured_again(kind):
 @pytest.mark.parametrize(("family", "kind", "window"), CASES)
 def test_generate_replays_by_itself(family, kind, window, monkeypatch):
     model, profile = made(family, kind, window)
-    ids = prompt(40)
+    ids = prompt(60)
     mask = torch.ones_like(ids)
-    mask[1, :25] = 0
+    mask[1, :20] = 0
     options = {"attention_mask": mask, **GREEDY}
     want = model.generate(ids, **options)
     steps = []
@@ -183,6 +183,7 @@ def test_what_cannot_be_captured_is_refused_or_runs_as_it_is():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_replay_waits_for_nothing_and_allocates_nothing():
     model, profile = made("llama", STATIC, WINDOW)
     cache = StaticClusteredCache(model, profile, ROOM, batch_size=2)

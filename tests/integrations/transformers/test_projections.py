@@ -430,12 +430,16 @@ def test_the_gpu_holds_fewer_bytes(family):
     model = tf.AutoModelForCausalLM.from_config(config).eval().to("cuda")
     untouched = {name: p.cpu().clone() for name, p in model.named_parameters()}
     profile = profile_for(model)
-    before = torch.cuda.memory_allocated()
+
+    def held() -> int:  # without what the allocator rounds up to
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+    before = held()
     with enabled(model, profile):
-        freed = before - torch.cuda.memory_allocated()
+        freed = before - held()
         saved = saved_weight_bytes(model)
         assert saved > 1_000_000
-        assert abs(freed - saved) < 50_000  # blocks of 512 bytes, and tables
+        assert abs(freed - saved) < 50_000  # tables
         want = model(ids().cuda()).logits
         model.cpu()
         got = model(ids()).logits

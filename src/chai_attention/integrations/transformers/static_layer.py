@@ -215,7 +215,7 @@ class StaticClusteredLayer(ClusteredLayer):
             return self._step(query, key, value, options)
         past = self.tokens.count - queries
         recent = self._recent_before(past) if self._near is not None else None
-        self._write(key, value, queries)
+        self._write(key, value)
         keys, values = self._key[:, :, : past + queries], self._value[:, :, : past + queries]
         if recent is None:
             query = slot_queries(member, query)
@@ -229,7 +229,7 @@ class StaticClusteredLayer(ClusteredLayer):
     def _step(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """One new token: shapes never change, and nothing is read on the host."""
         assert self.membership is not None
-        self._write(key, value, 1)
+        self._write(key, value)
         options = {"lengths": self.tokens.lengths, "valid": self.tokens.valid, **options}
         if self._near is not None:
             return decode_recent(
@@ -239,19 +239,14 @@ class StaticClusteredLayer(ClusteredLayer):
         query = slot_queries(self.membership, query)
         return attention(query, self._key, self._value, self.membership, **options)[0]
 
-    def _write(self, key: Tensor, value: Tensor, queries: int) -> None:
+    def _write(self, key: Tensor, value: Tensor) -> None:
         """Write new tokens; those of compact projections come in the cache's order."""
         member = self._one_row or self.membership
         assert member is not None
-        if key.shape[1] == member.kv_heads:
-            write_dense(key, value, self._key, self._value, member, self.tokens.start, self._near)
-        elif queries == 1:
-            self._key.index_copy_(2, self.tokens.index, key)
-            self._value.index_copy_(2, self.tokens.index, value)
-        else:
-            new = slice(self.tokens.count - queries, self.tokens.count)
-            self._key[:, :, new].copy_(key)
-            self._value[:, :, new].copy_(value)
+        write_dense(
+            key, value, self._key, self._value, member, self.tokens.start, self._near,
+            ordered=key.shape[1] != member.kv_heads,
+        )  # fmt: skip
 
     def _recent_before(self, past: int) -> RecentKeys:
         """The recent window of ``past`` tokens, copied: the ring is about to be overwritten."""

@@ -53,7 +53,7 @@ class StaticTokens:
         """All memory that is held."""
         if not self.batch:
             return []
-        held = [self.lengths, self.start, self.index, self.sink_positions]
+        held = [self.lengths, self.start, self.sink_positions]
         return held if self._valid is None else [*held, self._valid]
 
     def allocate(self, batch: int, device: torch.device) -> None:
@@ -66,7 +66,6 @@ class StaticTokens:
             self.batch = batch
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.start = torch.zeros_like(self.lengths)
-            self.index = torch.zeros(1, dtype=torch.long, device=device)
             shape = (batch, self.sinks)
             self.sink_positions = torch.full(shape, -1, dtype=torch.int32, device=device)
             self._columns = torch.arange(self.sinks, dtype=torch.int32, device=device)
@@ -109,7 +108,6 @@ class StaticTokens:
         if mask is not None:
             self.take(mask, queries)
         self.start.copy_(self.lengths)
-        self.index.copy_(self.start[:1])
         self.lengths.add_(queries)
         self.count += queries
         valid = None if self.valid is None else self.valid[:, : self.count]

@@ -7,6 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -15,17 +17,19 @@ def check(*tensors: Tensor) -> None:
     """Check tensors whose last dimension is a head's numbers.
 
     Raises:
-        ValueError: a dtype or head size without a kernel, or strided head dimensions.
+        AttentionInputError: a dtype or head size without a kernel, or strided head dimensions.
     """
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
         names = ", ".join(str(tensor.dtype) for tensor in tensors)
-        raise ValueError(f"the kernels take float32, bfloat16 or float16, one for all, not {names}")
+        raise AttentionInputError(
+            f"the kernels take float32, bfloat16 or float16, one for all, not {names}"
+        )
     dim = max(tensor.shape[-1] for tensor in tensors)
     if dim > MAX_HEAD_DIM:
-        raise ValueError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")
+        raise AttentionInputError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")
     if any(tensor.stride(-1) != 1 for tensor in tensors):
-        raise ValueError("the numbers of a head must be consecutive in memory")
+        raise AttentionInputError("the numbers of a head must be consecutive in memory")
 
 
 @overload

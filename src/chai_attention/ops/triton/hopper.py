@@ -78,36 +78,18 @@ def _blank(v_bufs, stage, stop, BLOCK: gl.constexpr, PIECES: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, best, weight, factor, at, position, MASKED: gl.constexpr, LAZY: gl.constexpr):
-    """Weights of a block, factor of the sums so far, running maximum and sum.
-
-    With LAZY the sums keep their scale until some score exceeds it by 2^LAZY, which the last
-    number returned says. That is rare, and saves the factor most of the time.
-    """
+def _softmax(s, best, weight, factor, at, position, MASKED: gl.constexpr):
+    """Weights of a block, factor of the sums so far, running maximum and sum."""
     if MASKED:
         s = gl.where(at[None, :] <= position[:, None], s, float("-inf"))
     top = gl.max(s, axis=1) * factor
     new = gl.maximum(best, top)
-    moved = 1
-    if LAZY > 0:
-        moved = gl.max((top > best + LAZY).to(gl.int32), axis=0)
-        new = gl.where(moved > 0, new, best)
     base = new
-    if MASKED or LAZY > 0:
+    if MASKED:
         base = gl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
     p = gl.exp2(s * factor - base[:, None])
     old = gl.exp2(best - base)
-    return p, old, new, weight * old + gl.sum(p, axis=1), moved
-
-
-@gluon.jit
-def _rescaled(acc, old, moved, LAZY: gl.constexpr):
-    if LAZY > 0:
-        if moved > 0:
-            acc = acc * old[:, None]
-    else:
-        acc = acc * old[:, None]
-    return acc
+    return p, old, new, weight * old + gl.sum(p, axis=1)
 
 
 @gluon.jit
@@ -115,7 +97,7 @@ def _step(
     HALF: gl.constexpr, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, lap,
     first_key, position, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    LAZY: gl.constexpr, OVERLAP: gl.constexpr, DTYPE: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of one block, and the product of the one before with its V."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -128,28 +110,18 @@ def _step(
     k = k_all.index(stage).permute([1, 0])
     v = v_all.index(stage)
     at = first_key + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores))
-    if OVERLAP:
-        # both are computed together
-        s_later = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-        acc_later = warpgroup_mma(p16, v, acc, is_async=True)
-        mbarrier.arrive(turns.index(1 - HALF), count=1)
-        s = warpgroup_mma_wait(1, deps=[s_later])
-        p, old, best, weight, moved = _softmax(s, best, weight, factor, at, position, MASKED, LAZY)
-        # the loop in this wait keeps ptxas from moving the next wait, for the product, in
-        # front of the softmax
-        mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
-        acc, p16, p, old = warpgroup_mma_wait(0, deps=[acc_later, p16, p, old])
-        _release(free.index(stage))
-    else:
-        # one after the other: the scores take the registers of the weights
-        acc_later = warpgroup_mma(p16, v, acc, is_async=True)
-        mbarrier.arrive(turns.index(1 - HALF), count=1)
-        acc, p16 = warpgroup_mma_wait(0, deps=[acc_later, p16])
-        s = warpgroup_mma(q, k, zero, use_acc=False)
-        _release(free.index(stage))
-        p, old, best, weight, moved = _softmax(s, best, weight, factor, at, position, MASKED, LAZY)
-        mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
-    acc = _rescaled(acc, gl.convert_layout(old, out_row), moved, LAZY)
+    # both are computed together
+    s_later = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    acc_later = warpgroup_mma(p16, v, acc, is_async=True)
+    mbarrier.arrive(turns.index(1 - HALF), count=1)
+    s = warpgroup_mma_wait(1, deps=[s_later])
+    p, old, best, weight = _softmax(s, best, weight, factor, at, position, MASKED)
+    # the loop in this wait keeps ptxas from moving the next wait, for the product, in front of
+    # the softmax
+    mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
+    acc, p16, p, old = warpgroup_mma_wait(0, deps=[acc_later, p16, p, old])
+    _release(free.index(stage))
+    acc = acc * gl.convert_layout(old, out_row)[:, None]
     return acc, gl.convert_layout(p.to(DTYPE), weights), best, weight
 
 
@@ -159,8 +131,7 @@ def _attend(
     slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, LAZY: gl.constexpr,
-    OVERLAP: gl.constexpr, WIDE: gl.constexpr, DTYPE: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend with one half of every tile's queries."""
     WIDTH: gl.constexpr = M * D
@@ -170,7 +141,7 @@ def _attend(
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     out_row: gl.constexpr = gl.SliceLayout(1, output)
-    lines: gl.constexpr = _lines(WIDTH) if WIDE else output
+    lines: gl.constexpr = _lines(WIDTH)
     zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
     done = 0
     turn = 0
@@ -201,7 +172,7 @@ def _attend(
         s = warpgroup_mma(q, k_all.index(stage).permute([1, 0]), zero, use_acc=False)
         last = (blocks - 1) * BLOCK
         at = last + gl.arange(0, BLOCK, layout=by_key)
-        p, _old, best, weight, _moved = _softmax(s, best, weight, factor, at, position, True, LAZY)
+        p, _old, best, weight = _softmax(s, best, weight, factor, at, position, True)
         p16 = gl.convert_layout(p.to(DTYPE), weights)
         _release(free.index(stage))
         stage = (done + 1) % STAGES
@@ -213,14 +184,14 @@ def _attend(
             acc, p16, best, weight = _step(
                 HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
                 last - n * BLOCK, position, factor,
-                ROWS, BLOCK, STAGES, True, LAZY, OVERLAP, DTYPE,
+                ROWS, BLOCK, STAGES, True, DTYPE,
             )  # fmt: skip
             laps += 1
         for n in range(blocks - whole, blocks):
             acc, p16, best, weight = _step(
                 HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
                 last - n * BLOCK, position, factor,
-                ROWS, BLOCK, STAGES, False, LAZY, OVERLAP, DTYPE,
+                ROWS, BLOCK, STAGES, False, DTYPE,
             )  # fmt: skip
             laps += 1
         stage = (done + blocks) % STAGES
@@ -258,8 +229,7 @@ def prefill_hopper(
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
-    HAS_LENGTH: gl.constexpr, HAS_LSE: gl.constexpr, LAZY: gl.constexpr, OVERLAP: gl.constexpr,
-    WIDE: gl.constexpr,
+    HAS_LENGTH: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
 
@@ -318,12 +288,12 @@ def prefill_hopper(
             0, q_bufs, k_all, v_all, v_bufs, item_buf, q_full, q_free, full, free, turns,
             slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
             stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
-            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, LAZY, OVERLAP, WIDE, DTYPE)),
+            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, DTYPE)),
         (_attend, (
             1, q_bufs, k_all, v_all, v_bufs, item_buf, q_full, q_free, full, free, turns,
             slot_ptr, head_ptr, out_ptr, lse_ptr, factor,
             stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
-            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, LAZY, OVERLAP, WIDE, DTYPE)),
+            ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, DTYPE)),
         (fetch, (
             q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full,
             free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, rows_ptr, query_ptr,

@@ -156,8 +156,8 @@ def _run(
         splits=splits,
         block=block,
         warps=4 if columns > 128 else 2,
-        # the loads of small pages wait for the block table: they are not worth running ahead
-        stages=1 if options.get("table") is not None and key.shape[1] <= 16 else 2,
+        # wide loads of small pages wait for the block table: they are not worth running ahead
+        stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
         early=int(capability(query.device) >= (9, 0)),
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
         **options,

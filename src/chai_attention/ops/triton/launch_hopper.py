@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,30 +19,8 @@ from chai_attention.ops.triton.prefill import group_of
 ROWS = 64  # queries of a warpgroup; a tile has two
 LEAST_QUERIES = 65  # that are worth tiles of 128
 WIDTHS = (128, 256)  # columns of V a program can hold, of all its members
-
-
-class Tuning(NamedTuple):
-    """What the kernel leaves open.
-
-    Attributes:
-        block: keys of a step.
-        stages: blocks in shared memory.
-        lazy: powers of two by which scores may grow before sums are rescaled; 0 rescales always.
-        overlap: scores of a block together with the product of the one before, not after it.
-        wide: 16-byte stores, which need 4 KB of shared memory.
-        group: pairs of sequence and chunk worked on together, without packed sequences; 0 for as
-            many as fill the GPU.
-    """
-
-    block: int = 64
-    stages: int = 3
-    lazy: float = 0.0
-    overlap: bool = True
-    wide: bool = True
-    group: int = 0
-
-
-DEFAULT = Tuning()
+BLOCK = 64  # keys of a step
+STAGES = 3  # blocks in shared memory
 
 
 def prefill(
@@ -54,20 +32,19 @@ def prefill(
     lse: Tensor | None,
     *,
     scale: float,
-    tuning: Tuning = DEFAULT,
 ) -> None:
     """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
     batch, _, queries, _ = query.shape
     tiles = triton.cdiv(queries, 2 * ROWS)
     work, count = chunks.used
     _launch(
-        tiles * chunks.count * batch, query, key, value, tuning.block, chunks.slot, chunks, out,
+        tiles * chunks.count * batch, query, key, value, BLOCK, chunks.slot, chunks, out,
         lse, out.stride(), (0, 0, 0) if lse is None else lse.stride(),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None, None, None,
-        scale, queries, key.shape[2], chunks.count, tiles, tuning.group or group_of(tiles), batch,
+        scale, queries, key.shape[2], chunks.count, tiles, group_of(tiles), batch,
         0, 0,
-        tuning=tuning, RAGGED=False, PAGE=0, HAS_ROWS=False, HAS_LENGTH=False,
+        RAGGED=False, PAGE=0, HAS_ROWS=False, HAS_LENGTH=False,
     )  # fmt: skip
 
 
@@ -85,10 +62,9 @@ def prefill_packed(
     table: Tensor | None = None,
     lengths: Tensor | None = None,
     rows: Tensor | None = None,
-    tuning: Tuning = DEFAULT,
 ) -> None:
     """Write ``out [T, H, Dv]``; arguments as in `paged_prefill.prefill_packed`."""
-    batch, page, box = query_starts.shape[0] - 1, 0, tuning.block
+    batch, page, box = query_starts.shape[0] - 1, 0, BLOCK
     query = query.transpose(0, 1)[None]  # [1, heads, T, D]
     if table is None:
         key, value = (x.transpose(0, 1)[None] for x in (key, value))
@@ -103,7 +79,7 @@ def prefill_packed(
         None, plan(chunks, query_starts, rows, 2 * ROWS), None, query_starts, lengths, table, rows,
         scale, 0, 0, chunks.count, 0, 0, batch,
         0 if table is None else table.stride(0), 0 if chunks.slot.shape[0] == 1 else 1,
-        tuning=tuning, RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
+        RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
         HAS_LENGTH=lengths is not None,
     )  # fmt: skip
 
@@ -121,13 +97,12 @@ def _launch(
     out_strides: tuple[int, ...],
     lse_strides: tuple[int, ...],
     *arguments: Any,
-    tuning: Tuning,
     **constants: Any,
 ) -> None:
     """Launch with Q, K and V ``[rows, heads, tokens, D]`` as tiles of ``box`` tokens."""
     dim, members = query.shape[3], chunks.head.shape[2]
     # parts of a block have to be as wide as the swizzle
-    columns = dim if box == tuning.block else 64
+    columns = dim if box == BLOCK else 64
     lists, numbers = arguments[:7], arguments[7:]
     prefill_hopper[(min(processors(query.device), programs),)](
         _tiles(query, [1, 1, ROWS, dim]),
@@ -135,9 +110,8 @@ def _launch(
         _tiles(value, [1, 1, box, columns]),
         *lists, chunks.slot, heads, chunks.key, chunks.head, chunks.value, out, lse,
         *numbers, *out_strides[:3], *lse_strides,
-        ROWS=ROWS, BLOCK=tuning.block, D=dim, M=members, STAGES=tuning.stages,
-        HAS_LSE=lse is not None, LAZY=tuning.lazy, OVERLAP=tuning.overlap, WIDE=tuning.wide,
-        num_warps=4, **constants,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=members, STAGES=STAGES,
+        HAS_LSE=lse is not None, num_warps=4, **constants,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def _write(
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
-    HAS_NEAR: tl.constexpr,
+    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
 
@@ -62,14 +62,18 @@ def _write(
     if place < kept:
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
-        head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
+        head = line * 0 + place
+        if not ORDERED:
+            head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
         tl.store(key_ptr + place * stride_keyh + key_at[:, None] + d[None, :], new, mask=mask)
     elif place < kept + groups:
         place -= kept
         d = tl.arange(0, DVP)
         mask = there[:, None] & (d < DV)[None, :]
-        head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
+        head = line * 0 + place
+        if not ORDERED:
+            head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
         tl.store(value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], new, mask=mask)
     elif HAS_NEAR:  # else no program comes here
@@ -111,12 +115,14 @@ def write_dense(
     membership: Membership,
     start: Tensor,
     near: NearRing | None = None,
+    *,
+    ordered: bool = False,
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
     _launch(
         key, value, keys, values, membership, near, start, key.shape[2], key.shape[0],
         strides=(key.stride()[:3], value.stride()[:3], keys.stride()[:3], values.stride()[:3]),
-        size=keys.shape[2],
+        size=keys.shape[2], ordered=ordered,
     )  # fmt: skip
 
 
@@ -164,6 +170,7 @@ def _launch(
     slots: Tensor | None = None,
     lines: Tensor | None = None,
     near_rows: Tensor | None = None,
+    ordered: bool = False,
 ) -> None:
     if not tokens:
         return
@@ -188,6 +195,6 @@ def _launch(
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
         SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
-        HAS_NEAR=removed > 0,
+        HAS_NEAR=removed > 0, ORDERED=ordered,
         num_warps=4,
     )  # fmt: skip
