@@ -253,12 +253,19 @@ class ClusteredLayer(CacheLayerMixin):
         draft = queries > 1 and fewest < end + DRAFT_TOKENS
         if fewest >= end and not draft and past == 0:
             # the common case, a whole prompt at once: K of all heads is never stored
-            positions = padding.first_positions(end)  # [B, E]
-            q, k, v = (pick_tokens(x, positions) for x in (query, key, value))
+            # without padding, views: launching a few operations less counts in a short prompt
+            positions = None if padding.valid is None else padding.first_positions(end)  # [B, E]
+            q, k, v = (
+                x[:, :, :end] if positions is None else pick_tokens(x, positions)
+                for x in (query, key, value)
+            )
             window = slice(plan.probe_start, end)
             self._cluster(q[:, :, window], k[:, :, window], v[:, :, window], padding, options)
             out = self._attend_clustered(query, key, value, padding, options)
             exact = self._full_attention(q, k, v, None, options)  # [B, E, H, Dv]
+            if positions is None:
+                out[:, :end] = exact
+                return out
             return out.scatter_(1, positions[:, :, None, None].expand_as(exact), exact)
 
         self._remember_queries(query, self._window_positions(padding), past)
