@@ -11,10 +11,12 @@ import typer
 from chai_attention.cli.bench import bench_app
 from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
+from chai_attention.cli.eval import eval_command
 from chai_attention.cli.export import export_command
 from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
+from chai_attention.cli.serve import PASSED_ON, serve_command
 from chai_attention.errors import ChaiError
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app.command("generate")(generate_command)
 app.command("demo")(demo_command)
 app.command("export")(export_command)
 app.command("frontier")(frontier_command)
+app.command("eval")(eval_command)
+app.command("serve", context_settings=PASSED_ON)(serve_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -1,0 +1,137 @@
+"""``chai eval``: the paper's tasks for a model, beside other methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chai_attention.cli import options
+
+_FIT = "How comparators are fitted"
+
+
+def eval_command(
+    model: options.Model,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="paper (piqa, hellaswag, arc_challenge, arc_easy, boolq), lambada, names of "
+            "lm-eval's tasks, or last_word and perplexity, which need --text; separated by commas."
+        ),
+    ] = "paper",
+    profile: Annotated[
+        str | None,
+        typer.Option(help="The profile to evaluate, or the name of a published schedule."),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Further rows: all, or names of comparators separated by commas."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with <task>.jsonl in the columns of the hub's data sets. [default: the "
+            "hub]",
+            file_okay=False,
+            exists=True,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Plain text for last_word and perplexity, which no method was fitted to."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task, from the front.", min=1)
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for results, results.json and table.md. Results that it holds are kept: a "
+            "run that was stopped goes on."
+        ),
+    ] = Path("chai-eval"),
+    save: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the K,V bytes that methods with a budget save, such as 5%. [default: "
+            "as the profile]",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    calibration_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text that methods learn from, as --text of chai calibrate. [default: self]",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Windows of that text.", min=4, rich_help_panel=_FIT)
+    ] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window. [default: 256, or the model's maximum]", rich_help_panel=_FIT
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Of every choice.")] = 0,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
+    from chai_attention.integrations.lm_eval import require
+
+    require()
+    from chai_attention.calibration.sources import parse_sources
+    from chai_attention.cli.loading import load_model
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.tables import render
+    from chai_attention.evaluation.evaluate import Evaluation, evaluate
+    from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
+    from chai_attention.evaluation.table import LEGEND, rich_tables
+    from chai_attention.evaluation.tasks import task_names, task_sources
+    from chai_attention.profile import ClusterProfile
+
+    chosen = None if profile is None else ClusterProfile.resolve(profile)
+    calibration = Calibration(
+        sources=tuple(parse_sources(calibration_text or ["self"])),
+        samples=samples,
+        length=length,
+        profile=chosen,
+        save=options.share("--save", save),
+        seed=seed,
+    )
+    what = Evaluation(
+        model=Path(model).name,
+        names=comparator_names(compare, chosen),
+        sources=task_sources(task_names(tasks), data, text, seed),
+        out=out,
+        asked=calibration.asked(),
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    loaded, tokenizer = load_model(model, dtype, device)
+    with progress_bar("starting") as bar:
+
+        def progress(title: str, done: int, total: int) -> None:
+            bar.describe(title)
+            bar(done, total)
+
+        table = evaluate(
+            loaded,
+            tokenizer,
+            what,
+            prepare(loaded, tokenizer, calibration, progress),
+            progress=progress,
+            on_redo=lambda path, why: typer.echo(f"measured anew: {path}: {why}", err=True),
+        )
+    for shown in rich_tables(table):
+        typer.echo(render(shown, width=180))
+    typer.echo(LEGEND)
+    typer.echo(f"results written to {out / 'results.json'} and {out / 'table.md'}")

@@ -1,0 +1,130 @@
+"""`evaluate`: comparators beside each other on the same items, going on where a run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.runs import Redo, Result, RunFolder
+from chai_attention.evaluation.scorer import MHA, Scorer, run_settings
+from chai_attention.evaluation.table import build_table, write_table
+from chai_attention.evaluation.tasks import TaskSource
+from chai_attention.integrations.lm_eval import EvaluationError, require
+
+Prepare = Callable[[Sequence[str]], Mapping[str, Comparator]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate.
+
+    Attributes:
+        model: the model's name, for the record.
+        names: comparators; MHA, to which all others are compared, is added in front.
+        sources: the tasks, from `task_sources`.
+        out: folder of results; those that are there and fit are kept.
+        asked: what comparators are prepared with (profile, calibration text, saving), as digests
+            and numbers: it identifies their results before they are prepared.
+        limit: items of every task; None for all.
+        batch_size: rows of a forward.
+        seed: of everything random.
+    """
+
+    model: str
+    names: Sequence[str]
+    sources: Sequence[TaskSource]
+    out: Path
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    what: Evaluation,
+    prepare: Prepare,
+    *,
+    progress: Progress = lambda what, done, total: None,
+    on_redo: Redo = lambda path, reason: None,
+) -> dict[str, Any]:
+    """Score every comparator on every task and write the table.
+
+    Each result is written as soon as it is complete; a run that is stopped goes on with those
+    that are missing, damaged or of other settings. Two runs with the same settings on the same
+    machine write the same files.
+
+    Args:
+        model: a causal language model, in evaluation mode, not enabled.
+        tokenizer: its tokenizer.
+        what: tasks, comparators and settings.
+        prepare: makes comparators by name, fitted where they need it; it is called once, with
+            those that have something left to score.
+        progress: called with (what is going on, items done, items in all).
+        on_redo: called with a file that cannot be used and the reason.
+
+    Returns:
+        The table, as in results.json (see `build_table`).
+
+    Raises:
+        EvaluationError: no tasks, a comparator that ``prepare`` does not make, or what lm-eval
+            cannot run.
+    """
+    require()
+    if not what.sources:
+        raise EvaluationError("an evaluation needs at least one task")
+    if what.limit is not None and what.limit < 1:
+        raise EvaluationError(f"a limit is a number of items, not {what.limit}")
+    names = tuple(dict.fromkeys((MHA, *what.names)))
+    folder = RunFolder(what.out, on_redo)
+    run = run_settings(model, what.model, what.batch_size, what.seed)
+    results: dict[tuple[str, str], Result] = {}
+    tasks = {source.name: source.settings(what.limit) for source in what.sources}
+    for name in names:
+        for task, settings in tasks.items():
+            found = folder.get(run, settings, _asked(name, what))
+            if found is not None:
+                results[name, task] = found
+    waiting = [name for name in names if any((name, task) not in results for task in tasks)]
+    if waiting:
+        progress("preparing comparators", 0, 1)
+        made = prepare(waiting)
+        if missing := [name for name in waiting if name not in made]:
+            raise EvaluationError(f"no comparator {', '.join(missing)}")
+        for name in waiting:
+            for task, settings in tasks.items():
+                # what was kept so far was found by what was asked, not by what came of it
+                asked = {**_asked(name, what), "settings": made[name].settings()}
+                if (name, task) in results and folder.get(run, settings, asked) is None:
+                    del results[name, task]
+        scorer = Scorer(model, tokenizer, run, what.limit)
+        todo = [(n, s) for n in waiting for s in what.sources if (n, s.name) not in results]
+        total = sum(scorer.items(source) for _, source in todo)
+        done = 0
+        for name, source in todo:
+            count = scorer.items(source)
+
+            def report(part: int, whole: int, name: str = name, task: str = source.name) -> None:
+                at = done + count * part // max(1, whole)  # noqa: B023
+                progress(f"{name}: {task}", at, total)
+
+            report(0, 1)
+            result = scorer.score(made[name], _asked(name, what), source, report)
+            folder.put(result)
+            results[name, source.name] = result
+            done += count
+    table = build_table(run, names, tuple(tasks), results)
+    write_table(table, what.out)
+    return table
+
+
+def _asked(name: str, what: Evaluation) -> dict[str, Any]:
+    """MHA is the same whatever is asked of the others."""
+    return {"name": name, "asked": {} if name == MHA else dict(what.asked)}

@@ -1,0 +1,127 @@
+"""Comparators made for a model from calibration text, when an evaluation asks for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.calibration.calibrate import window_length
+from chai_attention.calibration.sources import Source, mixed_windows
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
+from chai_attention.evaluation.scorer import MHA
+from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.profile import ClusterProfile
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What comparators are fitted with.
+
+    Attributes:
+        sources: calibration text, which holds none of the tasks' items.
+        samples: windows of it.
+        length: tokens per window; None for calibration's default.
+        profile: the profile to evaluate; None: methods find their own.
+        save: share of the K,V bytes that methods with a budget are to save; None: what the
+            profile saves.
+        seed: of every choice.
+    """
+
+    sources: tuple[Source, ...]
+    samples: int = 128
+    length: int | None = None
+    profile: ClusterProfile | None = None
+    save: float | None = None
+    seed: int = 0
+
+    def asked(self) -> dict[str, Any]:
+        """Identify what comes out without making it: names, numbers and digests."""
+        return {
+            "profile": None if self.profile is None else profile_digest(self.profile),
+            "save": self.save,
+            "text": [
+                {
+                    "name": Path(source.name).name,
+                    "weight": source.weight,
+                    "digest": _digest(Path(source.name).read_bytes())
+                    if Path(source.name).is_file()
+                    else None,
+                }
+                for source in self.sources
+            ],
+            "samples": self.samples,
+            "length": self.length,
+        }
+
+
+def comparator_names(compare: str | None, profile: ClusterProfile | None) -> tuple[str, ...]:
+    """Names of a table's rows: MHA, with a profile "profile", and the comparators asked for.
+
+    Args:
+        compare: names separated by commas; "all" for every comparator; None for no more.
+        profile: the profile to evaluate.
+    """
+    from chai_attention.evaluation.comparators import registry
+
+    names = [MHA] if profile is None else [MHA, PROFILE]
+    for name in (compare or "").split(","):
+        names += registry.NAMES if name.strip() == "all" else [name.strip()] if name.strip() else []
+    return tuple(dict.fromkeys(names))
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    progress: Progress,
+) -> Callable[[Sequence[str]], Mapping[str, Comparator]]:
+    """Return what `evaluate` calls to have comparators made and fitted.
+
+    Text is read, and windows are written by the model, only when one of them may learn from it.
+
+    Raises:
+        EvaluationError: when called, for "profile" without a profile.
+        CalibrationError: when called, for text that cannot be used.
+    """
+
+    def make(names: Sequence[str]) -> Mapping[str, Comparator]:
+        from chai_attention.evaluation.comparators import registry
+
+        made: dict[str, Comparator] = {}
+        if PROFILE in names:
+            if calibration.profile is None:
+                raise EvaluationError(f"the comparator {PROFILE} needs a profile: --profile FILE")
+            made[PROFILE] = Profiled(calibration.profile)
+        others = [name for name in names if name != PROFILE]
+        tokens: list[Tensor] = []
+        if set(others) - {MHA}:
+            length = window_length(model, calibration.length)
+            windows, _ = mixed_windows(
+                calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
+            )
+            tokens = list(windows)
+        made |= registry.comparators(
+            others,
+            model=model,
+            tokens=tokens,
+            profile=calibration.profile,
+            save=calibration.save,
+            seed=calibration.seed,
+            progress=progress,
+        )
+        return made
+
+    return make
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

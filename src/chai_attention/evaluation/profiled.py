@@ -1,0 +1,48 @@
+"""A cluster profile as a row of a quality table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.profile import ClusterProfile
+
+PROFILE = "profile"
+
+
+class Profiled(Comparator):
+    """The model with the profile that is evaluated, by the library itself, as it is served.
+
+    Args:
+        profile: any profile that fits the model.
+    """
+
+    source = "Agarwal et al. 2024, section 3, with the recipe that the profile was made by"
+
+    def __init__(self, profile: ClusterProfile):
+        self.name = PROFILE
+        self._profile = profile
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Enable the profile."""
+        return enabled(model, self._profile)
+
+    def kv_share(self, model: PreTrainedModel, length: int) -> float:
+        """Share of the K,V bytes at ``length`` tokens, K of recent windows included."""
+        return 1 - self._profile.saved(describe(model), length)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The profile's digest and its clusters per layer."""
+        return {"profile": profile_digest(self._profile), "clusters": list(self._profile.clusters)}
+
+
+def profile_digest(profile: ClusterProfile) -> str:
+    """Return a short digest of a profile's contents."""
+    return hashlib.sha256(profile.to_json().encode()).hexdigest()[:16]

@@ -1,0 +1,202 @@
+"""Files of an evaluation: one result per comparator and task, each whole or not there.
+
+An output folder holds::
+
+    <comparator>/<task>.json    a result, written in one step when it is complete
+    results.json                the table of the last run (see `table`)
+    table.md                    the same for people
+
+No file holds a time or a text, so two runs with the same settings write the same bytes. A result::
+
+    {"schema_version": 1,
+     "checksum": SHA-256 of the canonical JSON (sorted keys, no spaces) of all the rest,
+     "settings": {                     what identifies it; measured anew if any value differs
+       "run": {"model": str, "weights": digest, "dtype": str, "device": "cpu" or "cuda",
+               "batch_size": int, "seed": int, "versions": {package: version}},
+       "task": {"name": str, "data": digest or "hub", "limit": int or null},
+       "comparator": {"name": str,
+                      "asked": {...},     what it was prepared with; {} for mha
+                      "settings": {...}}  of `Comparator.settings`
+     },
+     "source": str,                    where the method is defined
+     "kind": "choice" (multiple choice), "continuation" (last words) or "text" (perplexity),
+     "kv_share": {"length": tokens of the task's mean request, "share": of MHA's K,V bytes,
+                  "long_length": min(2048, the model's maximum), "long_share": the share there},
+     "items": [{"doc": int, "digest": str, "gold": int or null, "chosen": int or null,
+                "chosen_norm": int or null, "loglikelihoods": [float, ...], "acc": float or null,
+                "acc_norm": float or null, "nll": float, "tokens": int}, ...],
+                                       fields of `Item`; one log-likelihood per choice
+     "metrics": {"acc": float, ...}}   as lm-eval aggregates them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item
+from chai_attention.integrations.lm_eval import EvaluationError
+
+SCHEMA_VERSION = 1
+Redo = Callable[[Path, str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one comparator got in one task; the fields of its file."""
+
+    settings: Mapping[str, Any]
+    source: str
+    kind: str
+    kv_share: Mapping[str, float]
+    items: tuple[Item, ...]
+    metrics: Mapping[str, float]
+
+    @property
+    def comparator(self) -> str:
+        """The comparator's name."""
+        return str(self.settings["comparator"]["name"])
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.settings["task"]["name"])
+
+
+class RunFolder:
+    """The results in a folder.
+
+    Args:
+        path: the folder, made if need be.
+        on_redo: called with a file and the reason when a file that is there cannot be used.
+
+    Raises:
+        EvaluationError: the folder cannot be made.
+    """
+
+    def __init__(self, path: Path, on_redo: Redo = lambda path, reason: None):
+        self.path = path
+        self._on_redo = on_redo
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"cannot write to {path}: {error.strerror}") from error
+
+    def get(
+        self,
+        run: Mapping[str, Any],
+        task: Mapping[str, Any],
+        comparator: Mapping[str, Any],
+    ) -> Result | None:
+        """Return the result with these settings; None if it has to be measured.
+
+        Args:
+            run: settings of the run.
+            task: settings of the task.
+            comparator: name and what it was asked for; its own settings too, where it is prepared.
+        """
+        path = self._file(comparator["name"], task["name"])
+        if not path.exists():
+            return None
+        try:
+            result = load_result(path)
+        except EvaluationError as error:
+            self._on_redo(path, str(error))
+            return None
+        for name, wanted in (("run", run), ("task", task), ("comparator", comparator)):
+            found = result.settings[name]
+            for key, value in _plain(wanted).items():
+                if found.get(key) != value:
+                    self._on_redo(path, f"it is of another {name} ({key} differs)")
+                    return None
+        return result
+
+    def put(self, result: Result) -> None:
+        """Write a result; nobody ever sees a part of it.
+
+        Raises:
+            EvaluationError: the file cannot be written.
+        """
+        path = self._file(result.comparator, result.task)
+        body = _plain({"schema_version": SCHEMA_VERSION, **asdict(result)})
+        write_text(path, json.dumps({"checksum": _checksum(body), **body}, indent=1) + "\n")
+
+    def _file(self, comparator: str, task: str) -> Path:
+        safe = (re.sub(r"[^\w.+-]", "_", name) for name in (comparator, task))
+        folder, name = safe
+        return self.path / folder / f"{name}.json"
+
+
+def load_result(path: Path) -> Result:
+    """Read one result.
+
+    Raises:
+        EvaluationError: it cannot be read, is damaged, or was written by another release.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        checksum = body.pop("checksum")
+        if checksum != _checksum(body):
+            raise EvaluationError("its contents do not match its checksum")
+        if body.pop("schema_version") != SCHEMA_VERSION:
+            raise EvaluationError("another release wrote it")
+        items = tuple(
+            Item(**{**item, "loglikelihoods": tuple(item["loglikelihoods"])})
+            for item in body.pop("items")
+        )
+        result = Result(items=items, **body)
+        if result.kind not in (CHOICE, CONTINUATION, TEXT):
+            raise EvaluationError(f"its kind is {result.kind!r}")
+    except OSError as error:
+        raise EvaluationError(f"cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"it is damaged ({type(error).__name__}: {error})") from error
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: it is the old one or the new one, whatever happens meanwhile.
+
+    Raises:
+        EvaluationError: it cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise EvaluationError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        if temporary is not None:  # an interrupt between the two steps leaves nothing behind
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read again: tuples become lists.
+
+    Raises:
+        EvaluationError: a number that JSON has no word for.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"a result cannot be kept as JSON: {error}") from error
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""One comparator scored on one task: the model behind a table, and what identifies its results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.calibration.texts import windows_of
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.runs import Result
+from chai_attention.evaluation.tasks import LAMBADA, LAST_WORD, PERPLEXITY, TaskSource
+
+MHA = "mha"
+LONG = 2048  # tokens at which K,V shares are stated beside those of the items
+TEXT_WINDOWS, TEXT_LENGTH = 128, 512  # of the task "perplexity"
+
+
+class Scorer:
+    """Scores comparators on tasks, with one lm-eval model and each task loaded once.
+
+    Args:
+        model: a causal language model, not enabled.
+        tokenizer: its tokenizer.
+        run: from `run_settings`.
+        limit: items of every task; None for all.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        run: Mapping[str, Any],
+        limit: int | None,
+    ):
+        from chai_attention.integrations.lm_eval.model import ChaiLM
+        from chai_attention.integrations.lm_eval.tasks import quiet
+
+        self._run, self._limit = run, limit
+        self._model, self._tokenizer = model, tokenizer
+        with quiet():
+            # sums of log-probabilities in bfloat16 would tie choices by rounding
+            self._lm = ChaiLM(
+                model,
+                tokenizer=tokenizer,
+                batch_size=run["batch_size"],
+                softmax_dtype="float32",
+            )
+        self._loaded: dict[str, Any] = {}
+
+    def items(self, source: TaskSource) -> int:
+        """How many items of a task are scored."""
+        if source.name == PERPLEXITY or source.rows is None:
+            loaded = self._load(source)
+            count = len(loaded) if source.name == PERPLEXITY else len(loaded.eval_docs)
+        else:
+            count = len(source.rows)
+        return count if self._limit is None else min(count, self._limit)
+
+    def score(
+        self,
+        method: Comparator,
+        asked: Mapping[str, Any],
+        source: TaskSource,
+        report: Callable[[int, int], None],
+    ) -> Result:
+        """Score one comparator on one task.
+
+        Args:
+            method: the comparator, prepared.
+            asked: its name and what it was asked for, for the record.
+            source: the task.
+            report: called with (requests done, requests in all).
+
+        Raises:
+            EvaluationError: lm-eval cannot run the task, or a likelihood is not a number.
+            CalibrationError: a text with less than a window of tokens.
+        """
+        from chai_attention.integrations.lm_eval.scoring import score_task, score_text
+
+        loaded = self._load(source)
+        torch.manual_seed(self._run["seed"])
+        self._lm.progress = report
+        # plain MHA is lm-eval's own path, batches and all
+        with self._lm.using(None if method.name == MHA else method):
+            if source.name == PERPLEXITY:
+                scored = score_text(self._lm, loaded[: self._limit])
+            else:
+                scored = score_task(self._lm, loaded, self._limit)
+        long = min(LONG, self._lm.max_length)
+        return Result(
+            settings={
+                "run": self._run,
+                "task": source.settings(self._limit),
+                "comparator": {**asked, "settings": dict(method.settings())},
+            },
+            source=method.source,
+            kind=scored.kind,
+            kv_share={
+                "length": scored.length,
+                "share": method.kv_share(self._model, scored.length),
+                "long_length": long,
+                "long_share": method.kv_share(self._model, long),
+            },
+            items=scored.items,
+            metrics=scored.metrics,
+        )
+
+    def _load(self, source: TaskSource) -> Any:
+        """lm-eval's task, or the windows ``[N, S]`` of a text."""
+        from chai_attention.integrations.lm_eval.tasks import load_task
+
+        if source.name not in self._loaded:
+            if source.name == PERPLEXITY:
+                texts = [row["text"] for row in source.rows or ()]
+                length = min(TEXT_LENGTH, self._lm.max_length)
+                self._loaded[source.name] = windows_of(
+                    texts, self._tokenizer, TEXT_WINDOWS, length, self._run["seed"]
+                )
+            else:
+                base = LAMBADA if source.name == LAST_WORD else None
+                self._loaded[source.name] = load_task(source.name, source.rows, base)
+        return self._loaded[source.name]
+
+
+def run_settings(model: PreTrainedModel, name: str, batch_size: int, seed: int) -> dict[str, Any]:
+    """What all results of a run have in common, and what tells them from another run's."""
+    packages = ("chai-attention", "lm_eval", "torch", "transformers")
+    return {
+        "model": name,
+        "weights": weights_digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch_size": batch_size,
+        "seed": seed,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def weights_digest(model: PreTrainedModel, samples: int = 256) -> str:
+    """Return a short digest of a model's config and of evenly spaced entries of its weights."""
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    digest = hashlib.sha256(repr(sorted(config.items(), key=lambda kv: kv[0])).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        taken = flat[:: max(1, len(flat) // samples)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + taken.tobytes())
+    return digest.hexdigest()[:16]

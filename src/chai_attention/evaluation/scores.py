@@ -1,0 +1,74 @@
+"""Scores of single items, and their means with standard errors, paired or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CHOICE, CONTINUATION, TEXT = "choice", "continuation", "text"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a model made of one item.
+
+    Attributes:
+        doc: number of the item in its task.
+        digest: of the item's contents.
+        gold: index of the right choice; None where there are no choices.
+        chosen: the choice with the largest log-likelihood.
+        chosen_norm: the same per character of the choice.
+        loglikelihoods: of every choice, or of the one continuation, nats.
+        acc: 1 or 0; None for a text.
+        acc_norm: 1 or 0 by ``chosen_norm``; None where lm-eval's task has no such metric.
+        nll: negative log-likelihood of the right answer, nats; of a text per token.
+        tokens: of the right answer.
+    """
+
+    doc: int
+    digest: str
+    gold: int | None
+    chosen: int | None
+    chosen_norm: int | None
+    loglikelihoods: tuple[float, ...]
+    acc: float | None
+    acc_norm: float | None
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and its standard error (0 for fewer than two values, as none can be told)."""
+
+    mean: float
+    error: float
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean of independent values; the error is lm-eval's: sample deviation over root n."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Mean(mean, 0.0)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Mean(mean, math.sqrt(variance / count))
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Mean:
+    """Mean difference of two methods over the same items, with the error of that difference.
+
+    What makes one item harder than another is in both, and cancels.
+
+    Raises:
+        ValueError: different numbers of items.
+    """
+    return mean_of([value - base for value, base in zip(values, baseline, strict=True)])
+
+
+def average(means: Sequence[Mean]) -> Mean:
+    """Unweighted mean over tasks, whose items are independent of each other's."""
+    count = len(means)
+    error = math.sqrt(math.fsum(mean.error**2 for mean in means)) / count
+    return Mean(math.fsum(mean.mean for mean in means) / count, error)

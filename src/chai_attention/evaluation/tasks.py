@@ -1,0 +1,124 @@
+"""Which tasks an evaluation runs, and where their items come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chai_attention.calibration.texts import load_texts
+from chai_attention.evaluation.passages import last_word_items
+from chai_attention.integrations.lm_eval import EvaluationError
+
+# the five of the paper (section 4.1), by their names in lm-eval
+PAPER = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
+LAMBADA = "lambada_openai"
+LAST_WORD, PERPLEXITY = "last_word", "perplexity"
+FROM_TEXT = (LAST_WORD, PERPLEXITY)
+SETS = {"paper": PAPER, "lambada": (LAMBADA,)}
+TEXT_ITEMS = 1000  # passages of last_word
+TEXT_TOKENS = 400_000  # roughly what is read of a data set of the hub
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task and its items.
+
+    Attributes:
+        name: its name in lm-eval, or "last_word" or "perplexity".
+        rows: the items in the columns of the task's data set; None: lm-eval loads them from the
+            hub. For "perplexity" rows are documents, ``{"text": ...}``.
+        digest: of the rows, or "hub".
+    """
+
+    name: str
+    rows: tuple[dict[str, Any], ...] | None
+    digest: str
+
+    def settings(self, limit: int | None) -> dict[str, Any]:
+        """What identifies its results, with so many items of it."""
+        return {"name": self.name, "data": self.digest, "limit": limit}
+
+
+def task_names(asked: str) -> tuple[str, ...]:
+    """Names of tasks separated by commas; "paper" stands for its five, "lambada" for lm-eval's.
+
+    Raises:
+        EvaluationError: no name.
+    """
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if not names:
+        raise EvaluationError("--tasks is paper, or names of tasks separated by commas")
+    found = [task for name in names for task in SETS.get(name, (name,))]
+    return tuple(dict.fromkeys(found))
+
+
+def task_sources(
+    names: Sequence[str], data: Path | None = None, text: str | None = None, seed: int = 0
+) -> list[TaskSource]:
+    """Find the items of every task.
+
+    Args:
+        names: from `task_names`.
+        data: a folder with ``<task>.jsonl``, one item a line in the columns of the task's data
+            set on the hub (BoolQ's of google/boolq, or of SuperGLUE); None: the hub.
+        text: a plain text, a ``.jsonl`` or a data set of the hub (see `load_texts`) for the tasks
+            "last_word" and "perplexity".
+        seed: which passages of the text are used.
+
+    Raises:
+        EvaluationError: a file is missing or cannot be read, or a task needs ``text``.
+        CalibrationError: from `load_texts`.
+    """
+    sources = []
+    documents: list[str] | None = None
+    for name in names:
+        rows: list[dict[str, Any]] | None = None
+        if name in FROM_TEXT:
+            if text is None:
+                raise EvaluationError(f"the task {name} needs a text: --text FILE")
+            if documents is None:
+                documents = load_texts(text, tokens=TEXT_TOKENS)
+            rows = [{"text": document} for document in documents]
+            if name == LAST_WORD:
+                rows = [*last_word_items(documents, count=TEXT_ITEMS, seed=seed)]
+            if not rows:
+                raise EvaluationError(
+                    f"{text} has no passage for {name}: it needs paragraphs of 30 words or more"
+                )
+        elif data is not None:
+            rows = _read(_file(data, name))
+        digest = "hub" if rows is None else _digest(rows)
+        sources.append(TaskSource(name, None if rows is None else tuple(rows), digest))
+    return sources
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file of a task; LAMBADA's may be called lambada.jsonl."""
+    names = [name] + [short for short, tasks in SETS.items() if tasks == (name,)]
+    for candidate in names:
+        if (path := folder / f"{candidate}.jsonl").is_file():
+            return path
+    raise EvaluationError(
+        f"no items for {name}: {folder / name}.jsonl is missing; without --data they come from "
+        "the hub"
+    )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path}: {error}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise EvaluationError(f"{path} holds no items: it needs one JSON object per line")
+    return rows
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    content = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

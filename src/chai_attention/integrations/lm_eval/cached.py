@@ -1,0 +1,57 @@
+"""Scoring a method that acts on the K,V cache: the context fills it, the answer reads it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.integrations.lm_eval import EvaluationError
+
+if TYPE_CHECKING:
+    from chai_attention.evaluation.comparators.base import Comparator
+
+
+@torch.no_grad()
+def cached_logits(
+    model: PreTrainedModel, method: Comparator, tokens: Tensor, answer: int
+) -> Tensor:
+    """Predict the last tokens of one sequence in two calls, through the method's cache.
+
+    The first call reads all of the context but its last token, so that every prediction that is
+    scored, that of a one-token answer too, comes from a query which reads the finished cache. A
+    context of one token is read by the first call.
+
+    Args:
+        model: the model, with the method attached.
+        method: makes the cache.
+        tokens: ``[S]`` int64, context and answer without the answer's last token.
+        answer: how many predictions are wanted; those at the last ``answer`` tokens.
+
+    Returns:
+        Logits ``[answer, vocabulary]`` in the model's dtype.
+
+    Raises:
+        EvaluationError: the model returns no cache.
+    """
+    context = len(tokens) - answer + 1
+    split = max(1, context - 1)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    cache = method.new_cache(model)
+    parts = []
+    for start, end in ((0, split), (split, len(tokens))):
+        if start == end:
+            continue
+        options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
+        if takes_positions:
+            # a cache that evicts tokens is shorter than the text before the next token
+            options["position_ids"] = torch.arange(start, end, device=model.device)[None]
+        out = model(tokens[None, start:end].to(model.device), **options)
+        cache = out.past_key_values
+        if cache is None:
+            raise EvaluationError(f"{method.name} needs a model that returns its K,V cache")
+        parts.append(out.logits[0])
+    return torch.cat(parts)[-answer:]

@@ -1,0 +1,184 @@
+"""The model "chai" of lm-evaluation-harness: its `hf` model with clustered heads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.integrations.lm_eval import NAME, EvaluationError
+from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers import enable
+from chai_attention.profile import ClusterProfile
+
+if TYPE_CHECKING:
+    from chai_attention.evaluation.comparators.base import Comparator
+
+# (texts, tokens of the context, tokens of the continuation), as lm-eval hands them on
+TokenRequest = tuple[Any, list[int], list[int]]
+Answer = tuple[float, bool]
+
+
+@register_model(NAME)
+class ChaiLM(HFLM):
+    """lm-eval's `hf` model with a cluster profile, or with a comparator's method.
+
+    Without either it is `hf` itself, number for number. With one of them, a batch holds inputs of
+    one length only: `hf` pads shorter ones and tells the model nothing about it, which causal
+    attention never sees, but a method would that looks at first tokens, last tokens or whole
+    sequences. So no result depends on what else is in its batch, but for rounding.
+
+    Args:
+        pretrained: a folder, a name on the hub, a ``.gguf`` file, smollm2-135m, or a loaded model
+            (with ``tokenizer``).
+        profile: a cluster profile, its file, or the name of a published schedule; the model stays
+            enabled with it (see `disable`). None: the model as it is.
+        device: as for `hf`; where there is no GPU, the CPU.
+        dtype: as for `hf`; "auto" of a ``.gguf`` file is bfloat16 on a GPU, else float32.
+        options: further arguments of `hf`, such as ``batch_size``, ``max_length``,
+            ``softmax_dtype``.
+
+    Raises:
+        EvaluationError: ``batch_size=auto`` with a profile, or an encoder-decoder.
+        ProfileError, UnsupportedModelError: from `enable`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        profile: ClusterProfile | str | Path | None = None,
+        *,
+        device: str | None = "cuda",
+        dtype: str | torch.dtype | None = "auto",
+        **options: Any,
+    ):
+        if isinstance(pretrained, str) and _is_gguf(pretrained):
+            pretrained, options["tokenizer"] = _load(pretrained, device, dtype)
+        super().__init__(pretrained=pretrained, device=device, dtype=dtype, **options)
+        self.progress: Callable[[int, int], None] | None = None
+        self.lengths: dict[Any, tuple[int, int]] = {}
+        self._method: Comparator | None = None
+        self._profiled = profile is not None
+        self._done = self._total = 0
+        if profile is not None:
+            self._refuse_unknown_batches()
+            enable(self.model, profile)
+
+    @contextmanager
+    def using(self, method: Comparator | None) -> Iterator[None]:
+        """Score with a comparator's method inside a ``with`` block; None: the model as it is."""
+        if method is None:
+            yield
+            return
+        self._refuse_unknown_batches()
+        self._method = method
+        try:
+            with method.attached(self.model):
+                yield
+        finally:
+            self._method = None
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Answer]:
+        """Score (context, continuation) texts; with `progress` set, lm-eval's bars are off."""
+        return super().loglikelihood(requests, disable_tqdm or self.progress is not None)
+
+    def score_tokens(self, requests: Sequence[TokenRequest]) -> list[Answer]:
+        """Score continuations that are tokens already: (log-likelihood, is it the greedy one)."""
+        return self._loglikelihood_tokens(list(requests), disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[TokenRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        for texts, context, continuation in requests:
+            self.lengths[texts] = len(context), len(continuation)
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"an answer of {len(continuation)} tokens is longer than the model's maximum "
+                    f"of {self.max_length}"
+                )
+        self._done, self._total = 0, len({tuple(c + a[:-1]) for _, c, a in requests})
+        if self._method is not None and self._method.needs_cache:
+            return self._through_cache(requests, self._method)
+        if self._method is None and not self._profiled:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            groups[min(len(context) + len(continuation) - 1, self.max_length)].append(index)
+        answers: dict[int, Answer] = {}
+        for length in sorted(groups, reverse=True):  # what takes most memory comes first
+            chosen = [requests[index] for index in groups[length]]
+            found = super()._loglikelihood_tokens(chosen, disable_tqdm, override_bs)
+            answers.update(zip(groups[length], found, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def _through_cache(self, requests: list[TokenRequest], method: Comparator) -> list[Answer]:
+        """Score one request at a time, each with a cache of its own."""
+        answers: dict[int, Answer] = {}
+        earlier: tuple[tuple[int, ...], int] | None = None
+        logits = torch.empty(0)
+        whole = [(c + a)[-(self.max_length + 1) :] for _, c, a in requests]
+        # answers of one token to the same context stand side by side and share their calls
+        for index in sorted(range(len(requests)), key=lambda i: (whole[i][:-1], i)):
+            continuation = requests[index][2]
+            if len(continuation) >= len(whole[index]):
+                raise EvaluationError(
+                    f"an answer of {len(continuation)} tokens leaves no context in the model's "
+                    f"{self.max_length}"
+                )
+            asked = tuple(whole[index][:-1]), len(continuation)
+            if asked != earlier:
+                tokens = torch.tensor(asked[0], dtype=torch.long)
+                logits = cached_logits(self.model, method, tokens, len(continuation))
+                logits = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+                self._advance(earlier is None or asked[0] != earlier[0])
+                earlier = asked
+            wanted = torch.tensor(continuation, device=logits.device)
+            found = logits.gather(1, wanted[:, None]).sum()
+            answers[index] = float(found), bool((logits.argmax(1) == wanted).all())
+        return [answers[index] for index in range(len(requests))]
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        self._advance(len(inps))
+        return logits
+
+    def _advance(self, rows: int) -> None:
+        self._done = min(self._done + rows, self._total)
+        if self.progress is not None:
+            self.progress(self._done, self._total)
+
+    def _refuse_unknown_batches(self) -> None:
+        if self.backend != "causal":
+            raise EvaluationError("clustered heads are for causal language models")
+        if self.batch_size == "auto":
+            raise EvaluationError(
+                "batch_size=auto is measured on padded batches, which a profile does not get: "
+                "give a number"
+            )
+
+
+def _is_gguf(name: str) -> bool:
+    from chai_attention.cli.loading import SMOLLM2
+
+    return name == SMOLLM2 or Path(name).suffix == ".gguf"
+
+
+def _load(name: str, device: str | None, dtype: str | torch.dtype | None) -> tuple[Any, Any]:
+    """A ``.gguf`` file as the command line loads it, which counts as a plain model."""
+    from chai_attention.cli.loading import load_model
+
+    on_gpu = device is not None and device.startswith("cuda")
+    chosen = "auto" if device is None or (on_gpu and not torch.cuda.is_available()) else device
+    return load_model(name, str(dtype or "auto").removeprefix("torch."), chosen)

@@ -1,0 +1,118 @@
+"""``chai eval`` from the command line, with a registry of its own."""
+
+import json
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+from chai_attention.cli import app
+from chai_attention.cli.eval import eval_command
+from chai_attention.errors import ChaiError
+from chai_attention.evaluation import comparators as package
+from chai_attention.profile import ClusterProfile
+from eval_methods import OwnCache, Plain, arc_rows, eval_model
+from tiny_tokenizer import tiny_tokenizer
+
+MADE = {"mha": Plain, "own": OwnCache}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A registry of comparators; what it was asked for."""
+    calls = []
+
+    def comparators(names, **options):
+        calls.append((tuple(names), options))
+        if unknown := set(names) - set(MADE):
+            raise ChaiError(f"no comparator {unknown}: mha, own")
+        return {name: MADE[name](name) for name in names}
+
+    made = types.ModuleType("registry")
+    made.NAMES, made.comparators = tuple(MADE), comparators
+    monkeypatch.setitem(sys.modules, f"{package.__name__}.registry", made)
+    monkeypatch.setattr(package, "registry", made, raising=False)
+    if not any(command.name == "eval" for command in app.registered_commands):
+        app.command("eval")(eval_command)
+    return calls
+
+
+@pytest.fixture
+def place(folder, tmp_path):
+    """A model that has room for the items, the items, and a text."""
+    eval_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps(row) for row in arc_rows(4)]
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items" / "arc_easy.jsonl").write_text("\n".join(lines))
+    (tmp_path / "text.txt").write_text("Some text, again and again, to read on. " * 400)
+    ClusterProfile((2, 6, 3), window=5).save(tmp_path / "profile.json")
+    return tmp_path
+
+
+def options(place, *more):
+    return [
+        "eval", place / "model", "--tasks", "arc_easy,perplexity", "--data", place / "items",
+        "--text", place / "text.txt", "--calibration-text", place / "text.txt", "--samples", 4,
+        "--length", 64, "--limit", 3, "--out", place / "out", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_a_profile_is_set_beside_the_model_and_a_second_run_measures_nothing(chai, asked, place):
+    arguments = options(place, "--profile", place / "profile.json")
+    code, out, err = chai(*arguments)
+    assert code == 0
+    assert "measured anew" not in err
+    table = json.loads((place / "out" / "results.json").read_text())
+    assert [row["comparator"] for row in table["rows"]] == ["mha", "profile"]
+    assert table["tasks"] == ["arc_easy", "perplexity"]
+    row = table["rows"][1]
+    assert row["tasks"]["arc_easy"]["items"] == 3
+    assert 0.5 < row["kv_share"] < 1
+    assert row["tasks"]["perplexity"]["nll_diff"] != 0
+    assert "accuracy, %" in out
+    assert f"{row['tasks']['arc_easy']['nll']:.4f}" in out
+    assert f"{row['kv_share']:.1%}" in out
+    assert [names for names, _ in asked] == [("mha",)]
+    code, again, err = chai(*arguments)
+    assert (code, again, err, len(asked)) == (0, out, "", 1)
+
+
+def test_comparators_get_text_profile_and_saving(chai, asked, place):
+    code, _, _ = chai(*options(place, "--compare", "all", "--save", "5%", "--seed", 3))
+    assert code == 0
+    ((names, given),) = asked
+    assert names == ("mha", "own")
+    assert (given["save"], given["seed"], given["profile"]) == (0.05, 3, None)
+    assert [tuple(window.shape) for window in given["tokens"]] == [(64,)] * 4
+    asked.clear()
+    chai(*options(place, "--compare", "own", "--save", "6%", "--seed", 3))
+    assert [names for names, _ in asked] == [("own",)]
+
+
+def test_a_damaged_file_is_said_and_measured_anew(chai, asked, place):
+    chai(*options(place, "--compare", "own"))
+    path = place / "out" / "own" / "arc_easy.json"
+    before = path.read_bytes()
+    path.write_bytes(before[:100])
+    code, _, err = chai(*options(place, "--compare", "own"))
+    assert code == 0
+    assert "measured anew" in err
+    assert "damaged" in err
+    assert path.read_bytes() == before
+
+
+def test_mistakes_are_one_line(chai, asked, place):
+    for more, word in (
+        (["--compare", "other"], "no comparator"),
+        (["--compare", "profile"], "--profile FILE"),
+        (["--tasks", "piqa"], "piqa.jsonl is missing"),
+        (["--save", "some"], "--save"),
+        (["--calibration-text", place / "none.txt", "--compare", "own"], "none.txt"),
+    ):
+        code, _, err = chai(*options(place, *more))
+        assert code == 2
+        assert word in err
+        assert err.count("\n") == 1

@@ -1,0 +1,91 @@
+"""Comparators, models and items for tests of evaluations."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import transformers as tf
+from transformers.cache_utils import DynamicCache
+
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.integrations.transformers import enabled
+from chai_attention.profile import ClusterProfile
+from tiny_models import COMMON, CONFIGS
+
+LENGTH = 512
+
+
+def eval_model(family):
+    """A tiny model with room for items spelled in single characters."""
+    torch.manual_seed(5)
+    config = CONFIGS[family]()
+    config.max_position_embeddings = LENGTH
+    config.initializer_range = 0.2
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+class Plain(Comparator):
+    """The model as it is."""
+
+    source = "the model itself"
+
+    def __init__(self, name="mha"):
+        self.name = name
+
+    def attached(self, model):
+        return nullcontext()
+
+    def kv_share(self, model, length):
+        return 1.0
+
+    def settings(self):
+        return {"kind": type(self).__name__}
+
+
+class OwnCache(Plain):
+    """The model's own cache, in two calls."""
+
+    needs_cache = True
+
+
+class GivenCache(OwnCache):
+    """The same with a cache that is handed in."""
+
+    def new_cache(self, model):
+        return DynamicCache(config=model.config)
+
+
+class Clustered(Plain):
+    """A profile with an online membership, by default one decided by the first 5 tokens."""
+
+    def __init__(self, name="clustered", window=5):
+        super().__init__(name)
+        layers = COMMON["num_hidden_layers"]
+        self.profile = ClusterProfile((2,) * layers, window=window)
+
+    def attached(self, model):
+        return enabled(model, self.profile)
+
+    def kv_share(self, model, length):
+        return 0.5 + 1 / length
+
+    def settings(self):
+        return {"window": self.profile.window}
+
+
+def arc_rows(count=7):
+    """Items of very uneven length in ARC's columns."""
+    rows = []
+    for number in range(count):
+        words = ["why", "is", "it", "so"] * (1 + (number * 5) % 11)
+        choices = ["of " * (1 + (number + i * 3) % 5) + "x" for i in range(4)]
+        rows.append(
+            {
+                "id": str(number),
+                "question": f"{number} {' '.join(words)}?",
+                "choices": {"text": choices, "label": ["A", "B", "C", "D"]},
+                "answerKey": "ABCD"[number % 4],
+            }
+        )
+    return rows
