@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/chai demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov=chai_attention --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest -W ignore tests/integrations/vllm

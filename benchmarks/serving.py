@@ -26,6 +26,7 @@ from typing import Any
 CASES = [(1, 2048), (1, 8192), (16, 2048), (16, 8192)]
 NEW_TOKENS = 65  # the first one and 64 steps
 REPEATS = 2
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
 # requests that come at once: "chats" have log-normal lengths, of ShareGPT's order
 LOADS = {"chats": 384, "long prompts": 40}
 SEVEN_B = 32  # layers, and heads of each
@@ -102,11 +103,14 @@ def engine(job: dict[str, Any]) -> Any:
             from chai_attention.integrations.vllm import impl
 
             impl.stock_backend = lambda *args: None  # also layers without clusters run our kernels
-    return LLM(
+    start = time.perf_counter()
+    llm = LLM(
         job["model"],
         skip_tokenizer_init=True,
         **{"dtype": "bfloat16", "gpu_memory_utilization": 0.9, **options},
     )
+    print(f"the engine started in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return llm
 
 
 def params(count: int, **more: Any) -> Any:
@@ -316,6 +320,8 @@ def measure(work: Path, only: list[str] | None, out: Path | None, page: int) -> 
         "max_num_batched_tokens": 16384,
         "enable_prefix_caching": False,
         "block_size": page,
+        # an engine starts sooner with few graphs; batches between them run in the next larger one
+        "compilation_config": {"cudagraph_capture_sizes": GRAPHS},
     }
     groups = [head % 8 for head in range(SEVEN_B)]
     rows: dict[str, Any] = {}

@@ -108,7 +108,7 @@ def eval_command(
     )
     what = Evaluation(
         model=Path(model).name,
-        names=comparator_names(compare, chosen),
+        names=comparator_names(compare, chosen, typer.echo),
         sources=task_sources(task_names(tasks), data, text, seed),
         out=out,
         asked=calibration.asked(),

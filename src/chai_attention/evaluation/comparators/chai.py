@@ -1,0 +1,133 @@
+"""CHAI and this library's own recipes: clustered heads from a `ClusterProfile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.calibration.calibrate import calibrate
+from chai_attention.calibration.evidence import quiet
+from chai_attention.clustering.assign import K_BYTES
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.profiled import profile_digest
+from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.profile import ClusterProfile
+
+# name -> arguments of `calibrate`
+RECIPES: dict[str, dict[str, Any]] = {
+    "chai": {"recipe": "paper"},
+    "chai-static": {"recipe": "elbow", "cost": "scores", "membership": "static", "max_error": 1.0},
+    "default": {},
+}
+
+
+class Chai(Comparator):
+    """Clustered heads, run by the library itself as they are served.
+
+    - "chai": the paper's recipe. Clusters per layer by the elbow of the k-means error (3.2),
+      memberships of every request from the attention maps of its first 5 tokens (3.3).
+    - "chai-static": the same clusters per layer, but one membership for all requests, from the
+      maps of the calibration text (CHAI-static of the paper's evaluation).
+    - "default": what ``chai calibrate`` does without options.
+
+    In a grouped-query model clusters of query heads free K by chance only. There all of them
+    choose whole K/V heads (target "k-bytes"), the first two by the paper's features, window and
+    elbow.
+
+    Args:
+        name: one of the above.
+        save: share of the K,V bytes per token to save, in place of the elbow and of the
+            default's promise about the loss.
+        seed: of the calibration.
+        progress: called with (what is going on, windows done, windows in all).
+    """
+
+    source = "Agarwal et al., ICML 2024 (CHAI), sections 3.2 and 3.3; default: docs/guide.md"
+
+    def __init__(
+        self,
+        name: str,
+        save: float | None = None,
+        seed: int = 0,
+        progress: Callable[[str, int, int], None] = quiet,
+    ):
+        self.name = name
+        self._save, self._seed, self._progress = save, seed, progress
+        self._profile: ClusterProfile | None = None
+
+    @property
+    def profile(self) -> ClusterProfile:
+        """What `prepare` found.
+
+        Raises:
+            EvaluationError: it has not been called.
+        """
+        if self._profile is None:
+            raise EvaluationError(f"prepare the comparator {self.name} first: it needs a profile")
+        return self._profile
+
+    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+        """Calibrate on ``tokens``, windows of one length.
+
+        Raises:
+            CalibrationError: too little text, or a saving or promise that the model cannot keep.
+        """
+        windows = stacked(tokens)
+        self._profile = calibrate(
+            model,
+            None,  # windows are tokens already
+            windows,
+            samples=len(windows),
+            length=windows.shape[1],
+            seed=self._seed,
+            source="calibration text of the evaluation",
+            progress=self._progress,
+            **self._arguments(describe(model)),
+        )
+
+    def _arguments(self, shape: ModelShape) -> dict[str, Any]:
+        found = dict(RECIPES[self.name])
+        if self._save is not None:
+            found.pop("max_error", None)
+            found["save"] = self._save
+        if 1 < shape.kv_heads < shape.heads:
+            found["target"] = K_BYTES
+        return found
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Enable the profile."""
+        return enabled(model, self.profile)
+
+    def kv_share(self, model: PreTrainedModel, length: int) -> float:
+        """Share at ``length`` tokens, K of recent windows included."""
+        return 1 - self.profile.saved(describe(model), length)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Recipe, budget, and the profile that came of them."""
+        return {
+            "recipe": RECIPES[self.name],
+            "save": self._save,
+            "seed": self._seed,
+            "profile": profile_digest(self.profile),
+            "clusters": list(self.profile.clusters),
+        }
+
+
+def stacked(tokens: Sequence[Tensor]) -> Tensor:
+    """Return windows as one tensor ``[N, S]``.
+
+    Raises:
+        EvaluationError: there are none, or they differ in length.
+    """
+    if not tokens:
+        raise EvaluationError("this comparator learns from text: give it calibration windows")
+    if len({len(window) for window in tokens}) > 1:
+        raise EvaluationError("calibration windows must all have the same number of tokens")
+    return torch.stack(list(tokens))

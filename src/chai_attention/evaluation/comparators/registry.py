@@ -1,0 +1,172 @@
+"""All comparators by name, made and fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib import import_module
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.calibration.evidence import quiet
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.comparators.chai import RECIPES, Chai
+from chai_attention.evaluation.comparators.dejavu import DejaVu
+from chai_attention.evaluation.comparators.head_predictor import HeadPredictors
+from chai_attention.evaluation.comparators.mha import Mha
+from chai_attention.evaluation.comparators.random_heads import RandomHeads
+from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
+from chai_attention.evaluation.profiled import PROFILE, Profiled
+from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.profile import ClusterProfile
+
+Progress = Callable[[str, int, int], None]
+
+# percent of heads that DejaVu leaves out
+_DEJAVU = {f"dejavu-{percent}": percent / 100 for percent in (10, 30, 50)}
+_ORACLE = {name.replace("-", "-oracle-"): share for name, share in _DEJAVU.items()}
+_KVPRESS = ("think", "snapkv")
+_QUANTISED = ("quant8", "quant4", "chai+quant8", "chai+quant4")
+_PACKAGE = "chai_attention.evaluation.comparators"
+
+RIVALS: tuple[str, ...] = (*_KVPRESS, *_QUANTISED)
+"""Comparators by libraries of the extra ``rivals``."""
+
+NAMES: tuple[str, ...] = ("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS, *RIVALS)
+"""Comparators that need nothing but a model and text; "profile" is one more, given a profile."""
+
+
+def available(profile: ClusterProfile | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what "all" stands for here, and one message for each comparator left out."""
+    names = [PROFILE] if profile is not None else []
+    left_out = []
+    for name in NAMES:
+        try:
+            if name in RIVALS:
+                _rival(name, None, None)
+        except EvaluationError as error:
+            left_out.append(f"without {name}: {error}")
+        else:
+            names.append(name)
+    return tuple(names), tuple(left_out)
+
+
+def comparators(
+    names: Sequence[str],
+    *,
+    model: PreTrainedModel,
+    tokens: Sequence[Tensor],
+    profile: ClusterProfile | None = None,
+    save: float | None = None,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> dict[str, Comparator]:
+    """Make comparators and fit those that learn from text.
+
+    Args:
+        names: some of `NAMES`, or "profile"; the single name "all" stands for `available`.
+        model: a causal language model, not enabled.
+        tokens: calibration windows, each ``[S]`` int64 and of one length.
+        profile: of the comparator "profile"; "random" takes its numbers of clusters, and CHAI
+            beside a quantised cache its clusters. Without one, both take that of "default".
+        save: share of the K,V bytes per token to save, for all that have such a budget. None: what
+            the profile saves; without a profile either, each method's own default.
+        seed: of everything random.
+        progress: called with (what is going on, done, in all).
+
+    Returns:
+        Comparators by name, in the order of ``names``; the same arguments give the same ones.
+
+    Raises:
+        EvaluationError: an unknown name, "profile" without a profile, a saving that a method
+            cannot reach, or a library that is missing.
+        CalibrationError: from calibrations, which cannot do what is asked.
+        UnsupportedModelError: a model that a method cannot run.
+    """
+    chosen = available(profile)[0] if list(names) == ["all"] else tuple(dict.fromkeys(names))
+    known = (*NAMES, PROFILE)
+    if unknown := [name for name in chosen if name not in known]:
+        raise EvaluationError(f"no comparator {', '.join(unknown)}: choose from {', '.join(known)}")
+    if profile is not None:
+        profile.check(describe(model))
+        save = save or profile.saved(describe(model), 10**9) or None
+    made = _Workshop(model, tokens, profile, save, seed, progress)
+    found = {}
+    for number, name in enumerate(chosen):
+        progress(f"preparing {name}", number, len(chosen))
+        found[name] = made(name)
+    return found
+
+
+class _Workshop:
+    """Makes comparators of one model; what several of them share is made once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Sequence[Tensor],
+        profile: ClusterProfile | None,
+        save: float | None,
+        seed: int,
+        progress: Progress,
+    ):
+        self._model, self._tokens, self._given = model, tokens, profile
+        self._save, self._seed, self._progress = save, seed, progress
+        self._predictors = HeadPredictors(seed)
+
+    def __call__(self, name: str) -> Comparator:
+        if name == "default":
+            return self._default
+        made = self._make(name)
+        made.prepare(self._model, self._tokens)
+        return made
+
+    def _make(self, name: str) -> Comparator:
+        if name == "mha":
+            return Mha()
+        if name == PROFILE:
+            if self._given is None:
+                raise EvaluationError(f"the comparator {PROFILE} needs a profile")
+            return Profiled(self._given)
+        if name in RECIPES:
+            return Chai(name, self._save, self._seed, self._progress)
+        if name == "random":
+            return RandomHeads(self._profile, self._seed)
+        if name in _DEJAVU:
+            return DejaVu(_DEJAVU[name], self._predictors, self._progress)
+        if name in _ORACLE:
+            return DejaVu(_ORACLE[name], None)
+        if name in VARIANTS:
+            return SpAtten(name, self._save)
+        return _rival(name, self._save, self._profile if name.startswith("chai+") else None)
+
+    @cached_property
+    def _default(self) -> Chai:
+        made = Chai("default", self._save, self._seed, self._progress)
+        made.prepare(self._model, self._tokens)
+        return made
+
+    @property
+    def _profile(self) -> ClusterProfile:
+        return self._default.profile if self._given is None else self._given
+
+
+def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Comparator:
+    """Make a comparator of the extra ``rivals``, whose libraries are loaded only here.
+
+    Raises:
+        EvaluationError: its library is not installed.
+    """
+    try:
+        made: Comparator
+        if name in _KVPRESS:
+            made = import_module(f"{_PACKAGE}.kvpress").kvpress_comparator(name, save)
+        else:
+            made = import_module(f"{_PACKAGE}.quantised").quantised_comparator(name, profile)
+    except ImportError as error:
+        raise EvaluationError(
+            f"{name} needs {error.name}: pip install 'chai-attention[rivals]'"
+        ) from error
+    return made

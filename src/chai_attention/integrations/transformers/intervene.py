@@ -1,0 +1,153 @@
+"""Changing what heads put out, or how they attend, for the time of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from chai_attention.errors import UnsupportedModelError
+from chai_attention.integrations.transformers.attention import NAME as ENABLED
+from chai_attention.integrations.transformers.plain import plain_attention
+from chai_attention.integrations.transformers.support import (
+    attention_modules,
+    describe,
+    output_projection,
+)
+
+_numbers = count()  # every replacement registers under a name of its own, so that they nest
+
+
+@dataclass(frozen=True)
+class MaskedCall:
+    """What one layer's attention gets, rotary embedding included.
+
+    Attributes:
+        layer: index of the layer.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, S, D]``.
+        value: ``[B, G, S, Dv]``.
+        mask: ``[B, 1, Q, S]`` bool, True for keys that are seen; None for causal attention
+            without padding.
+        scale: factor on the scores.
+        softcap: cap on the scores, or None.
+        plain: computes the model's own attention, ``[B, Q, H, Dv]``.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+    plain: Callable[[], Tensor]
+
+
+@contextmanager
+def replaced_attention(
+    model: PreTrainedModel, attention: Callable[[MaskedCall], Tensor]
+) -> Iterator[None]:
+    """Let ``attention(call)`` compute every layer's attention, ``[B, Q, H, Dv]``.
+
+    Layers are called in their order, once per forward.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached, or clustered heads are
+            enabled.
+    """
+    layers = {module: layer for layer, module in attention_modules(model).items()}
+    _refuse_enabled(model)
+    before = model.config._attn_implementation
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+        def plain() -> Tensor:
+            return plain_attention(
+                module, query, key, value, attention_mask, scale, softcap, kwargs
+            )
+
+        call = MaskedCall(layers[module], query, key, value, attention_mask, scale, softcap, plain)
+        return attention(call), None
+
+    name = f"chai_replaced_{next(_numbers)}"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def edited_heads(
+    model: PreTrainedModel,
+    edit: Callable[[int, Tensor], Tensor | None],
+    see_input: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Let ``edit(layer, out)`` replace the heads' outputs before the output projection.
+
+    Args:
+        model: a supported causal language model; its attention runs as it always does.
+        edit: gets ``[B, Q, H, Dv]``, returns the same shape, or None to leave it as it is.
+        see_input: called before every layer's attention with (layer, its input ``[B, Q, E]``,
+            normalised where the family does).
+
+    Raises:
+        UnsupportedModelError: the model's attention or output projection cannot be reached, or
+            clustered heads are enabled.
+    """
+    heads = describe(model).heads
+    modules = attention_modules(model)
+    projections = {layer: output_projection(module) for layer, module in modules.items()}
+    _refuse_enabled(model)
+
+    def before_projection(layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            flat = args[0]  # [B, Q, H * Dv]
+            changed = edit(layer, flat.unflatten(-1, (heads, -1)))
+            return None if changed is None else (changed.flatten(-2), *args[1:])
+
+        return hook
+
+    def before_attention(layer: int, see: Callable[[int, Tensor], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(layer, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer, module in modules.items():
+            if see_input is not None:
+                seen = module.register_forward_pre_hook(
+                    before_attention(layer, see_input), with_kwargs=True
+                )
+                hooks.callback(seen.remove)
+            edited = projections[layer].register_forward_pre_hook(before_projection(layer))
+            hooks.callback(edited.remove)
+        yield
+
+
+def _refuse_enabled(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation == ENABLED:
+        raise UnsupportedModelError("clustered heads are enabled: disable(model) first")
