@@ -1,7 +1,7 @@
 """One vLLM engine per job, each in a process of its own that does not have to import vLLM anew.
 
 A server process imports vLLM once, which takes longer than a tiny model's engine; jobs are forked
-off it.
+off it. A job does several things with its engine, one after the other (`Part`).
 """
 
 import json
@@ -22,6 +22,24 @@ ENVIRONMENT = {
 PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "chai_attention"]
 TIMEOUT = 900
 
+Part = dict[str, Any]
+
+
+def generate(prompts: list[list[int]], tokens: int, n: int = 1) -> Part:
+    """Generate ``tokens`` greedily for prompts that are handed in together, ``n`` times each."""
+    return {"do": "generate", "prompts": prompts, "tokens": tokens, "n": n}
+
+
+def beams(prompts: list[list[int]], tokens: int, width: int) -> Part:
+    """The ``width`` best continuations by beam search."""
+    return {"do": "beams", "prompts": prompts, "tokens": tokens, "width": width}
+
+
+def abort(prompts: list[list[int]], tokens: int, at: dict[int, int]) -> Part:
+    """Generate, and drop requests in flight: ``at`` has the step of each that is dropped."""
+    steps = {str(row): step for row, step in at.items()}
+    return {"do": "abort", "prompts": prompts, "tokens": tokens, "at": steps}
+
 
 def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
     """Run a job in a process of its own; what vLLM says goes to ``log``.
@@ -29,9 +47,12 @@ def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
     Args:
         job: ``model``, ``profile`` (path, or None for vLLM as it is), ``own`` (layers without
             clusters run our attention too), ``together`` (batches go to the kernels' operations, or
-            on a CPU to their PyTorch versions), ``options`` of the engine, ``batches`` (prompts of
-            token ids that are handed in together) and ``tokens`` to generate of each, ``n`` times.
+            on a CPU to their PyTorch versions), ``options`` of the engine, ``parts``.
         log: a file.
+
+    Returns:
+        ``parts`` with what each gave, ``blocks`` and ``block_size`` of the cache, the blocks that
+        are ``free`` before and behind the parts, ``preemptions``.
 
     Raises:
         RuntimeError: with the log, if the engine failed.
@@ -57,13 +78,13 @@ def _run(job: dict[str, Any], log: Path, result: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    result.write_text(json.dumps(_generate(job)))
+    result.write_text(json.dumps(_do(job)))
     sys.stdout.flush()
     os._exit(0)  # whatever vLLM would still tidy up goes with the process
 
 
-def _generate(job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+def _engine(job: dict[str, Any]) -> Any:
+    from vllm import LLM
 
     options = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, **job["options"]}
     if job["profile"] is not None:
@@ -74,29 +95,93 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
             impl.stock_backend = lambda *args: None
         if job["together"]:
             impl.runs_kernels = lambda device: True
-    llm = LLM(
-        job["model"], skip_tokenizer_init=True, dtype="float32", disable_log_stats=False, **options
-    )
-    params = SamplingParams(
-        # vLLM refuses several greedy samples, and drafts with a top_k
-        **({"temperature": 0} if job["n"] == 1 else {"temperature": 1, "top_k": 1}),
-        max_tokens=job["tokens"], ignore_eos=True, detokenize=False,
-        n=job["n"],
+    # vLLM's beam search asks the tokenizer how texts end
+    needs_tokenizer = any(part["do"] == "beams" for part in job["parts"])
+    return LLM(
+        job["model"], skip_tokenizer_init=not needs_tokenizer, dtype="float32",
+        disable_log_stats=False, **options,
     )  # fmt: skip
-    batches = []
-    for prompts in job["batches"]:
-        done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        batches.append(
-            {
-                "ids": [[list(out.token_ids) for out in request.outputs] for request in done],
-                "cached": [request.num_cached_tokens for request in done],
-            }
-        )
+
+
+def _do(job: dict[str, Any]) -> dict[str, Any]:
+    llm = _engine(job)
+    one_process = job["options"].get("tensor_parallel_size", 1) == 1 and (
+        job["options"].get("pipeline_parallel_size", 1) == 1
+    )
+    free = [_free(llm)] if one_process else []
+    done = [_DOES[part["do"]](llm, part) for part in job["parts"]]
+    if one_process:
+        free.append(_free(llm))
     config = llm.llm_engine.vllm_config.cache_config
     counted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
     return {
-        "batches": batches,
+        "parts": done,
+        "free": free,
         "blocks": config.num_gpu_blocks,
         "block_size": config.block_size,
         "preemptions": sum(counted),
     }
+
+
+def _free(llm: Any) -> int:
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    count: int = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    return count
+
+
+def _prompts(part: Part) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": ids} for ids in part["prompts"]]
+
+
+def _params(tokens: int, n: int = 1) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        # vLLM refuses several greedy samples, and drafts with a top_k
+        **({"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}),
+        max_tokens=tokens, ignore_eos=True, detokenize=False, n=n,
+    )  # fmt: skip
+
+
+def _generate(llm: Any, part: Part) -> dict[str, Any]:
+    done = llm.generate(_prompts(part), _params(part["tokens"], part["n"]), use_tqdm=False)
+    return {
+        "ids": [[list(out.token_ids) for out in request.outputs] for request in done],
+        "cached": [request.num_cached_tokens for request in done],
+    }
+
+
+def _beams(llm: Any, part: Part) -> dict[str, Any]:
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(
+        beam_width=part["width"], max_tokens=part["tokens"], ignore_eos=True, temperature=0.0
+    )
+    done = llm.beam_search(_prompts(part), params)
+    lengths = [len(ids) for ids in part["prompts"]]
+    return {
+        "ids": [
+            [list(beam.tokens)[length:] for beam in request.sequences]
+            for request, length in zip(done, lengths, strict=True)
+        ]
+    }
+
+
+def _abort(llm: Any, part: Part) -> dict[str, Any]:
+    engine = llm.llm_engine
+    names = [f"abort-{row}" for row in range(len(part["prompts"]))]
+    for name, prompt in zip(names, _prompts(part), strict=True):
+        engine.add_request(name, prompt, _params(part["tokens"]))
+    ids: dict[str, list[int]] = {}
+    step = 0
+    while engine.has_unfinished_requests():
+        gone = [names[int(row)] for row, at in part["at"].items() if at == step]
+        engine.abort_request(gone)
+        for request in engine.step():
+            if request.finished:
+                ids[request.request_id] = list(request.outputs[0].token_ids)
+        step += 1
+    return {"ids": [[ids[name]] if name in ids else None for name in names]}
+
+
+_DOES = {"generate": _generate, "beams": _beams, "abort": _abort}

@@ -7,37 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vllm_job
 from chai_attention.profile import ClusterProfile
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """Run an engine (`vllm_job`); a failure raises RuntimeError with what vLLM wrote."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM, which `make test-vllm` installs into an environment of its own")
 
     def run(
         model: Path,
-        batches: list[list[list[int]]],
-        tokens: int,
+        parts: list[vllm_job.Part],
         profile: ClusterProfile | Path | None = None,
         own: bool = False,
         together: bool = False,
-        n: int = 1,
         **options: Any,
     ) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("engine")
         if isinstance(profile, ClusterProfile):
-            profile.save(tmp_path / "profile.json")
-            profile = tmp_path / "profile.json"
+            profile.save(folder / "profile.json")
+            profile = folder / "profile.json"
         job = {
             "model": str(model), "profile": None if profile is None else str(profile), "own": own,
-            "together": together,
-            "batches": batches, "tokens": tokens, "n": n, "options": options,
+            "together": together, "parts": parts, "options": options,
         }  # fmt: skip
-        return vllm_job.run(job, tmp_path / "engine.log")
+        return vllm_job.run(job, folder / "engine.log")
 
     return run
 
@@ -50,9 +51,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=8, head_dim=64, vocab_size=256, initializer_range=0.15,
-        max_position_embeddings=512,
+        max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    # a token is a byte
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: token for token, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
 
 

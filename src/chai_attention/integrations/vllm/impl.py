@@ -11,22 +11,17 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.vllm.backend import backend_of
+from chai_attention.integrations.vllm.attend import StepAttention
+from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
 from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.memberships import PageMemberships
+from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
 from chai_attention.integrations.vllm.options import refuse_layer
-from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.served import ServedModel
-from chai_attention.integrations.vllm.step import Row, Step
-from chai_attention.integrations.vllm.stock import stock_backend
+from chai_attention.integrations.vllm.step import Step
+from chai_attention.integrations.vllm.stock import common_layouts, limited_to, stock_backend
 from chai_attention.integrations.vllm.window import RecentPool
-from chai_attention.membership import Membership
-from chai_attention.ops import windowed
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.paged import paged_decode
-from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
-
-LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -87,22 +82,15 @@ class ChaiAttention(AttentionImpl[Step]):
                 f"config says {plan.heads} and {plan.kv_heads}"
             )
         stock = stock_backend(config, module, config.model_config.dtype)
+        some = any(each.plan.is_identity for each in self.served.layers)
+        layouts = common_layouts(ChaiBackend.layouts, stock if some else None)
         if plan.is_identity and stock is not None:
-            self._give_way(module, stock, act_dtype)
+            several = config.parallel_config.pipeline_parallel_size > 1
+            self._give_way(module, limited_to(stock, layouts) if several else stock, act_dtype)
             return
         self.layout = self.layer.layout(self.head_size, module.head_size_v)
-        module.attn_backend = backend_of(self.layout)
+        module.attn_backend = backend_of(self.layout, layouts)
         device = torch.device(current_platform.device_type)
-        self._kernels = runs_kernels(device)
-        self._memberships: PageMemberships | None = None
-        self._fixed: Membership | None = None
-        self._offset: Tensor | None = None
-        if not plan.needs_probe:
-            self._fixed = self.layer.membership(device)
-            table = plan.offset_table(device)
-            if table is not None and plan.has_recent_window:
-                offset = windowed.head_offsets(table, self._fixed)
-                self._offset = offset.repeat(self.served.rows, 1)
         self._pool: RecentPool | None = None
         if plan.has_recent_window:
             self._pool = RecentPool(
@@ -113,6 +101,17 @@ class ChaiAttention(AttentionImpl[Step]):
                 config.model_config.dtype,
                 device,
             )
+        if not plan.needs_probe:
+            self._attend_with(FixedMembership(self.layer, self.served.rows, device), device)
+
+    def _attend_with(
+        self, memberships: FixedMembership | PageMemberships, device: torch.device
+    ) -> None:
+        self._memberships = memberships
+        self._attention = StepAttention(
+            self.layer.plan, memberships, self._pool, self.scale, self.softcap,
+            runs_kernels(device),
+        )  # fmt: skip
 
     def _give_way(self, module: Any, stock: type[Any], act_dtype: torch.dtype) -> None:
         """Let vLLM's own backend run the layer."""
@@ -134,14 +133,14 @@ class ChaiAttention(AttentionImpl[Step]):
 
     def prepare(self, cache: Tensor) -> None:
         """Make the tables that belong to a cache, before any CUDA graph needs them."""
-        if self.layer.plan.needs_probe and (
-            self._memberships is None or self._memberships.pages != cache.shape[0]
-        ):
-            self._memberships = PageMemberships(self.layer, cache.shape[0], cache.device)
+        if self.layer.plan.needs_probe:
+            self._attend_with(
+                PageMemberships(self.layer, cache.shape[0], cache.device), cache.device
+            )
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it
             pages = torch.zeros(1, dtype=torch.int32, device=cache.device)
-            member, rows = self._membership(pages)
+            member, rows = self._memberships.of(pages)
             _ = member.key_heads, member.value_heads, member.removed_key_heads, member.key_place
             keys, values = self.layout.split(cache)
             paged_decode(
@@ -149,12 +148,14 @@ class ChaiAttention(AttentionImpl[Step]):
                 member, lengths=pages, scale=1.0, rows=rows,
             )  # fmt: skip
 
-    def _membership(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
-        """Tables of the requests with these first pages, and the row of each in them."""
-        if self._fixed is not None:
-            return self._fixed, None
-        assert self._memberships is not None
-        return self._memberships.of(pages)
+    def begin(self, step: Step) -> None:
+        """Take in requests whose first tokens are too few to cluster heads on.
+
+        Not left to `forward`, as vLLM's older model runner decodes prompts of one token by a CUDA
+        graph, in which nothing new can be published.
+        """
+        if isinstance(self._memberships, PageMemberships):
+            self._memberships.begin(step)
 
     # ---- one step
 
@@ -193,181 +194,15 @@ class ChaiAttention(AttentionImpl[Step]):
         pages = self.layout.split(kv_cache)
         # Requests of one step may share pages that one of them is writing (prefix caching), so
         # every membership comes before any other read of the tables, and every write before reads
-        if self.layer.plan.needs_probe:
-            self._probe(step, query, key, value)
-        before = self._before(step)
-        member, lines = self._membership(step.token_pages)
-        near = None if self._pool is None else self._pool.near
-        lines = self._lines(lines, tokens, member)
+        if isinstance(self._memberships, PageMemberships):
+            self._memberships.probe(step, query, key, value, self.scale, self.softcap)
+        before = self._attention.before(step)
+        member, lines = self._memberships.of(step.token_pages)
+        if lines is None and member.batch > 1:
+            lines = torch.arange(tokens, dtype=torch.int32)
         write_paged(
             key, value, pages[0], pages[1], step.slot_mapping, member, lines,
-            near, step.positions, step.token_slots,
+            None if self._pool is None else self._pool.near, step.positions, step.token_slots,
         )  # fmt: skip
-        if self._kernels:
-            self._together(step, query, key, value, pages, before, out)
-        else:
-            for row in step.rows:
-                if row.tokens:
-                    self._one(step, row, query, key, value, pages, before, out)
+        self._attention.run(step, query, key, value, pages, before, out)
         return output
-
-    @staticmethod
-    def _lines(lines: Tensor | None, tokens: int, member: Membership) -> Tensor | None:
-        """Row of each token in tables that have one row per token or one for all."""
-        if lines is None and member.batch > 1:
-            return torch.arange(tokens, dtype=torch.int32)
-        return lines
-
-    def _together(
-        self,
-        step: Step,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pages: tuple[Tensor, Tensor],
-        before: dict[int, Tensor],
-        out: Tensor,
-    ) -> None:
-        """Attend with all requests, by one operation for decode and one for prefill."""
-        count = step.decodes
-        if count:
-            self._decode(step, query[:count], pages, out[:count])
-        if not step.prefills:
-            return
-        if self._pool is not None:
-            for row in step.prefills:
-                self._one(step, row, query, key, value, pages, before, out)
-            return
-        plan, start = self.layer.plan, step.prefills[0].start
-        stop = step.prefills[-1].stop
-        probe = None
-        if plan.needs_probe:
-            probe = Probe(query[start:stop], key[start:stop], value[start:stop], plan.probe_end)
-        member, rows = self._membership(step.pages[count:])
-        options: dict[str, Any] = {
-            "query_starts": step.query_starts[count:] - start,
-            "most_queries": step.most_queries,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "rows": rows,
-            "probe": probe,
-            "out": out[start:stop],
-        }
-        if all(row.context == 0 for row in step.prefills):
-            varlen_prefill(
-                query[start:stop], key[start:stop], value[start:stop], member,
-                natural_order=True, **options,
-            )  # fmt: skip
-        else:
-            paged_prefill(
-                query[start:stop], *pages, step.block_table[count:], member,
-                lengths=step.lengths[count:], **options,
-            )  # fmt: skip
-
-    def _decode(self, step: Step, query: Tensor, pages: tuple[Tensor, Tensor], out: Tensor) -> None:
-        """Attend with one token of each of the first requests."""
-        count = query.shape[0]
-        member, rows = self._membership(step.pages[:count])
-        window: dict[str, Any] = {}
-        if self._pool is not None:
-            assert step.slots is not None
-            offset = self._offset
-            if self._memberships is not None:
-                offset = self._memberships.offsets(step.pages[:count])
-            window = {
-                "near": self._pool.near,
-                "slots": step.slots[:count],
-                "offset": None if offset is None else offset[:count],
-            }
-        paged_decode(
-            query, *pages, step.block_table[:count], member, lengths=step.lengths[:count],
-            scale=self.scale, softcap=self.softcap, rows=rows, out=out, most_keys=step.most_keys,
-            **window,
-        )  # fmt: skip
-
-    def _one(
-        self,
-        step: Step,
-        row: Row,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pages: tuple[Tensor, Tensor],
-        before: dict[int, Tensor],
-        out: Tensor,
-    ) -> None:
-        """Attend with the tokens of one request."""
-        plan, tokens = self.layer.plan, slice(row.start, row.stop)
-        member, lines = self._membership(step.pages[row.number : row.number + 1])
-        if lines is not None:
-            member = member.select(lines.long())
-        q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-        if row.context:
-            table = step.block_table[row.number]
-            keys, values = (from_pages(states, table, row.length) for states in pages)
-        else:
-            keys = k.index_select(1, member.key_heads[0])
-            values = v[0].transpose(0, 1).index_select(1, member.value_heads[0])
-            values = values.transpose(0, 1)[None]
-        request = Request(q, k, v, keys, values, member, self.scale, self.softcap)
-        if self._pool is None:
-            out[tokens] = request.attend()
-        else:
-            assert step.host_slots is not None
-            slot = step.host_slots[row.number]
-            out[tokens] = request.attend_near(
-                plan.recent,
-                plan.sinks,
-                self._offset_of(step, row),
-                self._pool.first(slot, min(plan.sinks, row.length)),
-                before.get(row.number, k[:, :0, :0]),
-            )
-        if plan.needs_probe and not row.context:
-            own = min(plan.probe_end, row.tokens)
-            out[row.start : row.start + own] = request.attend_fully(own)
-
-    def _offset_of(self, step: Step, row: Row) -> Tensor | None:
-        """``[1, H]`` offsets of one request."""
-        if self._memberships is not None:
-            return self._memberships.offsets(step.pages[row.number : row.number + 1])
-        return None if self._offset is None else self._offset[:1]
-
-    def _before(self, step: Step) -> dict[int, Tensor]:
-        """K of removed heads that the rings hold now and will not after this step's write.
-
-        By row of those requests that attend one by one and are under way.
-        """
-        if self._pool is None or step.host_slots is None:
-            return {}
-        rows = step.prefills if self._kernels else step.rows
-        reach = self.layer.plan.recent - 1
-        return {
-            row.number: self._pool.last(
-                step.host_slots[row.number], row.context, min(row.context, reach)
-            )
-            for row in rows
-            if row.context
-        }
-
-    # ---- memberships
-
-    def _probe(self, step: Step, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Cluster the heads of requests that begin, each on its own first tokens."""
-        plan = self.layer.plan
-        assert self._memberships is not None
-        by_end: dict[int, list[Row]] = {}
-        for row in step.fresh:
-            by_end.setdefault(min(row.tokens, plan.probe_end), []).append(row)
-        for end, rows in by_end.items():
-            index = torch.tensor([row.number for row in rows], device=step.pages.device)
-            pages = step.pages[index]
-            if end - plan.probe_start < min(LEAST_PROBE, plan.window):
-                member = self.layer.membership(pages.device).expand(len(rows))
-            else:
-                window = step.first_tokens(rows, plan.probe_start, end)
-                q, k, v = (x[window].transpose(1, 2) for x in (query, key, value))
-                found = plan.online_membership(q, k, v, self.scale, self.softcap)
-                # how many K heads grouped queries need depends on the request; pages hold the most
-                same = found.kept_keys == self.layer.kept
-                member = found if same else self.layer.membership_of(found.representatives)
-            self._memberships.publish(pages, member)

@@ -39,7 +39,9 @@ class ServedLayer:
     def membership(self, device: torch.device | str | None = None) -> Membership:
         """The membership that does not depend on the request, of one row."""
         rep = self.plan.representatives or self.fallback
-        return self.membership_of(torch.tensor([rep], device=device))
+        # made on the CPU, so that kernels know the sizes of the clusters without waiting
+        member = self.membership_of(torch.tensor([rep]))
+        return member if device is None else member.to(device)
 
     def membership_of(self, representatives: torch.Tensor) -> Membership:
         """The membership of ``[B, H]`` representatives."""

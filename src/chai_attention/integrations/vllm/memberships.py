@@ -11,8 +11,37 @@ import torch
 from torch import Tensor
 
 from chai_attention.integrations.vllm.layers import ServedLayer
+from chai_attention.integrations.vllm.step import Step
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
+from chai_attention.ops.rows import update_rows
+
+LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
+
+
+class FixedMembership:
+    """One membership for all requests.
+
+    Args:
+        layer: the layer; it has no probe window.
+        rows: most requests of a step.
+        device: the cache's.
+    """
+
+    def __init__(self, layer: ServedLayer, rows: int, device: torch.device):
+        self._membership = layer.membership(device)
+        self._offset: Tensor | None = None
+        table = layer.plan.offset_table(device)
+        if table is not None and layer.plan.has_recent_window:
+            self._offset = windowed.head_offsets(table, self._membership).repeat(rows, 1)
+
+    def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
+        """As `PageMemberships.of`; one row of tables for all."""
+        return self._membership, None
+
+    def offsets(self, pages: Tensor) -> Tensor | None:
+        """As `PageMemberships.offsets`."""
+        return None if self._offset is None else self._offset[: pages.shape[0]]
 
 
 class PageMemberships:
@@ -27,7 +56,8 @@ class PageMemberships:
     def __init__(self, layer: ServedLayer, pages: int, device: torch.device):
         self.layer = layer
         self.pages = pages
-        representatives = torch.tensor([layer.fallback], device=device).repeat(pages, 1)
+        self._fallback = layer.membership(device)
+        representatives = self._fallback.representatives.repeat(pages, 1)
         self._all = layer.membership_of(representatives)
         table = layer.plan.offset_table(device) if layer.plan.has_recent_window else None
         self._offsets = table
@@ -54,25 +84,38 @@ class PageMemberships:
         Everything that was made of the tables is brought up to date in place.
         """
         rows = pages.long()
-        self._all.representatives[rows] = membership.representatives
-        for name, table in vars(self._all).items():
-            if isinstance(table, Tensor) and name != "representatives":
-                table[rows] = getattr(membership, name)
+        update_rows(self._all, rows, membership)
         if self._offset is not None and self._offsets is not None:
             self._offset[rows] = windowed.head_offsets(self._offsets, membership)
-        if pages.is_cuda:
-            _update_chunks(self._all, rows, membership)
 
+    def begin(self, step: Step) -> None:
+        """Give requests that start with too few tokens to tell what is known without a request."""
+        plan = self.layer.plan
+        for group in step.beginners(plan.probe_start, plan.probe_end):
+            if group.window.shape[1] < min(LEAST_PROBE, plan.window):
+                self.publish(group.pages, self._fallback.expand(len(group.pages)))
 
-def _update_chunks(tables: Membership, rows: Tensor, new: Membership) -> None:
-    """Bring what kernels made of ``tables`` up to date in the rows ``rows [B]``."""
-    from chai_attention.ops.triton import chunks, paged_prefill
+    def probe(
+        self, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float,
+        softcap: float | None,
+    ) -> None:  # fmt: skip
+        """Cluster the heads of the other requests that start, each on its own first tokens.
 
-    for made, make in (
-        (chunks._made, chunks.chunks_of),
-        (paged_prefill._natural, paged_prefill.natural_chunks),
-    ):
-        for members, held in made.get(tables, {}).items():
-            fresh = make(new, members)
-            for name in ("slot", "query", "key", "head", "value"):
-                getattr(held, name)[rows] = getattr(fresh, name)
+        Args:
+            step: the step.
+            query: ``[T, H, D]`` of its tokens.
+            key: ``[T, G, D]``.
+            value: ``[T, G, Dv]``.
+            scale: factor on the scores.
+            softcap: as in `ops.reference.attention`.
+        """
+        plan = self.layer.plan
+        for group in step.beginners(plan.probe_start, plan.probe_end):
+            if group.window.shape[1] < min(LEAST_PROBE, plan.window):
+                continue
+            q, k, v = (x[group.window].transpose(1, 2) for x in (query, key, value))
+            found = plan.online_membership(q, k, v, scale, softcap)
+            # how many K heads grouped queries need depends on the request; pages hold the most
+            same = found.kept_keys == self.layer.kept
+            member = found if same else self.layer.membership_of(found.representatives)
+            self.publish(group.pages, member)

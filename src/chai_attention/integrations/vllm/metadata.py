@@ -69,6 +69,8 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
         if step is None:
             step = self._step(common_attn_metadata, is_capture=False)
             setattr(common_attn_metadata, _STASH, step)
+        for layer in self._layers:
+            layer.impl.begin(step)
         return step
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:

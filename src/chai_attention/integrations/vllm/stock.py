@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 
 def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | None:
@@ -44,3 +45,27 @@ def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | No
         attn_type=layer.attn_type,
     )
     return None if problems else chosen
+
+
+def common_layouts(
+    own: tuple[KVCacheLayout, ...], stock: type[Any] | None
+) -> tuple[KVCacheLayout, ...]:
+    """Layouts of the cache that all layers of a model can read, ours and vLLM's.
+
+    With pipeline parallelism every rank has to name the same ones, whichever layers it has.
+
+    Args:
+        own: those of clustered layers, the preferred one first.
+        stock: what runs the layers without clusters; None if the model has none.
+    """
+    read = None if stock is None else stock.supported_kv_cache_layouts()
+    return own if read is None else tuple(layout for layout in own if layout in read)
+
+
+def limited_to(stock: type[Any], layouts: tuple[KVCacheLayout, ...]) -> type[Any]:
+    """Return vLLM's backend saying that it reads these layouts only; itself if it says so."""
+    if stock.supported_kv_cache_layouts() == layouts:
+        return stock
+    return type(
+        stock.__name__, (stock,), {"supported_kv_cache_layouts": classmethod(lambda cls: layouts)}
+    )

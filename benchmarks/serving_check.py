@@ -1,0 +1,170 @@
+"""Clustered heads in vLLM on a GPU against vLLM as it is: the same tokens.
+
+A small random model, in which whole groups of heads have the same W_Q and W_K, loses nothing by
+clusters. In float32 tokens have to be the same, but for near ties. In bfloat16 rounding alone
+changes them; the log-probabilities up to a request's first difference must differ no more than with
+``k=H``. All engines of a variant run at the same time, each with a small cache.
+
+    python benchmarks/serving_check.py run --work /tmp/serving
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from serving_jobs import (
+    STOCK,
+    Kinds,
+    capacity,
+    engine,
+    in_process,
+    jobs,
+    label,
+    params,
+    write_small,
+)
+
+# 4 layers of 8 heads in 3 groups of equal heads
+GROUPS = [0, 1, 0, 2, 1, 0, 2, 0]
+CHECKED: Kinds = {
+    "k=H": ([8] * 4, "static", 0),
+    "static": ([3, 3, 8, 3], "static", 0),
+    "online": ([3, 3, 8, 3], "online", 0),
+    "static window": ([3, 3, 8, 3], "static", 16),
+    "online window": ([3, 3, 8, 3], "online", 16),
+}
+COMMON = {
+    "max_model_len": 2048,
+    "max_num_seqs": 16,
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 2**30,
+    "block_size": 64,
+}
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+PLAIN = {"enable_prefix_caching": False, **COMMON}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bfloat16, chunks": {**PLAIN, **GRAPHS, "max_num_batched_tokens": 256},
+    "float32": {**PLAIN, **GRAPHS, "dtype": "float32", "max_num_batched_tokens": 4096},
+    "float32, prefix caching": {
+        **COMMON, "dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 1024,
+    },
+    "bfloat16, compiled": {**PLAIN, "max_num_batched_tokens": 4096},
+}  # fmt: skip
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Tokens and log-probabilities of prompts of many lengths, in two batches."""
+    llm = engine(job)
+    random.seed(1)
+    sizes = [1, 2, 7, 40, 65, 128, 300, 700, 1500, 33, 90, 5]
+    prompts = [[random.randrange(3, 512) for _ in range(size)] for size in sizes]
+    prompts += [prompts[8][:600], prompts[8][:1000]]  # hit the cached prefix, if there is one
+    found = []
+    for batch in (prompts[:12], prompts[4:]):
+        done = llm.generate(
+            [{"prompt_token_ids": ids} for ids in batch], params(32, logprobs=0), use_tqdm=False
+        )
+        for request in done:
+            out = request.outputs[0]
+            chances = [next(iter(step.values())).logprob for step in out.logprobs]
+            found.append({"ids": list(out.token_ids), "logprobs": chances})
+    Path(job["result"]).write_text(json.dumps({"requests": found, **capacity(llm)}))
+
+
+def check(work: Path, only: list[str] | None, variants: list[str], limit: float) -> bool:
+    """Compare all kinds of profiles with the stock engine; print and return whether they agree."""
+    model = work / "small"
+    if not (model / "model.safetensors").exists():
+        write_small(model, GROUPS)
+    found = [_variant(work, model, only, name, limit) for name in variants or VARIANTS]
+    return all(found)
+
+
+def _variant(work: Path, model: Path, only: list[str] | None, variant: str, limit: float) -> bool:
+    options = VARIANTS[variant]
+    exact = options.get("dtype") == "float32"
+    chosen = []
+    for job in jobs(CHECKED, dict.fromkeys(CHECKED, GROUPS), model, options, work):
+        name = job["name"]
+        if name != STOCK and only and name not in only:
+            continue
+        if "window" in name and "prefix" in variant:
+            continue
+        job["result"] = str(work / f"check-{label(variant)}-{label(name)}.json")
+        Path(job["result"]).unlink(missing_ok=True)
+        job["own"] = True
+        if name == STOCK and exact:  # FlashAttention has no float32
+            job["options"] = {**options, "attention_backend": "TRITON_ATTN"}
+        chosen.append(job)
+
+    def run(job: dict[str, Any]) -> dict[str, Any] | None:
+        if not in_process(__file__, "run", job, work, limit):
+            return None
+        found: dict[str, Any] = json.loads(Path(job["result"]).read_text())
+        return found
+
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        found = dict(zip([job["name"] for job in chosen], pool.map(run, chosen), strict=True))
+    reference = found.pop(STOCK)
+    if reference is None:
+        return False
+    good, noise = True, 0.0
+    for name, result in found.items():
+        if result is None:
+            good = False
+            continue
+        agree, mean = compare(reference["requests"], result["requests"])
+        if name == "k=H":
+            noise = mean
+        fine = agree > 0.97 if exact else mean < max(2 * noise, 0.02)
+        good = good and fine
+        print(
+            f"{variant:24} {name:14} same tokens {agree:6.1%}, log-probabilities differ by "
+            f"{mean:.4f}: {'ok' if fine else 'WRONG'}",
+            flush=True,
+        )
+    return good
+
+
+def compare(wanted: list[dict[str, Any]], found: list[dict[str, Any]]) -> tuple[float, float]:
+    """Share of tokens up to each request's first difference, and their mean logprob difference."""
+    total = 0
+    differences = []
+    for one, other in zip(wanted, found, strict=True):
+        total += len(one["ids"])
+        for a, b, p, q in zip(
+            one["ids"], other["ids"], one["logprobs"], other["logprobs"], strict=True
+        ):
+            if a != b:  # later tokens then differ
+                break
+            differences.append(abs(p - q))
+    return len(differences) / total, statistics.mean(differences or [9.9])
+
+
+def main() -> None:
+    """Check everything that is asked for, or run one job of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=["run"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
+    parser.add_argument("--only", action="append", help="names of profiles; repeatable")
+    parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
+    parser.add_argument("--limit", type=float, default=150, help="seconds of an engine")
+    parser.add_argument("--job", help="one job, in this process")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.job:
+        run_job(json.loads(options.job))
+    else:
+        good = check(options.work, options.only, options.variant, options.limit)
+        sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

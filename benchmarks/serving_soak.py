@@ -1,0 +1,316 @@
+"""A server under fire: a real OpenAI client against ``chai serve``, on a CPU.
+
+Every request is sent twice: one by one, then all mixed, many at once, together with clients that
+leave in the middle of an answer and bodies that are wrong. Answers must be the same both times,
+wrong bodies get 4xx and a message, and in the end no page of the K,V cache is in use. The cache is
+so small that requests are preempted. Greedy and in float32; where rounding, which depends on the
+batch, tips two tokens that are almost equally likely, the difference of their log-probabilities is
+reported.
+
+    python benchmarks/serving_soak.py --out soak.json            # SmolLM2, 300 requests, 32 at once
+    python benchmarks/serving_soak.py --stock --out stock.json   # vLLM without clusters, to compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NEAR = 1e-3  # nats between two tokens that rounding may tip
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+# what a client may send by mistake, and what the message has to name
+WRONG: list[tuple[str, str]] = [
+    ('{"model": "MODEL", "prompt": "a", "max_tokens": 4', "json"),
+    ('{"model": "MODEL"}', "prompt"),
+    ('{"model": "MODEL", "prompt": "a", "max_tokens": -3}', "max_tokens"),
+    ('{"model": "MODEL", "prompt": "a", "temperature": "warm"}', "temperature"),
+    ('{"model": "MODEL", "prompt": "a", "n": 0}', "n"),
+    ('{"model": "MODEL", "prompt": [1, 2, 999999999]}', "token"),
+    ('{"model": "MODEL", "prompt": "LONG"}', "length"),
+    ('{"model": "nobody", "prompt": "a"}', "nobody"),
+    ("[]", "object"),
+    ("", "body"),
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for; ``leaves`` after so many tokens if it does not wait for the end."""
+
+    prompt: str
+    tokens: int
+    stream: bool
+    leaves: int | None = None
+
+
+def requests_of(count: int, text: str, longest: int, seed: int) -> list[Request]:
+    """Requests of mixed lengths up to ``longest`` letters, some streamed; one in six leaves."""
+    chosen = random.Random(seed)
+    made = []
+    for _ in range(count):
+        size = max(3, longest // chosen.choice([400, 60, 12, 3, 1]))
+        start = chosen.randrange(len(text) - size)
+        leaves = chosen.choice([None] * 5 + [chosen.randint(0, 5)])
+        stream = leaves is not None or chosen.random() < 0.5
+        made.append(Request(text[start : start + size], chosen.randint(6, 40), stream, leaves))
+    return made
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, command: list[str], log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                stdout=file, stderr=file, env={**QUIET, **os.environ},
+            )  # fmt: skip
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it answers."""
+        end = time.time() + seconds
+        while time.time() < end:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            time.sleep(0.5)
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def metrics(self) -> dict[str, float]:
+        """Sums of what ``/metrics`` counts."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        found: Counter[str] = Counter()
+        for line in lines:
+            known = re.match(r"vllm:(\w+)(?:\{.*\})? ([-\d.e+]+)$", line)
+            if known:
+                found[known[1]] += float(known[2])
+        return dict(found)
+
+    def in_use(self) -> dict[str, float]:
+        """Share of pages in use, requests that run and that wait."""
+        found = self.metrics()
+        names = ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
+        return {name: found[name] for name in names}
+
+    def idle(self, seconds: float = 60) -> dict[str, float]:
+        """Wait until nothing is in use; what still is."""
+        end = time.time() + seconds
+        while any((used := self.in_use()).values()) and time.time() < end:
+            time.sleep(0.5)
+        return used
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator[Server]:
+    """Start a server, and stop it in the end."""
+    server = Server(command, log)
+    try:
+        server.wait(300)
+        yield server
+    finally:
+        server.process.terminate()
+        try:
+            server.process.wait(30)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+
+
+async def answer(client: Any, model: str, request: Request) -> dict[str, Any] | None:
+    """One completion: its text and tokens with their two best log-probabilities; None if left."""
+    options = {
+        "model": model, "prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0,
+        "logprobs": 2, "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    parts: list[Any] = []
+    if request.stream:
+        async with await client.completions.create(**options, stream=True) as stream:
+            if request.leaves == 0:
+                return None
+            async for chunk in stream:
+                parts += chunk.choices
+                if request.leaves is not None and len(parts) >= request.leaves:
+                    return None
+    else:
+        parts = (await client.completions.create(**options)).choices
+    tops = [top for part in parts for top in part.logprobs.top_logprobs]
+    gaps = [max(top.values()) - min(top.values()) for top in tops]
+    tokens = [token for part in parts for token in part.logprobs.tokens]
+    return {"text": "".join(part.text for part in parts), "tokens": tokens, "gaps": gaps}
+
+
+def wrong_body(server: Server, model: str, number: int) -> str | None:
+    """Send something wrong; what is wrong with the server's answer, if anything."""
+    body, named = WRONG[number % len(WRONG)]
+    body = body.replace("MODEL", model).replace("LONG", "many words " * 20000)
+    sent = urllib.request.Request(
+        f"{server.url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(sent, timeout=120) as got:
+            return f"{body[:60]!r} was taken: {got.status}"
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+        if not 400 <= error.code < 500:
+            return f"{body[:60]!r} gives {error.code}: {text[:200]}"
+        message = json.loads(text).get("error", {}).get("message", "")
+        if named not in message.lower():
+            return f"{body[:60]!r} gives {error.code} without {named!r}: {text[:200]}"
+        return None
+
+
+async def mixed(
+    server: Server, model: str, requests: list[Request], at_once: int
+) -> tuple[list[dict[str, Any] | None], list[str]]:
+    """All requests, ``at_once`` at a time, and a wrong body after every eighth."""
+    from openai import AsyncOpenAI
+
+    gate = asyncio.Semaphore(at_once)
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0,
+                           timeout=600) as client:  # fmt: skip
+
+        async def one(number: int, request: Request) -> tuple[Any, str | None]:
+            async with gate:
+                problem = None
+                if number % 8 == 0:
+                    problem = await asyncio.to_thread(wrong_body, server, model, number // 8)
+                return await answer(client, model, request), problem
+
+        done = await asyncio.gather(*(one(*each) for each in enumerate(requests)))
+    return [each[0] for each in done], [each[1] for each in done if each[1]]
+
+
+def compare(
+    requests: list[Request], alone: list[Any], together: list[Any]
+) -> tuple[int, list[dict[str, Any]]]:
+    """Answers that are equal, and where the others differ first."""
+    same, different = 0, []
+    for number, (request, one, other) in enumerate(zip(requests, alone, together, strict=True)):
+        if request.leaves is not None:
+            continue
+        if one == {**other, "gaps": one["gaps"]} and len(one["tokens"]) == request.tokens:
+            same += 1
+            continue
+        pairs = list(zip(one["tokens"], other["tokens"], strict=False))
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        gaps = [answer["gaps"][at] for answer in (one, other) if at < len(answer["gaps"])]
+        different.append({"request": number, "token": at, "gaps": gaps})
+    return same, different
+
+
+def soak(server: Server, model: str, requests: list[Request], at_once: int) -> dict[str, Any]:
+    """Run everything and report."""
+    before = server.idle()
+    staying = [Request(each.prompt, each.tokens, each.stream) for each in requests]
+    alone, problems = asyncio.run(mixed(server, model, staying, 1))
+    order = list(range(len(requests)))
+    random.Random(5).shuffle(order)
+    start = time.perf_counter()
+    got, more = asyncio.run(mixed(server, model, [requests[i] for i in order], at_once))
+    spent = time.perf_counter() - start
+    together = [None] * len(requests)
+    for place, found in zip(order, got, strict=True):
+        together[place] = found
+    same, different = compare(requests, alone, together)
+    counted = server.metrics()
+    return {
+        "requests": len(requests),
+        "at_once": at_once,
+        "left_early": sum(each.leaves is not None for each in requests),
+        "seconds_at_once": round(spent, 1),
+        "equal": same,
+        "different": different,
+        "wrong_bodies": 2 * -(-len(requests) // 8),
+        "problems": problems + more,
+        "preemptions": counted.get("num_preemptions_total", 0),
+        "prefix_cache_hits": counted.get("prefix_cache_hits_total", 0),
+        "in_use_before": before,
+        "in_use_after": server.idle(),
+    }
+
+
+def smollm2(work: Path) -> tuple[Path, Path]:
+    """SmolLM2 as a checkpoint, and an online profile for it."""
+    from chai_attention.cli.loading import SMOLLM2, load_model
+    from chai_attention.profile import ClusterProfile
+
+    folder = work / "smollm2"
+    if not (folder / "model.safetensors").exists():
+        model, tokenizer = load_model(SMOLLM2, "float32", "cpu")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    profile = work / "online.json"
+    ClusterProfile((9, 6) * 15, window=16).save(profile)
+    return folder, profile
+
+
+def main() -> None:
+    """Start a server, soak it, print the report; exit code 1 if something was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/serving-soak"))
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder; default: SmolLM2")
+    parser.add_argument("--profile", help="for --model")
+    parser.add_argument("--stock", action="store_true", help="vLLM without clusters")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--pages", type=int, default=90, help="of the K,V cache, 32 tokens each")
+    parser.add_argument("--longest", type=int, default=1200, help="letters of a prompt")
+    parser.add_argument("--out", type=Path, help="JSON")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.model is None:
+        options.model, options.profile = smollm2(options.work)
+    model = str(options.model)
+    command = [str(Path(sys.executable).with_name("chai")), "serve", model]
+    command += ["--profile", str(options.profile)]
+    if options.stock:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += [
+        "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(options.at_once),
+        "--block-size", "32", "--num-gpu-blocks-override", str(options.pages), "--enforce-eager",
+        "--max-num-batched-tokens", "2048", "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    text = "".join(path.read_text() for path in sorted(ROOT.glob("docs/*.md")))
+    requests = requests_of(options.requests, text, options.longest, 11)
+    with running(command, options.work / "server.log") as server:
+        report = soak(server, model, requests, options.at_once)
+    report["server"] = "stock" if options.stock else "chai"
+    print(json.dumps(report, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    far = [each for each in report["different"] if min(each["gaps"], default=9.0) > NEAR]
+    sys.exit(1 if far or report["problems"] or any(report["in_use_after"].values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

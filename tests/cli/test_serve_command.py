@@ -1,0 +1,82 @@
+"""``chai serve`` as a person runs it: the estimate, and what is handed to vLLM."""
+
+import os
+import re
+
+import pytest
+from transformers import LlamaConfig
+
+from chai_attention.integrations.vllm import serving
+
+
+@pytest.fixture
+def seven(folder):
+    """LLaMA-7B's config; there are no weights."""
+    LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(
+        folder / "seven"
+    )
+    return "seven"
+
+
+def test_estimate_tells_capacity_and_gain_from_the_config_alone(chai, seven) -> None:
+    code, out, _ = chai("serve", seven, "--profile", "llama-7b", "--estimate")
+    assert code == 0
+    full, kept = 2 * 32 * 32 * 128 * 2, 128 * 2 * (18 * 64 + 14 * 36)
+    assert f"K,V bytes per token: {full:,}, with clusters {kept:,} (19.1% saved)" in out
+    found = re.search(r"tokens that fit: ([\d,]+), with clusters ([\d,]+) \(1\.24x\)", out)
+    assert found is not None
+    tokens = [int(number.replace(",", "")) for number in found.groups()]
+    room = float(re.search(r"about ([\d.]+) GB of 73.6 GB", out)[1])  # vLLM's 92% of 80 GB
+    assert tokens[0] == pytest.approx(room * 1e9 / full, rel=2e-3)
+    assert tokens[1] == pytest.approx(room * 1e9 / kept, rel=2e-3)
+    rows = [line for line in out.splitlines() if "at most" in line]
+    assert [row.split("│")[1].strip() for row in rows] == ["2,048", "8,192", "32,768"]
+    gains = [float(re.search(r"at most ([\d.]+)x", row)[1]) for row in rows]
+    weights = 6_738_415_616 * 2
+    assert gains == [
+        pytest.approx((weights + full * n) / (weights + kept * n), abs=6e-3)
+        for n in (16 * 2048, 16 * 8192, 16 * 32768)
+    ]
+
+
+def test_estimate_heeds_the_options_of_vllm(chai, seven) -> None:
+    plain = chai("serve", seven, "--profile", "llama-7b", "--estimate")[1]
+    options = ("--gpu-memory-utilization", "0.5", "--gpu-memory", "160")
+    other = chai("serve", seven, "--profile", "llama-7b", "--estimate", *options)[1]
+    assert "of 80.0 GB" in other
+    assert other != plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--profile", "none.json"), "no profile 'none.json'"),
+        (("--profile", "llama-33b"), "layers is 60 in the profile, 32 in the model"),
+        (("--profile", "llama-7b", "--gpu-memory", "10"), "no room for K and V"),
+        (("--profile", "llama-7b", "--max-num-seqs", "x"), "--max-num-seqs is a number"),
+    ],
+)
+def test_estimate_says_in_one_line_what_is_wrong(chai, seven, options, message) -> None:
+    code, _, err = chai("serve", seven, "--estimate", *options)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_everything_else_goes_to_vllm(chai, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    run: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda file, command: run.append(command))
+    code, _, _ = chai("serve", "model", "--profile", "llama-7b", "--port", "1", "-tp", "2")
+    assert code == 0
+    command = run[0]
+    assert command[2:5] == ["vllm.entrypoints.cli.main", "serve", "model"]
+    assert command[command.index("--port") :][:2] == ["--port", "1"]
+    assert command[command.index("-tp") :][:2] == ["-tp", "2"]
+
+
+def test_without_vllm(chai, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "installed", lambda: None)
+    code, _, err = chai("serve", "model", "--profile", "llama-7b")
+    assert code == 2
+    assert "pip install 'chai-attention[vllm]'" in err
