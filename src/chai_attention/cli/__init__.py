@@ -16,6 +16,8 @@ from chai_attention.cli.export import export_command
 from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
+from chai_attention.cli.redundancy import redundancy_command
+from chai_attention.cli.report import report_command
 from chai_attention.cli.serve import PASSED_ON, serve_command
 from chai_attention.errors import ChaiError
 
@@ -32,6 +34,8 @@ app.command("demo")(demo_command)
 app.command("export")(export_command)
 app.command("frontier")(frontier_command)
 app.command("eval")(eval_command)
+app.command("redundancy")(redundancy_command)
+app.command("report")(report_command)
 app.command("serve", context_settings=PASSED_ON)(serve_command)
 app.add_typer(bench_app, name="bench")
 

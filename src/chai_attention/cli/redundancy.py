@@ -1,0 +1,102 @@
+"""``chai redundancy``: how alike the heads of a model are, and whether their clusters stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chai_attention.cli import options
+
+_SHOWN = "Maps to look at (chai report)"
+
+
+def redundancy_command(
+    model: options.Model,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Text that requests are cut from: a file, a data set of the hub, or self; again "
+            "for a mixture, with weights if you like, as in chai calibrate."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for redundancy.json and its plots.")],
+    samples: Annotated[int, typer.Option(help="Requests.", min=2)] = 32,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per request. [default: 256, or the model's maximum]"),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="First tokens that memberships are found from: 5,32,128. The first is what the "
+            "others are compared with. [default: 5, 16 and its doubles]"
+        ),
+    ] = None,
+    clusters: Annotated[
+        int | None,
+        typer.Option(help="Clusters of every layer. [default: each layer's elbow]", min=1),
+    ] = None,
+    show: Annotated[
+        int,
+        typer.Option(help="Requests whose maps are kept.", min=0, rich_help_panel=_SHOWN),
+    ] = 2,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Keep the maps of this text, too; again for more.", rich_help_panel=_SHOWN
+        ),
+    ] = None,
+    cells: Annotated[
+        int,
+        typer.Option(
+            help="Cells per side of a map; tokens of longer texts are pooled.",
+            min=2,
+            rich_help_panel=_SHOWN,
+        ),
+    ] = 48,
+    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 4,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
+    from chai_attention.calibration.calibrate import window_length
+    from chai_attention.calibration.sources import mixed_windows, parse_sources
+    from chai_attention.cli.loading import load_model
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.tables import render
+    from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
+    from chai_attention.reports.plots import require_matplotlib
+    from chai_attention.reports.redundancy import redundancy_plots, redundancy_table
+
+    require_matplotlib()
+    sources = parse_sources(text)
+    asked = None if lengths is None else parse_lengths(lengths)
+    loaded, tokenizer = load_model(model, dtype, device)
+    length = window_length(loaded, length)
+    windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
+    with progress_bar("starting") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.describe(what)
+            bar(done, total)
+
+        found = study(
+            loaded,
+            windows,
+            name=Path(model).name,
+            sources=[f"{Path(s.name).name}:{s.weight:g}" for s in sources],
+            prompts=shown_prompts(tokenizer, windows, show, prompt or [], most=length),
+            lengths=asked,
+            clusters=clusters,
+            cells=cells,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    typer.echo(render(redundancy_table(found), width=110))
+    typer.echo(f"study written to {found.save(out / 'redundancy.json')}")
+    for path in redundancy_plots(found, out):
+        typer.echo(f"plot written to {path}")

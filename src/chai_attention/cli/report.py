@@ -1,0 +1,27 @@
+"""``chai report``: result files as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report_command(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Result files, or folders of them: of chai eval, frontier, bench --out and "
+            "redundancy.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Write the page here (HTML).")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "CHAI report",
+) -> None:
+    """Show results on one page that opens offline: figures, plots, heads to explore."""
+    from chai_attention.reports.page import write_page
+
+    path = write_page(runs, out, title)
+    typer.echo(f"page written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,268 @@
+"""What a redundancy study found, and the JSON file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from chai_attention.errors import ChaiError
+
+SCHEMA_VERSION = 1
+KIND = "redundancy"
+Matrix = list[list[float]]
+
+
+class RedundancyError(ChaiError):
+    """A redundancy study cannot be made as asked, or its file cannot be used."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether memberships stay while a request grows; means over requests.
+
+    Attributes:
+        agreement: ``[N, N]`` adjusted Rand index of the memberships from the first n tokens, for
+            every pair of lengths.
+        agreement_error: ``[N, N]`` its standard error over requests.
+        kept: ``[N]`` share of heads that are still in their cluster of the first W tokens, W the
+            shortest length (see `clustering.agreement.kept_share`).
+        kept_error: ``[N]``.
+        static: ``[N]`` adjusted Rand index with the membership from all other requests together.
+        static_error: ``[N]``.
+    """
+
+    agreement: Matrix
+    agreement_error: Matrix
+    kept: list[float]
+    kept_error: list[float]
+    static: list[float]
+    static_error: list[float]
+
+
+@dataclass(frozen=True)
+class LayerRedundancy:
+    """One layer.
+
+    Attributes:
+        layer: its index in the model.
+        correlation: ``[H, H]`` Pearson correlation of the heads' maps.
+        without_first: ``[H, H]`` the same without the first key of every request.
+        first_share: mean probability on the first key.
+        inertia: k-means inertia for 1 to H clusters, per request.
+        elbow: the elbow of that curve; H if it has none.
+        clusters: k, which memberships here have.
+        representatives: ``[H]`` of the membership from all requests.
+        stability: None with k = 1 or k = H, where no membership can change.
+    """
+
+    layer: int
+    correlation: Matrix
+    without_first: Matrix
+    first_share: float
+    inertia: list[float]
+    elbow: int
+    clusters: int
+    representatives: list[int]
+    stability: Stability | None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Heads per cluster, largest first."""
+        reps = self.representatives
+        return sorted((reps.count(head) for head in set(reps)), reverse=True)
+
+    @property
+    def mean_correlation(self) -> float:
+        """Mean over pairs of different heads."""
+        return off_diagonal(self.correlation)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Maps of one text for looking at.
+
+    Attributes:
+        name: for people.
+        tokens: the text, token by token.
+        block: tokens per cell of a map, 1 if nothing was pooled.
+        lengths: memberships were found from so many first tokens.
+        representatives: ``[layers, lengths, H]``.
+        maps: per layer, base64 of uint8 ``[H, C (C + 1) / 2]``: the lower triangle of C x C cells,
+            row by row. A cell is ``255 sqrt(p)``, p the mean over its queries of the probability
+            on its keys.
+    """
+
+    name: str
+    tokens: list[str]
+    block: int
+    lengths: list[int]
+    representatives: list[list[list[int]]]
+    maps: list[str]
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """A study of one model on one text.
+
+    Attributes:
+        model: name, architecture, layers, heads, kv_heads, head_dim, dtype.
+        machine: as in the files of ``chai bench``, and the release of transformers.
+        text: sources, requests, length, digest, seed.
+        lengths: numbers of first tokens that memberships were found from.
+        layers: those with full attention.
+        stability: mean over the layers that have one.
+        prompts: maps to look at.
+    """
+
+    model: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    text: Mapping[str, Any]
+    lengths: list[int]
+    layers: list[LayerRedundancy]
+    stability: Stability | None
+    prompts: list[Prompt]
+
+    def save(self, path: Path) -> Path:
+        """Write the file in one step.
+
+        Raises:
+            RedundancyError: it cannot be written.
+        """
+        contents = {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)}
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".redundancy.")
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(contents, file, allow_nan=False)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            temporary = None
+        except OSError as error:
+            raise RedundancyError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+        return path
+
+
+def load_redundancy(path: Path) -> Redundancy:
+    """Read a file that ``chai redundancy`` wrote.
+
+    Raises:
+        RedundancyError: it cannot be read, or is none of this release.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RedundancyError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RedundancyError(f"{path} is damaged, not JSON ({error}): make it again") from error
+    return parse_redundancy(data, path)
+
+
+def parse_redundancy(data: Any, path: Path) -> Redundancy:
+    """Check the contents of a file.
+
+    Raises:
+        RedundancyError: they are not those of a study of this release.
+    """
+    try:
+        if data["kind"] != KIND or data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {data['schema_version']!r} of {data['kind']!r}")
+        study = Redundancy(
+            **{
+                **_fields(Redundancy, data, extra={"kind", "schema_version"}),
+                "stability": _stability(data["stability"], len(data["lengths"])),
+                "layers": [_layer(item, data) for item in data["layers"]],
+                "prompts": [_prompt(item, data) for item in data["prompts"]],
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise RedundancyError(
+            f"{path} is no redundancy study of this release ({reason}): make it again"
+        ) from error
+    if not study.layers:
+        raise RedundancyError(f"{path} holds no layer: make it again")
+    return study
+
+
+def off_diagonal(matrix: Matrix) -> float:
+    """Mean of the entries off the diagonal; 1 where there are none."""
+    size = len(matrix)
+    if size == 1:
+        return 1.0
+    return (sum(map(sum, matrix)) - sum(matrix[i][i] for i in range(size))) / (size * (size - 1))
+
+
+def _fields(
+    kind: type, item: Any, extra: frozenset[str] | set[str] = frozenset()
+) -> dict[str, Any]:
+    """The fields of a dataclass, no more and no fewer."""
+    wanted = {field.name for field in fields(kind)}
+    if not isinstance(item, dict) or set(item) - set(extra) != wanted:
+        raise TypeError(f"{kind.__name__} has other fields")
+    return {name: item[name] for name in wanted}
+
+
+def _layer(item: Any, data: Mapping[str, Any]) -> LayerRedundancy:
+    heads = data["model"]["heads"]
+    values = _fields(LayerRedundancy, item)
+    for name in ("correlation", "without_first"):
+        _require_numbers(values[name], (heads, heads), name)
+    _require_numbers(values["inertia"], (heads,), "inertia")
+    _require_heads(values["representatives"], heads)
+    values["stability"] = _stability(item["stability"], len(data["lengths"]))
+    return LayerRedundancy(**values)
+
+
+def _stability(item: Any, lengths: int) -> Stability | None:
+    if item is None:
+        return None
+    values = _fields(Stability, item)
+    for name, value in values.items():
+        square = name.startswith("agreement")
+        _require_numbers(value, (lengths, lengths) if square else (lengths,), name)
+    return Stability(**values)
+
+
+def _prompt(item: Any, data: Mapping[str, Any]) -> Prompt:
+    prompt = Prompt(**_fields(Prompt, item))
+    layers = len(data["layers"])
+    if len(prompt.maps) != layers or len(prompt.representatives) != layers:
+        raise ValueError(f"prompt {prompt.name!r} has maps of other layers")
+    cells = math.ceil(len(prompt.tokens) / prompt.block)
+    size = data["model"]["heads"] * cells * (cells + 1) // 2
+    for maps, layer in zip(prompt.maps, prompt.representatives, strict=True):
+        if len(maps) != 4 * math.ceil(size / 3):
+            raise ValueError(f"prompt {prompt.name!r} has maps of another size")
+        if len(layer) != len(prompt.lengths):
+            raise ValueError(f"prompt {prompt.name!r} lacks memberships")
+        for row in layer:
+            _require_heads(row, data["model"]["heads"])
+    return prompt
+
+
+def _require_heads(row: list[int], heads: int) -> None:
+    """A membership, ``rep[rep[h]] == rep[h]``."""
+    whole = all(type(head) is int and 0 <= head < heads for head in row)
+    if len(row) != heads or not whole or any(row[head] != head for head in row):
+        raise ValueError("a membership is none")
+
+
+def _require_numbers(value: Any, shape: tuple[int, ...], name: str) -> None:
+    if len(value) != shape[0]:
+        raise ValueError(f"{name} has length {len(value)}, not {shape[0]}")
+    for item in value:
+        if len(shape) > 1:
+            _require_numbers(item, shape[1:], name)
+        elif isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+            raise TypeError(f"{name} holds {item!r}")

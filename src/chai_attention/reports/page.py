@@ -1,0 +1,65 @@
+"""One self-contained HTML page from result files: opens offline, prints, fits a phone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from chai_attention.reports.result_files import load_sections
+from chai_attention.reports.sections import Bars, ReportError, Section
+
+
+def render_page(sections: Sequence[Section], title: str) -> str:
+    """Return the page as HTML with all styles, scripts and data inside.
+
+    Args:
+        sections: in order; not empty.
+        title: of the page.
+    """
+    environment = Environment(
+        loader=PackageLoader("chai_attention.reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.tests["bars"] = lambda group: isinstance(group, Bars)
+    return environment.get_template("page.html").render(
+        title=title, sections=sections, release=version("chai-attention")
+    )
+
+
+def write_page(runs: Sequence[Path], out: Path, title: str = "CHAI report") -> Path:
+    """Make a page of result files.
+
+    Args:
+        runs: files and folders (see `load_sections`).
+        out: where the page goes; written in one step.
+        title: of the page.
+
+    Raises:
+        ReportError: a run cannot be used, or the page cannot be written.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        reason = "it is a folder" if out.is_dir() else f"no folder {out.parent}"
+        raise ReportError(f"cannot write {out}: {reason}")
+    page = render_page(load_sections(runs), title)
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=".report.")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out)
+        temporary = None
+    except OSError as error:
+        raise ReportError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return out

@@ -1,0 +1,97 @@
+"""Result files of any command, told apart by what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chai_attention.benchmarking.attention import SCHEMA_VERSION as BENCH_VERSION
+from chai_attention.errors import ChaiError
+from chai_attention.evaluation.points import load_points
+from chai_attention.evaluation.redundancy_files import KIND as REDUNDANCY
+from chai_attention.evaluation.redundancy_files import parse_redundancy
+from chai_attention.evaluation.runs import SCHEMA_VERSION as EVAL_VERSION
+from chai_attention.reports.page_bench import attention_section, model_section
+from chai_attention.reports.page_quality import eval_section, frontier_section
+from chai_attention.reports.page_redundancy import redundancy_section
+from chai_attention.reports.sections import ReportError, Section
+
+_COMMANDS = "chai eval, chai frontier, chai bench --out or chai redundancy"
+
+
+def load_sections(runs: Sequence[Path]) -> list[Section]:
+    """Read the results in files and folders, each file once.
+
+    Args:
+        runs: files, or folders, of which every ``.json`` directly inside is read.
+
+    Returns:
+        Sections in the order given, files of a folder by name.
+
+    Raises:
+        ReportError: nothing there, or a file that is damaged or was written by another command
+            or release; the text names it.
+    """
+    files: dict[Path, Path] = {}
+    for run in runs:
+        if run.is_dir():
+            found = sorted(run.glob("*.json"))
+            if not found:
+                raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
+            files |= {path.resolve(): path for path in found}
+        else:
+            files[run.resolve()] = run
+    if not files:
+        raise ReportError(f"there is nothing to report: give what {_COMMANDS} wrote")
+    return [_section(path) for path in files.values()]
+
+
+def _section(path: Path) -> Section:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is damaged, not JSON ({error}): make it again") from error
+    make = _maker(data, path)
+    source = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
+    try:
+        return make(data, path, source)
+    except ChaiError as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ReportError(named) from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ReportError(
+            f"{path} is damaged, or another release wrote it ({reason}): make it again"
+        ) from error
+
+
+Maker = Callable[[Any, Path, str], Section]
+
+
+def _maker(data: Any, path: Path) -> Maker:
+    """How a section is made of a file's contents."""
+    names = set(data) if isinstance(data, dict) else set()
+    version = data.get("schema_version") if names else None
+    if names and data.get("kind") == REDUNDANCY:
+        return lambda data, path, source: redundancy_section(parse_redundancy(data, path), source)
+    if {"about", "points"} <= names:
+        return lambda data, path, source: frontier_section(data["about"], load_points(path), source)
+    if "benchmark" in names:
+        known: dict[str, Maker] = {
+            "attention": lambda data, path, source: attention_section(data, source),
+            "model": lambda data, path, source: model_section(data, source),
+        }
+        if data["benchmark"] in known and version == BENCH_VERSION:
+            return known[data["benchmark"]]
+    if {"run", "tasks", "rows"} <= names and version == EVAL_VERSION:
+        return lambda data, path, source: eval_section(data, source)
+    if {"checksum", "settings", "items"} <= names:
+        raise ReportError(
+            f"{path} is the result of one task: give the folder of chai eval, whose results.json "
+            "compares them"
+        )
+    raise ReportError(f"{path} is none of what {_COMMANDS} writes in this release")

@@ -1,0 +1,132 @@
+"""What a page is made of: sections with facts, tables and charts, whatever they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+from rich.table import Table
+
+from chai_attention.errors import ChaiError
+from chai_attention.reports.svg import Series, swatch
+
+
+class ReportError(ChaiError):
+    """A report cannot be made of what was given."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table. ``breaks`` are the rows behind which a line is drawn."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    breaks: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a value with its text, and the ideal where there is one."""
+
+    name: str
+    value: float
+    text: str
+    ideal: float | None = None
+    ideal_text: str = ""
+    main: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars that share a scale from 0."""
+
+    title: str
+    bars: Sequence[Bar]
+
+    @property
+    def top(self) -> float:
+        """The longest bar or ideal."""
+        return max(max(bar.value, bar.ideal or 0.0) for bar in self.bars) or 1.0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart with its title, and a legend of its own where the group's does not say it."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[Markup, str]] = ()
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts that share a legend, (swatch, name), and a note."""
+
+    title: str
+    panels: Sequence[Panel | Bars]
+    legend: Sequence[tuple[Markup, str]] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run.
+
+    Attributes:
+        kind: in a word or two, such as "frontier".
+        title: its heading.
+        source: the file it comes from.
+        facts: what was run, on what.
+        summary: what to know before the figures; warnings too.
+        charts: groups of charts.
+        tables: tables.
+        explorer: data of the head-similarity explorer, None without one.
+    """
+
+    kind: str
+    title: str
+    source: str
+    facts: Sequence[tuple[str, str]]
+    summary: Sequence[str] = ()
+    charts: Sequence[Charts] = ()
+    tables: Sequence[Grid] = ()
+    explorer: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+def grid_of(table: Table, title: str | None = None) -> Grid:
+    """A table of the command line as one of the page: the same figures and notes."""
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    return Grid(
+        title=str(table.title or "") if title is None else title,
+        header=[str(column.header).replace("\n", " ") for column in table.columns],
+        rows=[[str(cell) for cell in row] for row in rows],
+        note=str(table.caption or ""),
+        breaks=frozenset(i for i, row in enumerate(table.rows[:-1]) if row.end_section),
+    )
+
+
+def legend_of(series: Sequence[Series]) -> list[tuple[Markup, str]]:
+    """Swatches with names, each name once; faint series are left out."""
+    return list({one.name: (swatch(one), one.name) for one in series if not one.faint}.values())
+
+
+def machine_facts(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Hardware and releases of what ``chai bench`` calls the machine."""
+    hardware = [str(machine[name]) for name in ("gpu", "processor") if machine.get(name)]
+    if "cores" in machine:
+        hardware.append(f"{machine['cores']} cores, {machine.get('threads', '?')} threads")
+    if "gpu_memory" in machine:
+        hardware.append(f"{machine['gpu_memory'] / 2**30:.0f} GiB of GPU memory")
+    releases = ("torch", "transformers", "triton", "cuda", "python", "driver_version")
+    versions = [
+        f"{name.removesuffix('_version')} {machine[name]}" for name in releases if name in machine
+    ]
+    return [
+        ("hardware", "; ".join(hardware)),
+        ("versions", ", ".join(versions)),
+        *((("system", str(machine["system"])),) if "system" in machine else ()),
+    ]
