@@ -108,7 +108,7 @@ def eval_command(
     )
     what = Evaluation(
         model=Path(model).name,
-        names=comparator_names(compare, chosen, typer.echo),
+        names=comparator_names(compare, chosen),
         sources=task_sources(task_names(tasks), data, text, seed),
         out=out,
         asked=calibration.asked(),

@@ -63,28 +63,18 @@ class Calibration:
         }
 
 
-def comparator_names(
-    compare: str | None, profile: ClusterProfile | None, report: Callable[[str], None]
-) -> tuple[str, ...]:
+def comparator_names(compare: str | None, profile: ClusterProfile | None) -> tuple[str, ...]:
     """Names of a table's rows: MHA, with a profile "profile", and the comparators asked for.
 
     Args:
-        compare: names separated by commas; "all" for every comparator whose library is installed;
-            None for no more.
+        compare: names separated by commas; "all" for every comparator; None for no more.
         profile: the profile to evaluate.
-        report: called with a message for every comparator that "all" leaves out.
     """
     from chai_attention.evaluation.comparators import registry
 
     names = [MHA] if profile is None else [MHA, PROFILE]
     for name in (compare or "").split(","):
-        if name.strip() == "all":
-            found, left_out = registry.available(profile)
-            names += found
-            for message in left_out:
-                report(message)
-        elif name.strip():
-            names.append(name.strip())
+        names += registry.NAMES if name.strip() == "all" else [name.strip()] if name.strip() else []
     return tuple(dict.fromkeys(names))
 
 

@@ -69,7 +69,7 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
         facts=[
             *((str(name), _words(value)) for name, value in about.items() if value is not None),
             ("tested on", workload),
-            ("hardware", "not in this file: perplexity does not depend on it"),
+            ("hardware", "not recorded in this file"),
         ],
         summary=summary,
         charts=[

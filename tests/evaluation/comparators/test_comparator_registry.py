@@ -9,7 +9,7 @@ from chai_attention.profile import ClusterProfile
 from comparator_cases import FAMILIES, batch, logits, text, traces
 from tiny_models import tiny_model
 
-OWN = tuple(name for name in registry.NAMES if name not in registry.RIVALS)
+NAMES = registry.NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def made(model, names, **options):
 def test_every_comparator_runs_and_leaves_no_trace_even_after_an_error(family):
     model = tiny_model(family)
     before, plain = traces(model), logits(model, batch())
-    found = made(model, OWN)
-    assert tuple(found) == OWN
+    found = made(model, NAMES)
+    assert tuple(found) == NAMES
     assert traces(model) == before
     for name, comparator in found.items():
         assert comparator.name == name
@@ -50,7 +50,7 @@ def test_two_runs_are_identical(family):
     for _ in range(2):
         torch.rand(1)  # the global state must not matter
         model = tiny_model(family)
-        found = made(model, OWN, seed=5)
+        found = made(model, NAMES, seed=5)
         rows = {}
         for name, comparator in found.items():
             with comparator.attached(model):
@@ -64,7 +64,7 @@ def test_two_runs_are_identical(family):
 def test_those_with_a_budget_save_what_is_asked_and_the_others_say_that_they_save_nothing(family):
     model = tiny_model(family)
     unit = 1 / 36 if family != "llama-grouped" else 1 / 12  # K of one K/V head, one layer
-    for name, comparator in made(model, OWN).items():
+    for name, comparator in made(model, NAMES).items():
         saved = 1 - comparator.kv_share(model, 10**6)
         if name == "mha" or name.startswith("dejavu"):
             assert saved == 0
@@ -98,19 +98,3 @@ def test_unknown_names_and_missing_profiles_are_told():
         made(model, ["profile"])
     with pytest.raises(EvaluationError, match="calibration windows"):
         registry.comparators(["dejavu-10"], model=model, tokens=[])
-
-
-def test_rivals_without_their_library_are_left_out_of_all_and_name_their_extra(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError("no such library", name="kvpress")
-
-    monkeypatch.setattr(registry, "import_module", missing)
-    names, messages = registry.available()
-    assert names == OWN
-    assert len(messages) == len(registry.RIVALS)
-    assert "think" in messages[0]
-    assert registry.available(ClusterProfile((6, 4, 2)))[0] == ("profile", *OWN)
-    model = tiny_model("llama")
-    with pytest.raises(EvaluationError, match=r"needs kvpress: .*chai-attention\[rivals\]"):
-        made(model, ["think"])
-    assert tuple(made(model, ["all"])) == OWN

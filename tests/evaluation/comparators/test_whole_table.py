@@ -11,7 +11,7 @@ from comparator_cases import text
 from eval_methods import eval_model
 from tiny_tokenizer import tiny_tokenizer
 
-OWN = tuple(name for name in registry.NAMES if name not in registry.RIVALS)
+NAMES = registry.NAMES
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -22,10 +22,14 @@ def test_both_architectures_run_the_whole_table(shared, tmp_path, family):
         return registry.comparators(names, model=model, tokens=text(), save=0.2)
 
     what = Evaluation(
-        "tiny", OWN, task_sources(task_names("paper"), shared / "data" / "eval"), tmp_path, limit=2
+        "tiny",
+        NAMES,
+        task_sources(task_names("paper"), shared / "data" / "eval"),
+        tmp_path,
+        limit=2,
     )
     table = evaluate(model, tiny_tokenizer(), what, prepare)
-    assert [row["comparator"] for row in table["rows"]] == list(OWN)
+    assert [row["comparator"] for row in table["rows"]] == list(NAMES)
     others = table["rows"][1:]
     for row in others:
         changes = [abs(row["tasks"][task]["nll_diff"]) for task in PAPER]
