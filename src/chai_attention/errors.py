@@ -13,6 +13,10 @@ class CalibrationError(ChaiError):
     """Calibration cannot be done with the given text or options."""
 
 
+class EvaluationError(ChaiError):
+    """An evaluation cannot be run as asked."""
+
+
 class UnsupportedModelError(ChaiError):
     """The model, or a feature of its attention, cannot run with clustered heads."""
 

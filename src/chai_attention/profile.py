@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import problems_of, refit_problems, tuples
-from chai_attention.profile_files import load_corrections, save_corrections, write_whole
+from chai_attention.profile_files import load_corrections, save_corrections
+from chai_attention.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,7 +223,7 @@ class ClusterProfile:
                 raise ProfileError("this profile has a refit but not its tensors: load it anew")
             entry = save_corrections(path, self.refit["kind"], self.corrections)
             profile = replace(self, refit=entry)
-        write_whole(path, profile.to_json().encode())
+        write_whole(path, profile.to_json().encode(), ProfileError)
 
     # ---- use with a model
 

@@ -1,39 +1,17 @@
-"""Files of a profile: whole or not at all, and the tensors of a refit beside the JSON."""
+"""The tensors of a refit, in a file beside the JSON of their profile."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError
+from chai_attention.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file; one that was there stays as it is unless all is written.
-
-    Raises:
-        ProfileError: the file cannot be written.
-    """
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ProfileError(f"cannot write {path}: {error.strerror}") from error
 
 
 def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]) -> dict[str, str]:
@@ -44,7 +22,7 @@ def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]
     digest = hashlib.sha256(content).hexdigest()
     # named by its contents: the profile that was there before keeps its own
     file = profile.with_name(f"{profile.stem}-{digest[:8]}.safetensors")
-    write_whole(file, content)
+    write_whole(file, content, ProfileError)
     return {"kind": kind, "file": file.name, "sha256": digest}
 
 

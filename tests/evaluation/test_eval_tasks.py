@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
 from chai_attention.evaluation.tasks import PAPER, task_names, task_sources
-from chai_attention.integrations.lm_eval import EvaluationError
 
 WORDS = [f"w{i}" for i in range(30)]
 

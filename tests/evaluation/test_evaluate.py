@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.scorer import weights_digest
 from chai_attention.evaluation.tasks import PAPER, TaskSource, task_names, task_sources
-from chai_attention.integrations.lm_eval import EvaluationError
 from eval_methods import Clustered, OwnCache, Plain, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -15,13 +15,13 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from chai_attention.cli import loading
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import mean_of
-from chai_attention.integrations.lm_eval import EvaluationError, register, tasks
+from chai_attention.integrations.lm_eval import register, tasks
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.scoring import score_task
 from chai_attention.integrations.lm_eval.tasks import load_task
-from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers import enabled, loading
 from chai_attention.profile import ClusterProfile
 from eval_methods import Clustered, GivenCache, OwnCache, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer

@@ -9,7 +9,7 @@ import pytest
 from chai_attention.cli.tables import render
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation.points import FrontierError, Point
-from chai_attention.reports.frontier import _ticks, frontier_plot, frontier_table, paper_ratio
+from chai_attention.reports.frontier import axis_ticks, frontier_plot, frontier_table, paper_ratio
 
 
 def point(recipe, saved, rise, error=0.001, **changes):
@@ -166,7 +166,7 @@ def test_many_recipes_look_different(tmp_path, monkeypatch):
     ],
 )
 def test_ticks_reach_around_the_points(low, high, ticks):
-    assert _ticks(low, high) == ticks
+    assert axis_ticks(low, high) == ticks
 
 
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):

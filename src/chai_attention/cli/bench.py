@@ -162,7 +162,7 @@ def model_command(
     from chai_attention.benchmarking.files import require_writable
     from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
     from chai_attention.benchmarking.presets import resolve_model
-    from chai_attention.cli.loading import load_model, resolve_dtype
+    from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.reports.bench import model_plot, model_tables
 
     require_writable(out, plot)
@@ -190,7 +190,7 @@ def model_command(
 
 
 def _config(name: str) -> Any:
-    from chai_attention.cli.loading import load_config
+    from chai_attention.integrations.transformers.loading import load_config
 
     return load_config(name)
 

@@ -164,10 +164,10 @@ def calibrate_command(
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import profile_table, promise_line, summary_line
     from chai_attention.errors import ProfileError
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
 
     if not out.parent.is_dir():

@@ -34,11 +34,11 @@ def demo_command(
 ) -> None:
     """Calibrate a model, then generate with and without clustered heads side by side."""
     from chai_attention.calibration import load_texts
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import demo_tables, profile_table, summary_line
     from chai_attention.errors import ProfileError
     from chai_attention.evaluation.demo import built_in_text, run_demo
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.plots import profile_plots
 

@@ -88,13 +88,13 @@ def eval_command(
 
     require()
     from chai_attention.calibration.sources import parse_sources
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
     from chai_attention.evaluation.table import LEGEND, rich_tables
     from chai_attention.evaluation.tasks import task_names, task_sources
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.profile import ClusterProfile
 
     chosen = None if profile is None else ClusterProfile.resolve(profile)

@@ -19,8 +19,8 @@ def export_command(
     ] = "auto",
 ) -> None:
     """Write MODEL with refit weights and its profile, for from_pretrained and vLLM."""
-    from chai_attention.cli.loading import load_model, saved_dtype
     from chai_attention.integrations.transformers.export import export, require_empty
+    from chai_attention.integrations.transformers.loading import load_model, saved_dtype
     from chai_attention.profile import ClusterProfile
 
     chosen = ClusterProfile.resolve(profile)

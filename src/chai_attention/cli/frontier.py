@@ -70,12 +70,12 @@ def frontier_command(
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
     from chai_attention.evaluation.frontier import digest_of, for_bytes, frontier, recipes_named
     from chai_attention.evaluation.points import FrontierError
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
 

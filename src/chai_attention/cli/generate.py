@@ -25,9 +25,9 @@ def generate_command(
     """Stream text written by MODEL with clustered heads; then a table of time and memory."""
     import torch
 
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.tables import generation_table
     from chai_attention.integrations.transformers import enable, saved_weight_bytes
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.integrations.transformers.writing import encode_prompt, write
     from chai_attention.profile import ClusterProfile

@@ -28,7 +28,7 @@ def inspect_command(
     profile = ClusterProfile.resolve(file)
     shape = None
     if model is not None:
-        from chai_attention.cli.loading import load_config
+        from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.transformers.support import describe
 
         config = load_config(model)

@@ -64,10 +64,10 @@ def redundancy_command(
     """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.sources import mixed_windows, parse_sources
-    from chai_attention.cli.loading import load_model
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.reports.plots import require_matplotlib
     from chai_attention.reports.redundancy import redundancy_plots, redundancy_table
 

@@ -30,8 +30,8 @@ def serve_command(
     """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
     chosen = profile or model
     if estimate:
-        from chai_attention.cli.loading import load_config
         from chai_attention.cli.serving_table import serving_table
+        from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.vllm.weigh import estimate_config
 
         config = load_config(model)

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.runs import Redo, Result, RunFolder
 from chai_attention.evaluation.scorer import MHA, Scorer, run_settings
 from chai_attention.evaluation.table import build_table, write_table
 from chai_attention.evaluation.tasks import TaskSource
-from chai_attention.integrations.lm_eval import EvaluationError, require
+from chai_attention.integrations.lm_eval import require
 
 Prepare = Callable[[Sequence[str]], Mapping[str, Comparator]]
 Progress = Callable[[str, int, int], None]

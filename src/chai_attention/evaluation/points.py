@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
+from chai_attention.whole_files import write_whole
 
 SCHEMA_VERSION = 1
 
@@ -125,18 +124,8 @@ class PointFile:
             "about": self._about,
             "points": [asdict(p) for p in self._points.values()],
         }
-        temporary = None
-        try:
-            descriptor, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=".frontier.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(contents, file, indent=1, allow_nan=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, self._path)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise FrontierError(f"cannot write {self._path}: {error.strerror}") from error
+        text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
+        write_whole(self._path, text.encode(), FrontierError)
 
 
 def load_points(path: str | Path) -> list[Point]:

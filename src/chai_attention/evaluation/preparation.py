@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import window_length
 from chai_attention.calibration.sources import Source, mixed_windows
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
 from chai_attention.evaluation.scorer import MHA
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.profile import ClusterProfile
 
 Progress = Callable[[str, int, int], None]

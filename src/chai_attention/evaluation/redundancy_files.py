@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
+from chai_attention.whole_files import write_whole
 
 SCHEMA_VERSION = 1
 KIND = "redundancy"
@@ -135,21 +134,8 @@ class Redundancy:
             RedundancyError: it cannot be written.
         """
         contents = {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)}
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".redundancy.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(contents, file, allow_nan=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            temporary = None
-        except OSError as error:
-            raise RedundancyError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        text = json.dumps(contents, allow_nan=False) + "\n"
+        write_whole(path, text.encode(), RedundancyError, make_folder=True)
         return path
 
 

@@ -33,16 +33,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item
-from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.whole_files import write_whole
 
 SCHEMA_VERSION = 1
 Redo = Callable[[Path, str], None]
@@ -167,22 +166,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         EvaluationError: it cannot be written.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise EvaluationError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:  # an interrupt between the two steps leaves nothing behind
-            Path(temporary).unlink(missing_ok=True)
+    write_whole(path, text.encode(), EvaluationError, make_folder=True)
 
 
 def _plain(value: Any) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.runs import SCHEMA_VERSION, Result, write_text
 from chai_attention.evaluation.scores import TEXT, Item, Mean, average, mean_of, paired
 from chai_attention.evaluation.tasks import PAPER
-from chai_attention.integrations.lm_eval import EvaluationError
 
 MEASURES: dict[str, Callable[[Item], float | None]] = {
     "acc": lambda item: item.acc,

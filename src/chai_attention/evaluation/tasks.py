@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.calibration.texts import load_texts
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
-from chai_attention.integrations.lm_eval import EvaluationError
 
 # the five of the paper (section 4.1), by their names in lm-eval
 PAPER = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")

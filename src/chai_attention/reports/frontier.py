@@ -143,7 +143,7 @@ def frontier_plot(points: Sequence[Point], path: Path) -> Path:
         point.recipe: point.recipe + (" (saves at least)" if point.recipe in bounds else "")
         for point in points
     }
-    ticks = _ticks(
+    ticks = axis_ticks(
         100 * min(point.rise - point.standard_error for point in points),
         100 * max(point.rise + point.standard_error for point in points),
     )
@@ -213,7 +213,7 @@ def _draw(
     axes.tick_params(labelsize=8, labelleft=True)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def axis_ticks(low: float, high: float) -> list[float]:
     """0, and 1, 2 and 5 times the powers of ten around ``low`` to ``high``, percent."""
     top = max(abs(low), abs(high), 1.0)
     powers = range(math.ceil(math.log10(top)) + 1)

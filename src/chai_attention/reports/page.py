@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from chai_attention.reports.result_files import load_sections
 from chai_attention.reports.sections import Bars, ReportError, Section
+from chai_attention.whole_files import write_whole
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:
@@ -49,17 +48,5 @@ def write_page(runs: Sequence[Path], out: Path, title: str = "CHAI report") -> P
         reason = "it is a folder" if out.is_dir() else f"no folder {out.parent}"
         raise ReportError(f"cannot write {out}: {reason}")
     page = render_page(load_sections(runs), title)
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=".report.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-        temporary = None
-    except OSError as error:
-        raise ReportError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    write_whole(out, page.encode(), ReportError)
     return out

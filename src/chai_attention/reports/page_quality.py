@@ -8,7 +8,7 @@ from typing import Any
 
 from chai_attention.evaluation.points import Point
 from chai_attention.evaluation.table import LEGEND, rich_tables
-from chai_attention.reports.frontier import LINEAR_BELOW, PAPER, _ticks, frontier_table
+from chai_attention.reports.frontier import LINEAR_BELOW, PAPER, axis_ticks, frontier_table
 from chai_attention.reports.sections import (
     Charts,
     Grid,
@@ -38,7 +38,7 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
                                              1 + others.index(recipe)))  # fmt: skip
     # one pair of axes for all charts, so that they can be compared
     x = linear_axis("K,V bytes saved, %", [100 * p.saved for p in points])
-    ticks = _ticks(
+    ticks = axis_ticks(
         100 * min(p.rise - p.standard_error for p in points),
         100 * max(p.rise + p.standard_error for p in points),
     )

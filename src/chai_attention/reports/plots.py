@@ -54,7 +54,7 @@ def _elbows(profile: ClusterProfile, folder: Path) -> Path:
         axes.set_title(f"layer {layer}: {chosen} clusters", fontsize=8)
         axes.set_ylim(0, 1.05)
 
-    return _grid(
+    return small_multiples(
         len(profile.clusters),
         draw,
         folder / "elbow.png",
@@ -69,7 +69,7 @@ def _similarities(profile: ClusterProfile, folder: Path) -> Path:
         axes.imshow(profile.similarity[layer], vmin=0, vmax=1, cmap="viridis")  # type: ignore[index]
         axes.set_title(f"layer {layer}", fontsize=8)
 
-    return _grid(
+    return small_multiples(
         len(profile.clusters),
         draw,
         folder / "similarity.png",
@@ -77,7 +77,7 @@ def _similarities(profile: ClusterProfile, folder: Path) -> Path:
     )
 
 
-def _grid(count: int, draw: Any, path: Path, title: str) -> Path:
+def small_multiples(count: int, draw: Any, path: Path, title: str) -> Path:
     """Draw ``count`` small plots on one page."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

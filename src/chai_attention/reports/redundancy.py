@@ -14,8 +14,7 @@ from chai_attention.evaluation.redundancy_files import (
     RedundancyError,
     off_diagonal,
 )
-from chai_attention.reports.plots import _grid as small_multiples
-from chai_attention.reports.plots import require_matplotlib
+from chai_attention.reports.plots import require_matplotlib, small_multiples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

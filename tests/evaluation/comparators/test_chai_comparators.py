@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from chai_attention.calibration.calibrate import calibrate
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.chai import Chai
 from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.profile import ClusterProfile
 from comparator_cases import FAMILIES, batch, logits, text

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators import registry
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.profile import ClusterProfile
 from comparator_cases import FAMILIES, batch, logits, text, traces
 from tiny_models import tiny_model

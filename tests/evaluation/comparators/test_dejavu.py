@@ -5,9 +5,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.dejavu import DejaVu, drops_per_layer, without_least
 from chai_attention.evaluation.comparators.head_predictor import HeadPredictors, Importance
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers.intervene import edited_heads
 from comparator_cases import (
     FAMILIES,

@@ -5,11 +5,10 @@ from math import ceil
 import pytest
 import torch
 
-from chai_attention.errors import UnsupportedModelError
+from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators import spatten
 from chai_attention.evaluation.comparators.spatten import SpAtten, keep_count, most_important
 from chai_attention.evaluation.comparators.spatten_schedule import Schedule, schedule
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers.intervene import replaced_attention
 from chai_attention.integrations.transformers.support import describe
 from comparator_cases import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from chai_attention.cli.loading import SMOLLM2, load_model
 from chai_attention.integrations.transformers import ClusteredCache, enabled
+from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 

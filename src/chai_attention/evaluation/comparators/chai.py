@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.calibrate import calibrate
 from chai_attention.calibration.evidence import quiet
 from chai_attention.clustering.assign import K_BYTES
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.profiled import profile_digest
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile

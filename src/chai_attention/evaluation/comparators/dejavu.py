@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.evidence import quiet
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.head_predictor import (
     EPOCHS,
@@ -30,7 +31,6 @@ from chai_attention.evaluation.comparators.head_predictor import (
     HeadPredictors,
     Importance,
 )
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers.intervene import edited_heads
 from chai_attention.integrations.transformers.support import describe
 

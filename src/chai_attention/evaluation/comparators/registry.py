@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.evidence import quiet
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES, Chai
 from chai_attention.evaluation.comparators.dejavu import DejaVu
@@ -17,7 +18,6 @@ from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
 from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
 from chai_attention.evaluation.profiled import PROFILE, Profiled
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.errors import EvaluationError
 from chai_attention.integrations.transformers.support import ModelShape
 
 # front layers that keep everything, as published

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from chai_attention.errors import ChaiError
+from chai_attention.errors import EvaluationError
 
 NAME = "chai"
-
-
-class EvaluationError(ChaiError):
-    """An evaluation cannot be run as asked."""
 
 
 def require() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.errors import EvaluationError
 
 if TYPE_CHECKING:
     from chai_attention.evaluation.comparators.base import Comparator

@@ -15,7 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.integrations.lm_eval import NAME, EvaluationError
+from chai_attention.errors import EvaluationError
+from chai_attention.integrations.lm_eval import NAME
 from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers import enable
 from chai_attention.profile import ClusterProfile
@@ -170,14 +171,14 @@ class ChaiLM(HFLM):
 
 
 def _is_gguf(name: str) -> bool:
-    from chai_attention.cli.loading import SMOLLM2
+    from chai_attention.integrations.transformers.loading import SMOLLM2
 
     return name == SMOLLM2 or Path(name).suffix == ".gguf"
 
 
 def _load(name: str, device: str | None, dtype: str | torch.dtype | None) -> tuple[Any, Any]:
     """A ``.gguf`` file as the command line loads it, which counts as a plain model."""
-    from chai_attention.cli.loading import load_model
+    from chai_attention.integrations.transformers.loading import load_model
 
     on_gpu = device is not None and device.startswith("cuda")
     chosen = "auto" if device is None or (on_gpu and not torch.cuda.is_available()) else device

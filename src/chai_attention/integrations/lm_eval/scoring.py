@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.task import Task
 from torch import Tensor
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item
-from chai_attention.integrations.lm_eval import EvaluationError
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.tasks import quiet
 

@@ -13,7 +13,7 @@ import lm_eval.tasks
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from chai_attention.integrations.lm_eval import EvaluationError
+from chai_attention.errors import EvaluationError
 
 SPLIT = "validation"
 # folders of the tasks that are asked for most: indexing all of lm-eval takes 10 s

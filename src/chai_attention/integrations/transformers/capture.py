@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
 
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.plain import plain_attention
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.attention import NAME as ENABLED
+from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,6 @@ class AttentionCall:
 
 Callback = Callable[[AttentionCall, Tensor], None]
 
-_numbers = count()  # each capture registers under a name of its own, so that they nest
-
 
 @contextmanager
 def capture(model: PreTrainedModel, callback: Callback) -> Iterator[None]:
@@ -54,35 +49,14 @@ def capture(model: PreTrainedModel, callback: Callback) -> Iterator[None]:
         UnsupportedModelError: the model's attention cannot be reached, or clustered heads are
             enabled (call ``disable(model)`` first).
     """
-    layers = {module: layer for layer, module in attention_modules(model).items()}
-    before = model.config._attn_implementation
-    if before == "chai":
+    if model.config._attn_implementation == ENABLED:
         raise UnsupportedModelError("disable(model) before calibrating it")
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        out = plain_attention(module, query, key, value, attention_mask, scale, softcap, kwargs)
-        q, k, v = query.detach(), key.detach(), value.detach()
-        callback(AttentionCall(layers[module], q, k, v, scale, softcap), out)
-        return out, None
+    def attend(call: MaskedCall) -> Tensor:
+        out = call.plain()
+        q, k, v = (x.detach() for x in (call.query, call.key, call.value))
+        callback(AttentionCall(call.layer, q, k, v, call.scale, call.softcap), out)
+        return out
 
-    name = f"chai_capture_{next(_numbers)}"
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    try:
-        model.set_attn_implementation(name)
+    with replaced_attention(model, attend):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
