@@ -19,7 +19,7 @@ from pathlib import Path
 from chai_attention.calibration import load_texts, windows_of
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.settings import Settings
-from chai_attention.cli.loading import load_model
+from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 
 RECIPES = {

@@ -24,11 +24,11 @@ from torch import Tensor
 from chai_attention.calibration import calibrate, windows_of
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.template import template_tokens
-from chai_attention.cli.loading import load_model
 from chai_attention.evaluation import Loss, paired_rise, token_loss
 from chai_attention.evaluation.frontier import RECIPES, frontier
 from chai_attention.evaluation.points import load_points
 from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.reports.frontier import frontier_plot, paper_ratio
 

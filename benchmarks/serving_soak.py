@@ -261,7 +261,7 @@ def soak(server: Server, model: str, requests: list[Request], at_once: int) -> d
 
 def smollm2(work: Path) -> tuple[Path, Path]:
     """SmolLM2 as a checkpoint, and an online profile for it."""
-    from chai_attention.cli.loading import SMOLLM2, load_model
+    from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
     from chai_attention.profile import ClusterProfile
 
     folder = work / "smollm2"
