@@ -18,6 +18,12 @@ def ids(length=20):
     return torch.randint(3, 97, (1, length), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def _no_other_model():
+    """Models that earlier tests left enabled hold the name until they are collected."""
+    gc.collect()
+
+
 def registered():
     return ("chai" in AttentionInterface()) or ("chai" in AttentionMaskInterface())
 
