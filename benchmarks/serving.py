@@ -44,7 +44,7 @@ CASES = {  # batch x tokens with the new ones: runs, of which the first of sever
     (1, 2048): 6,
     (16, 2048): 3,
     (1, 8192): 4,
-    (14, 8192): 1,  # what a full cache holds where 16 do not fit
+    (14, 8192): 3,  # what the cache of the stock engine holds
 }
 # requests that come at once, more than run at a time: "chats" have log-normal lengths, of
 # ShareGPT's order
@@ -58,7 +58,6 @@ TIMED: Kinds = {
     "published online": ([32] * 18 + [4] * 14, "online", 0),
     "k=8 window": ([8] * HEADS, "static", 32),
 }
-GROUPS = {name: [head % min(kind[0]) for head in range(HEADS)] for name, kind in TIMED.items()}
 OPTIONS: dict[str, Any] = {
     "load_format": "dummy",
     "max_model_len": LENGTH,
@@ -72,6 +71,7 @@ OPTIONS: dict[str, Any] = {
         ]
     },
 }  # fmt: skip
+TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "mean_tpot_ms": "mean TPOT", "total_ms": "all"}
 SPARE = 400 * 2**20  # bytes of the GPU left to other things
 
 
@@ -90,6 +90,12 @@ class Results:
             self.found[part][name] = value
         self.file.write_text(json.dumps(self.found, indent=1) + "\n")
         progress(f"{name or part}: {json.dumps(value)}")
+
+
+def groups_of(clusters: list[int], ranks: int) -> list[int]:
+    """Each head's cluster in the layers with the fewest, no cluster on two of the ranks."""
+    here, heads = min(clusters) // ranks, HEADS // ranks
+    return [head // heads * here + head % here for head in range(HEADS)]
 
 
 def prompts_of(sizes: list[int], seed: int) -> list[dict[str, list[int]]]:
@@ -125,18 +131,24 @@ def run_job(job: dict[str, Any]) -> None:
         return
     for (batch, length), repeats in CASES.items():
         name = f"{batch} x {length}"
-        if time.time() > job["until"]:
-            progress(f"no time left for {name}")
-        elif batch * length >= capacity(llm)["tokens"]:  # one page is nobody's
-            results.add("cases", name, None)
-        else:
-            results.add("cases", name, run_case(llm, batch, length, repeats))
+        if may_run(name, job):
+            found = run_case(llm, batch, length, repeats)
+            found["fits"] = batch * length < capacity(llm)["tokens"]  # one page is nobody's
+            results.add("cases", name, found)
         if (batch, length) == (16, 8192):
             for load in LOADS:
-                if time.time() > job["until"]:
-                    progress(f"no time left for {load}")
-                else:
+                if may_run(load, job):
                     results.add("throughput", load, throughput(llm, load))
+
+
+def may_run(part: str, job: dict[str, Any]) -> bool:
+    """Whether a part is asked for and there is time for it."""
+    if job["parts"] and part not in job["parts"]:
+        return False
+    if time.time() > job["until"]:
+        progress(f"no time left for {part}")
+        return False
+    return True
 
 
 def run_case(llm: Any, batch: int, length: int, repeats: int) -> dict[str, Any]:
@@ -144,11 +156,8 @@ def run_case(llm: Any, batch: int, length: int, repeats: int) -> dict[str, Any]:
     prompts = [length - STEPS] * batch
     runs = [generate_batch(llm, prompts, STEPS, seed) for seed in range(repeats)]
     runs = runs[1:] or runs
-    return {
-        "ttft_ms": round(statistics.median(run["ttft_ms"] for run in runs), 2),
-        "tpot_ms": round(statistics.median(run["tpot_ms"] for run in runs), 3),
-        "runs": runs,
-    }
+    median = {key: round(statistics.median(run[key] for run in runs), 3) for key in TIMES}
+    return {**median, "runs": runs}
 
 
 def generate_batch(llm: Any, sizes: list[int], count: int, seed: int) -> dict[str, float]:
@@ -156,7 +165,8 @@ def generate_batch(llm: Any, sizes: list[int], count: int, seed: int) -> dict[st
 
     Returns:
         ``ttft_ms`` until all rows have a token, ``tpot_ms`` of the steps between that and the first
-        row's end, and the number of these ``steps``.
+        row's end, and the number of these ``steps``; ``mean_tpot_ms`` of requests from their first
+        token to their last, with whatever else the engine did meanwhile; ``total_ms``.
     """
     import torch
 
@@ -166,6 +176,8 @@ def generate_batch(llm: Any, sizes: list[int], count: int, seed: int) -> dict[st
     torch.accelerator.synchronize()
     start = time.perf_counter()
     seen: dict[str, int] = {}
+    began: dict[str, float] = {}
+    ended: dict[str, float] = {}
     first = last = 0.0
     steps = 0
     while engine.has_unfinished_requests():
@@ -175,15 +187,20 @@ def generate_batch(llm: Any, sizes: list[int], count: int, seed: int) -> dict[st
             continue
         for request in done:
             seen[request.request_id] = len(request.outputs[0].token_ids)
+            began.setdefault(request.request_id, now)
+            ended[request.request_id] = now
         if len(seen) == len(sizes):
             if not first:
                 first = last = now
             elif not any(request.finished for request in done) and max(seen.values()) < count:
                 steps, last = steps + 1, now
+    spans = [(ended[name] - began[name]) / (count - 1) for name in ended]
     return {
         "ttft_ms": round((first - start) * 1e3, 2),
         "tpot_ms": round((last - first) / max(1, steps) * 1e3, 3),
         "steps": steps,
+        "mean_tpot_ms": round(statistics.mean(spans) * 1e3, 3),
+        "total_ms": round((max(ended.values()) - start) * 1e3, 1),
     }
 
 
@@ -232,17 +249,20 @@ def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     until = time.time() + 10**9
     names = options.only or [STOCK, "published", "k=8"]
     made = []
-    for job in jobs(TIMED, GROUPS, model, OPTIONS, options.work):
+    ranks = options.ranks
+    groups = {name: groups_of(kind[0], ranks) for name, kind in TIMED.items()}
+    for job in jobs(TIMED, groups, model, {**OPTIONS, "tensor_parallel_size": ranks}, options.work):
         if job["name"] not in names:
             continue
         page = options.stock_page if job["profile"] is None else options.page
-        job["options"] = dict(OPTIONS) if page is None else {**OPTIONS, "block_size": page}
+        job["options"] = job["options"] | ({} if page is None else {"block_size": page})
         job["warm"] = options.mode == "warm"
         if job["warm"]:  # beside the other engines: just the cache that one request needs
             job["options"] |= {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 5 * 2**30}
         prefix = "warm" if job["warm"] else "serving"
         job["result"] = str(options.out / f"{prefix}-{label(job['name'])}.json")
         job["until"] = until
+        job["parts"] = options.part
         made.append(job)
     return made
 
@@ -276,15 +296,13 @@ def table(folder: Path) -> None:
         page = result["capacity"]["page"]
         print(f"{name}: {tokens:,} tokens{gain(tokens, base, True)}, pages of {page}")
         for case, times in result["cases"].items():
-            if times is None:
-                print(f"  {case}: does not fit")
-                continue
             other = against.get("cases", {}).get(case) or {}
             parts = [
                 f"{text} {times[key]:,.2f} ms{gain(times[key], other.get(key), False)}"
-                for key, text in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"))
+                for key, text in TIMES.items()
             ]
-            print(f"  {case}: {', '.join(parts)}")
+            fits = "" if times["fits"] else " (more than the cache holds)"
+            print(f"  {case}{fits}: {', '.join(parts)}")
         for load, rates in result["throughput"].items():
             other = against.get("throughput", {}).get(load, {})
             parts = [
@@ -306,6 +324,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=[STOCK, *TIMED], help="repeatable")
     parser.add_argument("--page", type=int, default=64, help="tokens of a page, with clusters")
     parser.add_argument("--stock-page", type=int, help="the same without; default: vLLM's")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs, for tensor parallelism")
+    parser.add_argument("--part", action="append", help="a case or load; repeatable; default: all")
     parser.add_argument("--limit", type=float, default=180, help="seconds of an engine")
     parser.add_argument("--job", help="one job, in this process")
     options = parser.parse_args()

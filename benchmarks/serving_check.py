@@ -78,20 +78,40 @@ def run_job(job: dict[str, Any]) -> None:
     Path(job["result"]).write_text(json.dumps({"requests": found, **capacity(llm)}))
 
 
-def check(work: Path, only: list[str] | None, variants: list[str], limit: float) -> bool:
-    """Compare all kinds of profiles with the stock engine; print and return whether they agree."""
+def kinds_of(ranks: int) -> Kinds:
+    """Kinds of profiles for so many ranks, each of which finds all groups among its own heads."""
+    if ranks == 1:
+        return CHECKED
+    found = {}
+    for name, (clusters, membership, recent) in CHECKED.items():
+        if name == "k=H":  # vLLM's own attention would run
+            continue
+        least = min(clusters) * (ranks if membership == "online" else 1)
+        found[name] = ([least] * len(clusters), membership, recent)
+    return found
+
+
+def check(
+    work: Path, only: list[str] | None, variants: list[str], limit: float, ranks: int
+) -> bool:
+    """Compare all kinds of profiles with the stock engine; print and return whether they agree.
+
+    The stock engine has one rank, the others ``ranks``.
+    """
     model = work / "small"
     if not (model / "model.safetensors").exists():
         write_small(model, GROUPS)
-    found = [_variant(work, model, only, name, limit) for name in variants or VARIANTS]
+    found = [_variant(work, model, only, name, limit, ranks) for name in variants or VARIANTS]
     return all(found)
 
 
-def _variant(work: Path, model: Path, only: list[str] | None, variant: str, limit: float) -> bool:
-    options = VARIANTS[variant]
+def _variant(
+    work: Path, model: Path, only: list[str] | None, variant: str, limit: float, ranks: int
+) -> bool:
+    options, checked = VARIANTS[variant], kinds_of(ranks)
     exact = options.get("dtype") == "float32"
     chosen = []
-    for job in jobs(CHECKED, dict.fromkeys(CHECKED, GROUPS), model, options, work):
+    for job in jobs(checked, dict.fromkeys(checked, GROUPS), model, options, work):
         name = job["name"]
         if name != STOCK and only and name not in only:
             continue
@@ -100,6 +120,8 @@ def _variant(work: Path, model: Path, only: list[str] | None, variant: str, limi
         job["result"] = str(work / f"check-{label(variant)}-{label(name)}.json")
         Path(job["result"]).unlink(missing_ok=True)
         job["own"] = True
+        if name != STOCK:
+            job["options"] = {**options, "tensor_parallel_size": ranks}
         if name == STOCK and exact:  # FlashAttention has no float32
             job["options"] = {**options, "attention_backend": "TRITON_ATTN"}
         chosen.append(job)
@@ -155,6 +177,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
     parser.add_argument("--only", action="append", help="names of profiles; repeatable")
     parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs, for tensor parallelism")
     parser.add_argument("--limit", type=float, default=150, help="seconds of an engine")
     parser.add_argument("--job", help="one job, in this process")
     options = parser.parse_args()
@@ -162,7 +185,7 @@ def main() -> None:
     if options.job:
         run_job(json.loads(options.job))
     else:
-        good = check(options.work, options.only, options.variant, options.limit)
+        good = check(options.work, options.only, options.variant, options.limit, options.ranks)
         sys.exit(0 if good else 1)
 
 

@@ -87,6 +87,10 @@ def test_many_sequences():
     check(4, 4, 2, [15, 16, 17, 0, 0, 1, 31, 33, 16, 16, 2], 16, HALF, shared=True)
 
 
+def test_more_sequences_than_are_looked_at_at_a_time():
+    check(2, 2, 1, [1, 0, 2] * 45, 16, torch.float32)
+
+
 @pytest.mark.skipif(not CUDA, reason="large shapes need a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("natural", [False, True])
@@ -104,7 +108,7 @@ def test_large(heads, kv_heads, clusters, dim, natural, dtype, caplog):
     assert ("packed Hopper prefill kernel" if fast else "packed prefill kernel") in caplog.text
 
 
-@pytest.mark.parametrize("queries", [[300], [0, 128, 1, 129, 0], [5] * 40])
+@pytest.mark.parametrize("queries", [[300], [0, 128, 1, 129, 0], [5] * 40, [3, 200, 0] * 50])
 @pytest.mark.parametrize("shared", [False, True])
 def test_list_of_work(queries, shared):
     """Items of every sequence, without those that have no heads to attend for."""

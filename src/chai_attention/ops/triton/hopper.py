@@ -221,7 +221,10 @@ def _attend(
         mbarrier.wait(q_full, turn & 1)
 
 
-@gluon.jit(do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch"])
+@gluon.jit(
+    do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch"],
+    do_not_specialize_on_alignment=["start_ptr", "length_ptr", "table_ptr", "rows_ptr"],
+)
 def prefill_hopper(
     q_tiles, k_tiles, v_tiles, next_ptr, work_ptr, count_ptr, start_ptr, length_ptr, table_ptr,
     rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,

@@ -15,6 +15,8 @@ from triton.experimental.gluon import language as gl
 
 from chai_attention.ops.triton.chunks import Chunks
 
+SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
+
 
 @gluon.jit
 def _in_group(item, tiles, group, pairs):
@@ -69,26 +71,33 @@ def packed_work(
     return row, line * chunks + chunk, tile * TILE, begin, queries, size
 
 
-@triton.jit(do_not_specialize=["chunks", "batch"])
+@triton.jit(
+    do_not_specialize=["chunks", "batch"],
+    do_not_specialize_on_alignment=["start_ptr", "rows_ptr"],
+)
 def _plan(
     start_ptr, rows_ptr, slot_ptr, plan_ptr, chunks, batch, stride_t,
-    BATCH_P: tl.constexpr, CHUNKS_P: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    CHUNKS_P: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Where each sequence's items begin, then the end of the list, then a counter at 0."""
-    r, c = tl.arange(0, BATCH_P), tl.arange(0, CHUNKS_P)
-    there = r < batch
-    begin = tl.load(start_ptr + r, mask=there, other=0)
-    end = tl.load(start_ptr + 1 + r, mask=there, other=0)
-    line = r * stride_t
-    if HAS_ROWS:
-        line = tl.load(rows_ptr + r, mask=there, other=0)
-    slot = tl.load(
-        slot_ptr + line[:, None] * chunks + c[None, :],
-        mask=there[:, None] & (c < chunks)[None, :], other=-1,
-    )  # fmt: skip
-    # a row's chunks without work are its last ones
-    items = tl.cdiv(end - begin, TILE) * tl.sum((slot >= 0).to(tl.int32), axis=1)
-    tl.store(plan_ptr + 1 + r, tl.cumsum(items, axis=0), mask=there)
+    before = 0
+    c = tl.arange(0, CHUNKS_P)
+    for first in range(0, batch, SEQUENCES):
+        r = first + tl.arange(0, SEQUENCES)
+        there = r < batch
+        begin = tl.load(start_ptr + r, mask=there, other=0)
+        end = tl.load(start_ptr + 1 + r, mask=there, other=0)
+        line = r * stride_t
+        if HAS_ROWS:
+            line = tl.load(rows_ptr + r, mask=there, other=0)
+        slot = tl.load(
+            slot_ptr + line[:, None] * chunks + c[None, :],
+            mask=there[:, None] & (c < chunks)[None, :], other=-1,
+        )  # fmt: skip
+        # a row's chunks without work are its last ones
+        items = tl.cdiv(end - begin, TILE) * tl.sum((slot >= 0).to(tl.int32), axis=1)
+        tl.store(plan_ptr + 1 + r, before + tl.cumsum(items, axis=0), mask=there)
+        before += tl.sum(items, axis=0)
     tl.store(plan_ptr, 0)
     tl.store(plan_ptr + batch + 1, 0)
 
@@ -100,7 +109,7 @@ def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -
     _plan[(1,)](
         query_starts, rows, chunks.slot, made, chunks.count, batch,
         0 if chunks.slot.shape[0] == 1 else 1,
-        BATCH_P=triton.next_power_of_2(batch), CHUNKS_P=triton.next_power_of_2(chunks.count),
-        TILE=tile, HAS_ROWS=rows is not None, num_warps=4,
+        CHUNKS_P=triton.next_power_of_2(chunks.count), TILE=tile, HAS_ROWS=rows is not None,
+        num_warps=4,
     )  # fmt: skip
     return made

@@ -249,11 +249,10 @@ def prefill_packed(
         0, out.stride(0), out.stride(1),
         *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))),
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=members,
-        ROWS=rows_of_tile, BLOCK=block, PAGE=page, BATCH_P=triton.next_power_of_2(batch),
-        RAGGED=True, LIMITED=limit is not None, HAS_ROWS=rows is not None,
-        HAS_LENGTH=lengths is not None, HAS_VALID=False, HAS_SOFTCAP=softcap is not None,
-        HAS_LSE=lse is not None, TILES=tiles, PRECISION=precision_of(query),
-        num_warps=warps, num_stages=stages,
+        ROWS=rows_of_tile, BLOCK=block, PAGE=page, RAGGED=True,
+        LIMITED=limit is not None, HAS_ROWS=rows is not None, HAS_LENGTH=lengths is not None,
+        HAS_VALID=False, HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
+        PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -280,9 +279,9 @@ def _own_chunks(heads: int, kv_heads: int, device: torch.device) -> Chunks:
 
 
 def _rows_of(query: Tensor, most_queries: int) -> int:
-    """Queries of a tile."""
-    most = 32 if query.dtype == torch.float32 else 128
-    return min(most, max(16, triton.next_power_of_2(most_queries)))
+    """Queries of a tile; of few sizes, as each is a kernel that a server has to compile."""
+    sizes = (16, 32) if query.dtype == torch.float32 else (16, 64, 128)
+    return next((size for size in sizes if most_queries <= size), sizes[-1])
 
 
 def _tileable(key: Tensor, value: Tensor, whole: bool) -> bool:

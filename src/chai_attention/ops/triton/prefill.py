@@ -15,6 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
 
+SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be more
+
 
 @triton.jit
 def _tile(
@@ -77,22 +79,27 @@ def _tile(
 
 
 @triton.jit
-def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr, BATCH_P: tl.constexpr):
+def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr):
     """The sequence that a tile of packed tokens belongs to, and that sequence's first tile.
 
     Tiles are counted from sequence to sequence without reading the lengths on the host: sequence
     r gets those from ``start // ROWS + r`` on, which is enough for it, with at most one to spare.
     """
-    r = tl.arange(0, BATCH_P)
-    key = tl.load(start_ptr + r, mask=r < batch, other=0) // ROWS + r
-    mine = (r < batch) & (key <= item)
-    return tl.sum(mine.to(tl.int32), axis=0) - 1, tl.max(tl.where(mine, key, 0), axis=0)
+    row, first_tile = -1, 0
+    for first in range(0, batch, SEQUENCES):
+        r = first + tl.arange(0, SEQUENCES)
+        key = tl.load(start_ptr + r, mask=r < batch, other=0) // ROWS + r
+        mine = (r < batch) & (key <= item)
+        row += tl.sum(mine.to(tl.int32), axis=0)
+        first_tile = tl.maximum(first_tile, tl.max(tl.where(mine, key, 0), axis=0))
+    return row, first_tile
 
 
 @triton.jit(
     do_not_specialize=[
         "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit",
-    ]
+    ],
+    do_not_specialize_on_alignment=["length_ptr", "start_ptr", "table_ptr", "rows_ptr"],
 )  # fmt: skip
 def _prefill(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, start_ptr, table_ptr, rows_ptr,
@@ -102,7 +109,7 @@ def _prefill(
     stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, BATCH_P: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, LIMITED: tl.constexpr, HAS_ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +123,7 @@ def _prefill(
     row, begin = 0, 0
     if RAGGED and not LIMITED:
         # one sequence after the other, each with a grid of its own
-        row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS, BATCH_P)
+        row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS)
         item -= first_tile * chunks
         begin = tl.load(start_ptr + row)
         queries = tl.load(start_ptr + row + 1) - begin
@@ -265,7 +272,7 @@ def prefill(
         *((0, 0, 0) if lse is None else lse.stride()),
         D=dim, DP=padded(dim), DV=value_dim,
         DVP=padded(value_dim), M=members,
-        ROWS=rows, BLOCK=block, PAGE=0, BATCH_P=1, RAGGED=False, LIMITED=False, HAS_ROWS=False,
+        ROWS=rows, BLOCK=block, PAGE=0, RAGGED=False, LIMITED=False, HAS_ROWS=False,
         HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
         HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
         PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
