@@ -31,7 +31,8 @@ def asked(monkeypatch):
         return {name: MADE[name](name) for name in names}
 
     made = types.ModuleType("registry")
-    made.NAMES, made.comparators = tuple(MADE), comparators
+    made.comparators = comparators
+    made.available = lambda profile, model: (tuple(MADE), ("without other: no library",))
     monkeypatch.setitem(sys.modules, f"{package.__name__}.registry", made)
     monkeypatch.setattr(package, "registry", made, raising=False)
     if not any(command.name == "eval" for command in app.registered_commands):
@@ -81,8 +82,9 @@ def test_a_profile_is_set_beside_the_model_and_a_second_run_measures_nothing(cha
 
 
 def test_comparators_get_text_profile_and_saving(chai, asked, place):
-    code, _, _ = chai(*options(place, "--compare", "all", "--save", "5%", "--seed", 3))
+    code, _, err = chai(*options(place, "--compare", "all", "--save", "5%", "--seed", 3))
     assert code == 0
+    assert "without other: no library" in err
     ((names, given),) = asked
     assert names == ("mha", "own")
     assert (given["save"], given["seed"], given["profile"]) == (0.05, 3, None)

@@ -106,17 +106,20 @@ def eval_command(
         save=options.share("--save", save),
         seed=seed,
     )
+    sources = task_sources(task_names(tasks), data, text, seed)
+    loaded, tokenizer = load_model(model, dtype, device)
     what = Evaluation(
         model=Path(model).name,
-        names=comparator_names(compare, chosen),
-        sources=task_sources(task_names(tasks), data, text, seed),
+        names=comparator_names(
+            compare, chosen, loaded, lambda message: typer.echo(message, err=True)
+        ),
+        sources=sources,
         out=out,
         asked=calibration.asked(),
         limit=limit,
         batch_size=batch_size,
         seed=seed,
     )
-    loaded, tokenizer = load_model(model, dtype, device)
     with progress_bar("starting") as bar:
 
         def progress(title: str, done: int, total: int) -> None:

@@ -63,18 +63,32 @@ class Calibration:
         }
 
 
-def comparator_names(compare: str | None, profile: ClusterProfile | None) -> tuple[str, ...]:
+def comparator_names(
+    compare: str | None,
+    profile: ClusterProfile | None,
+    model: PreTrainedModel | None = None,
+    on_left_out: Callable[[str], None] = lambda message: None,
+) -> tuple[str, ...]:
     """Names of a table's rows: MHA, with a profile "profile", and the comparators asked for.
 
     Args:
-        compare: names separated by commas; "all" for every comparator; None for no more.
+        compare: names separated by commas; "all" for every comparator that can run here; None for
+            no more.
         profile: the profile to evaluate.
+        model: what they are to run; None leaves out only those whose library is missing.
+        on_left_out: called with a message for each comparator that "all" leaves out.
     """
     from chai_attention.evaluation.comparators import registry
 
     names = [MHA] if profile is None else [MHA, PROFILE]
     for name in (compare or "").split(","):
-        names += registry.NAMES if name.strip() == "all" else [name.strip()] if name.strip() else []
+        if name.strip() == "all":
+            found, left_out = registry.available(profile, model)
+            names += found
+            for message in left_out:
+                on_left_out(message)
+        elif name.strip():
+            names.append(name.strip())
     return tuple(dict.fromkeys(names))
 
 

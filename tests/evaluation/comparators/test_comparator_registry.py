@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from chai_attention.errors import EvaluationError
+from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators import registry
+from chai_attention.evaluation.preparation import comparator_names
 from chai_attention.profile import ClusterProfile
 from comparator_cases import FAMILIES, batch, logits, text, traces
 from tiny_models import tiny_model
 
-NAMES = registry.NAMES
+OWN = tuple(name for name in registry.NAMES if name not in registry.RIVALS)
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +27,8 @@ def made(model, names, **options):
 def test_every_comparator_runs_and_leaves_no_trace_even_after_an_error(family):
     model = tiny_model(family)
     before, plain = traces(model), logits(model, batch())
-    found = made(model, NAMES)
-    assert tuple(found) == NAMES
+    found = made(model, OWN)
+    assert tuple(found) == OWN
     assert traces(model) == before
     for name, comparator in found.items():
         assert comparator.name == name
@@ -50,7 +51,7 @@ def test_two_runs_are_identical(family):
     for _ in range(2):
         torch.rand(1)  # the global state must not matter
         model = tiny_model(family)
-        found = made(model, NAMES, seed=5)
+        found = made(model, OWN, seed=5)
         rows = {}
         for name, comparator in found.items():
             with comparator.attached(model):
@@ -64,7 +65,7 @@ def test_two_runs_are_identical(family):
 def test_those_with_a_budget_save_what_is_asked_and_the_others_say_that_they_save_nothing(family):
     model = tiny_model(family)
     unit = 1 / 36 if family != "llama-grouped" else 1 / 12  # K of one K/V head, one layer
-    for name, comparator in made(model, NAMES).items():
+    for name, comparator in made(model, OWN).items():
         saved = 1 - comparator.kv_share(model, 10**6)
         if name == "mha" or name.startswith("dejavu"):
             assert saved == 0
@@ -98,3 +99,43 @@ def test_unknown_names_and_missing_profiles_are_told():
         made(model, ["profile"])
     with pytest.raises(EvaluationError, match="calibration windows"):
         registry.comparators(["dejavu-10"], model=model, tokens=[])
+
+
+@pytest.fixture
+def no_libraries(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("no such library", name="kvpress")
+
+    monkeypatch.setattr(registry, "import_module", missing)
+
+
+def test_rivals_without_their_library_are_left_out_of_all_and_name_their_extra(no_libraries):
+    names, messages = registry.available()
+    assert names == OWN
+    assert len(messages) == len(registry.RIVALS)
+    assert "think" in messages[0]
+    assert registry.available(ClusterProfile((6, 4, 2)))[0] == ("profile", *OWN)
+    model = tiny_model("llama")
+    with pytest.raises(EvaluationError, match=r"needs kvpress: .*chai-attention\[rivals\]"):
+        made(model, ["think"])
+    assert tuple(made(model, ["all"])) == OWN
+
+
+def test_a_table_of_all_says_what_it_leaves_out_and_keeps_what_is_asked_for_by_name(no_libraries):
+    told = []
+    assert comparator_names("all", None, None, told.append) == OWN
+    assert [message.split(":")[0] for message in told] == [f"without {n}" for n in registry.RIVALS]
+    assert comparator_names("quant4,chai", None, None, told.append) == ("mha", "quant4", "chai")
+    assert len(told) == len(registry.RIVALS)
+
+
+def test_all_leaves_out_rivals_that_cannot_run_the_model(monkeypatch):
+    class Refusing:
+        def prepare(self, model, tokens):
+            raise UnsupportedModelError("not this one")
+
+    monkeypatch.setattr(registry, "_rival", lambda *arguments: Refusing())
+    assert registry.available() == (registry.NAMES, ())
+    names, messages = registry.available(None, tiny_model("opt"))
+    assert names == OWN
+    assert messages[0] == "without think: not this one"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib import import_module
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.evidence import quiet
-from chai_attention.errors import EvaluationError
+from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES, Chai
 from chai_attention.evaluation.comparators.dejavu import DejaVu
@@ -26,9 +27,41 @@ Progress = Callable[[str, int, int], None]
 # percent of heads that DejaVu leaves out
 _DEJAVU = {f"dejavu-{percent}": percent / 100 for percent in (10, 30, 50)}
 _ORACLE = {name.replace("-", "-oracle-"): share for name, share in _DEJAVU.items()}
+_KVPRESS = ("think", "snapkv")
+_QUANTISED = ("quant8", "quant4", "chai+quant8", "chai+quant4")
+_PACKAGE = "chai_attention.evaluation.comparators"
 
-NAMES: tuple[str, ...] = ("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS)
+RIVALS: tuple[str, ...] = (*_KVPRESS, *_QUANTISED)
+"""Comparators by libraries of the extra ``rivals``."""
+
+NAMES: tuple[str, ...] = ("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS, *RIVALS)
 """Comparators that need nothing but a model and text; "profile" is one more, given a profile."""
+
+
+def available(
+    profile: ClusterProfile | None = None, model: PreTrainedModel | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what "all" stands for here, and one message for each comparator left out.
+
+    Left out are those of the extra ``rivals`` whose library is missing, or cannot run ``model``.
+
+    Args:
+        profile: with one, "profile" is among them.
+        model: a causal language model; None to look at the libraries alone.
+    """
+    names = [PROFILE] if profile is not None else []
+    left_out = []
+    for name in NAMES:
+        try:
+            if name in RIVALS:
+                rival = _rival(name, None, None)
+                if model is not None:
+                    rival.prepare(model, ())
+        except (EvaluationError, UnsupportedModelError) as error:
+            left_out.append(f"without {name}: {error}")
+        else:
+            names.append(name)
+    return tuple(names), tuple(left_out)
 
 
 def comparators(
@@ -44,12 +77,11 @@ def comparators(
     """Make comparators and fit those that learn from text.
 
     Args:
-        names: some of `NAMES`, or "profile"; the single name "all" stands for all of them, and with
-            a profile for "profile", too.
+        names: some of `NAMES`, or "profile"; the single name "all" stands for those `available`.
         model: a causal language model, not enabled.
         tokens: calibration windows, each ``[S]`` int64 and of one length.
-        profile: of the comparator "profile"; "random" takes its numbers of clusters; without
-            one, those of "default".
+        profile: of the comparator "profile"; "random" takes its numbers of clusters, and CHAI
+            beside a quantised cache its clusters. Without one, both take that of "default".
         save: share of the K,V bytes per token to save, for all that have such a budget. None: what
             the profile saves; without a profile either, each method's own default.
         seed: of everything random.
@@ -59,13 +91,12 @@ def comparators(
         Comparators by name, in the order of ``names``; the same arguments give the same ones.
 
     Raises:
-        EvaluationError: an unknown name, "profile" without a profile, or a saving that a
-            method cannot reach.
+        EvaluationError: an unknown name, "profile" without a profile, a saving that a method
+            cannot reach, or a library that is missing.
         CalibrationError: from calibrations, which cannot do what is asked.
         UnsupportedModelError: a model that a method cannot run.
     """
-    every = NAMES if profile is None else (PROFILE, *NAMES)
-    chosen = every if list(names) == ["all"] else tuple(dict.fromkeys(names))
+    chosen = available(profile, model)[0] if list(names) == ["all"] else tuple(dict.fromkeys(names))
     known = (*NAMES, PROFILE)
     if unknown := [name for name in chosen if name not in known]:
         raise EvaluationError(f"no comparator {', '.join(unknown)}: choose from {', '.join(known)}")
@@ -118,7 +149,9 @@ class _Workshop:
             return DejaVu(_DEJAVU[name], self._predictors, self._progress)
         if name in _ORACLE:
             return DejaVu(_ORACLE[name], None)
-        return SpAtten(name, self._save)
+        if name in VARIANTS:
+            return SpAtten(name, self._save)
+        return _rival(name, self._save, self._profile if name.startswith("chai+") else None)
 
     @cached_property
     def _default(self) -> Chai:
@@ -129,3 +162,22 @@ class _Workshop:
     @property
     def _profile(self) -> ClusterProfile:
         return self._default.profile if self._given is None else self._given
+
+
+def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Comparator:
+    """Make a comparator of the extra ``rivals``, whose libraries are loaded only here.
+
+    Raises:
+        EvaluationError: its library is not installed.
+    """
+    try:
+        made: Comparator
+        if name in _KVPRESS:
+            made = import_module(f"{_PACKAGE}.kvpress").kvpress_comparator(name, save)
+        else:
+            made = import_module(f"{_PACKAGE}.quantised").quantised_comparator(name, profile)
+    except ImportError as error:
+        raise EvaluationError(
+            f"{name} needs {error.name}: pip install 'chai-attention[rivals]'"
+        ) from error
+    return made

@@ -1,0 +1,181 @@
+"""K and V in 8 or 4 bits, by transformers' `QuantizedCache`, alone and beside clustered heads.
+
+The quantiser is HQQ: integers with a scale and a zero of 16 bits per group of neighbouring values
+of one head and token. (Of transformers' two other quantisers, Quanto has no 8 bits and fp8 no 4.)
+Like all of transformers' quantised caches it reads the prompt in full precision, then quantises
+it, and keeps up to 128 later tokens whole before they join.
+
+A server holds K and V in 16 bits, so shares of bytes are of these, whatever the model was loaded
+in, and of a prompt, all of which is quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, QuantizedCache
+from transformers.cache_utils import Cache
+
+from chai_attention.errors import EvaluationError, UnsupportedModelError
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
+from chai_attention.evaluation.profiled import profile_digest
+from chai_attention.integrations.transformers import ClusteredCache, enabled
+from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.profile import ClusterProfile
+
+FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
+LARGEST_GROUP = 64
+
+
+class Quantised(Comparator):
+    """K and V of all heads in ``bits`` bits.
+
+    Args:
+        bits: 8 or 4.
+
+    Raises (from `prepare` and what it makes):
+        UnsupportedModelError: sliding-window layers, or a head size that is odd.
+    """
+
+    source = "transformers' QuantizedCache with HQQ (Badri and Shaji 2023), after KIVI, ICML 2024"
+    needs_cache = True
+
+    def __init__(self, bits: int):
+        self.name = f"quant{bits}"
+        self._bits = bits
+
+    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+        """Learn nothing; refuse a model that the method cannot run."""
+        _group(describe(model))
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Change nothing: the cache does it."""
+        return nullcontext()
+
+    def new_cache(self, model: PreTrainedModel) -> Cache:
+        """Return an empty quantised cache."""
+        return QuantizedCache(
+            backend="hqq",
+            config=model.config,
+            nbits=self._bits,
+            axis_key=1,  # groups of neighbouring values, as transformers advises for HQQ
+            axis_value=1,
+            q_group_size=_group(describe(model)),
+            residual_length=RESIDUAL,
+        )
+
+    def kv_share(self, model: PreTrainedModel, length: int) -> float:
+        """Bits per value, scales and zeros included, of 16."""
+        return bits_per_value(self._bits, _group(describe(model))) / FULL_BITS
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the quantiser is told."""
+        return {"bits": self._bits, "largest_group": LARGEST_GROUP, "residual": RESIDUAL}
+
+
+class ClusteredQuantised(Quantised):
+    """What the cache of clustered heads holds, K of representatives and V of all heads, quantised.
+
+    The same quantiser, groups and residual as without clusters. K of removed heads that an exact
+    recent window needs stays in 16 bits: it is a residual itself.
+
+    Args:
+        bits: 8 or 4.
+        profile: the clusters; None only asks whether the library is there.
+    """
+
+    source = (
+        "Agarwal et al., ICML 2024 (CHAI), with its K,V quantised as by transformers' "
+        "QuantizedCache with HQQ"
+    )
+
+    def __init__(self, bits: int, profile: ClusterProfile | None):
+        super().__init__(bits)
+        self.name = f"chai+quant{bits}"
+        self._given = profile
+
+    @property
+    def _profile(self) -> ClusterProfile:
+        if self._given is None:
+            raise EvaluationError(f"the comparator {self.name} needs a profile")
+        return self._given
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Enable the profile."""
+        return enabled(model, self._profile)
+
+    def new_cache(self, model: PreTrainedModel) -> Cache:
+        """Return an empty cache of clustered heads, quantised."""
+        cache = ClusteredCache(model, self._profile)
+        group = _group(describe(model))
+        cache.layers = [QuantisedClusteredLayer(plan, self._bits, group) for plan in cache.plans]
+        return cache
+
+    def kv_share(self, model: PreTrainedModel, length: int) -> float:
+        """Share of representatives' K and all V, quantised, and of the recent window, which is not.
+
+        Args:
+            model: the model, unchanged.
+            length: tokens of the prompt.
+        """
+        shape, profile = describe(model), self._profile
+        full, kept = profile.bytes_per_token(shape, 1)
+        window = 1 - profile.saved(shape, length) - kept / full
+        return kept / full * super().kv_share(model, length) + window
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the quantiser is told, and the profile."""
+        return {**super().settings(), "profile": profile_digest(self._profile)}
+
+
+def bits_per_value(bits: int, group: int) -> float:
+    """Bits of a quantised value, with its part in the scale and the zero of its group."""
+    return bits + 2 * FULL_BITS / group
+
+
+def group_size(head_dim: int) -> int:
+    """The largest group of at most 64 values that fits a head an even number of times.
+
+    No group then reaches over two heads or tokens, and there is an even number of groups, two of
+    which the library packs into one row of bytes.
+
+    Raises:
+        UnsupportedModelError: an odd head size.
+    """
+    for group in range(min(LARGEST_GROUP, head_dim // 2), 0, -1):
+        if head_dim % (2 * group) == 0:
+            return group
+    raise UnsupportedModelError(
+        f"quantised caches need heads of even size, not {head_dim}: leave them out of the "
+        "comparison"
+    )
+
+
+def quantised_comparator(name: str, profile: ClusterProfile | None) -> Quantised:
+    """Make "quant8", "quant4", "chai+quant8" or "chai+quant4".
+
+    Args:
+        name: one of these.
+        profile: of those with clustered heads.
+
+    Raises:
+        ImportError: hqq is not installed.
+    """
+    import_module("hqq.core.quantize")
+    bits = int(name[-1])
+    return ClusteredQuantised(bits, profile) if name.startswith("chai+") else Quantised(bits)
+
+
+def _group(shape: ModelShape) -> int:
+    """Group size for a model."""
+    if not all(shape.clusterable):
+        raise UnsupportedModelError(
+            "quantised caches hold full attention only, and this model has sliding-window layers: "
+            "leave them out of the comparison"
+        )
+    return group_size(shape.head_dim)

@@ -1,0 +1,55 @@
+"""Answers read the finished cache and nothing else, against one forward with a mask."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.support import attention_modules
+from compressed_contexts import ANSWER, by_definition, sequence
+from eval_methods import OwnCache
+from tiny_models import tiny_model
+
+
+class Evicting(OwnCache):
+    """Leaves every third token of the context out of the cache, and changes V of the others."""
+
+    @contextmanager
+    def attached(self, model):
+        def hook(module, args, kwargs, out):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            if layer.keys.shape[2] == kwargs.get("hidden_states", *args).shape[1]:
+                kept = left(layer.keys.shape[2])
+                layer.keys, layer.values = layer.keys[:, :, kept], 2 * layer.values[:, :, kept]
+
+        modules = attention_modules(model).values()
+        hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+        yield
+        for each in hooks:
+            each.remove()
+
+
+def left(tokens):
+    return torch.arange(tokens) % 3 != 1
+
+
+def compress(layer, query, key, value):
+    return key, 2 * value, left(key.shape[2]).expand(1, key.shape[1], 1, -1)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt"])
+@pytest.mark.parametrize("answer", [1, ANSWER, 12])
+def test_every_answer_token_sees_the_compressed_context_only(family, answer):
+    model, tokens, method = tiny_model(family), sequence(), Evicting("evicting")
+    with method.attached(model):
+        found = cached_logits(model, method, tokens, answer)
+    assert found.shape == (answer, 97)
+    # the context's last token reads the cache too: it predicts the answer's first
+    wanted = by_definition(model, tokens, compress, answer)
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    with torch.no_grad():
+        plain = model(tokens[None]).logits[0, -answer:]
+    assert (found - plain).abs().amax(1).min() > 1e-2
