@@ -54,7 +54,7 @@ def _sink_stop(sink_ptr, near_row, stride_sinks, SINKS: tl.constexpr, SINKS_P: t
     return tl.max(sinks.to(tl.int32), axis=0) + 1
 
 
-@triton.jit(do_not_specialize=["size", "chunks", "splits", "recent"])
+@triton.jit(do_not_specialize=["size", "chunks", "splits", "recent", "stride_table"])
 def _decode(
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, slots_ptr, sink_ptr,
     query_ptr, key_ptr, value_ptr, acc_ptr, sum_ptr,

@@ -222,7 +222,7 @@ def _attend(
 
 
 @gluon.jit(
-    do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch"],
+    do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch", "stride_table"],
     do_not_specialize_on_alignment=["start_ptr", "length_ptr", "table_ptr", "rows_ptr"],
 )
 def prefill_hopper(

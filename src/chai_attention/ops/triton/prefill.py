@@ -97,7 +97,7 @@ def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit",
+        "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit", "stride_table",
     ],
     do_not_specialize_on_alignment=["length_ptr", "start_ptr", "table_ptr", "rows_ptr"],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from chai_attention.ops.triton.near_decode import _near, near_block
 @triton.jit(
     do_not_specialize=[
         "size", "chunks", "splits", "clusters", "recent", "ring_size", "ring_shift",
-        "kept",
+        "kept", "stride_table",
     ]
 )  # fmt: skip
 def _merge(
