@@ -115,8 +115,17 @@ def progress(text: str) -> None:
     print(f"PROGRESS {text}", flush=True)
 
 
-def in_process(script: str, mode: str, job: dict[str, Any], work: Path, limit: float) -> bool:
-    """Run a job by ``script`` in a fresh process; what vLLM says goes to a log in ``work``.
+def in_process(
+    script: str,
+    mode: str,
+    job: dict[str, Any],
+    work: Path,
+    limit: float,
+    settings: dict[str, str] | None = None,
+) -> bool:
+    """Run a job by ``script`` in a fresh process, which needs the environment's ``settings``.
+
+    What vLLM says goes to a log in ``work``.
 
     Returns:
         Whether it ended well within ``limit`` seconds.
@@ -133,6 +142,7 @@ def in_process(script: str, mode: str, job: dict[str, Any], work: Path, limit: f
         "HF_HUB_OFFLINE": "1",
         **{key: str(path) for key, path in caches.items()},
         **os.environ,
+        **(settings or {}),
     }
     command = [sys.executable, script, mode, "--work", str(work), "--job", json.dumps(job)]
     log = work / f"{name}.log"

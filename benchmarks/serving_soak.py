@@ -8,6 +8,7 @@ batch, tips two tokens that are almost equally likely, the difference of their l
 reported.
 
     python benchmarks/serving_soak.py --out soak.json            # SmolLM2, 300 requests, 32 at once
+    python benchmarks/serving_soak.py --membership static --out static.json
     python benchmarks/serving_soak.py --stock --out stock.json   # vLLM without clusters, to compare
 """
 
@@ -259,8 +260,8 @@ def soak(server: Server, model: str, requests: list[Request], at_once: int) -> d
     }
 
 
-def smollm2(work: Path) -> tuple[Path, Path]:
-    """SmolLM2 as a checkpoint, and an online profile for it."""
+def smollm2(work: Path, membership: str) -> tuple[Path, Path]:
+    """SmolLM2 as a checkpoint, and a profile for it that clusters every second layer."""
     from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
     from chai_attention.profile import ClusterProfile
 
@@ -269,9 +270,15 @@ def smollm2(work: Path) -> tuple[Path, Path]:
         model, tokenizer = load_model(SMOLLM2, "float32", "cpu")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    profile = work / "online.json"
-    ClusterProfile((9, 6) * 15, window=16).save(profile)
-    return folder, profile
+    file = work / f"{membership}.json"
+    clusters = (9, 6) * 15
+    if membership == "static":
+        pairs = [list(range(9)), [0, 0, 2, 3, 3, 5, 6, 6, 8]]
+        profile = ClusterProfile(clusters, "static", representatives=pairs * 15)
+    else:
+        profile = ClusterProfile(clusters, window=16)
+    profile.save(file)
+    return folder, file
 
 
 def main() -> None:
@@ -280,6 +287,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving-soak"))
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; default: SmolLM2")
     parser.add_argument("--profile", help="for --model")
+    parser.add_argument("--membership", choices=["online", "static"], default="online",
+                        help="of SmolLM2's profile")  # fmt: skip
     parser.add_argument("--stock", action="store_true", help="vLLM without clusters")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--at-once", type=int, default=32)
@@ -289,7 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.model is None:
-        options.model, options.profile = smollm2(options.work)
+        options.model, options.profile = smollm2(options.work, options.membership)
     model = str(options.model)
     command = [str(Path(sys.executable).with_name("chai")), "serve", model]
     command += ["--profile", str(options.profile)]

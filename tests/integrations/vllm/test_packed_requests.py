@@ -1,13 +1,17 @@
 """Chunks of requests over pages and rings, against the definition; no vLLM needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.memberships import PageMemberships
+from chai_attention.integrations.vllm.memberships import PageMemberships, full_tokens
 from chai_attention.integrations.vllm.pages import PageLayout
 from chai_attention.integrations.vllm.per_request import Request, from_pages
+from chai_attention.integrations.vllm.prompts import PromptLengths
 from chai_attention.integrations.vllm.step import Row, leading_decodes, rows_of
 from chai_attention.integrations.vllm.window import RecentPool, RequestSlots
 from chai_attention.membership import Membership
@@ -123,8 +127,10 @@ def test_memberships_by_page_stay_up_to_date() -> None:
 
 
 def test_rows_of_a_step() -> None:
-    rows = rows_of([0, 1, 2, 9, 9], [5, 1, 10, 0])
-    assert rows == [Row(0, 0, 1, 4), Row(1, 1, 2, 0), Row(2, 2, 9, 3), Row(3, 9, 9, 0)]
+    rows = rows_of([0, 1, 2, 9, 9], [5, 1, 10, 0], {1: 1}.__getitem__)
+    assert rows == [
+        Row(0, 0, 1, 4, 5), Row(1, 1, 2, 0, 1), Row(2, 2, 9, 3, 10), Row(3, 9, 9, 0, 0),
+    ]  # fmt: skip
     assert [row.length for row in rows] == [5, 1, 10, 0]
     assert leading_decodes(rows) == 2
     assert leading_decodes(rows[:2]) == 2
@@ -138,3 +144,28 @@ def test_slots_go_to_the_longest_unused() -> None:
     with pytest.raises(RuntimeError, match="first page 7 was lost"):
         slots.rows([7], [False])
     assert slots.rows([9, 3], [True, False]) == [1, 0]  # a new request in an old page
+
+
+def test_lengths_of_prompts_come_from_the_model_runner_that_calls() -> None:
+    class Runner:
+        def table(self) -> PromptLengths:
+            return PromptLengths.of_caller()
+
+    older, newer = Runner(), Runner()
+    older.input_batch = SimpleNamespace(num_prompt_tokens=[7, 3])
+    newer.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=[7, 3, 9]))
+    assert older.table().of(1, None) == 3
+    assert newer.table().of(0, [2, 1]) == 9
+    with pytest.raises(UnsupportedModelError, match="lengths of prompts"):
+        Runner().table()
+
+
+def test_tokens_with_full_attention_are_the_prompts_own() -> None:
+    online = LayerPlan(0, 4, 4, 2, 8, "scores", probe_start=2)
+    first = {
+        (40, 40): 10, (40, 8): 8, (40, 7): 7, (8, 40): 8,  # generated tokens are not the prompt's
+        (40, 6): 0, (6, 40): 0,  # too few to decide
+    }  # fmt: skip
+    for (tokens, prompt), count in first.items():
+        assert full_tokens(online, Row(0, 5, 5 + tokens, 0, prompt)) == count
+    assert full_tokens(online, Row(0, 5, 45, 3, 43)) == 0  # goes on

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chai_attention.integrations.transformers.plan import LayerPlan
-from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
+from chai_attention.integrations.vllm.memberships import (
+    FixedMembership,
+    PageMemberships,
+    full_tokens,
+)
 from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.step import Row, Step
 from chai_attention.integrations.vllm.window import RecentPool
@@ -15,6 +20,8 @@ from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 
 Before = dict[int, Tensor]
+
+LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
 
 
 class StepAttention:
@@ -131,13 +138,38 @@ class StepAttention:
             "probe": probe,
             "out": out[tokens],
         }
-        if all(row.context == 0 for row in step.prefills):
+        # short prompts could as well: through pages they need no kernels of their own
+        if step.most_queries >= LEAST_VARLEN and all(row.context == 0 for row in step.prefills):
             varlen_prefill(query, key, value, member, natural_order=True, **options)
         else:
             paged_prefill(
                 query, *pages, step.block_table[count:], member, lengths=step.lengths[count:],
                 **options,
             )  # fmt: skip
+        if probe is not None:
+            for row in step.ending_before(probe.end):
+                self._again(step, row, probe, out)
+
+    def _again(self, step: Step, row: Row, probe: Probe, out: Tensor) -> None:
+        """Attend by clusters where `Probe` went too far: behind a prompt that ends in the window.
+
+        The first tokens of the request up to the window's end are done again, which is rare and
+        little: short prompts of requests that were preempted, and prompts that decide nothing.
+        """
+        own, end = full_tokens(self.plan, row), min(probe.end, row.tokens)
+        if own == end:
+            return
+        start = row.start - step.prefills[0].start
+        tokens = slice(start, start + end)
+        q, k, v = (x[tokens] for x in (probe.query, probe.key, probe.value))
+        member, rows = self.memberships.of(step.pages[row.number : row.number + 1])
+        varlen_prefill(
+            q, k, v, member,
+            query_starts=torch.arange(2, dtype=torch.int32, device=q.device) * end,
+            most_queries=end, scale=self.scale, softcap=self.softcap, rows=rows,
+            natural_order=True, probe=Probe(q, k, v, own) if own else None,
+            out=out[row.start : row.start + end],
+        )  # fmt: skip
 
     def _one(
         self,
@@ -177,6 +209,6 @@ class StepAttention:
                 self.pool.first(slot, min(plan.sinks, row.length)),
                 before.get(row.number, k[:, :0, :0]),
             )
-        if plan.needs_probe and not row.context:
-            own = min(plan.probe_end, row.tokens)
+        own = full_tokens(plan, row)
+        if own:
             out[row.start : row.start + own] = request.attend_fully(own)

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from chai_attention.errors import UnsupportedModelError
+from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
 from chai_attention.integrations.vllm.layers import ServedLayer
@@ -21,7 +22,6 @@ from chai_attention.integrations.vllm.step import Step
 from chai_attention.integrations.vllm.stock import common_layouts, limited_to, stock_backend
 from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.cache_write import write_paged
-from chai_attention.ops.paged import paged_decode
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -139,14 +139,22 @@ class ChaiAttention(AttentionImpl[Step]):
             )
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it
-            pages = torch.zeros(1, dtype=torch.int32, device=cache.device)
-            member, rows = self._memberships.of(pages)
-            _ = member.key_heads, member.value_heads, member.removed_key_heads, member.key_place
-            keys, values = self.layout.split(cache)
-            paged_decode(
-                cache.new_zeros(1, self.num_heads, self.head_size), keys, values, pages[:, None],
-                member, lengths=pages, scale=1.0, rows=rows,
-            )  # fmt: skip
+            self._run(cache, next(warm_up.decodes(self.served, cache, [1])))
+            if self.layer.kind not in self.served.warmed:
+                self.served.warmed.add(self.layer.kind)
+                for step in warm_up.steps(self.served, cache):
+                    self._run(cache, step)
+
+    def _run(self, cache: Tensor, step: Step) -> None:
+        """Run a step of random tokens."""
+        heads, groups, dim = self.num_heads, self.num_kv_heads, self.head_size
+        fused = torch.randn(
+            step.tokens, heads + 2 * groups, dim, dtype=cache.dtype, device=cache.device
+        )
+        query, key, value = fused.split([heads, groups, groups], 1)
+        value = value[..., : self.layout.value_dim]
+        out = query.new_empty(step.tokens, heads, value.shape[2])
+        self.forward(None, query, key, value, cache, step, out)
 
     def begin(self, step: Step) -> None:
         """Take in requests whose first tokens are too few to cluster heads on.

@@ -6,6 +6,7 @@ Every rank must have pages of the same size.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,12 @@ class ServedLayer:
         return Membership.from_representatives(
             representatives, plan.clusters, plan.kv_heads, self.kept
         )
+
+    @property
+    def kind(self) -> Hashable:
+        """Layers of one kind run the same kernels."""
+        plan = self.plan
+        return plan.clusters, self.kept, plan.needs_probe, plan.has_recent_window
 
     def layout(self, head_dim: int, value_dim: int) -> PageLayout:
         """Pages of this layer."""

@@ -10,13 +10,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.step import Step
+from chai_attention.integrations.vllm.step import Row, Step
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.ops.rows import update_rows
 
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
+
+
+def decides(plan: LayerPlan, tokens: int) -> bool:
+    """Whether so many tokens of the probe window are enough to decide a membership."""
+    return tokens >= min(LEAST_PROBE, plan.window)
+
+
+def full_tokens(plan: LayerPlan, row: Row) -> int:
+    """First new tokens of a request that attend with all heads.
+
+    They are those of its prompt up to the window's end. A request that these do not decide runs
+    like one of a static profile from its first token on, however its prompt is cut into chunks.
+    """
+    if row.context or not plan.needs_probe:
+        return 0
+    first = row.first(plan.probe_end)
+    return first if decides(plan, first - plan.probe_start) else 0
 
 
 class FixedMembership:
@@ -92,7 +110,7 @@ class PageMemberships:
         """Give requests that start with too few tokens to tell what is known without a request."""
         plan = self.layer.plan
         for group in step.beginners(plan.probe_start, plan.probe_end):
-            if group.window.shape[1] < min(LEAST_PROBE, plan.window):
+            if not decides(plan, group.window.shape[1]):
                 self.publish(group.pages, self._fallback.expand(len(group.pages)))
 
     def probe(
@@ -111,7 +129,7 @@ class PageMemberships:
         """
         plan = self.layer.plan
         for group in step.beginners(plan.probe_start, plan.probe_end):
-            if group.window.shape[1] < min(LEAST_PROBE, plan.window):
+            if not decides(plan, group.window.shape[1]):
                 continue
             q, k, v = (x[group.window].transpose(1, 2) for x in (query, key, value))
             found = plan.online_membership(q, k, v, scale, softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from chai_attention.integrations.vllm.prompts import PromptLengths
 from chai_attention.integrations.vllm.step import Row, Step, leading_decodes, rows_of
 from chai_attention.integrations.vllm.window import RequestSlots
 
@@ -52,7 +54,10 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
         self._layers = [context[name] for name in layer_names]
-        self._buffers: StepBuffers = self._layers[0].impl.served.buffers(device)
+        served = self._layers[0].impl.served
+        self._buffers: StepBuffers = served.buffers(device)
+        # only memberships that are decided here depend on the prompt
+        self._prompts = PromptLengths.of_caller() if served.needs_probe else None
         self._prepared: Tensor | None = None
         # verified drafts make lengths that the host knows only roughly
         self._drafts = vllm_config.speculative_config is not None
@@ -92,7 +97,13 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
 
     def _step(self, common: CommonAttentionMetadata, is_capture: bool) -> Step:
         requests, tokens = common.num_reqs, common.num_actual_tokens
-        rows = rows_of(common.query_start_loc_cpu.tolist(), self._host_lengths(common)[:requests])
+        rows = rows_of(
+            common.query_start_loc_cpu.tolist(),
+            self._host_lengths(common)[:requests],
+            None
+            if self._prompts is None or is_capture
+            else partial(self._prompts.of, req_idx=common.req_idx),
+        )
         # rows without tokens pad a graph of decodes
         uniform = common.max_query_len == 1
         decodes = min(requests, tokens) if uniform else leading_decodes(rows)

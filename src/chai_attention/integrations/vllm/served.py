@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class ServedModel:
         self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
         speculative = config.speculative_config
         self.drafts: int = speculative.num_speculative_tokens if speculative is not None else 0
+        self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self._buffers: Any = None
 
     @property
@@ -54,6 +56,11 @@ class ServedModel:
         if not any(layer.plan.has_recent_window for layer in self.layers):
             return 0
         return self.profile.recent + self.drafts
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether memberships depend on requests."""
+        return any(layer.plan.needs_probe for layer in self.layers)
 
     @classmethod
     def of(cls, config: Any) -> ServedModel:

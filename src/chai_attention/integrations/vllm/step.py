@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -20,12 +20,15 @@ class Row(NamedTuple):
         start: its first token among those of the step.
         stop: behind its last one.
         context: tokens that stand in the cache already.
+        prompt: tokens of its prompt; what comes behind them was generated, also where a preempted
+            request starts anew with both.
     """
 
     number: int
     start: int
     stop: int
     context: int
+    prompt: int
 
     @property
     def tokens(self) -> int:
@@ -37,13 +40,17 @@ class Row(NamedTuple):
         """Tokens with the new ones."""
         return self.context + self.tokens
 
+    def first(self, end: int) -> int:
+        """New tokens of the prompt that stand before position ``end``; without any context."""
+        return min(self.tokens, self.prompt, end)
+
 
 class Beginners(NamedTuple):
-    """Requests that start with a step, with equally many tokens in the probe window.
+    """Requests that start with a step, with equally many tokens of prompt in the probe window.
 
     Attributes:
         pages: ``[n]`` int32, the first page of each.
-        window: ``[n, W]`` int64, the window's tokens among those of the step; W is 0 for requests
+        window: ``[n, W]`` int64, the window's tokens among those of the step; W is 0 for prompts
             that end before the window starts.
     """
 
@@ -92,6 +99,7 @@ class Step:
     token_slots: Tensor | None = None
     positions: Tensor | None = None
     _beginners: dict[tuple[int, int], list[Beginners]] = field(default_factory=dict)
+    _ending: dict[int, list[Row]] = field(default_factory=dict)
 
     @property
     def fresh(self) -> list[Row]:
@@ -111,18 +119,29 @@ class Step:
         return self.query_starts[self.decodes :] - self.prefills[0].start
 
     def beginners(self, start: int, end: int) -> list[Beginners]:
-        """`fresh` requests by the number of their tokens from ``start`` to ``end``.
+        """`fresh` requests by the number of their prompts' tokens from ``start`` to ``end``.
 
         Made once for all layers, and brought to the device without waiting for it.
         """
         if (start, end) not in self._beginners:
             by_stop: dict[int, list[Row]] = {}
             for row in self.fresh:
-                by_stop.setdefault(max(start, min(row.tokens, end)), []).append(row)
+                by_stop.setdefault(max(start, row.first(end)), []).append(row)
             self._beginners[start, end] = [
                 self._begin(rows, start, stop) for stop, rows in by_stop.items()
             ]
         return self._beginners[start, end]
+
+    def ending_before(self, end: int) -> list[Row]:
+        """`prefills` that start with this step and bring less of their prompt than ``end`` tokens.
+
+        Made once for all layers.
+        """
+        if end not in self._ending:
+            self._ending[end] = [
+                row for row in self.prefills if row.context == 0 and row.first(end) < end
+            ]
+        return self._ending[end]
 
     def _begin(self, rows: Sequence[Row], start: int, stop: int) -> Beginners:
         host = torch.tensor([[row.number, row.start + start] for row in rows])
@@ -132,14 +151,29 @@ class Step:
         return Beginners(self.pages[host[:, 0]], host[:, 1:] + token)
 
 
-def rows_of(query_starts: Sequence[int], lengths: Sequence[int]) -> list[Row]:
-    """The requests of a step, from where their tokens begin and how many they then have."""
-    return [
-        Row(number, start, stop, max(0, length - (stop - start)))
-        for number, (length, (start, stop)) in enumerate(
-            zip(lengths, pairwise(query_starts), strict=False)
-        )
-    ]
+def rows_of(
+    query_starts: Sequence[int],
+    lengths: Sequence[int],
+    prompt_of: Callable[[int], int] | None = None,
+) -> list[Row]:
+    """The requests of a step.
+
+    Args:
+        query_starts: where their tokens begin, and the end.
+        lengths: how many they then have.
+        prompt_of: from a row to the tokens of its prompt, asked for requests without context; None
+            where nobody needs to know.
+    """
+    rows = []
+    for number, (length, (start, stop)) in enumerate(
+        zip(lengths, pairwise(query_starts), strict=False)
+    ):
+        context = max(0, length - (stop - start))
+        prompt = length
+        if prompt_of is not None and not context and stop > start:
+            prompt = prompt_of(number)
+        rows.append(Row(number, start, stop, context, prompt))
+    return rows
 
 
 def leading_decodes(rows: Sequence[Row]) -> int:
