@@ -113,7 +113,9 @@ def test_results_stay_and_bytes_go(name, monkeypatch, caplog):
             assert "q_norm is not a norm over one head" in caplog.text
         else:
             assert saved_weight_bytes(model) == removed_bytes(model, profile) > 0
-            assert not caplog.records
+            assert not [
+                record for record in caplog.records if record.name.startswith("chai_attention")
+            ]
         assert parameter_bytes(model) == before - saved_weight_bytes(model)
         torch.testing.assert_close(model(ids()).logits, want, atol=2e-5, rtol=2e-5)
         got = model.generate(ids(7), max_new_tokens=6, do_sample=False)
