@@ -30,6 +30,10 @@ def test_a_study_and_its_page(chai, tmp_path):
     assert (code, err) == (0, "")
     assert f"page written to {tmp_path / 'page.html'}" in out
     assert "<h1>My page</h1>" in (tmp_path / "page.html").read_text()
+    other = tmp_path / "run" / "other.json"
+    other.write_text("{}")
+    code, _, err = chai("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert (code, err) == (0, f"left out {other}: no result of a chai command of this release\n")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,22 @@ def test_files_of_others_are_named(tmp_path, contents, reason):
     assert str(path) in str(caught.value)
 
 
+def test_files_of_others_in_a_folder_are_left_out(runs, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(runs, folder)
+    for name in ("a.json", "z.json"):
+        (folder / name).write_text('{"clusters": [1, 2]}')
+    left_out = []
+    assert len(load_sections([folder], left_out.append)) == len(EVERY)
+    assert left_out == [folder / "a.json", folder / "z.json"]
+    with pytest.raises(ReportError, match="none of what"):
+        load_sections([folder, folder / "z.json"])
+    for name in EVERY:
+        (folder / name).unlink()
+    with pytest.raises(ReportError, match=re.escape(f"{folder / 'a.json'} is none of what")):
+        load_sections([folder])
+
+
 def test_nothing_to_report(tmp_path):
     for runs, reason in (([tmp_path], "holds no results"), ([], "nothing to report"),
                          ([tmp_path / "no.json"], "cannot read")):  # fmt: skip

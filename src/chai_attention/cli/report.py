@@ -14,7 +14,7 @@ def report_command(
         typer.Argument(
             metavar="RUN...",
             help="Result files, or folders of them: of chai eval, frontier, bench --out and "
-            "redundancy.",
+            "redundancy. Other files in a folder are left out and named.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Write the page here (HTML).")],
@@ -23,5 +23,8 @@ def report_command(
     """Show results on one page that opens offline: figures, plots, heads to explore."""
     from chai_attention.reports.page import write_page
 
-    path = write_page(runs, out, title)
+    def skipped(path: Path) -> None:
+        typer.echo(f"left out {path}: no result of a chai command of this release", err=True)
+
+    path = write_page(runs, out, title, skipped)
     typer.echo(f"page written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

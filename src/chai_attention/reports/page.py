@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from chai_attention.reports.result_files import load_sections
+from chai_attention.reports.result_files import Skipped, load_sections
 from chai_attention.reports.sections import Bars, ReportError, Section
 from chai_attention.whole_files import write_whole
 
@@ -33,13 +33,19 @@ def render_page(sections: Sequence[Section], title: str) -> str:
     )
 
 
-def write_page(runs: Sequence[Path], out: Path, title: str = "CHAI report") -> Path:
+def write_page(
+    runs: Sequence[Path],
+    out: Path,
+    title: str = "CHAI report",
+    on_skipped: Skipped = lambda path: None,
+) -> Path:
     """Make a page of result files.
 
     Args:
         runs: files and folders (see `load_sections`).
         out: where the page goes; written in one step.
         title: of the page.
+        on_skipped: called with each file of a folder that is no result of a command.
 
     Raises:
         ReportError: a run cannot be used, or the page cannot be written.
@@ -47,6 +53,6 @@ def write_page(runs: Sequence[Path], out: Path, title: str = "CHAI report") -> P
     if out.is_dir() or not out.parent.is_dir():
         reason = "it is a folder" if out.is_dir() else f"no folder {out.parent}"
         raise ReportError(f"cannot write {out}: {reason}")
-    page = render_page(load_sections(runs), title)
+    page = render_page(load_sections(runs, on_skipped), title)
     write_whole(out, page.encode(), ReportError)
     return out

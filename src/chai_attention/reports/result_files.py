@@ -20,32 +20,53 @@ from chai_attention.reports.sections import ReportError, Section
 
 _COMMANDS = "chai eval, chai frontier, chai bench --out or chai redundancy"
 
+Skipped = Callable[[Path], None]
 
-def load_sections(runs: Sequence[Path]) -> list[Section]:
+
+class UnknownFileError(ReportError):
+    """A file that is no result of a command."""
+
+
+def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None) -> list[Section]:
     """Read the results in files and folders, each file once.
 
     Args:
         runs: files, or folders, of which every ``.json`` directly inside is read.
+        on_skipped: called with each file of a folder that is no result of a command.
 
     Returns:
         Sections in the order given, files of a folder by name.
 
     Raises:
-        ReportError: nothing there, or a file that is damaged or was written by another command
-            or release; the text names it.
+        ReportError: nothing to show, a file that is damaged, or one that was named and is no
+            result of a command in this release; the text names it.
     """
-    files: dict[Path, Path] = {}
+    sections: dict[Path, Section] = {}
+
+    def add(path: Path) -> None:
+        if path.resolve() not in sections:
+            sections[path.resolve()] = _section(path)
+
     for run in runs:
-        if run.is_dir():
-            found = sorted(run.glob("*.json"))
-            if not found:
-                raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
-            files |= {path.resolve(): path for path in found}
-        else:
-            files[run.resolve()] = run
-    if not files:
+        if not run.is_dir():
+            add(run)
+            continue
+        found = sorted(run.glob("*.json"))
+        if not found:
+            raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
+        unknown = []
+        for path in found:
+            try:
+                add(path)
+            except UnknownFileError as error:
+                unknown.append((path, error))
+        if len(unknown) == len(found):
+            raise unknown[0][1]
+        for path, _ in unknown:
+            on_skipped(path)
+    if not sections:
         raise ReportError(f"there is nothing to report: give what {_COMMANDS} wrote")
-    return [_section(path) for path in files.values()]
+    return list(sections.values())
 
 
 def _section(path: Path) -> Section:
@@ -90,8 +111,8 @@ def _maker(data: Any, path: Path) -> Maker:
     if {"run", "tasks", "rows"} <= names and version == EVAL_VERSION:
         return lambda data, path, source: eval_section(data, source)
     if {"checksum", "settings", "items"} <= names:
-        raise ReportError(
+        raise UnknownFileError(
             f"{path} is the result of one task: give the folder of chai eval, whose results.json "
             "compares them"
         )
-    raise ReportError(f"{path} is none of what {_COMMANDS} writes in this release")
+    raise UnknownFileError(f"{path} is none of what {_COMMANDS} writes in this release")
