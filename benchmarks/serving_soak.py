@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--pages", type=int, default=90, help="of the K,V cache, 32 tokens each")
-    parser.add_argument("--longest", type=int, default=1200, help="letters of a prompt")
+    parser.add_argument("--longest", type=int, default=700, help="letters of a prompt")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
