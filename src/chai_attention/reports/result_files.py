@@ -42,27 +42,21 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
             result of a command in this release; the text names it.
     """
     sections: dict[Path, Section] = {}
-
-    def add(path: Path) -> None:
-        if path.resolve() not in sections:
-            sections[path.resolve()] = _section(path)
-
     for run in runs:
-        if not run.is_dir():
-            add(run)
-            continue
-        found = sorted(run.glob("*.json"))
-        if not found:
+        paths = sorted(run.glob("*.json")) if run.is_dir() else [run]
+        if not paths:
             raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
-        unknown = []
-        for path in found:
+        unknown = {}
+        for path in paths:
+            if path.resolve() in sections:
+                continue
             try:
-                add(path)
+                sections[path.resolve()] = _section(path)
             except UnknownFileError as error:
-                unknown.append((path, error))
-        if len(unknown) == len(found):
-            raise unknown[0][1]
-        for path, _ in unknown:
+                unknown[path] = error
+        if len(unknown) == len(paths):
+            raise next(iter(unknown.values()))
+        for path in unknown:
             on_skipped(path)
     if not sections:
         raise ReportError(f"there is nothing to report: give what {_COMMANDS} wrote")
