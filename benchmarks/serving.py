@@ -72,8 +72,7 @@ OPTIONS: dict[str, Any] = {
     },
 }  # fmt: skip
 TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "mean_tpot_ms": "mean TPOT", "total_ms": "all"}
-# bytes of the GPU left to other things; ranks are processes of their own, beside this one
-SPARE = 400 * 2**20
+SPARE = 400 * 2**20  # bytes of the GPU left to other things
 
 
 class Results:
@@ -113,6 +112,7 @@ def run_job(job: dict[str, Any]) -> None:
     free, total = torch.cuda.mem_get_info()
     options = job["options"]
     if "gpu_memory_utilization" not in options:
+        # ranks are processes of their own, and this one's CUDA context stays beside theirs
         spare = SPARE * (4 if options["tensor_parallel_size"] > 1 else 1)
         options["gpu_memory_utilization"] = int((free - spare) / total * 1000) / 1000
     about = {
