@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import transformers as tf
@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.support import attention_modules
 from chai_attention.profile import ClusterProfile
 from tiny_models import COMMON, CONFIGS
 
@@ -54,6 +55,28 @@ class GivenCache(OwnCache):
 
     def new_cache(self, model):
         return DynamicCache(config=model.config)
+
+
+class Evicting(OwnCache):
+    """Leaves every third token of the context out of the cache, and changes V of the others."""
+
+    @contextmanager
+    def attached(self, model):
+        def hook(module, args, kwargs, out):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            if layer.keys.shape[2] == kwargs.get("hidden_states", *args).shape[1]:
+                kept = left(layer.keys.shape[2])
+                layer.keys, layer.values = layer.keys[:, :, kept], 2 * layer.values[:, :, kept]
+
+        modules = attention_modules(model).values()
+        hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+        yield
+        for each in hooks:
+            each.remove()
+
+
+def left(tokens):
+    return torch.arange(tokens) % 3 != 1
 
 
 class Clustered(Plain):

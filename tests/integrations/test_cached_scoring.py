@@ -1,39 +1,14 @@
 """Answers read the finished cache and nothing else, against one forward with a mask."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from chai_attention.integrations.lm_eval.cached import cached_logits
-from chai_attention.integrations.transformers.support import attention_modules
 from compressed_contexts import ANSWER, by_definition, sequence
-from eval_methods import OwnCache
+from eval_methods import Evicting, left
 from tiny_models import tiny_model
-
-
-class Evicting(OwnCache):
-    """Leaves every third token of the context out of the cache, and changes V of the others."""
-
-    @contextmanager
-    def attached(self, model):
-        def hook(module, args, kwargs, out):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
-            if layer.keys.shape[2] == kwargs.get("hidden_states", *args).shape[1]:
-                kept = left(layer.keys.shape[2])
-                layer.keys, layer.values = layer.keys[:, :, kept], 2 * layer.values[:, :, kept]
-
-        modules = attention_modules(model).values()
-        hooks = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
-        yield
-        for each in hooks:
-            each.remove()
-
-
-def left(tokens):
-    return torch.arange(tokens) % 3 != 1
 
 
 def compress(layer, query, key, value):
@@ -45,7 +20,7 @@ def compress(layer, query, key, value):
 def test_every_answer_token_sees_the_compressed_context_only(family, answer):
     model, tokens, method = tiny_model(family), sequence(), Evicting("evicting")
     with method.attached(model):
-        found = cached_logits(model, method, tokens, answer)
+        found = cached_logits(model, method, tokens[None], answer)[0]
     assert found.shape == (answer, 97)
     # the context's last token reads the cache too: it predicts the answer's first
     wanted = by_definition(model, tokens, compress, answer)

@@ -23,7 +23,7 @@ from chai_attention.integrations.lm_eval.scoring import score_task
 from chai_attention.integrations.lm_eval.tasks import load_task
 from chai_attention.integrations.transformers import enabled, loading
 from chai_attention.profile import ClusterProfile
-from eval_methods import Clustered, GivenCache, OwnCache, arc_rows, eval_model
+from eval_methods import Clustered, Evicting, GivenCache, OwnCache, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer
 
 TASKS = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
@@ -177,6 +177,34 @@ def test_the_cache_is_read_by_every_prediction_that_is_scored():
     hook.remove()
     # one-token answers share their calls; a context of one token is all that fills the cache
     assert sorted(calls) == [[1, 2], [8, 1]]
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_answers_to_one_context_share_its_cache_and_never_see_each_other(looks_ahead, batch_size):
+    model, rows = eval_model("llama"), []
+
+    class Watched(Evicting):
+        def looks_ahead(self, context):
+            assert context == 8
+            return looks_ahead
+
+    answers = [[6, 7, 8], [9], [10], [6, 7, 9], [11] * 7]
+    found = [((n,), [5, 7, 9] * 3, answer) for n, answer in enumerate(answers)]
+    lm = chai_lm(model, batch_size=batch_size)
+    with lm.using(Watched("watched")):
+        alone = [lm.score_tokens([request])[0] for request in found]
+        hook = model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
+        together = lm.score_tokens(found)
+        hook.remove()
+    assert [value for value, _ in together] == pytest.approx(
+        [value for value, _ in alone], abs=1e-4
+    )
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+    if batch_size == 16:
+        longest = 6 + 1  # the context's last token, the answer but its last
+        apart = [(1, 8), (1, 3), (1, 8), (1, 1), (1, 8), (1, longest)]
+        assert rows == (apart if looks_ahead else [(3, 8), (3, longest)])
 
 
 def test_long_contexts_are_cut_as_lm_eval_cuts_them():

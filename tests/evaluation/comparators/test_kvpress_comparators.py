@@ -86,7 +86,7 @@ def test_snapkv_leaves_out_what_the_last_queries_look_at_least(
         return key, value, seen
 
     with method.attached(model):
-        found = cached_logits(model, method, tokens, ANSWER)
+        found = cached_logits(model, method, tokens[None], ANSWER)[0]
     wanted = by_definition(model, tokens, compress)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
     assert (found - logits(model, tokens[None])[0, -ANSWER:]).abs().max() > 1e-2
@@ -107,7 +107,7 @@ def test_think_leaves_out_the_channels_that_matter_least(library, family, length
         return key, value, None
 
     with method.attached(model):
-        found = cached_logits(model, method, tokens, ANSWER)
+        found = cached_logits(model, method, tokens[None], ANSWER)[0]
     wanted = by_definition(model, tokens, compress)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
     assert (found - logits(model, tokens[None])[0, -ANSWER:]).abs().max() > 1e-2
@@ -119,7 +119,7 @@ def test_short_prompts_are_compressed_too_as_far_as_there_is_anything(library, n
     model, tokens = tiny_model("llama"), sequence(length)
     method = kvpress_comparator(name, 0.3)
     with method.attached(model):
-        found = cached_logits(model, method, tokens, 1)
+        found = cached_logits(model, method, tokens[None], 1)[0]
     assert found.isfinite().all()
 
 

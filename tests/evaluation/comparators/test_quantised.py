@@ -143,7 +143,7 @@ def test_answers_read_the_quantised_context(quantiser, family, bits):
     def compress(layer, query, key, value):
         return quantiser(key, bits, group), quantiser(value, bits, group), None
 
-    found = cached_logits(model, method, tokens, ANSWER)
+    found = cached_logits(model, method, tokens[None], ANSWER)[0]
     wanted = by_definition(model, tokens, compress)
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
     change = (found - logits(model, tokens[None])[0, -ANSWER:]).abs().max()
@@ -165,7 +165,7 @@ def test_answers_read_what_clustered_heads_keep_quantised(quantiser, family, bit
         return key, quantiser(value, bits, group), None
 
     with method.attached(model):
-        found = cached_logits(model, method, tokens, ANSWER)
+        found = cached_logits(model, method, tokens[None], ANSWER)[0]
     wanted = by_definition(model, tokens, compress, rep=STATIC.representatives)
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
     with method.attached(model):
@@ -197,9 +197,31 @@ def test_online_memberships_and_recent_windows_work_beside_it(quantiser, length)
     model, tokens = tiny_model("llama"), sequence(length + 6)
     method = quantised_comparator("chai+quant8", RECENT)
     with method.attached(model):
-        found = cached_logits(model, method, tokens, 7)
+        found = cached_logits(model, method, tokens[None], 7)[0]
         unquantised = logits(model, tokens[None])[0, -7:]
     torch.testing.assert_close(found, unquantised, atol=0.1, rtol=0.05)
+
+
+def test_answers_help_to_decide_memberships_after_short_contexts_only():
+    online = ClusteredQuantised(8, RECENT)
+    assert [online.looks_ahead(context) for context in (1, 6, 7, 40)] == [True, True, False, False]
+    assert not ClusteredQuantised(8, STATIC).looks_ahead(1)
+    assert not Quantised(8).looks_ahead(1)
+
+
+@pytest.mark.parametrize("name", ["quant4", "chai+quant8"])
+@pytest.mark.parametrize("context", [8, 30])
+def test_rows_share_calls_and_see_neither_each_other_nor_padding(quantiser, name, context):
+    model, tokens = tiny_model("llama"), sequence(context + 9)
+    method = quantised_comparator(name, RECENT)
+    assert not method.looks_ahead(context - 1)
+    other = torch.cat([tokens[:context], tokens[-3:], torch.zeros(6, dtype=torch.long)])
+    with method.attached(model):
+        both = cached_logits(model, method, torch.stack([tokens, other]), 10)
+        first = cached_logits(model, method, tokens[None], 10)[0]
+        second = cached_logits(model, method, other[None, : context + 3], 4)[0]
+    torch.testing.assert_close(both[0], first, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both[1, :4], second, atol=1e-4, rtol=1e-4)
 
 
 def test_what_would_need_the_unquantised_cache_is_refused(quantiser):

@@ -48,6 +48,18 @@ class Comparator(ABC):
         del model
         return None
 
+    def looks_ahead(self, context: int) -> bool:
+        """Whether tokens after a context can change what is computed for tokens before them.
+
+        Answers of unequal length then cannot share a batch, in which padding follows the shorter.
+        Only asked of methods that need a cache.
+
+        Args:
+            context: tokens that have filled the cache.
+        """
+        del context
+        return False
+
     @abstractmethod
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Return the share of MHA's K,V bytes that a serving implementation keeps.

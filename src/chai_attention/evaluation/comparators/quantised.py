@@ -11,11 +11,12 @@ in, and of a prompt, all of which is quantised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
@@ -26,7 +27,7 @@ from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, Quan
 from chai_attention.evaluation.profiled import profile_digest
 from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
-from chai_attention.profile import ClusterProfile
+from chai_attention.profile import STATIC, ClusterProfile
 
 FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
@@ -54,8 +55,8 @@ class Quantised(Comparator):
         _group(describe(model))
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Change nothing: the cache does it."""
-        return nullcontext()
+        """Change nothing of the model: the cache does it."""
+        return _memory_kept()
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Return an empty quantised cache."""
@@ -105,9 +106,11 @@ class ClusteredQuantised(Quantised):
             raise EvaluationError(f"the comparator {self.name} needs a profile")
         return self._given
 
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Enable the profile."""
-        return enabled(model, self._profile)
+        with _memory_kept(), enabled(model, self._profile):
+            yield
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Return an empty cache of clustered heads, quantised."""
@@ -115,6 +118,11 @@ class ClusteredQuantised(Quantised):
         group = _group(describe(model))
         cache.layers = [QuantisedClusteredLayer(plan, self._bits, group) for plan in cache.plans]
         return cache
+
+    def looks_ahead(self, context: int) -> bool:
+        """Where the context is too short to decide memberships, the answer helps to do so."""
+        probe_end = self._profile.probe_start + self._profile.window
+        return self._profile.membership != STATIC and context < probe_end
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share of representatives' K and all V, quantised, and of the recent window, which is not.
@@ -179,3 +187,14 @@ def _group(shape: ModelShape) -> int:
             "leave them out of the comparison"
         )
     return group_size(shape.head_dim)
+
+
+@contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Let hqq not hand back free GPU memory: it does so three times per tensor, and each waits."""
+    empty = torch.cuda.empty_cache
+    torch.cuda.empty_cache = lambda: None
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache = empty

@@ -1,4 +1,4 @@
-"""Scoring a method that acts on the K,V cache: the context fills it, the answer reads it."""
+"""Scoring a method that acts on the K,V cache: the context fills it, answers read it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def cached_logits(
     model: PreTrainedModel, method: Comparator, tokens: Tensor, answer: int
 ) -> Tensor:
-    """Predict the last tokens of one sequence in two calls, through the method's cache.
+    """Predict the last tokens of sequences with one context in two calls, through a cache.
 
     The first call reads all of the context but its last token, so that every prediction that is
     scored, that of a one-token answer too, comes from a query which reads the finished cache. A
@@ -28,30 +28,37 @@ def cached_logits(
     Args:
         model: the model, with the method attached.
         method: makes the cache.
-        tokens: ``[S]`` int64, context and answer without the answer's last token.
+        tokens: ``[R, S]`` int64, context and answer without the answer's last token. The context
+            is the same in all rows. Shorter answers may be followed by any tokens, unless the
+            method lets later tokens change earlier ones (`Comparator.looks_ahead`).
         answer: how many predictions are wanted; those at the last ``answer`` tokens.
 
     Returns:
-        Logits ``[answer, vocabulary]`` in the model's dtype.
+        Logits ``[R, answer, vocabulary]`` in the model's dtype.
 
     Raises:
         EvaluationError: the model returns no cache.
     """
-    context = len(tokens) - answer + 1
-    split = max(1, context - 1)
+    length = tokens.shape[1]
+    split = tokens_before_answers(length - answer + 1)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     cache = method.new_cache(model)
     parts = []
-    for start, end in ((0, split), (split, len(tokens))):
+    for start, end in ((0, split), (split, length)):
         if start == end:
             continue
         options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
         if takes_positions:
             # a cache that evicts tokens is shorter than the text before the next token
             options["position_ids"] = torch.arange(start, end, device=model.device)[None]
-        out = model(tokens[None, start:end].to(model.device), **options)
+        out = model(tokens[:, start:end].to(model.device), **options)
         cache = out.past_key_values
         if cache is None:
             raise EvaluationError(f"{method.name} needs a model that returns its K,V cache")
-        parts.append(out.logits[0])
-    return torch.cat(parts)[-answer:]
+        parts.append(out.logits[:, -answer:])
+    return torch.cat(parts, dim=1)[:, -answer:]
+
+
+def tokens_before_answers(context: int) -> int:
+    """How many tokens of a context the first call reads."""
+    return max(1, context - 1)

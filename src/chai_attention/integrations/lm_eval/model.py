@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.errors import EvaluationError
 from chai_attention.integrations.lm_eval import NAME
-from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.lm_eval.cached import cached_logits, tokens_before_answers
 from chai_attention.integrations.transformers import enable
 from chai_attention.profile import ClusterProfile
 
@@ -125,30 +125,48 @@ class ChaiLM(HFLM):
         return [answers[index] for index in range(len(requests))]
 
     def _through_cache(self, requests: list[TokenRequest], method: Comparator) -> list[Answer]:
-        """Score one request at a time, each with a cache of its own."""
-        answers: dict[int, Answer] = {}
-        earlier: tuple[tuple[int, ...], int] | None = None
-        logits = torch.empty(0)
-        whole = [(c + a)[-(self.max_length + 1) :] for _, c, a in requests]
-        # answers of one token to the same context stand side by side and share their calls
-        for index in sorted(range(len(requests)), key=lambda i: (whole[i][:-1], i)):
-            continuation = requests[index][2]
-            if len(continuation) >= len(whole[index]):
+        """Score the answers to one context at a time, each with a row of one cache."""
+        # context -> answer without its last token -> numbers of requests: one-token answers are
+        # one row, whatever the token
+        contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            if len(continuation) >= len(whole):
                 raise EvaluationError(
                     f"an answer of {len(continuation)} tokens leaves no context in the model's "
                     f"{self.max_length}"
                 )
-            asked = tuple(whole[index][:-1]), len(continuation)
-            if asked != earlier:
-                tokens = torch.tensor(asked[0], dtype=torch.long)
-                logits = cached_logits(self.model, method, tokens, len(continuation))
-                logits = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-                self._advance(earlier is None or asked[0] != earlier[0])
-                earlier = asked
-            wanted = torch.tensor(continuation, device=logits.device)
-            found = logits.gather(1, wanted[:, None]).sum()
-            answers[index] = float(found), bool((logits.argmax(1) == wanted).all())
+            start = len(whole) - len(continuation)
+            rows = contexts.setdefault(tuple(whole[:start]), {})
+            rows.setdefault(tuple(whole[start:-1]), []).append(index)
+        answers: dict[int, Answer] = {}
+        for asked, rows in contexts.items():
+            for batch in self._batches(asked, list(rows), method):
+                longest = max(map(len, batch))
+                # what follows a shorter answer is never looked at
+                padded = [[*asked, *row, *[0] * (longest - len(row))] for row in batch]
+                logits = cached_logits(self.model, method, torch.tensor(padded), longest + 1)
+                for row, scores in zip(batch, logits, strict=True):
+                    scores = scores[: len(row) + 1]
+                    scores = F.log_softmax(scores, dim=-1, dtype=self.softmax_dtype)
+                    for index in rows[row]:
+                        wanted = torch.tensor(requests[index][2], device=scores.device)
+                        found = scores.gather(1, wanted[:, None]).sum()
+                        answers[index] = float(found), bool((scores.argmax(1) == wanted).all())
+                self._advance(len(batch))
         return [answers[index] for index in range(len(requests))]
+
+    def _batches(
+        self, context: tuple[int, ...], rows: list[tuple[int, ...]], method: Comparator
+    ) -> Iterator[list[tuple[int, ...]]]:
+        """Deal the answers to one context to calls; of one length where padding would be seen."""
+        groups: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        apart = method.looks_ahead(tokens_before_answers(len(context)))
+        for row in rows:
+            groups[len(row) if apart else 0].append(row)
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *args, **kwargs)
