@@ -90,7 +90,7 @@ def evaluate(
     tasks = {source.name: source.settings(what.limit) for source in what.sources}
     for name in names:
         for task, settings in tasks.items():
-            found = folder.get(run, settings, _asked(name, what))
+            found = folder.get(run, settings, asked_of(name, what))
             if found is not None:
                 results[name, task] = found
     waiting = [name for name in names if any((name, task) not in results for task in tasks)]
@@ -102,7 +102,7 @@ def evaluate(
         for name in waiting:
             for task, settings in tasks.items():
                 # what was kept so far was found by what was asked, not by what came of it
-                asked = {**_asked(name, what), "settings": made[name].settings()}
+                asked = {**asked_of(name, what), "settings": made[name].settings()}
                 if (name, task) in results and folder.get(run, settings, asked) is None:
                     del results[name, task]
         scorer = Scorer(model, tokenizer, run, what.limit)
@@ -117,7 +117,7 @@ def evaluate(
                 progress(f"{name}: {task}", at, total)
 
             report(0, 1)
-            result = scorer.score(made[name], _asked(name, what), source, report)
+            result = scorer.score(made[name], asked_of(name, what), source, report)
             folder.put(result)
             results[name, source.name] = result
             done += count
@@ -126,6 +126,9 @@ def evaluate(
     return table
 
 
-def _asked(name: str, what: Evaluation) -> dict[str, Any]:
-    """MHA is the same whatever is asked of the others."""
+def asked_of(name: str, what: Evaluation) -> dict[str, Any]:
+    """What identifies a comparator's results before it is prepared, by its name.
+
+    MHA is the same whatever is asked of the others.
+    """
     return {"name": name, "asked": {} if name == MHA else dict(what.asked)}
