@@ -33,10 +33,16 @@ def packed_case(
     device: str,
     one_buffer: bool = False,
     tail: int = 0,
+    stored_dtype: torch.dtype | None = None,
 ) -> Packed:
-    """Sequences of so many new tokens behind so many old ones; ``tail`` rows of padding."""
+    """Sequences of so many new tokens behind so many old ones; ``tail`` rows of padding.
+
+    ``stored_dtype``: as ``stored`` of `paged_caches`.
+    """
     lengths = [q + c for q, c in zip(queries, contexts, strict=True)]
-    caches = paged_caches(member, lengths, page, dim, value_dim, dtype, device, one_buffer)
+    caches = paged_caches(
+        member, lengths, page, dim, value_dim, dtype, device, one_buffer, stored_dtype
+    )
     ends = torch.tensor(queries).cumsum(0).tolist()
     query = torch.randn(ends[-1], member.heads, dim).to(dtype)
 

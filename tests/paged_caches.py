@@ -29,8 +29,14 @@ def paged_caches(
     dtype: torch.dtype,
     device: str,
     one_buffer: bool = False,
+    stored: torch.dtype | None = None,
 ) -> PagedCaches:
-    """Sequences of ``lengths`` in pages out of order; ``one_buffer``: a page is a run of memory."""
+    """Sequences of ``lengths`` in pages out of order.
+
+    ``one_buffer``: a page is a run of memory. ``stored``: what pages hold, ``dtype`` or a narrower
+    one, to which K and V are then rounded.
+    """
+    stored = stored or dtype
     kept, groups = member.kept_keys, member.kv_heads
     needed = [-(-length // page) for length in lengths]
     count = sum(needed) + 3
@@ -40,8 +46,8 @@ def paged_caches(
     table = torch.zeros(len(lengths), max(needed) + 1, dtype=torch.int32)
     full_keys, full_values = [], []
     for row, length in enumerate(lengths):
-        key = torch.randn(groups, length, dim).to(dtype)
-        value = torch.randn(groups, length, value_dim).to(dtype)
+        key = torch.randn(groups, length, dim).to(stored).to(dtype)
+        value = torch.randn(groups, length, value_dim).to(stored).to(dtype)
         pages, order = order[: needed[row]], order[needed[row] :]
         table[row, : needed[row]] = pages
         for token in range(length):
@@ -50,6 +56,7 @@ def paged_caches(
             values[at] = value[member.value_heads[row], token]
         full_keys.append(key)
         full_values.append(value)
+    keys, values = keys.to(stored), values.to(stored)
     if one_buffer:
         line = torch.cat([keys.flatten(1), values.flatten(1)], 1).to(device)
         keys = line[:, : page * kept * dim].view(count, page, kept, dim)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
+from chai_attention.ops.narrow import FLOAT8, as_stored, narrow
 from chai_attention.ops.ring import NearRing
 
 
@@ -88,22 +89,26 @@ def write_paged(
     near: NearRing | None = None,
     positions: Tensor | None = None,
     near_rows: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Write T tokens of any sequences into pages.
 
     Args:
         key: ``[T, G, D]``, all K/V heads in their natural order.
         value: ``[T, G, Dv]``.
-        key_pages: ``[P, N, kept_keys, D]``, any strides but the last.
-        value_pages: ``[P, N, G, Dv]``.
+        key_pages: ``[P, N, kept_keys, D]``, any strides but the last; of K's dtype or
+            float8_e4m3fn (`ops.narrow`).
+        value_pages: ``[P, N, G, Dv]``, of the same.
         slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
         membership: tables of one row for all, or of any number with ``row_of_token``.
         row_of_token: ``[T]`` int32, each token's row of the membership's tables.
-        near: takes K of the removed heads of tokens that ``near_rows`` has a place for.
+        near: takes K of the removed heads of tokens that ``near_rows`` has a place for; rounded
+            like the pages' K.
         positions: ``[T]`` int32, position of each token in its sequence; with ``near``.
         near_rows: ``[T]`` int32, row of ``near``'s memories; -1 for tokens to leave out, and
             ``-2 - row`` for those that are too old for the ring of ``row`` (R or more tokens
             before their sequence's last), which may still be sinks.
+        scales: what K and V are divided by in 8-bit pages.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -119,21 +124,29 @@ def write_paged(
         and slot_mapping.shape == (tokens,)
         and (near is None or (positions is not None and near_rows is not None))
     )
-    _check(fits, key, value, key_pages, value_pages, membership)
+    is_narrow = key_pages.dtype == value_pages.dtype == FLOAT8
+    _check(
+        fits and (is_narrow or scales == (1.0, 1.0)), key, value, key_pages, value_pages,
+        membership, is_narrow,
+    )  # fmt: skip
     if key_pages.device.type == "cuda":
         from chai_attention.ops.triton import write
 
         write.write_paged(
             key, value, key_pages, value_pages, slot_mapping, membership, row_of_token,
-            near, positions, near_rows,
+            near, positions, near_rows, scales,
         )  # fmt: skip
         return
+    new_key, new_value = key, value
+    if is_narrow:
+        new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
+        key = as_stored(key, scales[0])
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
     line = torch.zeros_like(slot) if row_of_token is None else row_of_token[token].long()
     at = token[:, None]
-    key_pages[slot // page, slot % page] = key[at, membership.key_heads[line]]
-    value_pages[slot // page, slot % page] = value[at, membership.value_heads[line]]
+    key_pages[slot // page, slot % page] = new_key[at, membership.key_heads[line]]
+    value_pages[slot // page, slot % page] = new_value[at, membership.value_heads[line]]
     if near is None or positions is None or near_rows is None:
         return
     removed = key[at, membership.removed_key_heads[line]]  # [T', G - kept, D]
@@ -149,15 +162,22 @@ def write_paged(
 
 
 def _check(
-    fits: bool, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, membership: Membership
+    fits: bool,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    membership: Membership,
+    is_narrow: bool = False,
 ) -> None:
     if not fits:
         raise AttentionInputError(
             f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
             f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
-            f"with {membership.kept_keys} kept K heads, or positions are missing"
+            f"with {membership.kept_keys} kept K heads, positions are missing, or scales are given "
+            "for pages that are not of 8 bits"
         )
-    if key.dtype != keys.dtype or value.dtype != values.dtype:
+    if not is_narrow and (key.dtype != keys.dtype or value.dtype != values.dtype):
         raise AttentionInputError(
             f"caches of {keys.dtype} and {values.dtype} cannot take {key.dtype} and {value.dtype}"
         )

@@ -2,6 +2,7 @@
 
 K pages ``[P, N, kept, D]`` and V pages ``[P, N, G, Dv]`` hold N tokens each, and may be views
 into one buffer in which a page is a run of memory. A block table says which pages a sequence has.
+Pages may be of 8-bit floats (`ops.narrow`), whatever the query is of.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def paged_decode(
         query: ``[B, k, D]`` of the representatives in slot order, or ``[B, H, D]`` of all heads
             in theirs, of which the representatives' are read in place.
         key_pages: ``[P, N, kept_keys, D]`` in the order of ``membership.key_heads``; any strides
-            but the last.
-        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``.
+            but the last; of the query's dtype or float8_e4m3fn.
+        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``, of the same.
         block_table: ``[B, max_pages]`` int32, the pages of each sequence.
         membership: tables of one row for all sequences, of B, or of any number with ``rows``.
         lengths: ``[B]`` int32, keys of each sequence, the new one included; 0 gives zeros.
@@ -79,7 +80,7 @@ def paged_decode(
             **options,
         )  # fmt: skip
     member = rows_of(membership, rows, query.shape[0])
-    key, value = gather_pages(key_pages, block_table), gather_pages(value_pages, block_table)
+    key, value = (gather_pages(x, block_table, query.dtype) for x in (key_pages, value_pages))
     lse = None
     if near is not None:
         if slots is not None:
@@ -166,9 +167,9 @@ def rows_of(membership: Membership, rows: Tensor | None, batch: int) -> Membersh
     return membership if membership.batch == batch else membership.expand(batch)
 
 
-def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
+def gather_pages(pages: Tensor, block_table: Tensor, dtype: torch.dtype) -> Tensor:
     """``[P, N, heads, D]`` of ``[B, max_pages]`` pages: ``[B, heads, max_pages * N, D]``."""
-    return pages[block_table.long()].flatten(1, 2).transpose(1, 2)
+    return pages[block_table.long()].flatten(1, 2).transpose(1, 2).to(dtype)
 
 
 def hide_spare(states: Tensor, lengths: Tensor) -> Tensor:

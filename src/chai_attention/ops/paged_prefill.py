@@ -63,8 +63,8 @@ def paged_prefill(
         query: ``[T, k, D]`` of the representatives in slot order, or ``[T, H, D]`` of all heads in
             theirs, of which the representatives' are read in place.
         key_pages: ``[P, N, kept_keys, D]`` in the order of ``membership.key_heads``; any strides
-            but the last; N a multiple of 16.
-        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``.
+            but the last; N a multiple of 16; of the query's dtype or float8_e4m3fn.
+        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``, of the same.
         block_table: ``[B, max_pages]`` int32, the pages of each sequence.
         membership: tables of one row for all sequences, of B, or of any number with ``rows``.
         query_starts: ``[B + 1]`` int32, where each sequence's queries begin, and the end.
@@ -99,8 +99,10 @@ def paged_prefill(
             softcap=softcap, rows=rows, probe=probe, return_lse=return_lse,
         )  # fmt: skip
         return out, lse
-    keys = hide_spare(gather_pages(key_pages, block_table), lengths)
-    values = hide_spare(gather_pages(value_pages, block_table), lengths)
+    keys, values = (
+        hide_spare(gather_pages(x, block_table, query.dtype), lengths)
+        for x in (key_pages, value_pages)
+    )
     states = [(k[:, :n], v[:, :n]) for k, v, n in zip(keys, values, lengths.tolist(), strict=True)]
     lse = _each(
         query, states, membership, out, query_starts.tolist(), scale=scale, softcap=softcap,
@@ -221,7 +223,7 @@ def _each(
 
 def _room(query: Tensor, value: Tensor, membership: Membership) -> Tensor:
     shape = (query.shape[0], membership.heads, value.shape[-1])
-    return torch.empty(shape, dtype=value.dtype, device=query.device)
+    return torch.empty(shape, dtype=query.dtype, device=query.device)
 
 
 def _check(

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
-from runtime_tokens import runtime_tokens
+from runtime_tokens import narrow_losses, runtime_tokens
 from vllm_job import abort, beams, generate
 
 HEADS, LAYERS, PAGE, POOL = 8, 3, 32, 10
@@ -46,6 +46,7 @@ MIXED = prompts_of([120, 10, 33, 64, 11, 90, 47, 80], seed=6)
 SHARED = [MIXED[0][: 70 + 9 * extra] for extra in range(4)]  # the first pages are the same
 LONG = [MIXED[5][:70]]
 TOKENS, FEW, BEAMS = 40, 8, 3
+NEAR = 0.03  # nats by which the last bit of K and V in 8 bits may shift a token
 DROPPED = {1: 2, 3: 7, 0: 9, 6: 0}  # prompt: step in which its client goes
 
 
@@ -230,6 +231,36 @@ def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
     assert found["blocks"] == 2**30 // page
 
 
+@pytest.mark.parametrize(
+    ("kind", "together"),
+    [("static", True), ("online", False), ("static window", False), ("online window", True)],
+)
+def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
+    profile = PROFILES[kind]
+    shared = SHARED if not profile.recent else SHARED[:1]
+    found = engine(
+        tiny, [generate(MIXED, TOKENS), generate(shared, TOKENS)], profile, own=True,
+        together=together, kv_cache_dtype="fp8", block_size=PAGE, num_gpu_blocks_override=POOL,
+        max_num_batched_tokens=512 if profile.membership != "static" else 48,
+        enable_prefix_caching=not profile.recent, max_model_len=256,
+    )  # fmt: skip
+    assert found["preemptions"] >= 1
+    for part, prompts in zip(found["parts"], (MIXED, shared), strict=True):
+        assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < NEAR
+
+
+def test_pages_of_8_bits_are_half_as_large(engine, tiny) -> None:
+    parts = [generate(prompts_of([60, 20]), FEW)]
+    options = {"kv_cache_dtype": "fp8", "block_size": PAGE}
+    found = engine(tiny, parts, STATIC, own=True, **options)
+    assert found["blocks"] == 2**30 // (PAGE * 64 * sum(k + HEADS for k in CLUSTERS))
+    # layers without clusters run vLLM's own attention where that reads 8 bits
+    plain = engine(tiny, parts, **options)
+    mixed = engine(tiny, parts, ClusterProfile((HEADS,) * LAYERS), **options)
+    assert mixed["parts"] == plain["parts"]
+    assert mixed["blocks"] == plain["blocks"]
+
+
 def test_real_multi_head_model(engine, shared) -> None:
     folder = shared / "models" / "mha-lm"  # its heads of size 48 are more than vLLM's CPU has
     chosen = random.Random(4)
@@ -258,7 +289,7 @@ def test_grouped_queries_of_a_real_model(engine, smollm2) -> None:
 def test_what_cannot_run_stops_with_one_line(engine, tiny) -> None:
     for profile, options, line in (
         (PROFILES["static window"], {}, "--no-enable-prefix-caching"),
-        (STATIC, {"kv_cache_dtype": "fp8"}, "K,V cache of fp8"),
+        (STATIC, {"kv_cache_dtype": "fp8_e5m2"}, "K,V cache of fp8_e5m2"),
         (ClusterProfile((8, 8)), {}, "2 layers in the profile, 3 in the model"),
     ):
         with pytest.raises(RuntimeError, match=line):

@@ -41,6 +41,9 @@ def test_options_of_vllm_are_heeded() -> None:
     two = estimate_config(LLAMA_7B, "llama-7b", ["-tp=2", "--block-size", "32"], 80 * GB)
     assert less.clustered.tokens < plain.clustered.tokens < two.clustered.tokens
     assert two.clustered.block_bytes == plain.clustered.block_bytes
+    narrow = estimate_config(LLAMA_7B, "llama-7b", ["--kv-cache-dtype=fp8"], 80 * GB)
+    assert narrow.clustered.block_bytes * 2 == plain.clustered.block_bytes
+    assert narrow.budget == plain.budget
     assert option_value(["--a", "1", "--b=2"], "--b") == "2"
     with pytest.raises(ChaiError, match="--max-num-seqs is a number"):
         estimate_config(LLAMA_7B, "llama-7b", ["--max-num-seqs", "many"], 80 * GB)

@@ -34,7 +34,8 @@ def config(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "profile", "line"),
     [
-        ({"cache_config__cache_dtype": "fp8"}, PLAIN, "--kv-cache-dtype auto"),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, PLAIN, "--kv-cache-dtype auto or fp8"),
+        ({"cache_config__kv_cache_dtype_skip_layers": ["3"]}, PLAIN, "in some layers only"),
         ({"cache_config__cache_dtype": "float16"}, PLAIN, "cache of float16"),
         ({"parallel_config__decode_context_parallel_size": 2}, PLAIN, "context parallelism"),
         ({"kv_transfer_config": object()}, PLAIN, "--kv-transfer-config"),
@@ -53,6 +54,7 @@ def test_accepted() -> None:
     refuse(config(), PLAIN)
     refuse(config(cache_config__enable_prefix_caching=False), WINDOW)
     refuse(config(cache_config__cache_dtype="bfloat16"), PLAIN)
+    refuse(config(cache_config__cache_dtype="fp8"), PLAIN)
     refuse(config(speculative_config=SimpleNamespace(method="ngram")), PLAIN)
 
 

@@ -191,7 +191,7 @@ class StepAttention:
         q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
         if row.context:
             table = step.block_table[row.number]
-            keys, values = (from_pages(states, table, row.length) for states in pages)
+            keys, values = (from_pages(states, table, row.length).to(q.dtype) for states in pages)
         else:
             keys = k.index_select(1, member.key_heads[0])
             values = v[0].transpose(0, 1).index_select(1, member.value_heads[0])

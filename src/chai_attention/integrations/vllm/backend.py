@@ -10,9 +10,11 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from chai_attention.integrations.vllm.options import EIGHT_BITS
 from chai_attention.integrations.vllm.pages import PageLayout
 
 PAGE_MULTIPLE = 16  # tokens; what the kernels need
+LEAST_FLOAT8 = (8, 9)  # compute capability that converts 8-bit floats
 
 
 class ChaiBackend(AttentionBackend):
@@ -27,7 +29,7 @@ class ChaiBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *EIGHT_BITS]
     forward_includes_kv_cache_update = True
     layout: ClassVar[PageLayout | None] = None
     # layouts in which a page of a layer is one run of memory, whatever other layers have
@@ -61,6 +63,24 @@ class ChaiBackend(AttentionBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         """The kernels take any up to 256."""
         return head_size <= 256
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        """Why options do not go together; None if they do."""
+        if kv_cache_dtype in EIGHT_BITS and device_capability < LEAST_FLOAT8:
+            return "a K,V cache of fp8 needs a GPU of compute capability 8.9: use auto"
+        return None
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -116,6 +116,7 @@ def estimate(
     requests: int = 256,
     batch_tokens: int = 8192,
     element_size: int = 2,
+    cache_element_size: int | None = None,
     block: int = BLOCK,
     ranks: int = 1,
 ) -> Estimate:
@@ -130,7 +131,8 @@ def estimate(
         utilization: vLLM's ``--gpu-memory-utilization``.
         requests: its ``--max-num-seqs``.
         batch_tokens: its ``--max-num-batched-tokens``.
-        element_size: bytes of a number.
+        element_size: bytes of a number of hidden states and of the recent window.
+        cache_element_size: the same of the K,V cache; None: as many.
         block: its ``--block-size``.
         ranks: its ``--tensor-parallel-size``.
 
@@ -163,7 +165,7 @@ def estimate(
             + ": use more memory, more ranks or fewer requests (--max-num-seqs)"
         )
     full, clustered = (
-        capacity(kind, shape.head_dim, budget.cache, element_size, block)
+        capacity(kind, shape.head_dim, budget.cache, cache_element_size or element_size, block)
         for kind, budget in zip((plain, layers), budgets, strict=True)
     )
     return Estimate(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm import warm_up
@@ -16,12 +15,18 @@ from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
-from chai_attention.integrations.vllm.options import refuse_layer
+from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
 from chai_attention.integrations.vllm.served import ServedModel
 from chai_attention.integrations.vllm.step import Step
-from chai_attention.integrations.vllm.stock import common_layouts, limited_to, stock_backend
+from chai_attention.integrations.vllm.stock import (
+    common_layouts,
+    give_way,
+    limited_to,
+    stock_backend,
+)
 from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.cache_write import write_paged
+from chai_attention.ops.narrow import FLOAT8, as_stored
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -59,6 +64,8 @@ class ChaiAttention(AttentionImpl[Step]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.is_narrow = kv_cache_dtype in EIGHT_BITS
+        self._scales = (1.0, 1.0)  # what pages hold K and V divided by
         self.softcap = logits_soft_cap or None
         self.served = ServedModel.of(get_current_vllm_config())
 
@@ -74,6 +81,7 @@ class ChaiAttention(AttentionImpl[Step]):
             for name, module in context.items()
             if getattr(module, "impl", None) is self
         )
+        self._name = name
         self.layer: ServedLayer = self.served.layers[extract_layer_index(name)]
         plan = self.layer.plan
         if (plan.heads, plan.kv_heads) != (self.num_heads, self.num_kv_heads):
@@ -86,7 +94,7 @@ class ChaiAttention(AttentionImpl[Step]):
         layouts = common_layouts(ChaiBackend.layouts, stock if some else None)
         if plan.is_identity and stock is not None:
             several = config.parallel_config.pipeline_parallel_size > 1
-            self._give_way(module, limited_to(stock, layouts) if several else stock, act_dtype)
+            give_way(module, limited_to(stock, layouts) if several else stock, act_dtype)
             return
         self.layout = self.layer.layout(self.head_size, module.head_size_v)
         module.attn_backend = backend_of(self.layout, layouts)
@@ -101,42 +109,23 @@ class ChaiAttention(AttentionImpl[Step]):
                 config.model_config.dtype,
                 device,
             )
-        if not plan.needs_probe:
-            self._attend_with(FixedMembership(self.layer, self.served.rows, device), device)
-
-    def _attend_with(
-        self, memberships: FixedMembership | PageMemberships, device: torch.device
-    ) -> None:
-        self._memberships = memberships
-        self._attention = StepAttention(
-            self.layer.plan, memberships, self._pool, self.scale, self.softcap,
-            runs_kernels(device),
-        )  # fmt: skip
-
-    def _give_way(self, module: Any, stock: type[Any], act_dtype: torch.dtype) -> None:
-        """Let vLLM's own backend run the layer."""
-        module.attn_backend = stock
-        module.backend = AttentionBackendEnum[stock.get_name()]
-        module.impl = stock.get_impl_cls()(
-            self.num_heads,
-            self.head_size,
-            self.scale,
-            self.num_kv_heads,
-            None,
-            None,
-            self.kv_cache_dtype,
-            self.softcap,
-            AttentionType.DECODER,
-            None,
-        )
-        module.impl.process_weights_after_loading(act_dtype)
 
     def prepare(self, cache: Tensor) -> None:
         """Make the tables that belong to a cache, before any CUDA graph needs them."""
-        if self.layer.plan.needs_probe:
-            self._attend_with(
-                PageMemberships(self.layer, cache.shape[0], cache.device), cache.device
-            )
+        device, plan = cache.device, self.layer.plan
+        if self.is_narrow:
+            # by now known: checkpoints may bring them
+            module = self.served.config.compilation_config.static_forward_context[self._name]
+            self._scales = module._k_scale_float, module._v_scale_float
+        self._memberships: FixedMembership | PageMemberships = (
+            PageMemberships(self.layer, cache.shape[0], device)
+            if plan.needs_probe
+            else FixedMembership(self.layer, self.served.rows, device)
+        )
+        self._attention = StepAttention(
+            plan, self._memberships, self._pool, self.scale * self._scales[0], self.softcap,
+            runs_kernels(device),
+        )  # fmt: skip
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it
             self._run(cache, next(warm_up.decodes(self.served, cache, [1])))
@@ -148,9 +137,8 @@ class ChaiAttention(AttentionImpl[Step]):
     def _run(self, cache: Tensor, step: Step) -> None:
         """Run a step of random tokens."""
         heads, groups, dim = self.num_heads, self.num_kv_heads, self.head_size
-        fused = torch.randn(
-            step.tokens, heads + 2 * groups, dim, dtype=cache.dtype, device=cache.device
-        )
+        dtype = self.served.config.model_config.dtype
+        fused = torch.randn(step.tokens, heads + 2 * groups, dim, dtype=dtype, device=cache.device)
         query, key, value = fused.split([heads, groups, groups], 1)
         value = value[..., : self.layout.value_dim]
         out = query.new_empty(step.tokens, heads, value.shape[2])
@@ -186,7 +174,7 @@ class ChaiAttention(AttentionImpl[Step]):
             query: ``[T, H, D]``, perhaps with padding behind the step's tokens.
             key: ``[T, G, D]``.
             value: ``[T, G, Dv]``.
-            kv_cache: ``[P, 1, N, numbers]``, the layer's pages.
+            kv_cache: ``[P, 1, N, numbers]``, the layer's pages; uint8 where they hold 8-bit floats.
             attn_metadata: the step; None while vLLM measures memory.
             output: ``[T, H, Dv]`` or ``[T, H * Dv]``, written to.
             output_scale: of a quantised output, which is not supported.
@@ -199,11 +187,18 @@ class ChaiAttention(AttentionImpl[Step]):
         step, tokens = attn_metadata, attn_metadata.tokens
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         out = output[:tokens].view(tokens, self.num_heads, -1)
-        pages = self.layout.split(kv_cache)
+        pages = self.layout.split(kv_cache.view(FLOAT8) if self.is_narrow else kv_cache)
+        scales = self._scales
+        if self.is_narrow and (step.prefills or not self._attention.together):
+            # these attend to new tokens themselves, and have to see what others read in pages
+            key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
+            scales = (1.0, 1.0)
         # Requests of one step may share pages that one of them is writing (prefix caching), so
         # every membership comes before any other read of the tables, and every write before reads
         if isinstance(self._memberships, PageMemberships):
-            self._memberships.probe(step, query, key, value, self.scale, self.softcap)
+            self._memberships.probe(
+                step, query, key, value, self._attention.scale, self.softcap
+            )  # fmt: skip
         before = self._attention.before(step)
         member, lines = self._memberships.of(step.token_pages)
         if lines is None and member.batch > 1:
@@ -211,6 +206,9 @@ class ChaiAttention(AttentionImpl[Step]):
         write_paged(
             key, value, pages[0], pages[1], step.slot_mapping, member, lines,
             None if self._pool is None else self._pool.near, step.positions, step.token_slots,
+            scales,
         )  # fmt: skip
         self._attention.run(step, query, key, value, pages, before, out)
+        if self._scales[1] != 1:
+            out.mul_(self._scales[1])
         return output

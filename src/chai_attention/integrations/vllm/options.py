@@ -13,6 +13,7 @@ from chai_attention.profile import EXPORTED, ONLINE, ClusterProfile
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
 _DIGEST = "sha256"
+EIGHT_BITS = ("fp8", "fp8_e4m3")  # names of K,V caches of float8_e4m3fn
 CACHE_DTYPES = {"float16": "torch.float16", "bfloat16": "torch.bfloat16"}
 
 
@@ -63,8 +64,12 @@ def refuse(config: Any, profile: ClusterProfile) -> None:
     dtype = cache.cache_dtype
     speculative = config.speculative_config
     reasons = {
-        f"a K,V cache of {dtype}: use --kv-cache-dtype auto": dtype != "auto"
+        f"a K,V cache of {dtype}: use --kv-cache-dtype auto or fp8": dtype
+        not in ("auto", *EIGHT_BITS)
         and CACHE_DTYPES.get(dtype) != str(config.model_config.dtype),
+        "a K,V cache of 8 bits in some layers only: leave out --kv-cache-dtype-skip-layers": bool(
+            getattr(cache, "kv_cache_dtype_skip_layers", None)
+        ),
         "context parallelism: leave out --decode-context-parallel-size and "
         "--prefill-context-parallel-size": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from chai_attention.integrations.vllm.options import EIGHT_BITS
+
 
 def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | None:
     """The backend that vLLM itself has for a plain layer; None if none fits beside ours.
@@ -28,6 +30,7 @@ def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | No
             chosen.supports_head_size(layer.head_size)
             and chosen.supports_dtype(dtype)
             and chosen.supports_block_size(cache.block_size)
+            and (layer.kv_cache_dtype not in EIGHT_BITS or _float8_on_cpu(layer.head_size))
         )
         return chosen if fits else None
     chosen = AttentionBackendEnum.FLASH_ATTN.get_class()
@@ -45,6 +48,47 @@ def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | No
         attn_type=layer.attn_type,
     )
     return None if problems else chosen
+
+
+def give_way(module: Any, stock: type[Any], act_dtype: torch.dtype) -> None:
+    """Let vLLM's own backend run a layer that was made for ours.
+
+    Args:
+        module: vLLM's ``Attention``, whose ``impl`` is ours.
+        stock: the other backend.
+        act_dtype: of the hidden states.
+    """
+    from vllm.v1.attention.backend import AttentionType
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    ours = module.impl
+    module.attn_backend = stock
+    module.backend = AttentionBackendEnum[stock.get_name()]
+    module.impl = stock.get_impl_cls()(
+        ours.num_heads,
+        ours.head_size,
+        ours.scale,
+        ours.num_kv_heads,
+        None,
+        None,
+        ours.kv_cache_dtype,
+        ours.softcap,
+        AttentionType.DECODER,
+        None,
+    )
+    if ours.kv_cache_dtype in EIGHT_BITS and module.impl.supports_quant_query_input:
+        # vLLM makes this with a layer, where it asked our backend, which reads queries as they are
+        from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+        from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+        module.query_quant = QuantFP8(static=True, group_shape=GroupShape.PER_TENSOR)
+    module.impl.process_weights_after_loading(act_dtype)
+
+
+def _float8_on_cpu(head_size: int) -> bool:
+    """Whether vLLM's attention for CPUs reads 8-bit pages here."""
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_supported()
+    return bool(fast) and head_size % 32 == 0
 
 
 def common_layouts(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.estimate import BLOCK, Estimate, estimate
+from chai_attention.integrations.vllm.options import EIGHT_BITS
 from chai_attention.integrations.vllm.serving import option_value
 from chai_attention.profile import ClusterProfile
 
@@ -46,6 +47,7 @@ def estimate_config(
         requests=int(_number(options, 256, "--max-num-seqs")),
         batch_tokens=int(_number(options, 8192, "--max-num-batched-tokens")),
         element_size=size,
+        cache_element_size=1 if option_value(options, "--kv-cache-dtype") in EIGHT_BITS else size,
         block=int(_number(options, BLOCK, "--block-size")),
         ranks=int(_number(options, 1, "--tensor-parallel-size", "-tp")),
     )

@@ -8,23 +8,29 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
+from chai_attention.ops.narrow import FLOAT8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
-def check(*tensors: Tensor) -> None:
-    """Check tensors whose last dimension is a head's numbers.
+def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
+    """Check tensors whose last dimension is a head's numbers; ``pages`` may be of 8-bit floats.
 
     Raises:
         AttentionInputError: a dtype or head size without a kernel, or strided head dimensions.
     """
+    stored = {tensor.dtype for tensor in pages}
+    if stored != {FLOAT8}:
+        tensors += pages
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
         names = ", ".join(str(tensor.dtype) for tensor in tensors)
         raise AttentionInputError(
-            f"the kernels take float32, bfloat16 or float16, one for all, not {names}"
+            f"the kernels take float32, bfloat16 or float16, one for all, not {names}; pages may "
+            "also be of float8_e4m3fn"
         )
+    tensors += pages
     dim = max(tensor.shape[-1] for tensor in tensors)
     if dim > MAX_HEAD_DIM:
         raise AttentionInputError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")

@@ -94,8 +94,11 @@ def paged_decode(
     most_keys: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.paged.paged_decode` in two launches."""
-    tensors = (query, key_pages, value_pages)
-    check(*tensors, *(() if near is None else (near.ring, near.sinks)))
+    check(
+        query,
+        *(() if near is None else (near.ring, near.sinks)),
+        pages=(key_pages, value_pages),
+    )
     lse = _lse(membership, query) if return_lse else None
     size = most_keys or block_table.shape[1] * key_pages.shape[1]
     result = _run(
@@ -128,7 +131,7 @@ def _run(
     heads, clusters = membership.heads, membership.clusters
     if out is None:
         shape = (batch, heads, value.shape[3])
-        out = torch.empty(shape, dtype=value.dtype, device=query.device)
+        out = torch.empty(shape, dtype=query.dtype, device=query.device)
     wide = padded(max(dim, value.shape[3]))
     members = members_of(heads, clusters, COLUMNS // wide)
     chunks = chunks_of(membership, members)
@@ -136,7 +139,7 @@ def _run(
     # of chunks known on the device only, as many as clusters of equal size have
     used = chunks.count if chunks.exact else max(clusters, triton.cdiv(heads, members))
     programs = batch * used
-    block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
+    block = max(8, min(64, TILE_BYTES // (columns * query.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT
     at_a_time = next(count for least, count in resident.items() if columns >= least)

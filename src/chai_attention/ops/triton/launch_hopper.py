@@ -123,7 +123,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
         for x in (query, key, value)
     )
     return (
-        query.dtype.itemsize == 2
+        query.dtype.itemsize == key.dtype.itemsize == 2
         and dim == value.shape[-1]
         and dim in (64, 128)
         and members * dim in WIDTHS

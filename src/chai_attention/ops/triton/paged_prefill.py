@@ -99,7 +99,8 @@ def _run(
     **options: Any,
 ) -> Tensor | None:
     """Choose the kernel and its tiles and launch it."""
-    check(query, key, value, out)
+    paged = options.get("table") is not None
+    check(query, out, *(() if paged else (key, value)), pages=(key, value) if paged else ())
     lse = None
     if return_lse:
         shape = (query.shape[0], membership.clusters)
@@ -127,7 +128,7 @@ def _run(
     rows = _rows_of(query, most_queries)
     logger.debug(
         "packed prefill kernel%s: %d members a program, tiles of %d queries",
-        "" if options.get("table") is None else ", paged",
+        ", paged" if paged else "",
         members,
         rows,
     )
@@ -137,7 +138,7 @@ def _run(
         every_head=every_head, softcap=softcap, rows_of_tile=rows,
         block=block_of(query, members * wide), warps=8 if rows == 128 else 4,
         stages=3 if wide <= 128 else 2,
-        tiles=query.is_cuda and options.get("table") is None and _tileable(key, value, whole),
+        tiles=query.is_cuda and not paged and _tileable(key, value, whole),
         **options,
     )  # fmt: skip
     return lse

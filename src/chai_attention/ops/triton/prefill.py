@@ -59,6 +59,7 @@ def _tile(
         else:
             k = tl.load(k_base[:, None] + k_at[None, :], mask=d[:, None] < D, other=0.0)
         v = tl.load(v_base[None, :] + v_at[:, None], mask=in_value[None, :], other=0.0)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # pages may be of fewer bits
     s = tl.dot(q, k, input_precision=PRECISION) * scale
     s = _scores_base2(s, softcap, HAS_SOFTCAP)
     if MASKED:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.narrow import LARGEST
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import by_line
 
@@ -23,19 +24,27 @@ def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
     return tl.load(ptr + at[:, None] + d[None, :], mask=mask)
 
 
+@triton.jit
+def _narrow(new, inverse, dtype: tl.constexpr, NARROW: tl.constexpr):
+    """What 8-bit pages hold (`ops.narrow.narrow`)."""
+    if NARROW:
+        new = tl.clamp(new.to(tl.float32) * inverse, -NARROW, NARROW).to(dtype)
+    return new
+
+
 @triton.jit(
     do_not_specialize=["tokens", "size", "kept", "groups", "removed", "ring_size", "ring_shift"]
 )
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr,
     k_head_ptr, v_head_ptr, removed_ptr, start_ptr, slot_ptr, line_ptr, near_row_ptr, sink_ptr,
-    tokens, size, kept, groups, removed, ring_size, ring_shift,
+    tokens, size, kept, groups, removed, ring_size, ring_shift, key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_keyb, stride_keyh, stride_keys, stride_valueb, stride_valueh, stride_values,
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
-    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr,
+    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
 
@@ -66,6 +75,7 @@ def _write(
         if not ORDERED:
             head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+        new = _narrow(new, key_inverse, key_ptr.dtype.element_ty, NARROW)
         tl.store(key_ptr + place * stride_keyh + key_at[:, None] + d[None, :], new, mask=mask)
     elif place < kept + groups:
         place -= kept
@@ -75,6 +85,7 @@ def _write(
         if not ORDERED:
             head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
+        new = _narrow(new, value_inverse, value_ptr.dtype.element_ty, NARROW)
         tl.store(value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], new, mask=mask)
     elif HAS_NEAR:  # else no program comes here
         place -= kept + groups
@@ -82,6 +93,8 @@ def _write(
         mask = there[:, None] & (d < D)[None, :]
         head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+        new = _narrow(new, key_inverse, key_ptr.dtype.element_ty, NARROW)
+        new = new.to(ring_ptr.dtype.element_ty)
         if PAGE == 0:
             near_row = row + tl.zeros([BLOCK], tl.int64)
             in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
@@ -137,6 +150,7 @@ def write_paged(
     near: NearRing | None = None,
     positions: Tensor | None = None,
     near_rows: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
 
@@ -150,6 +164,7 @@ def write_paged(
             token_last(key_pages), token_last(value_pages),
         ),
         page=key_pages.shape[1], slots=slot_mapping, lines=row_of_token, near_rows=near_rows,
+        scales=scales,
     )  # fmt: skip
 
 
@@ -171,6 +186,7 @@ def _launch(
     lines: Tensor | None = None,
     near_rows: Tensor | None = None,
     ordered: bool = False,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     if not tokens:
         return
@@ -190,11 +206,13 @@ def _launch(
         membership.removed_key_heads.contiguous() if removed else None,
         by_line(start), by_line(slots), by_line(lines), by_line(near_rows), sink_positions,
         tokens, size, kept, groups, removed, *((1, 0) if near is None else (near.size, near.shift)),
+        *(1 / scale for scale in scales),
         *(stride for group in strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
         SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
         HAS_NEAR=removed > 0, ORDERED=ordered,
+        NARROW=LARGEST if keys.dtype.itemsize == 1 else 0.0,
         num_warps=4,
     )  # fmt: skip
