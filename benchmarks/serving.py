@@ -120,6 +120,7 @@ def run_job(job: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "model": "LLaMA-7B shape, random weights, bfloat16",
+        "cache_dtype": options["kv_cache_dtype"],
         "options": options,
     }
     results = Results(Path(job["result"]), about)
@@ -253,7 +254,8 @@ def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     made = []
     ranks = options.ranks
     groups = {name: groups_of(kind[0], ranks) for name, kind in TIMED.items()}
-    for job in jobs(TIMED, groups, model, {**OPTIONS, "tensor_parallel_size": ranks}, options.work):
+    common = {**OPTIONS, "tensor_parallel_size": ranks, "kv_cache_dtype": options.cache_dtype}
+    for job in jobs(TIMED, groups, model, common, options.work):
         if job["name"] not in names:
             continue
         page = options.stock_page if job["profile"] is None else options.page
@@ -327,6 +329,7 @@ def main() -> None:
     parser.add_argument("--page", type=int, default=64, help="tokens of a page, with clusters")
     parser.add_argument("--stock-page", type=int, help="the same without; default: vLLM's")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, for tensor parallelism")
+    parser.add_argument("--cache-dtype", default="auto", help="of K and V; fp8 for 8 bits")
     parser.add_argument("--part", action="append", help="a case or load; repeatable; default: all")
     parser.add_argument("--limit", type=float, default=180, help="seconds of an engine")
     parser.add_argument("--job", help="one job, in this process")

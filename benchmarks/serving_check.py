@@ -56,6 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **COMMON, "dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 1024,
     },
     "bfloat16, compiled": {**PLAIN, "max_num_batched_tokens": 4096},
+    "bfloat16, cache of fp8": {
+        **PLAIN, **GRAPHS, "kv_cache_dtype": "fp8", "max_num_batched_tokens": 256,
+    },
 }  # fmt: skip
 
 # vLLM's attention for float32, the stock engine's there, else multiplies in TF32

@@ -131,16 +131,11 @@ def in_process(
         Whether it ended well within ``limit`` seconds.
     """
     name = label(f"{mode}-{job['name']}")
-    caches = {
-        "VLLM_CACHE_ROOT": work / "cache" / "vllm",
-        "TRITON_CACHE_DIR": work / "cache" / "triton",
-        "TORCHINDUCTOR_CACHE_DIR": work / "cache" / "inductor",
-    }
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
-        **{key: str(path) for key, path in caches.items()},
+        **compile_caches(work),
         **os.environ,
         **(settings or {}),
     }
@@ -166,6 +161,16 @@ def in_process(
     if code:
         print(log.read_text()[-4000:], flush=True)
     return code == 0
+
+
+def compile_caches(work: Path) -> dict[str, str]:
+    """Settings with which compiled graphs and kernels are kept in a folder."""
+    folders = {
+        "VLLM_CACHE_ROOT": "vllm",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }
+    return {key: str(work / "cache" / name) for key, name in folders.items()}
 
 
 def label(name: str) -> str:

@@ -83,7 +83,7 @@ def requests_of(count: int, text: str, longest: int, seed: int) -> list[Request]
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, command: list[str], log: Path):
+    def __init__(self, command: list[str], log: Path, settings: dict[str, str] | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -92,7 +92,7 @@ class Server:
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*command, "--host", "127.0.0.1", "--port", str(self.port)],
-                stdout=file, stderr=file, env={**QUIET, **os.environ},
+                stdout=file, stderr=file, env={**QUIET, **os.environ, **(settings or {})},
             )  # fmt: skip
 
     def wait(self, seconds: float) -> None:
@@ -133,9 +133,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path) -> Iterator[Server]:
-    """Start a server, and stop it in the end."""
-    server = Server(command, log)
+def running(
+    command: list[str], log: Path, settings: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Start a server, with ``settings`` in its environment, and stop it in the end."""
+    server = Server(command, log, settings)
     try:
         server.wait(300)
         yield server

@@ -21,7 +21,9 @@ def narrow(states: Tensor, scale: float = 1.0) -> Tensor:
         states: K or V of any shape, float32, bfloat16, float16 or float64.
         scale: what pages are divided by.
     """
-    return (states.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(FLOAT8)
+    if scale != 1:
+        states = states.float() * (1 / scale)
+    return states.clamp(-LARGEST, LARGEST).to(FLOAT8)
 
 
 def as_stored(states: Tensor, scale: float = 1.0) -> Tensor:

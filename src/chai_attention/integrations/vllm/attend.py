@@ -16,6 +16,7 @@ from chai_attention.integrations.vllm.memberships import (
 from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.step import Row, Step
 from chai_attention.integrations.vllm.window import RecentPool
+from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 
@@ -54,6 +55,12 @@ class StepAttention:
         self.scale = scale
         self.softcap = softcap
         self.together = together
+
+    def reads_new(self, step: Step) -> bool:
+        """Whether some requests attend to K and V of new tokens as they come, not in pages."""
+        if not self.together:
+            return True
+        return bool(step.prefills) and (self.pool is not None or self.plan.needs_probe)
 
     def before(self, step: Step) -> Before:
         """K of removed heads that the rings hold now and will not after this step's write.
@@ -138,8 +145,15 @@ class StepAttention:
             "probe": probe,
             "out": out[tokens],
         }
+        if pages[0].dtype == FLOAT8:
+            # copies of what they read, as matrix products take it
+            used, table = step.prefill_pages(pages[0].shape[1])
+            keys, values = (x.view(torch.uint8)[used].view(FLOAT8).to(query.dtype) for x in pages)
+            paged_prefill(
+                query, keys, values, table, member, lengths=step.lengths[count:], **options
+            )  # fmt: skip
         # short prompts could as well: through pages they need no kernels of their own
-        if step.most_queries >= LEAST_VARLEN and all(row.context == 0 for row in step.prefills):
+        elif step.most_queries >= LEAST_VARLEN and all(row.context == 0 for row in step.prefills):
             varlen_prefill(query, key, value, member, natural_order=True, **options)
         else:
             paged_prefill(

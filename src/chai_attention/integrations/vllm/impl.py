@@ -189,8 +189,8 @@ class ChaiAttention(AttentionImpl[Step]):
         out = output[:tokens].view(tokens, self.num_heads, -1)
         pages = self.layout.split(kv_cache.view(FLOAT8) if self.is_narrow else kv_cache)
         scales = self._scales
-        if self.is_narrow and (step.prefills or not self._attention.together):
-            # these attend to new tokens themselves, and have to see what others read in pages
+        if self.is_narrow and self._attention.reads_new(step):
+            # new tokens have to be what others read in pages
             key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
             scales = (1.0, 1.0)
         # Requests of one step may share pages that one of them is writing (prefix caching), so

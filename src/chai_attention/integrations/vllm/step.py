@@ -100,6 +100,7 @@ class Step:
     positions: Tensor | None = None
     _beginners: dict[tuple[int, int], list[Beginners]] = field(default_factory=dict)
     _ending: dict[int, list[Row]] = field(default_factory=dict)
+    _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def fresh(self) -> list[Row]:
@@ -117,6 +118,34 @@ class Step:
     def prefill_starts(self) -> Tensor:
         """``[B - decodes + 1]`` int32: where the tokens of `prefills` begin, from their first."""
         return self.query_starts[self.decodes :] - self.prefills[0].start
+
+    def prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
+        """The pages of all requests behind the decodes, one after the other, and a block table.
+
+        For layers that attend to copies of these pages. Made once for all of them.
+
+        Args:
+            page: N, tokens of a page.
+
+        Returns:
+            ``[n]`` int64 numbers of pages, and ``[B - decodes, most]`` int32 places among them.
+        """
+        if page not in self._tables:
+            count = torch.tensor(
+                [-(-row.length // page) if row.tokens else 0 for row in self.rows[self.decodes :]]
+            )
+            first = count.cumsum(0) - count
+            row = torch.repeat_interleave(count)
+            column = torch.arange(len(row)) - first[row]
+            most = torch.arange(max(1, int(count.max())))
+            table = (first[:, None] + most).clamp_max(max(0, len(row) - 1)).int()
+            if self.pages.is_cuda:
+                row, column, table = (
+                    x.pin_memory().to(self.pages.device, non_blocking=True)
+                    for x in (row, column, table)
+                )
+            self._tables[page] = self.block_table[row + self.decodes, column].long(), table
+        return self._tables[page]
 
     def beginners(self, start: int, end: int) -> list[Beginners]:
         """`fresh` requests by the number of their prompts' tokens from ``start`` to ``end``.
