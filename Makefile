@@ -6,11 +6,15 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo test test-vllm lint clean
+RIVALS := .rivals
+RIVALS_STAMP := $(RIVALS)/.installed
+
+.PHONY: help demo test test-rivals test-vllm lint clean
 
 help:
 	@echo "make demo   calibrate SmolLM2-135M and generate with clustered heads, beside the full model"
 	@echo "make test   run the tests"
+	@echo "make test-rivals   run the tests of rivals by library, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
 	@echo "make lint   ruff and mypy"
 
@@ -29,11 +33,22 @@ $(VLLM_STAMP): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[demo]' pytest hypothesis
 	touch $@
 
+# beside the environment, not in it: with hqq there, every import of transformers takes seconds
+$(RIVALS_STAMP): $(STAMP)
+	rm -rf $(RIVALS)
+	mkdir $(RIVALS)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['rivals'], sep='\n')" > $(RIVALS)/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(RIVALS) -r $(RIVALS)/requirements.txt fire termcolor 'cachetools<6'
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/chai demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term
+
+test-rivals: $(RIVALS_STAMP)
+	PYTHONPATH=$(RIVALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W ignore -n 2 $(addprefix tests/evaluation/comparators/test_,kvpress_comparators.py quantised.py comparator_registry.py whole_table.py)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest -W ignore tests/integrations/vllm
@@ -44,4 +59,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
+	rm -rf $(VENV) $(VLLM_VENV) $(RIVALS) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
