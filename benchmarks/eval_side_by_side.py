@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import pickle
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,11 @@ from chai_attention.cli import options
 from chai_attention.evaluation.comparators import registry
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES
-from chai_attention.evaluation.evaluate import Evaluation, asked_of, evaluate
+from chai_attention.evaluation.evaluate import Evaluation, Prepare, asked_of, evaluate
 from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
 from chai_attention.evaluation.runs import RunFolder
 from chai_attention.evaluation.scorer import Scorer, run_settings
-from chai_attention.evaluation.tasks import TaskSource, task_names, task_sources
+from chai_attention.evaluation.tasks import task_names, task_sources
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.profile import ClusterProfile
 
@@ -47,11 +46,10 @@ BORROWING = {"random", "chai+quant8", "chai+quant4"}
 
 @dataclass(frozen=True)
 class Setup:
-    """What every process needs to score any job."""
+    """What every process makes for itself from the command's arguments."""
 
-    model: str
-    dtype: str
-    device: str
+    model: Any
+    tokenizer: Any
     what: Evaluation
     calibration: Calibration
 
@@ -59,6 +57,23 @@ class Setup:
 def main() -> None:
     """Score what is missing, then make the table."""
     args = _arguments()
+    here = _set_up(args, print)
+    ready = prepare(here.model, here.tokenizer, here.calibration, quiet)
+    todo = _missing(here)
+    if todo:
+        _spread(args, here, todo, ready)
+    evaluate(
+        here.model,
+        here.tokenizer,
+        here.what,
+        ready,
+        on_redo=lambda path, why: print(f"{path}: {why}"),
+    )
+    print(f"table in {args.out / 'table.md'}")
+
+
+def _set_up(args: argparse.Namespace, say: Callable[[str], None]) -> Setup:
+    """Load model and items; ``say`` is told which comparators are left out."""
     chosen = None if args.profile is None else ClusterProfile.resolve(args.profile)
     calibration = Calibration(
         sources=tuple(parse_sources(args.calibration_text or ["self"])),
@@ -71,7 +86,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     what = Evaluation(
         model=Path(args.model).name,
-        names=comparator_names(args.compare, chosen, model, print),
+        names=comparator_names(args.compare, chosen, model, say),
         sources=task_sources(task_names(args.tasks), args.data, args.text, args.seed),
         out=args.out,
         asked=calibration.asked(),
@@ -79,19 +94,13 @@ def main() -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    ready = prepare(model, tokenizer, calibration, quiet)
-    setup = Setup(args.model, args.dtype, model.device.type, what, calibration)
-    todo = _missing(setup, model)
-    if todo:
-        _spread(setup, todo, ready, args.jobs)
-    evaluate(model, tokenizer, what, ready, on_redo=lambda path, why: print(f"{path}: {why}"))
-    print(f"table in {args.out / 'table.md'}")
+    return Setup(model, tokenizer, what, calibration)
 
 
-def _missing(setup: Setup, model: Any) -> list[tuple[str, TaskSource]]:
-    """Jobs without a result, those that take longest first."""
-    what = setup.what
-    run = run_settings(model, what.model, what.batch_size, what.seed)
+def _missing(here: Setup) -> list[tuple[str, str]]:
+    """Comparators and tasks without a result, those that take longest first."""
+    what = here.what
+    run = run_settings(here.model, what.model, what.batch_size, what.seed)
     folder = RunFolder(what.out, lambda path, why: print(f"{path}: {why}"))
     jobs = [
         (name, source)
@@ -99,60 +108,45 @@ def _missing(setup: Setup, model: Any) -> list[tuple[str, TaskSource]]:
         for source in what.sources
         if folder.get(run, source.settings(what.limit), asked_of(name, what)) is None
     ]
-
-    def cost(job: tuple[str, TaskSource]) -> tuple[bool, int]:
-        name, source = job
-        return name in registry.RIVALS, len(source.rows or ())
-
-    return sorted(jobs, key=cost, reverse=True)
+    jobs.sort(key=lambda job: (job[0] in registry.RIVALS, len(job[1].rows or ())), reverse=True)
+    return [(name, source.name) for name, source in jobs]
 
 
-def _spread(setup: Setup, todo: Sequence[tuple[str, TaskSource]], ready: Any, jobs: int) -> None:
+def _spread(
+    args: argparse.Namespace, here: Setup, todo: Sequence[tuple[str, str]], ready: Prepare
+) -> None:
     """Score jobs in processes; those whose comparator has to learn wait until it has."""
-    late = LEARNING | (BORROWING if setup.calibration.profile is None else set())
+    late = LEARNING | (BORROWING if here.calibration.profile is None else set())
     context = multiprocessing.get_context("spawn")
-    cards: Any = context.Queue()
-    for number in range(jobs):
-        cards.put(_card(number) if setup.device == "cuda" else None)
+    numbers: Any = context.Queue()
+    for number in range(args.jobs):
+        numbers.put(number)
     pool = ProcessPoolExecutor(
-        min(jobs, len(todo)), context, initializer=_start, initargs=(setup, cards)
+        min(args.jobs, len(todo)), context, initializer=_start, initargs=(args, numbers)
     )
     futures: dict[Future[float], str] = {}
-
-    def submit(name: str, source: TaskSource, made: bytes | None) -> None:
-        futures[pool.submit(_score, name, source.name, made)] = f"{name} {source.name}"
-
     try:
-        for name, source in todo:
+        for name, task in todo:
             if name not in late:
-                submit(name, source, None)
+                futures[pool.submit(_score, name, task, None)] = f"{name} {task}"
         learners = list(dict.fromkeys(name for name, _ in todo if name in late))
         fitted: Mapping[str, Comparator] = ready(learners) if learners else {}
         pickled = {name: pickle.dumps(method) for name, method in fitted.items()}
-        for name, source in todo:
+        for name, task in todo:
             if name in late:
-                submit(name, source, pickled[name])
-        failed = []
+                futures[pool.submit(_score, name, task, pickled[name])] = f"{name} {task}"
+        failed = 0
         for done, future in enumerate(as_completed(futures), 1):
             try:
-                print(
-                    f"[{done}/{len(futures)}] {futures[future]}: {future.result():.0f} s",
-                    flush=True,
-                )
+                said = f"{future.result():.0f} s"
             except Exception as error:  # the others go on, and their results are kept
-                failed.append(f"{futures[future]}: {type(error).__name__}: {error}")
-                print(f"[{done}/{len(futures)}] {failed[-1]}", flush=True)
+                said = f"{type(error).__name__}: {error}"
+                failed += 1
+            print(f"[{done}/{len(futures)}] {futures[future]}: {said}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        sys.exit(f"{len(failed)} of {len(futures)} jobs failed, no table was made")
-
-
-def _card(number: int) -> str:
-    """The GPU of a process, as CUDA_VISIBLE_DEVICES names it."""
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return visible.split(",")[number % count]
+        sys.exit(f"{failed} of {len(futures)} jobs failed, no table was made")
 
 
 # ---- in the processes
@@ -160,27 +154,27 @@ def _card(number: int) -> str:
 _here: dict[str, Any] = {}
 
 
-def _start(setup: Setup, cards: Any) -> None:
-    """Load the model, once per process."""
-    card = cards.get()
-    if card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = card
+def _start(args: argparse.Namespace, numbers: Any) -> None:
+    """Load model and items, once per process, and take a GPU in turn."""
+    number = numbers.get()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(setup.model, setup.dtype, setup.device)
-    run = run_settings(model, setup.what.model, setup.what.batch_size, setup.what.seed)
-    scorer = Scorer(model, tokenizer, run, setup.what.limit)
-    _here.update(setup=setup, model=model, scorer=scorer)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    here = _set_up(args, lambda message: None)
+    run = run_settings(here.model, here.what.model, here.what.batch_size, here.what.seed)
+    scorer = Scorer(here.model, here.tokenizer, run, here.what.limit)
+    _here.update(setup=here, scorer=scorer)
 
 
 def _score(name: str, task: str, made: bytes | None) -> float:
     """Score one comparator on one task and write its result; seconds it took."""
     start = time.perf_counter()
-    setup: Setup = _here["setup"]
-    what, calibration = setup.what, setup.calibration
+    here: Setup = _here["setup"]
+    what, calibration = here.what, here.calibration
     method = (
         registry.comparators(
             [name],
-            model=_here["model"],
+            model=here.model,
             tokens=(),
             profile=calibration.profile,
             save=calibration.save,
