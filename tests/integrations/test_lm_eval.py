@@ -16,7 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import mean_of
+from chai_attention.evaluation.scores import CONTINUATION, mean_of
+from chai_attention.evaluation.tasks import task_names, task_sources
+from chai_attention.integrations.lm_eval import __main__ as command_line
 from chai_attention.integrations.lm_eval import register, tasks
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.scoring import score_task
@@ -86,6 +88,25 @@ def test_real_items_of_a_real_model_score_as_lm_evals_own_model_to_the_last_digi
     assert got.metrics["acc"] == want["results"][name]["acc,none"]
 
 
+def test_lambada_from_a_file_scores_as_lm_evals_own_model(tmp_path, both):
+    hf, chai = both
+    texts = ["The cat sat on the mat and then it left the mat", "He said no, and again he said no"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "lambada.jsonl").write_text("\n".join(lines))
+    (source,) = task_sources(task_names("lambada"), tmp_path)
+    want = lm_eval.evaluate(
+        hf, {"tasks": {source.name: load_task(source.name, source.rows)}}, bootstrap_iters=0
+    )
+    got = score_task(chai, load_task(source.name, source.rows))
+    assert got.kind == CONTINUATION
+    for item, sample in zip(got.items, want["samples"]["lambada_openai"], strict=True):
+        assert item.loglikelihoods == (sample["filtered_resps"][0][0],)
+        assert item.nll == -item.loglikelihoods[0] > 0
+        assert item.acc == sample["acc"]
+    results = want["results"]["lambada_openai"]
+    assert got.metrics == {name: results[f"{name},none"] for name in ("acc", "perplexity")}
+
+
 def test_means_and_errors_are_lm_evals():
     task = load_task("arc_easy", arc_rows(9))
     lm = chai_lm(eval_model("llama"))
@@ -123,6 +144,53 @@ def test_the_registry_knows_chai_by_name_with_a_profile(tmp_path):
     for row, item, other in zip(got, want.items, plain.items, strict=True):
         assert row == pytest.approx(item.loglikelihoods, abs=1e-3)
         assert row != pytest.approx(other.loglikelihoods, abs=1e-3)
+
+
+LOCAL_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {items}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: 0
+metric_list:
+  - metric: acc
+"""
+
+
+def test_lm_evals_command_line_takes_chai_with_a_profile(tmp_path, monkeypatch, capsys):
+    model, profile = eval_model("llama"), ClusterProfile((2, 3, 2), window=5)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    profile.save(tmp_path / "profile.json")
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps({"q": f"why is it {n}"}) + "\n" for n in range(3)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local.yaml").write_text(LOCAL_TASK.format(items=items))
+    arguments = [
+        "lm_eval", "--model", "chai", "--device", "cpu", "--batch_size", 2, "--tasks",
+        "local_choice", "--include_path", tmp_path / "tasks", "--log_samples", "--model_args",
+        f"pretrained={tmp_path / 'model'},profile={tmp_path / 'profile.json'}",
+        "--output_path", tmp_path / "out",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command_line.main()
+    assert "local_choice" in capsys.readouterr().out
+    (samples,) = (tmp_path / "out").rglob("samples_local_choice_*.jsonl")
+    with enabled(model, profile):
+        for line in samples.read_text().splitlines():
+            sample = json.loads(line)
+            context = sample["arguments"]["gen_args_0"]["arg_0"]
+            for (value, _), answer in zip(sample["filtered_resps"], (" yes", " no"), strict=True):
+                lm = chai_lm(model)
+                context_tokens, answer_tokens = lm._encode_pair(context, answer)
+                (want,) = one_by_one(model, [(None, context_tokens, answer_tokens)])
+                assert float(value) == pytest.approx(want, abs=1e-3)
 
 
 def test_releases_with_plugins_find_the_same_class():
