@@ -78,7 +78,8 @@ def bench(url: str, model: str, load: Path, count: int, log: Path) -> dict[str, 
         "--base-url", url, "--endpoint", "/v1/completions", "--backend", "openai",
         "--model", model, "--dataset-name", "custom", "--dataset-path", load,
         "--custom-output-len", "-1", "--skip-chat-template", "--disable-shuffle",
-        "--num-prompts", count, "--ignore-eos", "--temperature", "0", "--disable-tqdm",
+        "--num-prompts", count, "--num-warmups", "16", "--ignore-eos",
+        "--temperature", "0", "--disable-tqdm",
         "--save-result", "--result-dir", result.parent, "--result-filename", result.name,
     ]  # fmt: skip
     with log.open("w") as file:
@@ -90,7 +91,7 @@ def bench(url: str, model: str, load: Path, count: int, log: Path) -> dict[str, 
 
 
 def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> None:
-    """Serve a model and send it all loads, each twice; the second time counts."""
+    """Serve a model and send it all loads."""
     start = time.perf_counter()
     name = label(job["name"])
     with running(serve_command(job), work / f"serve-{name}.log", compile_caches(work)) as server:
@@ -99,11 +100,8 @@ def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> Non
             file = work / f"{label(load)}.jsonl"
             count = write_load(load, file)
             log = work / f"bench-{name}-{label(load)}.log"
-            runs = [bench(server.url, job["model"], file, count, log) for _ in range(2)]
-            found["loads"][load] = {key: round(runs[-1][key], 2) for key in SHOWN}
-            found["loads"][load]["first_run_output_throughput"] = round(
-                runs[0]["output_throughput"], 2
-            )
+            measured = bench(server.url, job["model"], file, count, log)
+            found["loads"][load] = {key: round(measured[key], 2) for key in SHOWN}
             print(f"{name}, {load}: {json.dumps(found['loads'][load])}", flush=True)
             (out / f"http-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
+
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = float(torch.finfo(FLOAT8).max)
 
@@ -33,3 +35,30 @@ def as_stored(states: Tensor, scale: float = 1.0) -> Tensor:
     that attends to this gets the answer that it gets from pages, however it is cut into chunks.
     """
     return narrow(states, scale).to(states.dtype)
+
+
+def widen_pages(pages: Tensor, used: Tensor, out: Tensor) -> None:
+    """Copy pages into memory of a wider dtype.
+
+    Args:
+        pages: ``[P, N, heads, D]``; the numbers of a page are consecutive in memory.
+        used: ``[n]`` int64, the pages to copy.
+        out: ``[n, N, heads, D]``, contiguous, of any dtype that holds their numbers.
+
+    Raises:
+        AttentionInputError: other shapes or memory.
+    """
+    whole = pages.shape[0] < 2 or pages[0].is_contiguous()
+    if out.shape != (used.shape[0], *pages.shape[1:]) or not out.is_contiguous() or not whole:
+        raise AttentionInputError(
+            f"{used.shape[0]} pages of shape {list(pages.shape[1:])}, each one run of memory, do "
+            f"not fit into {list(out.shape)}"
+        )
+    if not out.numel():
+        return
+    if pages.device.type == "cuda":
+        from chai_attention.ops.triton import widen
+
+        widen.widen_pages(pages, used, out)
+    else:
+        out.copy_(pages.view(torch.uint8)[used].view(pages.dtype))

@@ -7,9 +7,9 @@ from torch.testing import assert_close
 pytest.importorskip("triton")
 
 from chai_attention.ops import cache_write, paged, paged_prefill
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.narrow import FLOAT8, widen_pages
 from chai_attention.ops.ring import NearRing
-from chai_attention.ops.triton import launch_decode, write
+from chai_attention.ops.triton import launch_decode, widen, write
 from chai_attention.ops.triton import paged_prefill as kernels
 from helpers import random_membership
 from packed_cases import packed_case
@@ -137,3 +137,22 @@ def test_decode_with_a_recent_window(dtype):
         lengths=case.lengths, scale=0.2, offset=offset.to(DEVICE), near=on_device,
     )  # fmt: skip
     assert_close(double(got), want, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("one_buffer", [False, True])
+def test_copies_of_pages(dtype, one_buffer):
+    case = paged_caches(
+        random_membership(5, 2), [100], 16, 48, 40, dtype, DEVICE, one_buffer, FLOAT8
+    )  # fmt: skip
+    used = torch.tensor([5, 0, 5, 2], device=DEVICE)
+    for pages in (case.keys, case.values):
+        raw, results = pages.view(torch.uint8), []
+        raw[(raw & 0x7F) == 0x7F] = 0  # the interpreter takes NaN for a number
+        for function, device in ((widen.widen_pages, DEVICE), (widen_pages, "cpu")):
+            out = torch.full((4, *pages.shape[1:]), torch.nan, dtype=dtype, device=device)
+            function(pages.to(device), used.to(device), out)
+            results.append(out.cpu())
+        want = pages.cpu().to(dtype)[used.cpu()]
+        for got in results:
+            assert torch.equal(got, want)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.vllm.copies import PageCopies
 from chai_attention.integrations.vllm.memberships import (
     FixedMembership,
     PageMemberships,
@@ -38,6 +39,7 @@ class StepAttention:
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         together: whether whole batches go to one operation, as kernels want it.
+        copies: memory for copies of 8-bit pages.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class StepAttention:
         scale: float,
         softcap: float | None,
         together: bool,
+        copies: PageCopies | None = None,
     ):
         self.plan = plan
         self.memberships = memberships
@@ -55,6 +58,7 @@ class StepAttention:
         self.scale = scale
         self.softcap = softcap
         self.together = together
+        self.copies = copies
 
     def reads_new(self, step: Step) -> bool:
         """Whether some requests attend to K and V of new tokens as they come, not in pages."""
@@ -146,12 +150,13 @@ class StepAttention:
             "out": out[tokens],
         }
         if pages[0].dtype == FLOAT8:
-            # copies of what they read, as matrix products take it
-            used, table = step.prefill_pages(pages[0].shape[1])
-            keys, values = (x.view(torch.uint8)[used].view(FLOAT8).to(query.dtype) for x in pages)
-            paged_prefill(
-                query, keys, values, table, member, lengths=step.lengths[count:], **options
-            )  # fmt: skip
+            table = step.block_table[count:]
+            if self.copies is not None:
+                used, places = step.prefill_pages(pages[0].shape[1])
+                copied = self.copies.of(pages, used)
+                if copied is not None:
+                    pages, table = copied, places
+            paged_prefill(query, *pages, table, member, lengths=step.lengths[count:], **options)
         # short prompts could as well: through pages they need no kernels of their own
         elif step.most_queries >= LEAST_VARLEN and all(row.context == 0 for row in step.prefills):
             varlen_prefill(query, key, value, member, natural_order=True, **options)

@@ -13,6 +13,7 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
+from chai_attention.integrations.vllm.copies import PageCopies
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
 from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
@@ -99,6 +100,10 @@ class ChaiAttention(AttentionImpl[Step]):
         self.layout = self.layer.layout(self.head_size, module.head_size_v)
         module.attn_backend = backend_of(self.layout, layouts)
         device = torch.device(current_platform.device_type)
+        self._copies: PageCopies | None = None
+        if self.is_narrow:
+            self._copies = self.served.copies(device)
+            self._copies.reserve(self.layout.numbers_per_token)
         self._pool: RecentPool | None = None
         if plan.has_recent_window:
             self._pool = RecentPool(
@@ -124,7 +129,7 @@ class ChaiAttention(AttentionImpl[Step]):
         )
         self._attention = StepAttention(
             plan, self._memberships, self._pool, self.scale * self._scales[0], self.softcap,
-            runs_kernels(device),
+            runs_kernels(device), self._copies,
         )  # fmt: skip
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.vllm.copies import MOST_TOKENS, PageCopies
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.integrations.vllm.options import mark, profile_of, refuse
 
@@ -49,6 +50,7 @@ class ServedModel:
         self.drafts: int = speculative.num_speculative_tokens if speculative is not None else 0
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self._buffers: Any = None
+        self._copies: PageCopies | None = None
 
     @property
     def window(self) -> int:
@@ -70,6 +72,18 @@ class ServedModel:
         if model is None:
             model = _models[key] = cls(config)
         return model
+
+    def copies(self, device: torch.device) -> PageCopies:
+        """Memory for copies of 8-bit pages, shared by all layers."""
+        if self._copies is None:
+            tokens = (
+                self.config.scheduler_config.max_num_batched_tokens
+                + self.config.model_config.max_model_len
+            )
+            self._copies = PageCopies(
+                min(tokens, MOST_TOKENS), self.config.model_config.dtype, device
+            )
+        return self._copies
 
     def buffers(self, device: torch.device) -> Any:
         """Tensors that all metadata builders fill."""

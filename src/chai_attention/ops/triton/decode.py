@@ -65,12 +65,13 @@ def _decode(
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, SINKS_P: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_NEAR: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One chunk of members, one split of the far keys: partial sums, their maximum and weight.
 
-    ``PAGE`` is 0 for contiguous caches. Pages are found by ``table_ptr``, and ``stride_kb`` and
-    ``stride_vb`` are then those of a page.
+    Sums are kept for ``LINES`` keys at a time, which are those of different warps, and joined in
+    the end. ``PAGE`` is 0 for contiguous caches. Pages are found by ``table_ptr``, and
+    ``stride_kb`` and ``stride_vb`` are then those of a page.
     """
     chunk, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
@@ -109,7 +110,7 @@ def _decode(
 
     best = float("-inf")
     weight = 0.0
-    acc = tl.zeros([M * DVP], dtype=tl.float32)
+    acc = tl.zeros([LINES, M * DVP], dtype=tl.float32)
     for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         n = first + tl.arange(0, BLOCK)
         seen = n < stop
@@ -144,12 +145,13 @@ def _decode(
         p = tl.exp2(s - shift)
         old = tl.exp2(best - shift)
         weight = weight * old + tl.sum(p, axis=0)
-        acc = acc * old + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        parts = tl.reshape(p[:, None] * v.to(tl.float32), [BLOCK // LINES, LINES, M * DVP])
+        acc = acc * old + tl.sum(parts, axis=0)
         best = new
     if EARLY == 1:
         gdc_launch_dependents()
     part = (row * chunks + chunk) * splits + split
-    tl.store(acc_ptr + part * (M * DVP) + column, acc)
+    tl.store(acc_ptr + part * (M * DVP) + column, tl.sum(acc, axis=0))
     tl.store(sum_ptr + part * 2, best)
     tl.store(sum_ptr + part * 2 + 1, weight)
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of, members_of
@@ -25,6 +26,7 @@ COLUMNS = 1024
 TILE_BYTES = 2 * 16384
 RESIDENT = {512: 3, 256: 4, 0: 6}
 RESIDENT_SMALL_PAGES = {256: 3, 0: 6}  # where a block of keys lies in several pages
+RESIDENT_8_BITS = {512: 2, 0: 3}
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 MAX_WAVES = 8
@@ -139,9 +141,10 @@ def _run(
     # of chunks known on the device only, as many as clusters of equal size have
     used = chunks.count if chunks.exact else max(clusters, triton.cdiv(heads, members))
     programs = batch * used
-    block = max(8, min(64, TILE_BYTES // (columns * query.element_size())))
+    is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
+    block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
-    resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT
+    resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
     at_a_time = next(count for least, count in resident.items() if columns >= least)
     splits = splits_of(programs, at_a_time, size, query.device)
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
@@ -158,9 +161,12 @@ def _run(
         key_place=None if near is None else membership.key_place,
         splits=splits,
         block=block,
-        warps=4 if columns > 128 else 2,
+        warps=warps,
         # wide loads of small pages wait for the block table: they are not worth running ahead
         stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
+        # keys of different warps: with half the bytes to wait for, adding them up in every block
+        # would be most of the time; in 16 bits it costs nothing that could be measured
+        lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
         early=int(capability(query.device) >= (9, 0)),
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
         **options,

@@ -124,6 +124,7 @@ def decode(
     block: int,
     warps: int,
     stages: int,
+    lines: int = 1,
     early: int,
     merge_columns: int | None = None,
 ) -> None:
@@ -151,6 +152,7 @@ def decode(
         block: keys of a step.
         warps: of a program.
         stages: loads in flight.
+        lines: keys of a block whose sums are kept apart until the end.
         early: when the merge may be launched (Hopper and later): 1 while the last parts are
             written, 2 as soon as they have begun; 0 behind them.
         merge_columns: columns of V of a merging program; None for all.
@@ -199,7 +201,7 @@ def decode(
         query.stride(0), query.stride(1), *key_strides, *value_strides,
         stride_mb, stride_table, stride_t, near_strides[-1],
         BLOCK=block, SINKS_P=triton.next_power_of_2(max(1, sinks)), HAS_NEAR=near is not None,
-        STAGES=stages, num_warps=warps, **shared,
+        STAGES=stages, LINES=lines, num_warps=warps, **shared,
     )  # fmt: skip
     columns = min(wide, merge_columns or wide)
     _merge[(chunks.count, members * (wide // columns), batch)](

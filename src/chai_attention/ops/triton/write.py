@@ -15,6 +15,7 @@ from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import by_line
 
 ELEMENTS = 4096  # numbers a program copies
+MOST = tl.constexpr(LARGEST)
 
 
 @triton.jit
@@ -25,10 +26,12 @@ def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
 
 
 @triton.jit
-def _narrow(new, inverse, dtype: tl.constexpr, NARROW: tl.constexpr):
+def _narrow(new, inverse, dtype: tl.constexpr, IS_NARROW: tl.constexpr):
     """What 8-bit pages hold (`ops.narrow.narrow`)."""
-    if NARROW:
-        new = tl.clamp(new.to(tl.float32) * inverse, -NARROW, NARROW).to(dtype)
+    if IS_NARROW:
+        x = new.to(tl.float32) * inverse
+        x = tl.maximum(x, -MOST, propagate_nan=tl.PropagateNan.ALL)
+        new = tl.minimum(x, MOST, propagate_nan=tl.PropagateNan.ALL).to(dtype)
     return new
 
 
@@ -44,7 +47,7 @@ def _write(
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
-    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr, NARROW: tl.constexpr,
+    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr, IS_NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
 
@@ -75,8 +78,10 @@ def _write(
         if not ORDERED:
             head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
-        new = _narrow(new, key_inverse, key_ptr.dtype.element_ty, NARROW)
-        tl.store(key_ptr + place * stride_keyh + key_at[:, None] + d[None, :], new, mask=mask)
+        tl.store(
+            key_ptr + place * stride_keyh + key_at[:, None] + d[None, :],
+            _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+        )  # fmt: skip
     elif place < kept + groups:
         place -= kept
         d = tl.arange(0, DVP)
@@ -85,16 +90,18 @@ def _write(
         if not ORDERED:
             head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
-        new = _narrow(new, value_inverse, value_ptr.dtype.element_ty, NARROW)
-        tl.store(value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], new, mask=mask)
+        tl.store(
+            value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
+            _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+        )  # fmt: skip
     elif HAS_NEAR:  # else no program comes here
         place -= kept + groups
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
         head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
-        new = _narrow(new, key_inverse, key_ptr.dtype.element_ty, NARROW)
-        new = new.to(ring_ptr.dtype.element_ty)
+        held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
+        held = held.to(ring_ptr.dtype.element_ty)
         if PAGE == 0:
             near_row = row + tl.zeros([BLOCK], tl.int64)
             in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
@@ -107,7 +114,7 @@ def _write(
             near_row = tl.where(last, -2 - near_row, near_row)
         at = near_row * stride_rb + ((position + ring_shift) % ring_size).to(tl.int64) * stride_rs
         tl.store(
-            ring_ptr + place * stride_rh + at[:, None] + d[None, :], new,
+            ring_ptr + place * stride_rh + at[:, None] + d[None, :], held,
             mask=in_ring[:, None] & mask,
         )  # fmt: skip
         for j in tl.static_range(SINKS):
@@ -116,7 +123,7 @@ def _write(
             tl.store(
                 first_ptr + place * stride_fh + j * stride_fs
                 + (near_row * stride_fb)[:, None] + d[None, :],
-                new, mask=here[:, None] & mask,
+                held, mask=here[:, None] & mask,
             )  # fmt: skip
 
 
@@ -213,6 +220,6 @@ def _launch(
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
         SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
         HAS_NEAR=removed > 0, ORDERED=ordered,
-        NARROW=LARGEST if keys.dtype.itemsize == 1 else 0.0,
+        IS_NARROW=keys.dtype.itemsize == 1,
         num_warps=4,
     )  # fmt: skip
