@@ -41,7 +41,7 @@ from chai_attention.profile import ClusterProfile
 
 LEARNING = {*RECIPES, "dejavu-10", "dejavu-30", "dejavu-50"}
 # without a profile they take that of "default"
-BORROWING = {"random", "chai+quant8", "chai+quant4"}
+BORROWING = {"random", "chai+float8", "chai+quant8", "chai+quant4"}
 
 
 @dataclass(frozen=True)

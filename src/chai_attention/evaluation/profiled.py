@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
-from chai_attention.profile import ClusterProfile
+from chai_attention.profile import STATIC, ClusterProfile
 
 PROFILE = "profile"
 
@@ -41,6 +41,24 @@ class Profiled(Comparator):
     def settings(self) -> Mapping[str, Any]:
         """The profile's digest and its clusters per layer."""
         return {"profile": profile_digest(self._profile), "clusters": list(self._profile.clusters)}
+
+
+def decides_late(profile: ClusterProfile, context: int) -> bool:
+    """Whether a context is too short to decide memberships, which later tokens then do."""
+    return profile.membership != STATIC and context < profile.probe_start + profile.window
+
+
+def narrowed_share(
+    profile: ClusterProfile, model: PreTrainedModel, length: int, share: float
+) -> float:
+    """Share of MHA's K,V bytes where what clustered heads keep takes ``share`` of its bytes.
+
+    But for K in the recent window, which stays as it is.
+    """
+    shape = describe(model)
+    full, kept = profile.bytes_per_token(shape, 1)
+    window = 1 - profile.saved(shape, length) - kept / full
+    return kept / full * share + window
 
 
 def profile_digest(profile: ClusterProfile) -> str:

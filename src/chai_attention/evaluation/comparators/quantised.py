@@ -24,10 +24,10 @@ from transformers.cache_utils import Cache
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
-from chai_attention.evaluation.profiled import profile_digest
+from chai_attention.evaluation.profiled import decides_late, narrowed_share, profile_digest
 from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
-from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.profile import ClusterProfile
 
 FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
@@ -121,8 +121,7 @@ class ClusteredQuantised(Quantised):
 
     def looks_ahead(self, context: int) -> bool:
         """Where the context is too short to decide memberships, the answer helps to do so."""
-        probe_end = self._profile.probe_start + self._profile.window
-        return self._profile.membership != STATIC and context < probe_end
+        return decides_late(self._profile, context)
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share of representatives' K and all V, quantised, and of the recent window, which is not.
@@ -131,10 +130,8 @@ class ClusteredQuantised(Quantised):
             model: the model, unchanged.
             length: tokens of the prompt.
         """
-        shape, profile = describe(model), self._profile
-        full, kept = profile.bytes_per_token(shape, 1)
-        window = 1 - profile.saved(shape, length) - kept / full
-        return kept / full * super().kv_share(model, length) + window
+        share = super().kv_share(model, length)
+        return narrowed_share(self._profile, model, length, share)
 
     def settings(self) -> Mapping[str, Any]:
         """What the quantiser is told, and the profile."""

@@ -14,6 +14,7 @@ from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES, Chai
 from chai_attention.evaluation.comparators.dejavu import DejaVu
+from chai_attention.evaluation.comparators.float8 import ClusteredFloat8, Float8
 from chai_attention.evaluation.comparators.head_predictor import HeadPredictors
 from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
@@ -34,7 +35,12 @@ _PACKAGE = "chai_attention.evaluation.comparators"
 RIVALS: tuple[str, ...] = (*_KVPRESS, *_QUANTISED)
 """Comparators by libraries of the extra ``rivals``."""
 
-NAMES: tuple[str, ...] = ("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS, *RIVALS)
+_FLOAT8 = ("float8", "chai+float8")
+
+NAMES: tuple[str, ...] = (
+    *("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS, *_FLOAT8),
+    *RIVALS,
+)
 """Comparators that need nothing but a model and text; "profile" is one more, given a profile."""
 
 
@@ -151,6 +157,8 @@ class _Workshop:
             return DejaVu(_ORACLE[name], None)
         if name in VARIANTS:
             return SpAtten(name, self._save)
+        if name in _FLOAT8:
+            return ClusteredFloat8(self._profile) if name.startswith("chai+") else Float8()
         return _rival(name, self._save, self._profile if name.startswith("chai+") else None)
 
     @cached_property
