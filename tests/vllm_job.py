@@ -47,7 +47,8 @@ def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
     Args:
         job: ``model``, ``profile`` (path, or None for vLLM as it is), ``own`` (layers without
             clusters run our attention too), ``together`` (batches go to the kernels' operations, or
-            on a CPU to their PyTorch versions), ``options`` of the engine, ``parts``.
+            on a CPU to their PyTorch versions), ``scales`` of K and V in 8-bit pages as of a
+            checkpoint, or None, ``options`` of the engine, ``parts``.
         log: a file.
 
     Returns:
@@ -95,12 +96,27 @@ def _engine(job: dict[str, Any]) -> Any:
             impl.stock_backend = lambda *args: None
         if job["together"]:
             impl.runs_kernels = lambda device: True
+        if job["scales"] is not None:
+            _set_scales(*job["scales"])
     # vLLM's beam search asks the tokenizer how texts end
     needs_tokenizer = any(part["do"] == "beams" for part in job["parts"])
     return LLM(
         job["model"], skip_tokenizer_init=not needs_tokenizer, dtype="float32",
         disable_log_stats=False, **options,
     )  # fmt: skip
+
+
+def _set_scales(key: float, value: float) -> None:
+    """Let layers have these scales, where without any in the checkpoint they would have 1."""
+    from vllm.model_executor.layers.attention import attention
+
+    default = attention.set_default_quant_scales
+
+    def scaled(layer: Any, register_buffer: bool = False) -> None:
+        default(layer, register_buffer)
+        layer._k_scale_float, layer._v_scale_float = key, value
+
+    attention.set_default_quant_scales = scaled
 
 
 def _do(job: dict[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,20 @@ def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
         assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < NEAR
 
 
+@pytest.mark.parametrize(
+    ("kind", "together"), [("static", True), ("static window", True), ("online", False)]
+)
+def test_scales_of_8_bit_pages_change_no_token(kind, together, engine, tiny) -> None:
+    # by powers of two K and V round to the same numbers
+    prompts = MIXED[:5]
+    found = engine(
+        tiny, [generate(prompts, FEW)], PROFILES[kind], own=True, together=together,
+        scales=(0.5, 4.0), kv_cache_dtype="fp8", block_size=PAGE, enable_prefix_caching=False,
+    )  # fmt: skip
+    losses = narrow_losses(tiny, PROFILES[kind], prompts, found["parts"][0]["ids"])
+    assert max(losses) < NEAR
+
+
 def test_pages_of_8_bits_are_half_as_large(engine, tiny) -> None:
     parts = [generate(prompts_of([60, 20]), FEW)]
     options = {"kv_cache_dtype": "fp8", "block_size": PAGE}
