@@ -20,7 +20,8 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "reason"),
     [
         ("0.28.1", "too old"),
-        ("0.29.0", None),
+        ("0.29.0", "too old"),
+        ("0.30.0", None),
         ("0.32.0+cpu", None),
         ("0.33.1", None),
         ("0.34.0", "newer than"),

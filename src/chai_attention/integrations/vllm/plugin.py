@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-# what has run with the whole test suite, or with the parts that docs/serving.md names
-FIRST, BEHIND_LAST = (0, 29), (0, 34)
+# what the tests of the engine have run with: docs/serving.md
+FIRST, BEHIND_LAST = (0, 30), (0, 34)
 BACKEND = "chai_attention.integrations.vllm.selection.Backend"
 
 
@@ -50,7 +50,7 @@ def version_problem(installed: str | None) -> str | None:
     if found < FIRST:
         return (
             f"vLLM {installed} is too old for chai-attention, which needs {wanted}: earlier ones "
-            "give every layer pages of one size, or want their shape from the backend"
+            "do not tell a backend which request is which, or give every layer pages of one size"
         )
     if found >= BEHIND_LAST:
         return (
