@@ -120,7 +120,6 @@ def run_job(job: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "model": "LLaMA-7B shape, random weights, bfloat16",
-        "cache_dtype": options["kv_cache_dtype"],
         "options": options,
     }
     results = Results(Path(job["result"]), about)

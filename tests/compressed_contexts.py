@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 
 from chai_attention.integrations.transformers.intervene import replaced_attention
+from chai_attention.profile import ClusterProfile
 
 ANSWER = 4
+STATIC = ClusterProfile(
+    (3, 6, 2),
+    membership="static",
+    representatives=((0, 1, 0, 3, 1, 3), tuple(range(6)), (0, 5, 5, 0, 5, 5)),
+)
+RECENT = ClusterProfile((3, 6, 2), window=7, recent=5, sinks=2)
 
 
 def sequence(length=41):

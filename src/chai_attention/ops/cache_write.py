@@ -7,7 +7,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops.narrow import FLOAT8, as_stored, narrow
+from chai_attention.ops.narrow import FLOAT8, narrow
 from chai_attention.ops.ring import NearRing
 
 
@@ -140,7 +140,7 @@ def write_paged(
     new_key, new_value = key, value
     if is_narrow:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
-        key = as_stored(key, scales[0])
+        key = new_key.to(key.dtype)
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
     line = torch.zeros_like(slot) if row_of_token is None else row_of_token[token].long()

@@ -7,14 +7,9 @@ from chai_attention.evaluation.comparators.float8 import ClusteredFloat8, Float8
 from chai_attention.evaluation.comparators.quantised import Quantised
 from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.intervene import replaced_attention
-from chai_attention.profile import ClusterProfile
 from comparator_cases import logits, traces
-from compressed_contexts import ANSWER, sequence
+from compressed_contexts import ANSWER, RECENT, STATIC, sequence
 from tiny_models import tiny_model
-
-REPRESENTATIVES = ((0, 1, 0, 3, 1, 3), tuple(range(6)), (0, 5, 5, 0, 5, 5))
-STATIC = ClusterProfile((3, 6, 2), membership="static", representatives=REPRESENTATIVES)
-RECENT = ClusterProfile((3, 6, 2), window=7, recent=5, sinks=2)
 
 
 def rounded(states):
@@ -57,7 +52,7 @@ def test_with_clusters(family):
     method = ClusteredFloat8(STATIC)
     with method.attached(model):
         found = cached_logits(model, method, tokens[None], ANSWER)[0]
-    wanted = by_rounding(model, tokens, REPRESENTATIVES)
+    wanted = by_rounding(model, tokens, STATIC.representatives)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
 
 

@@ -15,16 +15,10 @@ from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from comparator_cases import logits, traces
-from compressed_contexts import ANSWER, by_definition, sequence
+from compressed_contexts import ANSWER, RECENT, STATIC, by_definition, sequence
 from tiny_models import tiny_model
 
-STATIC = ClusterProfile(
-    (3, 6, 2),
-    membership="static",
-    representatives=((0, 1, 0, 3, 1, 3), tuple(range(6)), (0, 5, 5, 0, 5, 5)),
-)
 WHOLE = ClusterProfile((6, 6, 6))
-RECENT = ClusterProfile((3, 6, 2), window=7, recent=5, sinks=2)
 
 
 @pytest.fixture

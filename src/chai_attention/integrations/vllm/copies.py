@@ -7,9 +7,8 @@ from torch import Tensor
 
 from chai_attention.ops.narrow import widen_pages
 
-MOST_TOKENS = (
-    32768  # whose pages are copied at a time; prompts behind more read the pages themselves
-)
+# whose pages are copied at a time; prompts behind more read the pages themselves
+MOST_TOKENS = 32768
 
 
 class PageCopies:
@@ -42,11 +41,12 @@ class PageCopies:
         Returns:
             ``[n, N, heads, D]`` each; None where there is no room for so many.
         """
-        shapes = [(used.shape[0], *states.shape[1:]) for states in pages]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        if sum(sizes) > self._memory.numel():
+        shapes = [torch.Size((used.shape[0], *states.shape[1:])) for states in pages]
+        end = shapes[0].numel()
+        if end + shapes[1].numel() > self._memory.numel():
             return None
-        parts = self._memory[: sum(sizes)].split(sizes)
-        for states, part, shape in zip(pages, parts, shapes, strict=True):
-            widen_pages(states, used, part.view(shape))
-        return parts[0].view(shapes[0]), parts[1].view(shapes[1])
+        keys = self._memory[:end].view(shapes[0])
+        values = self._memory[end : end + shapes[1].numel()].view(shapes[1])
+        widen_pages(pages[0], used, keys)
+        widen_pages(pages[1], used, values)
+        return keys, values

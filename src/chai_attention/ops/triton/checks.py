@@ -20,21 +20,19 @@ def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
     Raises:
         AttentionInputError: a dtype or head size without a kernel, or strided head dimensions.
     """
-    stored = {tensor.dtype for tensor in pages}
-    if stored != {FLOAT8}:
-        tensors += pages
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or tensors[0].dtype not in DTYPES:
-        names = ", ".join(str(tensor.dtype) for tensor in tensors)
+    is_narrow = {tensor.dtype for tensor in pages} == {FLOAT8}
+    every = tensors + pages
+    alike = tensors if is_narrow else every
+    if len({tensor.dtype for tensor in alike}) > 1 or alike[0].dtype not in DTYPES:
+        names = ", ".join(str(tensor.dtype) for tensor in alike)
         raise AttentionInputError(
             f"the kernels take float32, bfloat16 or float16, one for all, not {names}; pages may "
             "also be of float8_e4m3fn"
         )
-    tensors += pages
-    dim = max(tensor.shape[-1] for tensor in tensors)
+    dim = max(tensor.shape[-1] for tensor in every)
     if dim > MAX_HEAD_DIM:
         raise AttentionInputError(f"head size {dim} is more than the kernels' {MAX_HEAD_DIM}")
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
+    if any(tensor.stride(-1) != 1 for tensor in every):
         raise AttentionInputError("the numbers of a head must be consecutive in memory")
 
 
