@@ -1,11 +1,12 @@
 """A server under fire: a real OpenAI client against ``chai serve``, on a CPU.
 
 Every request is sent twice: one by one, then all mixed, many at once, together with clients that
-leave in the middle of an answer and bodies that are wrong. Answers must be the same both times,
-wrong bodies get 4xx and a message, and in the end no page of the K,V cache is in use. The cache is
-so small that requests are preempted. Greedy and in float32; where rounding, which depends on the
-batch, tips two tokens that are almost equally likely, the difference of their log-probabilities is
-reported.
+leave in the middle of an answer and bodies that are wrong. Then a crowd: one body with as many
+prompts as run at once, which fit in the small K,V cache, while their answers do not, so that some
+are preempted however slow the client is. Answers must be the same as alone, wrong bodies get 4xx
+and a message, and in the end no page of the cache is in use. Greedy and in float32; where rounding,
+which depends on the batch, tips two tokens that are almost equally likely, the difference of their
+log-probabilities is reported.
 
     python benchmarks/serving_soak.py --out soak.json            # SmolLM2, 300 requests, 32 at once
     python benchmarks/serving_soak.py --membership static --out static.json
@@ -34,6 +35,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "LICENSE"  # of the prompts: a text that does not change
+PAGE = 32  # tokens
+EVERY = 8  # requests between wrong bodies
 NEAR = 1e-3  # nats between two tokens that rounding may tip
 QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -61,10 +65,17 @@ WRONG: list[tuple[str, str]] = [
 class Request:
     """What a client asks for; ``leaves`` after so many tokens if it does not wait for the end."""
 
-    prompt: str
+    prompt: str | list[int]
     tokens: int
-    stream: bool
+    stream: bool = False
     leaves: int | None = None
+
+    def body(self, model: str) -> dict[str, Any]:
+        """Arguments of a completion."""
+        return {
+            "model": model, "prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0,
+            "logprobs": 2, "extra_body": {"ignore_eos": True},
+        }  # fmt: skip
 
 
 def requests_of(count: int, text: str, longest: int, seed: int) -> list[Request]:
@@ -78,6 +89,13 @@ def requests_of(count: int, text: str, longest: int, seed: int) -> list[Request]
         stream = leaves is not None or chosen.random() < 0.5
         made.append(Request(text[start : start + size], chosen.randint(6, 40), stream, leaves))
     return made
+
+
+def crowd_of(count: int, pages: int, tokens: list[int]) -> list[Request]:
+    """Requests of equal lengths whose answers do not fit in ``pages`` together."""
+    each = max(1, pages // count)
+    starts = random.Random(7).sample(range(len(tokens) - each * PAGE), count)
+    return [Request(tokens[start : start + each * PAGE - 4], 2 * PAGE) for start in starts]
 
 
 class Server:
@@ -124,6 +142,21 @@ class Server:
         names = ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting")
         return {name: found[name] for name in names}
 
+    def client(self) -> Any:
+        """An OpenAI client of this server."""
+        from openai import AsyncOpenAI
+
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
+
+    def tokens_of(self, model: str, text: str) -> list[int]:
+        """``text`` as the server's tokenizer reads it."""
+        body = json.dumps({"model": model, "prompt": text}).encode()
+        sent = urllib.request.Request(
+            f"{self.url}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(sent, timeout=60) as got:
+            return list(json.load(got)["tokens"])
+
     def idle(self, seconds: float = 60) -> dict[str, float]:
         """Wait until nothing is in use; what still is."""
         end = time.time() + seconds
@@ -151,10 +184,7 @@ def running(
 
 async def answer(client: Any, model: str, request: Request) -> dict[str, Any] | None:
     """One completion: its text and tokens with their two best log-probabilities; None if left."""
-    options = {
-        "model": model, "prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0,
-        "logprobs": 2, "extra_body": {"ignore_eos": True},
-    }  # fmt: skip
+    options = request.body(model)
     parts: list[Any] = []
     if request.stream:
         async with await client.completions.create(**options, stream=True) as stream:
@@ -166,6 +196,19 @@ async def answer(client: Any, model: str, request: Request) -> dict[str, Any] | 
                     return None
     else:
         parts = (await client.completions.create(**options)).choices
+    return read(parts)
+
+
+async def in_one_body(server: Server, model: str, requests: list[Request]) -> list[dict[str, Any]]:
+    """The completions of requests that ask for equally many tokens, sent as one body."""
+    options = requests[0].body(model) | {"prompt": [request.prompt for request in requests]}
+    async with server.client() as client:
+        choices = (await client.completions.create(**options)).choices
+    return [read([choice]) for choice in sorted(choices, key=lambda choice: choice.index)]
+
+
+def read(parts: list[Any]) -> dict[str, Any]:
+    """One answer from its parts."""
     tops = [top for part in parts for top in part.logprobs.top_logprobs]
     gaps = [max(top.values()) - min(top.values()) for top in tops]
     tokens = [token for part in parts for token in part.logprobs.tokens]
@@ -195,18 +238,15 @@ def wrong_body(server: Server, model: str, number: int) -> str | None:
 async def mixed(
     server: Server, model: str, requests: list[Request], at_once: int
 ) -> tuple[list[dict[str, Any] | None], list[str]]:
-    """All requests, ``at_once`` at a time, and a wrong body after every eighth."""
-    from openai import AsyncOpenAI
-
+    """All requests, ``at_once`` at a time, and a wrong body beside every eighth."""
     gate = asyncio.Semaphore(at_once)
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0,
-                           timeout=600) as client:  # fmt: skip
+    async with server.client() as client:
 
         async def one(number: int, request: Request) -> tuple[Any, str | None]:
             async with gate:
                 problem = None
-                if number % 8 == 0:
-                    problem = await asyncio.to_thread(wrong_body, server, model, number // 8)
+                if number % EVERY == 0:
+                    problem = await asyncio.to_thread(wrong_body, server, model, number // EVERY)
                 return await answer(client, model, request), problem
 
         done = await asyncio.gather(*(one(*each) for each in enumerate(requests)))
@@ -231,32 +271,36 @@ def compare(
     return same, different
 
 
-def soak(server: Server, model: str, requests: list[Request], at_once: int) -> dict[str, Any]:
+def soak(
+    server: Server, model: str, requests: list[Request], crowd: list[Request], at_once: int
+) -> dict[str, Any]:
     """Run everything and report."""
     before = server.idle()
     staying = [Request(each.prompt, each.tokens, each.stream) for each in requests]
-    alone, problems = asyncio.run(mixed(server, model, staying, 1))
+    alone, problems = asyncio.run(mixed(server, model, staying + crowd, 1))
     order = list(range(len(requests)))
     random.Random(5).shuffle(order)
     start = time.perf_counter()
     got, more = asyncio.run(mixed(server, model, [requests[i] for i in order], at_once))
     spent = time.perf_counter() - start
-    together = [None] * len(requests)
-    for place, found in zip(order, got, strict=True):
-        together[place] = found
-    same, different = compare(requests, alone, together)
+    together = [got[order.index(number)] for number in range(len(requests))]
+    preempted = server.metrics()["num_preemptions_total"]
+    crowded = asyncio.run(in_one_body(server, model, crowd))
+    same, different = compare(requests + crowd, alone, together + crowded)
     counted = server.metrics()
     return {
         "requests": len(requests),
         "at_once": at_once,
         "left_early": sum(each.leaves is not None for each in requests),
         "seconds_at_once": round(spent, 1),
+        "crowd": len(crowd),
         "equal": same,
         "different": different,
-        "wrong_bodies": 2 * -(-len(requests) // 8),
+        "wrong_bodies": -(-len(staying + crowd) // EVERY) - (-len(requests) // EVERY),
         "problems": problems + more,
-        "preemptions": counted.get("num_preemptions_total", 0),
-        "prefix_cache_hits": counted.get("prefix_cache_hits_total", 0),
+        "preemptions": preempted,
+        "preemptions_in_crowd": counted["num_preemptions_total"] - preempted,
+        "prefix_cache_hits": counted["prefix_cache_hits_total"],
         "in_use_before": before,
         "in_use_after": server.idle(),
     }
@@ -294,7 +338,7 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="vLLM without clusters")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--at-once", type=int, default=32)
-    parser.add_argument("--pages", type=int, default=90, help="of the K,V cache, 32 tokens each")
+    parser.add_argument("--pages", type=int, default=90, help="of the K,V cache")
     parser.add_argument("--longest", type=int, default=700, help="letters of a prompt")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
@@ -308,13 +352,14 @@ def main() -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += [
         "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(options.at_once),
-        "--block-size", "32", "--num-gpu-blocks-override", str(options.pages), "--enforce-eager",
-        "--max-num-batched-tokens", "2048", "--disable-uvicorn-access-log",
+        "--block-size", str(PAGE), "--num-gpu-blocks-override", str(options.pages),
+        "--max-num-batched-tokens", "2048", "--enforce-eager", "--disable-uvicorn-access-log",
     ]  # fmt: skip
-    text = "".join(path.read_text() for path in sorted(ROOT.glob("docs/*.md")))
+    text = TEXT.read_text()
     requests = requests_of(options.requests, text, options.longest, 11)
     with running(command, options.work / "server.log") as server:
-        report = soak(server, model, requests, options.at_once)
+        crowd = crowd_of(options.at_once, options.pages, server.tokens_of(model, text))
+        report = soak(server, model, requests, crowd, options.at_once)
     report["server"] = "stock" if options.stock else "chai"
     print(json.dumps(report, indent=1))
     if options.out is not None:

@@ -30,11 +30,11 @@ def test_answers_do_not_depend_on_what_else_goes_on(tiny, tmp_path) -> None:
     # pages stayed in use
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    staying = REQUESTS - report["left_early"]
+    staying = REQUESTS - report["left_early"] + AT_ONCE
     assert report["equal"] + len(report["different"]) == staying
     assert report["equal"] >= staying - 1  # but for two tokens that are almost equally likely
     assert report["left_early"] > 3
-    assert report["wrong_bodies"] == 2 * REQUESTS / 8
-    assert report["preemptions"] > 0
+    assert report["wrong_bodies"] == (2 * REQUESTS + AT_ONCE) / 8
+    assert report["preemptions_in_crowd"] > 0  # how many are among the mixed depends on the machine
     for used in (report["in_use_before"], report["in_use_after"]):
         assert not any(used.values())
