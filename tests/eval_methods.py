@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import contextmanager, nullcontext
 
 import torch
 import transformers as tf
 from transformers.cache_utils import DynamicCache
 
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import attention_modules
 from chai_attention.profile import ClusterProfile
 from tiny_models import COMMON, CONFIGS
+from tiny_tokenizer import tiny_tokenizer
 
 LENGTH = 512
 
@@ -24,6 +28,11 @@ def eval_model(family):
     config.max_position_embeddings = LENGTH
     config.initializer_range = 0.2
     return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def load(family):
+    """The same with its tokenizer, for processes of their own."""
+    return eval_model(family), tiny_tokenizer()
 
 
 class Plain(Comparator):
@@ -95,6 +104,21 @@ class Clustered(Plain):
 
     def settings(self):
         return {"window": self.profile.window}
+
+
+class Failing(Plain):
+    """Fails where it is scored, in one of several ways."""
+
+    def __init__(self, name, how):
+        super().__init__(name)
+        self.how = how
+
+    def attached(self, model):
+        if self.how == "refuses":
+            raise EvaluationError("not this model")
+        if self.how == "breaks":
+            raise KeyError("broken")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arc_rows(count=7):

@@ -1,6 +1,7 @@
 """``chai eval`` from the command line, with a registry of its own."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -79,6 +80,16 @@ def test_a_profile_is_set_beside_the_model_and_a_second_run_measures_nothing(cha
     assert [names for names, _ in asked] == [("mha",)]
     code, again, err = chai(*arguments)
     assert (code, again, err, len(asked)) == (0, out, "", 1)
+
+
+def test_jobs_write_the_same_table(chai, asked, place):
+    arguments = options(place, "--compare", "own", "--profile", place / "profile.json")
+    _, alone, _ = chai(*arguments)
+    want = (place / "out" / "results.json").read_bytes()
+    shutil.rmtree(place / "out")
+    code, out, err = chai(*arguments, "--jobs", 2)
+    assert (code, out, err) == (0, alone, "")
+    assert (place / "out" / "results.json").read_bytes() == want
 
 
 def test_comparators_get_text_profile_and_saving(chai, asked, place):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,11 +33,11 @@ from chai_attention.benchmarking.correctness import accuracy, require_right
 from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
 from chai_attention.membership import Membership
+from chai_attention.progress import Progress
 
 SCHEMA_VERSION = 1
 OUT_OF_CACHE = 2  # inputs of all calls together, in sizes of the L2 cache
 L2_BYTES = 50 * 2**20  # where torch does not tell
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,12 +35,12 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import enabled, saved_weight_bytes
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress
 
 SCHEMA_VERSION = 1
 UNFUSED, FUSED, WHOLE, CLUSTERED = "unfused", "fused", "k = H", "CHAI"
 RUNS = (UNFUSED, FUSED, WHOLE, CLUSTERED)
 _TRANSFORMERS_NAMES = {UNFUSED: "eager", FUSED: "sdpa"}
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.budget import largest_within
 from chai_attention.calibration.candidates import Candidates, units_name
-from chai_attention.calibration.evidence import EvidenceStore, Progress, quiet
+from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.texts import windows_of
 from chai_attention.errors import CalibrationError
@@ -21,6 +21,7 @@ from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, 
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress, quiet
 
 DEFAULT_LENGTH = 256
 DEFAULT_SAMPLES = {False: 1024, True: 256}  # a backward pass costs three forwards

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,12 +11,7 @@ from chai_attention.calibration.costs import SCORES, Near, OffsetStatistics, col
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.integrations.transformers.support import describe
-
-Progress = Callable[[str, int, int], None]
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+from chai_attention.progress import Progress, quiet
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import DEFAULT_SAMPLES, calibrate, window_length
-from chai_attention.calibration.evidence import Progress
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import (
     Source,
@@ -26,6 +25,7 @@ from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress
 
 START, CONTENT = "start", "content"
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from chai_attention.cli import options
+from chai_attention.progress import Progress
 
 bench_app = typer.Typer(
     help="Measure attention or a whole model beside baselines and the ideal; results are checked "
@@ -196,7 +197,7 @@ def _config(name: str) -> Any:
 
 
 def _report(
-    measure: Callable[[Callable[[str, int, int], None]], dict[str, Any]],
+    measure: Callable[[Progress], dict[str, Any]],
     tables: Callable[[dict[str, Any]], Sequence[Any]],
     draw: Callable[[dict[str, Any], Path], Path],
     out: Path | None,

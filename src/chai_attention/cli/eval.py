@@ -79,6 +79,12 @@ def eval_command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 16,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Processes that score side by side, each with the model, over all GPUs.", min=1
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of every choice.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
@@ -87,11 +93,14 @@ def eval_command(
     from chai_attention.integrations.lm_eval import require
 
     require()
+    from functools import partial
+
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
+    from chai_attention.evaluation.side_by_side import Processes
     from chai_attention.evaluation.table import LEGEND, rich_tables
     from chai_attention.evaluation.tasks import task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model
@@ -107,7 +116,8 @@ def eval_command(
         seed=seed,
     )
     sources = task_sources(task_names(tasks), data, text, seed)
-    loaded, tokenizer = load_model(model, dtype, device)
+    load = partial(load_model, model, dtype, device)
+    loaded, tokenizer = load()
     what = Evaluation(
         model=Path(model).name,
         names=comparator_names(
@@ -131,6 +141,7 @@ def eval_command(
             tokenizer,
             what,
             prepare(loaded, tokenizer, calibration, progress),
+            processes=Processes(jobs, load) if jobs > 1 else None,
             progress=progress,
             on_redo=lambda path, why: typer.echo(f"measured anew: {path}: {why}", err=True),
         )

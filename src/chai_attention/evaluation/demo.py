@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,12 +12,11 @@ from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, 
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.writing import Written, encode_prompt, write
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress, quiet
 
 LENGTH = 256
 CALIBRATION_WINDOWS = 32
 TEST_WINDOWS = 32
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def run_demo(
     source: str,
     max_new_tokens: int = 96,
     save: float | None = 0.1,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = quiet,
 ) -> DemoResult:
     """Calibrate on one half of ``texts``, measure on the other, and generate twice.
 

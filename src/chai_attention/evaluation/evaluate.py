@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.runs import Redo, Result, RunFolder
 from chai_attention.evaluation.scorer import MHA, Scorer, run_settings
+from chai_attention.evaluation.side_by_side import Job, Processes, score_side_by_side
 from chai_attention.evaluation.table import build_table, write_table
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.lm_eval import require
+from chai_attention.progress import Progress, quiet
 
 Prepare = Callable[[Sequence[str]], Mapping[str, Comparator]]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def evaluate(
     what: Evaluation,
     prepare: Prepare,
     *,
-    progress: Progress = lambda what, done, total: None,
+    processes: Processes | None = None,
+    progress: Progress = quiet,
     on_redo: Redo = lambda path, reason: None,
 ) -> dict[str, Any]:
     """Score every comparator on every task and write the table.
@@ -68,6 +70,7 @@ def evaluate(
         what: tasks, comparators and settings.
         prepare: makes comparators by name, fitted where they need it; it is called once, with
             those that have something left to score.
+        processes: that score side by side; None: this one scores.
         progress: called with (what is going on, items done, items in all).
         on_redo: called with a file that cannot be used and the reason.
 
@@ -105,25 +108,55 @@ def evaluate(
                 asked = {**asked_of(name, what), "settings": made[name].settings()}
                 if (name, task) in results and folder.get(run, settings, asked) is None:
                     del results[name, task]
+        jobs = [
+            Job(made[name], asked_of(name, what), source)
+            for name in waiting
+            for source in what.sources
+            if (name, source.name) not in results
+        ]
         scorer = Scorer(model, tokenizer, run, what.limit)
-        todo = [(n, s) for n in waiting for s in what.sources if (n, s.name) not in results]
-        total = sum(scorer.items(source) for _, source in todo)
-        done = 0
-        for name, source in todo:
-            count = scorer.items(source)
-
-            def report(part: int, whole: int, name: str = name, task: str = source.name) -> None:
-                at = done + count * part // max(1, whole)  # noqa: B023
-                progress(f"{name}: {task}", at, total)
-
-            report(0, 1)
-            result = scorer.score(made[name], asked_of(name, what), source, report)
+        if processes is None:
+            scored = _in_turn(scorer, jobs, progress)
+        else:
+            scored = _side_by_side(scorer, processes, run, what.limit, jobs, progress)
+        for result in scored:
             folder.put(result)
-            results[name, source.name] = result
-            done += count
+            results[result.comparator, result.task] = result
     table = build_table(run, names, tuple(tasks), results)
     write_table(table, what.out)
     return table
+
+
+def _in_turn(scorer: Scorer, jobs: Sequence[Job], progress: Progress) -> Iterator[Result]:
+    done, total = 0, sum(scorer.items(job.source) for job in jobs)
+    for job in jobs:
+        count = scorer.items(job.source)
+
+        def report(part: int, whole: int, title: str = job.title) -> None:
+            progress(title, done + count * part // max(1, whole), total)  # noqa: B023
+
+        report(0, 1)
+        yield scorer.score(job.method, job.asked, job.source, report)
+        done += count
+
+
+def _side_by_side(
+    scorer: Scorer,
+    processes: Processes,
+    run: Mapping[str, Any],
+    limit: int | None,
+    jobs: Sequence[Job],
+    progress: Progress,
+) -> Iterator[Result]:
+    items = {job.source.name: scorer.items(job.source) for job in jobs}
+    # what acts on a cache is scored one context at a time
+    longest = sorted(jobs, key=lambda job: (not job.method.needs_cache, -items[job.source.name]))
+    done, total = 0, sum(items[job.source.name] for job in jobs)
+    progress("side by side", done, total)
+    for result in score_side_by_side(processes, run, limit, longest):
+        done += items[result.task]
+        progress(f"done: {result.comparator}: {result.task}", done, total)
+        yield result
 
 
 def asked_of(name: str, what: Evaluation) -> dict[str, Any]:

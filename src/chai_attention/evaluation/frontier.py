@@ -20,6 +20,7 @@ from chai_attention.evaluation.points import FrontierError, Point, PointFile, ke
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress, quiet
 
 SAVE, REMOVED = "save", "removed"
 TOKENS_PER_BATCH = 2048
@@ -40,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 Recipe = Mapping[str, Any] | ClusterProfile
-Progress = Callable[[str, int, int], None]
 Refusal = Callable[[str, float, CalibrationError], None]
 
 
@@ -90,7 +90,7 @@ def frontier(
     file: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
     on_refusal: Refusal | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = quiet,
 ) -> list[Point]:
     """Measure what every recipe costs at every budget, on every text and context length.
 

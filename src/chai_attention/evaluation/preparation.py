@@ -18,8 +18,7 @@ from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
 from chai_attention.evaluation.scorer import MHA
 from chai_attention.profile import ClusterProfile
-
-Progress = Callable[[str, int, int], None]
+from chai_attention.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ that the first tokens of a request show are those of the whole request.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,10 @@ from chai_attention.evaluation.redundancy_files import (
     Stability,
 )
 from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.progress import Progress, quiet
 
 FIRST = 5  # tokens that decide a membership in the paper
 NAME_LENGTH = 40  # characters of a text that name it
-Progress = Callable[[str, int, int], None]
 Shown = tuple[str, Tensor, list[str]]  # name, tokens [1, T], tokens as text
 
 
@@ -102,7 +102,7 @@ def study(
     cells: int = 48,
     seed: int = 0,
     batch_size: int = 4,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = quiet,
 ) -> Redundancy:
     """Study a model on requests of equal length.
 

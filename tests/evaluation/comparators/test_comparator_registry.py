@@ -1,5 +1,7 @@
 """Every comparator by name: made, attached, taken off, the same twice."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -36,6 +38,8 @@ def test_every_comparator_runs_and_leaves_no_trace_even_after_an_error(family):
         with comparator.attached(model):
             inside = logits(model, batch())
         assert inside.isfinite().all()
+        with pickle.loads(pickle.dumps(comparator)).attached(model):  # as another process gets it
+            assert torch.equal(logits(model, batch()), inside)
         assert 0 < comparator.kv_share(model, 21) <= 1
         with pytest.raises(KeyError), comparator.attached(model):
             raise KeyError(name)
@@ -135,7 +139,7 @@ def test_a_table_of_all_says_what_it_leaves_out_and_keeps_what_is_asked_for_by_n
 
 def test_all_leaves_out_rivals_that_cannot_run_the_model(monkeypatch):
     class Refusing:
-        def prepare(self, model, tokens):
+        def prepare(self, model, tokens, progress=None):
             raise UnsupportedModelError("not this one")
 
     monkeypatch.setattr(registry, "_rival", lambda *arguments: Refusing())

@@ -1,5 +1,7 @@
 """Quantised caches: bytes held, errors, and answers by the definition."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -207,7 +209,7 @@ def test_answers_help_to_decide_memberships_after_short_contexts_only():
 @pytest.mark.parametrize("context", [8, 30])
 def test_rows_share_calls_and_see_neither_each_other_nor_padding(quantiser, name, context):
     model, tokens = tiny_model("llama"), sequence(context + 9)
-    method = quantised_comparator(name, RECENT)
+    method = pickle.loads(pickle.dumps(quantised_comparator(name, RECENT)))  # to another process
     assert not method.looks_ahead(context - 1)
     other = torch.cat([tokens[:context], tokens[-3:], torch.zeros(6, dtype=torch.long)])
     with method.attached(model):

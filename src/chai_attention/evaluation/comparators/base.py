@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from chai_attention.progress import Progress, quiet
+
 
 class Comparator(ABC):
     """One row of a quality table.
 
     Comparators need only be right, not fast: most of them compute what their method would keep or
-    skip, without the memory or time that a serving implementation would save.
+    skip, without the memory or time that a serving implementation would save. They can be pickled:
+    processes that score side by side get one that is prepared.
 
     Attributes:
         name: the row's name, which is also the name of its results.
@@ -30,14 +33,17 @@ class Comparator(ABC):
     source: ClassVar[str]
     needs_cache: ClassVar[bool] = False
 
-    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    def prepare(
+        self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
+    ) -> None:
         """Fit what the method learns offline; the same input gives the same result.
 
         Args:
             model: a causal language model, not yet changed.
             tokens: calibration windows, each ``[S]`` int64, which the test items are not part of.
+            progress: called with (what is going on, done, in all).
         """
-        del model, tokens
+        del model, tokens, progress
 
     @abstractmethod
     def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:

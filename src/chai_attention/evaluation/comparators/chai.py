@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.calibrate import calibrate
-from chai_attention.calibration.evidence import quiet
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
@@ -19,6 +18,7 @@ from chai_attention.evaluation.profiled import profile_digest
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress, quiet
 
 # name -> arguments of `calibrate`
 RECIPES: dict[str, dict[str, Any]] = {
@@ -46,20 +46,13 @@ class Chai(Comparator):
         save: share of the K,V bytes per token to save, in place of the elbow and of the
             default's promise about the loss.
         seed: of the calibration.
-        progress: called with (what is going on, windows done, windows in all).
     """
 
     source = "Agarwal et al., ICML 2024 (CHAI), sections 3.2 and 3.3; default: docs/guide.md"
 
-    def __init__(
-        self,
-        name: str,
-        save: float | None = None,
-        seed: int = 0,
-        progress: Callable[[str, int, int], None] = quiet,
-    ):
+    def __init__(self, name: str, save: float | None = None, seed: int = 0):
         self.name = name
-        self._save, self._seed, self._progress = save, seed, progress
+        self._save, self._seed = save, seed
         self._profile: ClusterProfile | None = None
 
     @property
@@ -73,7 +66,9 @@ class Chai(Comparator):
             raise EvaluationError(f"prepare the comparator {self.name} first: it needs a profile")
         return self._profile
 
-    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    def prepare(
+        self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
+    ) -> None:
         """Calibrate on ``tokens``, windows of one length.
 
         Raises:
@@ -88,7 +83,7 @@ class Chai(Comparator):
             length=windows.shape[1],
             seed=self._seed,
             source="calibration text of the evaluation",
-            progress=self._progress,
+            progress=progress,
             **self._arguments(describe(model)),
         )
 

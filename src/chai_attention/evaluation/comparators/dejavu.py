@@ -12,7 +12,7 @@ predictor of it can reach. Sparsity of MLP blocks is left out: this compares way
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.calibration.evidence import quiet
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.head_predictor import (
@@ -33,6 +32,7 @@ from chai_attention.evaluation.comparators.head_predictor import (
 )
 from chai_attention.integrations.transformers.intervene import edited_heads
 from chai_attention.integrations.transformers.support import describe
+from chai_attention.progress import Progress, quiet
 
 
 class DejaVu(Comparator):
@@ -44,7 +44,6 @@ class DejaVu(Comparator):
     Args:
         share: of the heads to leave out, above 0 and below 1.
         predictors: fitted once for all shares; None for the oracle.
-        progress: called with (what is going on, done, in all) while they are fitted.
 
     Raises:
         EvaluationError: a share that is none.
@@ -52,22 +51,19 @@ class DejaVu(Comparator):
 
     source = "Liu et al., ICML 2023 (Deja Vu), contextual sparsity of attention heads"
 
-    def __init__(
-        self,
-        share: float,
-        predictors: HeadPredictors | None,
-        progress: Callable[[str, int, int], None] = quiet,
-    ):
+    def __init__(self, share: float, predictors: HeadPredictors | None):
         if not 0 < share < 1:
             raise EvaluationError(f"a share of heads is above 0 and below 1, not {share:g}")
         kind = "dejavu-oracle" if predictors is None else "dejavu"
         self.name = f"{kind}-{round(100 * share)}"
-        self._share, self._predictors, self._progress = share, predictors, progress
+        self._share, self._predictors = share, predictors
 
-    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    def prepare(
+        self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
+    ) -> None:
         """Train the predictors, unless another share has done so."""
         if self._predictors is not None and not self._predictors.fitted:
-            self._predictors.fit(model, tokens, self._progress)
+            self._predictors.fit(model, tokens, progress)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:

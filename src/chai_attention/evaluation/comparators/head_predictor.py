@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.calibration.evidence import quiet
 from chai_attention.evaluation.comparators.chai import stacked
 from chai_attention.integrations.transformers.intervene import edited_heads
 from chai_attention.integrations.transformers.support import (
@@ -16,6 +15,7 @@ from chai_attention.integrations.transformers.support import (
     describe,
     output_weight,
 )
+from chai_attention.progress import Progress, quiet
 
 SAMPLES = 8192  # tokens that predictors learn from
 WIDTH = 128  # hidden units of a predictor
@@ -70,7 +70,7 @@ class HeadPredictors:
         self,
         model: PreTrainedModel,
         tokens: Sequence[Tensor],
-        progress: Callable[[str, int, int], None] = quiet,
+        progress: Progress = quiet,
     ) -> None:
         """Train on tokens sampled from windows ``[S]`` of text."""
         inputs, importance = self._collect(model, stacked(tokens), progress)
@@ -91,7 +91,7 @@ class HeadPredictors:
         self,
         model: PreTrainedModel,
         windows: Tensor,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> tuple[Tensor, Tensor]:
         """Inputs ``[L, N, E]`` in the model's dtype, log-importance ``[L, N, H]``; on the CPU."""
         shape, of = describe(model), Importance(model)
@@ -125,7 +125,7 @@ class HeadPredictors:
         inputs: Tensor,
         importance: Tensor,
         device: torch.device,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         draw = torch.Generator().manual_seed(self.seed)
         layers, samples, size = inputs.shape

@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers.support import attention_modules, describe
+from chai_attention.progress import Progress, quiet
 
 THINK_CHANNELS = 0.4  # share of K's channels that ThinK's paper removes
 SNAPKV_TOKENS = 0.5  # share of the prompt that SnapKV removes, without a budget
@@ -51,9 +52,11 @@ class Press(Comparator):
         if save is not None and not 0 < save < 1:
             raise EvaluationError(f"save is a share above 0 and below 1, not {save:g}")
         self._save = save
-        self._library = load_kvpress()
+        load_kvpress()  # raises now where it is missing
 
-    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    def prepare(
+        self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
+    ) -> None:
         """Learn nothing; refuse a model that the method cannot run."""
         self._check(model)
 
@@ -70,6 +73,10 @@ class Press(Comparator):
     @abstractmethod
     def press_for(self, tokens: int, channels: int) -> Any:
         """Return kvpress's press for a prompt of ``tokens`` and heads of size ``channels``."""
+
+    @property
+    def _library(self) -> Any:
+        return load_kvpress()
 
     def settings(self) -> Mapping[str, Any]:
         """The budget."""

@@ -28,6 +28,7 @@ from chai_attention.evaluation.profiled import decides_late, narrowed_share, pro
 from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Progress, quiet
 
 FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
@@ -50,7 +51,9 @@ class Quantised(Comparator):
         self.name = f"quant{bits}"
         self._bits = bits
 
-    def prepare(self, model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    def prepare(
+        self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
+    ) -> None:
         """Learn nothing; refuse a model that the method cannot run."""
         _group(describe(model))
 

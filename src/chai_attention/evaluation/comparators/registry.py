@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.calibration.evidence import quiet
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES, Chai
@@ -22,8 +21,7 @@ from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
 from chai_attention.evaluation.profiled import PROFILE, Profiled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
-
-Progress = Callable[[str, int, int], None]
+from chai_attention.progress import Progress, quiet
 
 # percent of heads that DejaVu leaves out
 _DEJAVU = {f"dejavu-{percent}": percent / 100 for percent in (10, 30, 50)}
@@ -137,7 +135,7 @@ class _Workshop:
         if name == "default":
             return self._default
         made = self._make(name)
-        made.prepare(self._model, self._tokens)
+        made.prepare(self._model, self._tokens, self._progress)
         return made
 
     def _make(self, name: str) -> Comparator:
@@ -148,11 +146,11 @@ class _Workshop:
                 raise EvaluationError(f"the comparator {PROFILE} needs a profile")
             return Profiled(self._given)
         if name in RECIPES:
-            return Chai(name, self._save, self._seed, self._progress)
+            return Chai(name, self._save, self._seed)
         if name == "random":
             return RandomHeads(self._profile, self._seed)
         if name in _DEJAVU:
-            return DejaVu(_DEJAVU[name], self._predictors, self._progress)
+            return DejaVu(_DEJAVU[name], self._predictors)
         if name in _ORACLE:
             return DejaVu(_ORACLE[name], None)
         if name in VARIANTS:
@@ -163,8 +161,8 @@ class _Workshop:
 
     @cached_property
     def _default(self) -> Chai:
-        made = Chai("default", self._save, self._seed, self._progress)
-        made.prepare(self._model, self._tokens)
+        made = Chai("default", self._save, self._seed)
+        made.prepare(self._model, self._tokens, self._progress)
         return made
 
     @property
