@@ -43,8 +43,22 @@ def test_options_of_vllm_are_heeded() -> None:
     assert two.clustered.block_bytes == plain.clustered.block_bytes
     narrow = estimate_config(LLAMA_7B, "llama-7b", ["--kv-cache-dtype=fp8"], 80 * GB)
     assert narrow.clustered.block_bytes * 2 == plain.clustered.block_bytes
-    assert narrow.budget == plain.budget
+    # prompts are read in copies: of 4 + 32 heads, one layer at a time
+    assert plain.budget.cache - narrow.budget.cache == (8192 + 2048) * (4 + 32) * 128 * 2
+    assert narrow.full.tokens == 2 * plain.full.tokens
+    for written, tokens in (("1k", 1000), ("1.5K", 1536), ("auto", 2048), ("-1", 2048)):
+        options = [
+            "--kv-cache-dtype",
+            "fp8",
+            "--max-num-batched-tokens=4K",
+            "--max-model-len",
+            written,
+        ]
+        found = estimate_config(LLAMA_7B, "llama-7b", options, 80 * GB)
+        assert found.budget.copies == (4096 + tokens) * (4 + 32) * 128 * 2
     assert option_value(["--a", "1", "--b=2"], "--b") == "2"
+    with pytest.raises(ChaiError, match="--max-model-len is a number, not 'long'"):
+        estimate_config(LLAMA_7B, "llama-7b", ["--max-model-len", "longk"], 80 * GB)
     with pytest.raises(ChaiError, match="--max-num-seqs is a number"):
         estimate_config(LLAMA_7B, "llama-7b", ["--max-num-seqs", "many"], 80 * GB)
 

@@ -11,6 +11,16 @@ from chai_attention.ops.narrow import widen_pages
 MOST_TOKENS = 32768
 
 
+def copied_tokens(batch_tokens: int, longest: int) -> int:
+    """For how many tokens of pages there has to be room.
+
+    Args:
+        batch_tokens: of a step, vLLM's ``max_num_batched_tokens``.
+        longest: of a request, its ``max_model_len``.
+    """
+    return min(batch_tokens + longest, MOST_TOKENS)
+
+
 class PageCopies:
     """Memory for copies of pages, which the layers of a model use one after the other.
 

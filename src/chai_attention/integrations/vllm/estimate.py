@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.profile import ClusterProfile
 
@@ -37,17 +38,20 @@ class Budget:
         weights: the model's, of one rank.
         activations: of the largest batch, roughly.
         windows: K of the exact recent windows of all requests.
+        copies: of 8-bit pages, for prompts.
     """
 
     total: int
     weights: int
     activations: int
     windows: int
+    copies: int
 
     @property
     def cache(self) -> int:
         """What is left for K and V."""
-        return self.total - self.weights - self.activations - self.windows - RUNTIME
+        taken = self.weights + self.activations + self.windows + self.copies + RUNTIME
+        return self.total - taken
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def estimate(
     utilization: float = 0.92,
     requests: int = 256,
     batch_tokens: int = 8192,
+    longest: int = MOST_TOKENS,
     element_size: int = 2,
     cache_element_size: int | None = None,
     block: int = BLOCK,
@@ -131,6 +136,7 @@ def estimate(
         utilization: vLLM's ``--gpu-memory-utilization``.
         requests: its ``--max-num-seqs``.
         batch_tokens: its ``--max-num-batched-tokens``.
+        longest: its ``--max-model-len``.
         element_size: bytes of a number of hidden states and of the recent window.
         cache_element_size: the same of the K,V cache; None: as many.
         block: its ``--block-size``.
@@ -154,8 +160,17 @@ def estimate(
     activations = batch_tokens * hidden * 10 * element_size + requests * vocabulary * 8 // ranks
     total = int(gpu_bytes * utilization)
     weights = weight_bytes // ranks
+    cache_element_size = cache_element_size or element_size
+    copies = 0
+    if cache_element_size < element_size:
+        copied = [layer for layer in layers if not layer.plan.is_identity]
+        numbers = (
+            layer.layout(shape.head_dim, shape.head_dim).numbers_per_token for layer in copied
+        )
+        copies = copied_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
     budgets = [
-        Budget(total, weights, activations, windows) for windows in (0, window_bytes * requests)
+        Budget(total, weights, activations, 0, 0),
+        Budget(total, weights, activations, window_bytes * requests, copies),
     ]
     if min(budget.cache for budget in budgets) <= 0:
         raise ChaiError(
@@ -165,7 +180,7 @@ def estimate(
             + ": use more memory, more ranks or fewer requests (--max-num-seqs)"
         )
     full, clustered = (
-        capacity(kind, shape.head_dim, budget.cache, cache_element_size or element_size, block)
+        capacity(kind, shape.head_dim, budget.cache, cache_element_size, block)
         for kind, budget in zip((plain, layers), budgets, strict=True)
     )
     return Estimate(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chai_attention.integrations.transformers.support import describe
-from chai_attention.integrations.vllm.copies import MOST_TOKENS, PageCopies
+from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.integrations.vllm.options import mark, profile_of, refuse
 
@@ -76,13 +76,10 @@ class ServedModel:
     def copies(self, device: torch.device) -> PageCopies:
         """Memory for copies of 8-bit pages, shared by all layers."""
         if self._copies is None:
-            tokens = (
-                self.config.scheduler_config.max_num_batched_tokens
-                + self.config.model_config.max_model_len
-            )
-            self._copies = PageCopies(
-                min(tokens, MOST_TOKENS), self.config.model_config.dtype, device
-            )
+            model = self.config.model_config
+            batch_tokens = self.config.scheduler_config.max_num_batched_tokens
+            tokens = copied_tokens(batch_tokens, model.max_model_len)
+            self._copies = PageCopies(tokens, model.dtype, device)
         return self._copies
 
     def buffers(self, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from chai_attention.integrations.vllm.options import EIGHT_BITS
 from chai_attention.integrations.vllm.serving import option_value
 from chai_attention.profile import ClusterProfile
 
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
@@ -45,7 +46,8 @@ def estimate_config(
         vocabulary=text.vocab_size,
         utilization=_number(options, 0.92, "--gpu-memory-utilization"),
         requests=int(_number(options, 256, "--max-num-seqs")),
-        batch_tokens=int(_number(options, 8192, "--max-num-batched-tokens")),
+        batch_tokens=_tokens(options, 8192, "--max-num-batched-tokens"),
+        longest=_longest(options, text.max_position_embeddings),
         element_size=size,
         cache_element_size=1 if option_value(options, "--kv-cache-dtype") in EIGHT_BITS else size,
         block=int(_number(options, BLOCK, "--block-size")),
@@ -58,6 +60,24 @@ def parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _longest(options: Sequence[str], default: int) -> int:
+    """Tokens of the longest request; "auto" and -1 leave it to vLLM."""
+    name = "--max-model-len"
+    return (
+        default
+        if option_value(options, name) in ("auto", "-1")
+        else _tokens(options, default, name)
+    )
+
+
+def _tokens(options: Sequence[str], default: int, name: str) -> int:
+    """A whole number, which vLLM also takes with a suffix: 8k is 8,000, 8K is 8,192."""
+    text = option_value(options, name) or ""
+    if text[-1:] not in _SUFFIXES:
+        return int(_number(options, default, name))
+    return int(_number([name, text[:-1]], default, name) * _SUFFIXES[text[-1]])
 
 
 def _number(options: Sequence[str], default: float, *names: str) -> float:
