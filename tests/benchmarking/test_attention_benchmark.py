@@ -20,6 +20,7 @@ from chai_attention.benchmarking.clustered import (
     clustered_call,
     even_membership,
     random_inputs,
+    rounded_inputs,
 )
 from chai_attention.benchmarking.correctness import WrongResultError, accuracy
 
@@ -111,7 +112,10 @@ def test_a_profile_gives_memberships():
     assert bench._membership(request_of(), 2, 3).batch == 3
 
 
-LAYOUTS = [Layout(), Layout(recent=8, sinks=2), Layout(page=16), Layout(page=16, recent=8, sinks=2)]
+LAYOUTS = [
+    Layout(), Layout(recent=8, sinks=2), Layout(16), Layout(16, 8, 2), Layout(16, narrow=True),
+    Layout(16, 8, 2, narrow=True),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -123,11 +127,15 @@ def test_every_layout_is_right_and_checked(layout, case, kv_heads, clusters):
     if layout.page and layout.recent and case.kind == "prefill":
         pytest.skip("prefill over pages has no exact recent window")
     inputs = random_inputs(case, AttentionShape("", 8, kv_heads, 16), torch.float32, "cpu")
+    if layout.narrow:
+        whole, inputs = inputs, rounded_inputs(inputs)
     member = even_membership(8, clusters, 2, kv_heads)
     window = Layout() if member.is_identity else layout
     out = clustered_call(inputs, member, layout)()
     assert out.shape == (2, case.queries, 8, 16)
     assert accuracy(out, inputs, member, window).right
+    if layout.narrow:  # rounding would be seen
+        assert not accuracy(out, whole, member, window).right
     for row in (0, 1):  # the first and the last sequence are both looked at
         bad = out.clone()
         bad[row, -1, 3] += 0.01
@@ -155,6 +163,8 @@ def test_a_ring_remembers_what_decode_needs():
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(BenchmarkError, match="--paged needs CUDA"):
         run(layout=Layout(page=16))
+    with pytest.raises(BenchmarkError, match="--cache-dtype needs --paged"):
+        run(layout=Layout(narrow=True))
     on_gpu = {"device": "cuda", "cases": CASES}
     with pytest.raises(BenchmarkError, match="no exact recent window"):
         request_of(layout=Layout(16, 8, 2), **on_gpu).check()
@@ -315,6 +325,9 @@ def test_work_by_counting():
     assert prefill.flops == 2 * sum(range(1, 11)) * 8 * (1 + 4)
     near = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4)
     assert near.bytes - decode.bytes == 2 * 3 * 8 * 4 * 3
+    narrow = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4, stored_size=1)
+    pages = decode.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
+    assert narrow == Work(near.bytes - pages / 2, near.flops)
     whole = attention_work(Case("decode", 3, 10), shape, 4, 4, 2, near=4)
     assert whole == attention_work(Case("decode", 3, 10), shape, 4, 4, 2)
 

@@ -57,6 +57,12 @@ def test_recent():
             cases.parse_recent(text)
 
 
+def test_cache_dtypes():
+    assert (cases.parse_cache_dtype("auto"), cases.parse_cache_dtype("fp8")) == (False, True)
+    with pytest.raises(BenchmarkError, match="auto or fp8, not 'int8'"):
+        cases.parse_cache_dtype("int8")
+
+
 def test_dtypes_and_devices():
     assert cases.parse_dtypes("float32,bfloat16,float32") == (torch.float32, torch.bfloat16)
     with pytest.raises(BenchmarkError, match="--dtype is of"):

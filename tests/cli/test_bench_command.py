@@ -91,6 +91,7 @@ def test_profiles_give_clusters_and_windows(chai, tmp_path, folder):
         (("--dtype", "int8"), "--dtype is of float32"),
         (("--recent", "x"), "--recent is RECENT+SINKS"),
         (("--paged", 16), "--paged needs CUDA"),
+        (("--cache-dtype", "fp8"), "--cache-dtype needs --paged"),
         (("--paged", 0), "paged"),
         (("--profile", "other.json"), "2 layers in the profile, 3 in the model"),
         (("--profile", "none.json"), "no profile 'none.json'"),

@@ -28,11 +28,13 @@ from chai_attention.benchmarking.clustered import (
     clustered_call,
     even_membership,
     random_inputs,
+    rounded_inputs,
 )
 from chai_attention.benchmarking.correctness import accuracy, require_right
 from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
 from chai_attention.membership import Membership
+from chai_attention.ops.narrow import FLOAT8
 from chai_attention.progress import Progress
 
 SCHEMA_VERSION = 1
@@ -74,6 +76,8 @@ class AttentionRequest:
         """
         page, prefill = self.layout.page, any(case.kind == PREFILL for case in self.cases)
         if page is None:
+            if self.layout.narrow:
+                raise BenchmarkError("only pages hold 8-bit floats: --cache-dtype needs --paged")
             return
         if self.device != "cuda":
             raise BenchmarkError(
@@ -166,7 +170,8 @@ def _measure(
             accuracy(calls[-1](), inputs[-1], member, layout),
         )
         time = time_calls(calls, request.device, request.seconds)
-        work = attention_work(case, shape, clusters, member.kept_keys, dtype.itemsize, near)
+        stored = FLOAT8.itemsize if request.layout.narrow else None
+        work = attention_work(case, shape, clusters, member.kept_keys, dtype.itemsize, near, stored)
         ideal = work.ideal_us(ceilings)
         rows.append(
             {
@@ -227,7 +232,8 @@ def _rotating(request: AttentionRequest, case: Case, dtype: torch.dtype) -> list
         shape = request.shape
         each = 2 * dtype.itemsize * case.batch * shape.kv_heads * case.tokens * shape.head_dim
         count = -(-OUT_OF_CACHE * cache // each)
-    return [random_inputs(case, request.shape, dtype, request.device) for _ in range(count)]
+    made = [random_inputs(case, request.shape, dtype, request.device) for _ in range(count)]
+    return [rounded_inputs(one) for one in made] if request.layout.narrow else made
 
 
 def _membership(request: AttentionRequest, clusters: int, batch: int) -> Membership:

@@ -133,6 +133,17 @@ def parse_dtypes(text: str) -> tuple[torch.dtype, ...]:
     return tuple(DTYPES[name] for name in dict.fromkeys(names))
 
 
+def parse_cache_dtype(text: str) -> bool:
+    """Whether ``auto`` or ``fp8`` asks for 8-bit floats.
+
+    Raises:
+        BenchmarkError: something else.
+    """
+    if text not in ("auto", "fp8"):
+        raise BenchmarkError(f"--cache-dtype is auto or fp8, not {text!r}")
+    return text == "fp8"
+
+
 def name_of(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

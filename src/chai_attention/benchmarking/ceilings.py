@@ -78,6 +78,7 @@ def attention_work(
     kept_keys: int,
     element_size: int,
     near: int = 0,
+    stored_size: int | None = None,
 ) -> Work:
     """Least work of causal attention with clusters.
 
@@ -91,19 +92,14 @@ def attention_work(
         kept_keys: K heads that are held.
         element_size: bytes of a number.
         near: keys that every head sees with its own scores, recent and first ones together.
+        stored_size: bytes of a number of K and V of all tokens; None for ``element_size``.
     """
     tokens, heads, dim = case.tokens, shape.heads, shape.head_dim
     near = min(near, tokens) if clusters < heads else 0
     pairs = case.batch * (tokens if case.kind == DECODE else tokens * (tokens + 1) / 2)
     flops = 2 * pairs * dim * (clusters + heads)
     flops += 2 * case.batch * case.queries * near * dim * (heads - clusters)
-    states = (
-        case.batch
-        * dim
-        * (
-            tokens * (kept_keys + shape.kv_heads)
-            + near * (shape.kv_heads - kept_keys)
-            + case.queries * (clusters + heads)
-        )
-    )
-    return Work(float(states * element_size), float(flops))
+    stored = tokens * (kept_keys + shape.kv_heads)
+    others = near * (shape.kv_heads - kept_keys) + case.queries * (clusters + heads)
+    size = stored * (stored_size or element_size) + others * element_size
+    return Work(float(case.batch * dim * size), float(flops))

@@ -12,6 +12,7 @@ from torch import Tensor
 from chai_attention.benchmarking.cases import AttentionShape, Case
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
+from chai_attention.ops.narrow import as_stored, narrow, widen_pages
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import paged_prefill
@@ -47,14 +48,18 @@ class Layout:
         page: tokens of a page; None for dense caches.
         recent: w, last keys that every head sees with its own scores; 0 for none.
         sinks: s, first keys that it does.
+        narrow: whether pages hold 8-bit floats.
     """
 
     page: int | None = None
     recent: int = 0
     sinks: int = 0
+    narrow: bool = False
 
     def __str__(self) -> str:
         parts = ["dense" if self.page is None else f"pages of {self.page}"]
+        if self.narrow:
+            parts.append("8-bit floats")
         if self.recent:
             parts.append(f"exact {self.recent}+{self.sinks}")
         return ", ".join(parts)
@@ -73,6 +78,11 @@ def random_inputs(case: Case, shape: AttentionShape, dtype: torch.dtype, device:
             for heads, tokens in sizes
         )
     )
+
+
+def rounded_inputs(inputs: Inputs) -> Inputs:
+    """K and V as they are read back from 8-bit pages."""
+    return Inputs(inputs.query, as_stored(inputs.key), as_stored(inputs.value))
 
 
 def even_membership(
@@ -170,18 +180,30 @@ def _paged(
 
 def _paged_prefill(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
     batch, heads, queries, dim = inputs.query.shape
-    pages, lengths = _pages(stored, layout), _lengths(inputs)
+    (keys, values, table), lengths = _pages(stored, layout), _lengths(inputs)
     packed = inputs.query.transpose(1, 2).reshape(batch * queries, heads, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
 
-    def call() -> Tensor:
+    def attend(keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
         out, _ = paged_prefill(
-            packed, *pages, member, query_starts=starts, lengths=lengths, most_queries=queries,
-            scale=inputs.scale,
+            packed, keys, values, table, member, query_starts=starts, lengths=lengths,
+            most_queries=queries, scale=inputs.scale,
         )  # fmt: skip
         return out.view(batch, queries, heads, -1)
 
-    return call
+    if not layout.narrow:
+        return lambda: attend(keys, values, table)
+    # prompts read copies, as in a server
+    copied_keys, copied_values = (torch.empty_like(x, dtype=packed.dtype) for x in (keys, values))
+    used = table.flatten().long()
+    places = torch.arange(len(used), dtype=torch.int32, device=used.device).view_as(table)
+
+    def copy_and_attend() -> Tensor:
+        widen_pages(keys, used, copied_keys)
+        widen_pages(values, used, copied_values)
+        return attend(copied_keys, copied_values, places)
+
+    return copy_and_attend
 
 
 def _pages(stored: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,6 +213,8 @@ def _pages(stored: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     batch, device = stored.key.shape[0], stored.key.device
     order = torch.randperm(batch * count, device=device).view(batch, count)
     keys, values = (_in_pages(x, order, layout.page) for x in (stored.key, stored.value))
+    if layout.narrow:
+        keys, values = narrow(keys), narrow(values)
     return keys, values, order.to(torch.int32)
 
 

@@ -66,6 +66,10 @@ def attention_command(
         int | None,
         typer.Option(help="Keep K and V in pages of so many tokens (on a GPU).", min=1),
     ] = None,
+    cache_dtype: Annotated[
+        str,
+        typer.Option(help="Of pages: auto, the dtype, or fp8, 8-bit floats as a server has them."),
+    ] = "auto",
     recent: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +90,7 @@ def attention_command(
         default_clusters,
         default_dtypes,
         default_seconds,
+        parse_cache_dtype,
         parse_case,
         parse_clusters,
         parse_dtypes,
@@ -118,7 +123,7 @@ def attention_command(
         clusters=counts,
         dtypes=default_dtypes(device) if dtype is None else parse_dtypes(dtype),
         device=device,
-        layout=Layout(paged, *window),
+        layout=Layout(paged, *window, narrow=parse_cache_dtype(cache_dtype)),
         seconds=default_seconds(device) if seconds is None else seconds,
         seed=seed,
         representatives={} if chosen is None else profile_representatives(chosen),
