@@ -35,16 +35,19 @@ def chosen(device, *tensors, plain=False):
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype", "plain", "module"),
+    ("queries", "dtype", "plain", "native", "module"),
     [
-        (1, torch.float32, False, blocked),
-        (1, torch.float32, True, dense),
-        (1, torch.bfloat16, True, blocked),
-        (40, torch.bfloat16, True, dense),
-        (40, torch.float32, False, blocked),
+        (1, torch.float32, False, False, blocked),
+        (1, torch.float32, True, False, dense),
+        (1, torch.bfloat16, True, False, blocked),
+        (1, torch.bfloat16, True, True, dense),
+        (1, torch.bfloat16, False, True, blocked),
+        (40, torch.bfloat16, True, False, dense),
+        (40, torch.float32, False, False, blocked),
     ],
 )
-def test_the_cpu_has_two(queries, dtype, plain, module):
+def test_the_cpu_has_two(monkeypatch, queries, dtype, plain, native, module):
+    monkeypatch.setattr(dispatch.fused, "is_native", lambda dtype: native)
     q, k, v, _ = inputs(queries=queries, size=40, dtype=dtype)
     assert chosen("cpu", q, k, v, plain=plain) == (module, None)
 

@@ -3,12 +3,13 @@
 One block of scores and one softmax per cluster, then one product with the V of all its members;
 neither K nor the probabilities are ever copied per member head. Scores are computed in float32
 whatever the dtype, as fused attention does. V stored token-major (``[B, S, G, Dv]`` in memory)
-makes the V of a cluster one matrix ``[S, members * Dv]`` without a copy.
+makes the V of a cluster one matrix ``[S, members * Dv]`` without a copy. CPUs that multiply 16-bit
+numbers do some of it, or all, by `fused`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops import fused
 
 QUERY_BLOCK = 256  # rows of one score block in prefill: the block stays in the L2 cache
 KEY_BLOCK = 1024  # keys converted to float32 at a time in decode, for the same reason
@@ -27,6 +29,7 @@ DECODE_ROWS = 8  # up to this many queries, all clusters' scores are made before
 class _Cluster:
     """One cluster of one row, as host integers."""
 
+    slot: int  # place of its query
     key_place: int  # place of its K in the K cache
     heads: tuple[int, ...]  # member heads
     columns: tuple[int, ...]  # distinct places in the V cache, ascending
@@ -47,6 +50,7 @@ class _Tables:
     slots_per_key: int  # if the slots of every kept K head are consecutive and equally many
     slot: Tensor  # [H], slot of each head
     value_slot: Tensor  # [H], place in the V cache of each head
+    runs: tuple[fused.Run, ...]  # for `fused`
 
 
 @lru_cache(maxsize=4096)
@@ -60,10 +64,12 @@ def _tables(representatives: tuple[int, ...], kv_heads: int, kept: int) -> _Tabl
         heads = tuple(h for h, s in enumerate(slot) if s == place)
         columns = tuple(sorted({value_slot[h] for h in heads}))
         where = tuple(columns.index(value_slot[h]) for h in heads)
-        clusters.append(_Cluster(key_place, heads, columns, where))
+        clusters.append(_Cluster(place, key_place, heads, columns, where))
     each = len(key_places) // kept
     even = key_places == [place for place in range(kept) for _ in range(each)]
-    return _Tables(tuple(clusters), each if even else 0, one.slot[0], one.value_slot[0])
+    return _Tables(
+        tuple(clusters), each if even else 0, one.slot[0], one.value_slot[0], fused.runs_of(one)
+    )
 
 
 def attention(
@@ -85,6 +91,7 @@ def attention(
     lse = torch.empty(batch, slots, queries) if return_lse else None
     if valid is not None and bool(valid.all()):
         valid = None
+    fuses = fused.can_run(query, value, softcap)
     for row, (representatives, size) in enumerate(zip(membership.host_rows, sizes, strict=True)):
         tables = _tables(representatives, membership.kv_heads, membership.kept_keys)
         work = _Row(
@@ -97,7 +104,16 @@ def attention(
             out[row],
             None if lse is None else lse[row],
         )
-        if queries <= DECODE_ROWS:
+        is_decode = queries <= DECODE_ROWS
+        if fuses and tables.runs:
+            runs = list(tables.runs) if is_decode else fused.worthwhile(tables.runs, size)
+            fused.attend(
+                work.query, work.key, work.value, runs,
+                scale=scale, valid=work.valid, out=work.out, lse=work.lse,
+            )  # fmt: skip
+            done = {place for run in runs for place in run.keys}
+            _prefill(work, [c for c in tables.clusters if c.key_place not in done])
+        elif is_decode:
             _decode(work, tables)
         else:
             _prefill(work, tables.clusters)
@@ -122,7 +138,7 @@ class _Row:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 
-def _prefill(row: _Row, clusters: tuple[_Cluster, ...]) -> None:
+def _prefill(row: _Row, clusters: Sequence[_Cluster]) -> None:
     """One cluster after the other, each in blocks of queries over the keys they can see."""
     queries, size = row.query.shape[1], row.key.shape[1]
     past, dtype = size - queries, row.value.dtype
@@ -131,7 +147,8 @@ def _prefill(row: _Row, clusters: tuple[_Cluster, ...]) -> None:
     score_room = torch.empty(block * size, dtype=row.work_dtype)
     prob_room = torch.empty_like(score_room)
     low_room = torch.empty(block * size if dtype != row.work_dtype else 0, dtype=dtype)
-    for slot, cluster in enumerate(clusters):
+    for cluster in clusters:
+        slot = cluster.slot
         query = row.query[slot].to(row.work_dtype)  # [Q, D]
         key = row.key[cluster.key_place].to(row.work_dtype)  # [S, D]
         values = _columns(row.value, cluster)  # [S, m * Dv]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, dense, reference
+from chai_attention.ops import blocked, dense, fused, reference
 
 logger = logging.getLogger("chai_attention")
 
@@ -98,8 +98,9 @@ def choose(device: str, query: Tensor, key: Tensor, value: Tensor, *, plain: boo
         AttentionInputError: a layout that kernels cannot read.
     """
     if device == "cpu":
-        # torch's decode in 16-bit types is slower than ours
-        slow = query.shape[2] <= blocked.DECODE_ROWS and query.dtype != torch.float32
+        # torch's decode in 16-bit types is slower than ours, unless the CPU knows such numbers
+        is_decode = query.shape[2] <= blocked.DECODE_ROWS
+        slow = is_decode and query.dtype != torch.float32 and not fused.is_native(query.dtype)
         return Choice(dense if plain and not slow else blocked)
     if device != "cuda":
         return Choice(reference, f"there is no kernel for device {device!r}")

@@ -1,0 +1,170 @@
+"""Clustered attention on CPUs that multiply 16-bit numbers: torch's fused attention, in few calls.
+
+Where a CPU has instructions for bfloat16, torch's fused attention runs at the speed of memory, and
+the float32 scores of `blocked` cost more than they save. So members compute their representative's
+scores once more, each for itself: its K is read from the cache of the CPU, not from memory. A call
+takes consecutive clusters of equal size; K is expanded over their members without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+
+MEMBERS = 4  # in prefill, of more members the scores are better computed once, in float32
+SHORT = 128  # keys, up to which they never are
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive kept K heads with equally many consecutive V heads each.
+
+    Attributes:
+        keys: their places in the K cache.
+        values: places in the V cache of their V heads.
+        slots: ``[heads]``, of all query heads of these V heads, in their order.
+        heads: ``[heads]``, the same heads.
+    """
+
+    keys: range
+    values: range
+    slots: Tensor
+    heads: Tensor
+
+    @property
+    def count(self) -> int:
+        """K heads."""
+        return len(self.keys)
+
+    @property
+    def each(self) -> int:
+        """V heads of each."""
+        return len(self.values) // self.count
+
+    @property
+    def group(self) -> int:
+        """Query heads of each V head."""
+        return len(self.heads) // (self.count * self.each)
+
+
+@cache
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies numbers of a 16-bit dtype."""
+    wanted = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}.get(dtype)
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return wanted is not None and bool(known.get(wanted, False))
+
+
+def can_run(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether `attend` takes these tensors and is worth it."""
+    return (
+        query.dtype == torch.bfloat16
+        and is_native(query.dtype)
+        and _flash is not None
+        and softcap is None
+        and query.shape[-1] == value.shape[-1]
+    )
+
+
+def runs_of(membership: Membership) -> tuple[Run, ...]:
+    """Runs of a membership of one row.
+
+    None at all where heads of one V head follow representatives with different K, as may be with
+    grouped queries.
+    """
+    slot, place = membership.slot[0].tolist(), membership.value_slot[0].tolist()
+    key_of_slot = membership.key_slot[0].tolist()
+    heads_of = [[h for h, p in enumerate(place) if p == v] for v in range(membership.kv_heads)]
+    keys_of = [{key_of_slot[slot[h]] for h in heads} for heads in heads_of]
+    if any(len(keys) != 1 for keys in keys_of):
+        return ()
+    clusters = []  # K place, first V place, number of V heads
+    for key, places in groupby(range(len(keys_of)), lambda v: next(iter(keys_of[v]))):
+        first, *others = places
+        clusters.append((key, first, 1 + len(others)))
+    found, first = [], 0
+    for at in range(1, len(clusters) + 1):
+        key, value, each = clusters[first]
+        if at < len(clusters) and clusters[at][0] == key + at - first and clusters[at][2] == each:
+            continue
+        values = range(value, value + (at - first) * each)
+        heads = [head for v in values for head in heads_of[v]]
+        slots = torch.tensor([slot[head] for head in heads])
+        found.append(Run(range(key, key + at - first), values, slots, torch.tensor(heads)))
+        first = at
+    return tuple(found)
+
+
+def worthwhile(runs: Sequence[Run], size: int) -> list[Run]:
+    """Those whose prefill over ``size`` keys this does faster than `blocked`."""
+    return [run for run in runs if run.group == 1 and (run.each <= MEMBERS or size <= SHORT)]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Sequence[Run],
+    *,
+    scale: float,
+    valid: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Causal attention of some clusters of one sequence.
+
+    Args:
+        query: ``[k, Q, D]`` of the representatives.
+        key: ``[kept, S, D]``.
+        value: ``[S, G, D]``.
+        runs: the clusters.
+        scale: factor on the scores.
+        valid: ``[S]`` bool, False for padding; None if there is none.
+        out: ``[Q, H, D]``, written to.
+        lse: ``[k, Q]`` float32, written to; None if nobody asks.
+    """
+    if not runs:
+        return
+    queries, size, dim = query.shape[1], key.shape[1], key.shape[2]
+    group = runs[0].group
+    is_causal = valid is None and group == 1 and 1 < queries == size
+    mask = None if is_causal else _mask(queries, size, valid, query.dtype)
+    blind = None  # [Q], padded queries, which see no key at all
+    if mask is not None and valid is not None:
+        blind = mask[0, 0].amax(-1) == -torch.inf
+    if mask is not None:
+        mask = mask.repeat(1, 1, group, 1)
+    for run in runs:
+        # the query heads of a V head are as many more queries of one head
+        q = query[run.slots].view(run.count, run.each, group * queries, dim)
+        k = key[run.keys.start : run.keys.stop, None].expand(-1, run.each, -1, -1)
+        v = value[:, run.values.start : run.values.stop].transpose(0, 1)
+        v = v.unflatten(0, (run.count, run.each))
+        part, part_lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale)
+        out[:, run.heads] = part.reshape(-1, queries, dim).transpose(0, 1)
+        if lse is not None:
+            lse[run.slots] = part_lse.reshape(-1, queries)
+    if blind is not None and bool(blind.any()):
+        for run in runs:
+            out[:, run.heads] = out[:, run.heads].masked_fill(blind[:, None, None], 0.0)
+            if lse is not None:
+                lse[run.slots] = lse[run.slots].masked_fill(blind, -torch.inf)
+
+
+def _mask(queries: int, size: int, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``[1, 1, Q, S]`` to add to the scores; None for queries that see all keys."""
+    if queries == 1 and valid is None:
+        return None
+    seen = torch.ones(queries, size, dtype=torch.bool).tril(size - queries)
+    if valid is not None:
+        seen &= valid
+    return torch.zeros(queries, size, dtype=dtype).masked_fill_(~seen, -torch.inf)[None, None]

@@ -1,0 +1,115 @@
+"""Fused attention of clusters against the reference, and which of them it takes."""
+
+import pytest
+import torch
+
+from chai_attention.membership import Membership
+from chai_attention.ops import blocked, fused, reference
+from helpers import clustered_inputs, random_membership
+
+
+def whole_groups(heads, kv_heads, kept, batch):
+    """Memberships as target "k-bytes" makes them: a K/V head follows another with all its heads."""
+    groups = random_membership(kv_heads, kept, batch).representatives
+    each = heads // kv_heads
+    rep = groups.repeat_interleave(each, 1) * each + torch.arange(heads) % each
+    return Membership.from_representatives(rep, kv_heads=kv_heads)
+
+
+MEMBERSHIPS = {
+    "uneven": lambda: random_membership(9, 4, 2),
+    "even": lambda: Membership.from_representatives(torch.tensor([[0, 0, 2, 2, 4, 4]] * 2)),
+    "one": lambda: random_membership(7, 1, 2),
+    "all": lambda: Membership.identity(6, batch=2),
+    "singles and a large one": lambda: Membership.from_representatives(
+        torch.tensor([[0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 10, 11]] * 2)
+    ),
+    "grouped": lambda: whole_groups(12, 4, 2, 2),
+    "grouped, all": lambda: Membership.identity(8, 2, batch=2),
+}
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A CPU with instructions for 16-bit numbers; the sequences that were attended by them."""
+    seen = []
+    attend = fused.attend
+
+    def spy(query, key, value, runs, **options):
+        seen.append([len(run.heads) for run in runs])
+        attend(query, key, value, runs, **options)
+
+    monkeypatch.setattr(fused, "is_native", lambda dtype: True)
+    monkeypatch.setattr(fused, "attend", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", MEMBERSHIPS)
+@pytest.mark.parametrize(
+    ("queries", "size"), [(1, 1), (1, 300), (5, 5), (5, 70), (40, 40), (33, 150), (150, 150)]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_is_the_reference(native, name, queries, size, padded):
+    torch.manual_seed(0)
+    member = MEMBERSHIPS[name]()
+    heads, groups = member.heads, member.kv_heads
+    query = torch.randn(2, heads, queries, 48).bfloat16()
+    key, value = (torch.randn(2, groups, size, 48).bfloat16() for _ in "kv")
+    valid = torch.arange(size) >= torch.tensor([[0], [(size + 1) // 2]]) if padded else None
+    inputs = clustered_inputs(member, query, key, value)
+    options = {"scale": 0.2, "valid": valid, "return_lse": True}
+    got, lse = blocked.attention(*inputs, member, **options)
+    want, want_lse = reference.attention(*(x.double() for x in inputs), member, **options)
+    low, _ = reference.attention(*inputs, member, **options)
+    loss = (low.double() - want).abs().max().item()
+    assert len(native) == 2
+    if queries <= blocked.DECODE_ROWS:
+        assert [sum(part) for part in native] == [heads, heads]
+    torch.testing.assert_close(
+        got.double(), want, atol=2 * loss + 4 * torch.finfo(torch.bfloat16).eps, rtol=0
+    )
+    torch.testing.assert_close(lse, want_lse.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_equal_clusters_are_one_call():
+    (run,) = fused.runs_of(MEMBERSHIPS["even"]())
+    assert (run.keys, run.values, run.count, run.each, run.group) == (range(3), range(6), 3, 2, 1)
+    assert run.slots.tolist() == [0, 0, 1, 1, 2, 2]
+    singles, large, others = fused.runs_of(MEMBERSHIPS["singles and a large one"]())
+    assert (singles.keys, large.keys, others.keys) == (range(3), range(3, 4), range(4, 6))
+    assert (large.each, others.values) == (7, range(10, 12))
+
+
+def test_in_prefill_large_clusters_share_their_scores():
+    runs = fused.runs_of(MEMBERSHIPS["singles and a large one"]())
+    assert [run.each for run in fused.worthwhile(runs, 1000)] == [1, 1]
+    assert len(fused.worthwhile(runs, 100)) == 3
+    assert fused.worthwhile(fused.runs_of(MEMBERSHIPS["grouped"]()), 100) == []
+
+
+def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():
+    member = Membership.from_representatives(torch.tensor([[0, 2, 2, 3]]), kv_heads=2)
+    assert fused.runs_of(member) == ()
+
+
+def test_only_bfloat16_without_softcap(monkeypatch):
+    q, v = torch.randn(1, 2, 1, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16()
+    monkeypatch.setattr(fused, "is_native", lambda dtype: True)
+    assert fused.can_run(q, v, None)
+    assert not fused.can_run(q, v, 5.0)
+    assert not fused.can_run(q.half(), v.half(), None)
+    assert not fused.can_run(q, v[..., :4], None)
+    monkeypatch.setattr(fused, "is_native", lambda dtype: False)
+    assert not fused.can_run(q, v, None)
+
+
+def test_a_torch_that_does_not_tell_what_the_cpu_can_do(monkeypatch):
+    fused.is_native.cache_clear()
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not fused.is_native(torch.bfloat16)
+    fused.is_native.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert fused.is_native(torch.bfloat16)
+    assert not fused.is_native(torch.float16)
+    assert not fused.is_native(torch.float32)
+    fused.is_native.cache_clear()
