@@ -25,6 +25,7 @@ MEMBERSHIPS = {
         torch.tensor([[0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 10, 11]] * 2)
     ),
     "grouped": lambda: whole_groups(12, 4, 2, 2),
+    "grouped, one": lambda: whole_groups(10, 5, 1, 2),
     "grouped, all": lambda: Membership.identity(8, 2, batch=2),
 }
 
@@ -84,7 +85,6 @@ def test_in_prefill_large_clusters_share_their_scores():
     runs = fused.runs_of(MEMBERSHIPS["singles and a large one"]())
     assert [run.each for run in fused.worthwhile(runs, 1000)] == [1, 1]
     assert len(fused.worthwhile(runs, 100)) == 3
-    assert fused.worthwhile(fused.runs_of(MEMBERSHIPS["grouped"]()), 100) == []
 
 
 def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chai_attention.benchmarking.cases import AttentionShape, Case
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, windowed
+from chai_attention.ops import attention, fused, windowed
 from chai_attention.ops.narrow import as_stored, narrow, widen_pages
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.paged import paged_decode
@@ -102,8 +102,8 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     """Store K and V as a cache would, and return the call that attends: ``[B, Q, H, D]``."""
     key = _pick(inputs.key, member.key_heads)
     value = _pick(inputs.value, member.value_heads)
-    # layers without clusters keep V head-major, as torch's fused attention reads it
-    if not member.is_identity:
+    # as the cache keeps it: head-major where torch's fused attention reads it
+    if not member.is_identity and not fused.can_run(inputs.query, value, None):
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
     stored = Inputs(inputs.query, key, value)
     windowed_too = bool(layout.recent) and not member.is_identity

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 
-MEMBERS = 4  # in prefill, of more members the scores are better computed once, in float32
+FEW = 8  # queries, up to which those of all heads that read one V head go together
+MEMBERS = 4  # in prefill, of more V heads the scores are better computed once, in float32
 SHORT = 128  # keys, up to which they never are
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -65,9 +66,14 @@ def is_native(dtype: torch.dtype) -> bool:
 
 
 def can_run(query: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether `attend` takes these tensors and is worth it."""
+    """Whether `attend` takes such tensors and is worth it.
+
+    It reads V best head by head (``[B, G, S, D]`` in memory), where `blocked` and the kernels want
+    it token by token.
+    """
     return (
-        query.dtype == torch.bfloat16
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
         and is_native(query.dtype)
         and _flash is not None
         and softcap is None
@@ -106,7 +112,7 @@ def runs_of(membership: Membership) -> tuple[Run, ...]:
 
 def worthwhile(runs: Sequence[Run], size: int) -> list[Run]:
     """Those whose prefill over ``size`` keys this does faster than `blocked`."""
-    return [run for run in runs if run.group == 1 and (run.each <= MEMBERS or size <= SHORT)]
+    return [run for run in runs if run.each <= MEMBERS or size <= SHORT]
 
 
 def attend(
@@ -135,20 +141,27 @@ def attend(
     if not runs:
         return
     queries, size, dim = query.shape[1], key.shape[1], key.shape[2]
-    group = runs[0].group
-    is_causal = valid is None and group == 1 and 1 < queries == size
+    group, few = runs[0].group, queries <= FEW
+    is_causal = valid is None and 1 < queries == size and not (few and group > 1)
     mask = None if is_causal else _mask(queries, size, valid, query.dtype)
     blind = None  # [Q], padded queries, which see no key at all
     if mask is not None and valid is not None:
         blind = mask[0, 0].amax(-1) == -torch.inf
-    if mask is not None:
+    if mask is not None and few:
         mask = mask.repeat(1, 1, group, 1)
     for run in runs:
-        # the query heads of a V head are as many more queries of one head
-        q = query[run.slots].view(run.count, run.each, group * queries, dim)
-        k = key[run.keys.start : run.keys.stop, None].expand(-1, run.each, -1, -1)
+        q = query[run.slots]  # [heads, Q, D]
+        k = key[run.keys.start : run.keys.stop]
         v = value[:, run.values.start : run.values.stop].transpose(0, 1)
-        v = v.unflatten(0, (run.count, run.each))
+        if few or group == 1:
+            # query heads that read the same V are as many more queries of one head
+            q = q.view(run.count, run.each, group * queries, dim)
+            k = k[:, None].expand(-1, run.each, -1, -1)
+            v = v.unflatten(0, (run.count, run.each))
+        else:
+            q = q.view(-1, group, queries, dim)
+            k = k.repeat_interleave(run.each, 0)[:, None].expand(-1, group, -1, -1)
+            v = v[:, None].expand(-1, group, -1, -1)
         part, part_lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale)
         out[:, run.heads] = part.reshape(-1, queries, dim).transpose(0, 1)
         if lse is not None:

@@ -14,12 +14,15 @@ class TokenBuffer:
 
     Args:
         token_axis: the axis that grows, 1 or 2.
-        transposed: axes 1 and 2 change places in memory, though not in the shape.
+
+    Attributes:
+        transposed: whether axes 1 and 2 change places in memory, though not in the shape; to be
+            set while nothing is held.
     """
 
-    def __init__(self, token_axis: int, transposed: bool = False):
+    def __init__(self, token_axis: int):
         self.token_axis = token_axis
-        self.transposed = transposed
+        self.transposed = False
         self.data: Tensor | None = None
         self.length = 0
 

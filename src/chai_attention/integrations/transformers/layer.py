@@ -35,7 +35,7 @@ from chai_attention.integrations.transformers.plan import (
 )
 from chai_attention.integrations.transformers.recent import RecentKeys, near_keys
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, windowed
+from chai_attention.ops import attention, fused, windowed
 from chai_attention.ops.ring import decode_recent
 
 # A forward of several tokens that ends this close behind the window may hold draft tokens, which
@@ -106,8 +106,7 @@ class ClusteredLayer(CacheLayerMixin):
         self._offset: Tensor | None = None  # [B, H], of the membership
         self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
         self._keys = TokenBuffer(token_axis=2)  # [B, kept or G, S, D]
-        # V of clusters is read best token-major; torch's fused attention reads it head-major
-        self._values = TokenBuffer(token_axis=1, transposed=self.plan.is_identity)  # [B, S, G, Dv]
+        self._values = TokenBuffer(token_axis=1)  # [B, S, G, Dv]
         self._window_query: Tensor | None = None  # [B, H, W, D], waiting and provisional
         self._window_end = 0  # a crop must leave at least this many tokens
         self._incoming = None
@@ -210,6 +209,10 @@ class ClusteredLayer(CacheLayerMixin):
         key, value = self._incoming
         self._incoming = None
         options = {"scale": scale, "softcap": softcap}
+        if self._values.data is None:
+            # V of clusters is read best token-major; torch's fused attention reads it head-major
+            by_head = self.plan.is_identity or fused.can_run(query, value, softcap)
+            self._values.transposed = by_head
         if self.membership is None and not self.plan.needs_probe:
             self._use(self.plan.fixed_membership(key.shape[0], key.device))
         if self.membership is None and self._window_end:
