@@ -32,14 +32,27 @@ class Run:
     Attributes:
         keys: their places in the K cache.
         values: places in the V cache of their V heads.
-        slots: ``[heads]``, of all query heads of these V heads, in their order.
-        heads: ``[heads]``, the same heads.
+        slots: of the query heads of these V heads, in their order.
+        heads: the same heads.
     """
 
     keys: range
     values: range
-    slots: Tensor
-    heads: Tensor
+    slots: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def queries(self, query: Tensor) -> Tensor:
+        """``[count, each, group, Q, D]`` of ``query [k, Q, D]``, without a copy where it can be."""
+        firsts = self.slots[:: self.each]
+        if self.group > 1 or self.slots != tuple(s for s in firsts for _ in range(self.each)):
+            return query[list(self.slots)].unflatten(0, (self.count, self.each, self.group))
+        stop = firsts[0] + self.count
+        rows = (
+            query[firsts[0] : stop]
+            if firsts == tuple(range(firsts[0], stop))
+            else query[list(firsts)]
+        )
+        return rows[:, None, None].expand(-1, self.each, -1, -1, -1)
 
     @property
     def count(self) -> int:
@@ -103,9 +116,9 @@ def runs_of(membership: Membership) -> tuple[Run, ...]:
         if at < len(clusters) and clusters[at][0] == key + at - first and clusters[at][2] == each:
             continue
         values = range(value, value + (at - first) * each)
-        heads = [head for v in values for head in heads_of[v]]
-        slots = torch.tensor([slot[head] for head in heads])
-        found.append(Run(range(key, key + at - first), values, slots, torch.tensor(heads)))
+        heads = tuple(head for v in values for head in heads_of[v])
+        slots = tuple(slot[head] for head in heads)
+        found.append(Run(range(key, key + at - first), values, slots, heads))
         first = at
     return tuple(found)
 
@@ -150,27 +163,32 @@ def attend(
     if mask is not None and few:
         mask = mask.repeat(1, 1, group, 1)
     for run in runs:
-        q = query[run.slots]  # [heads, Q, D]
+        q = run.queries(query)  # [count, each, group, Q, D]
         k = key[run.keys.start : run.keys.stop]
         v = value[:, run.values.start : run.values.stop].transpose(0, 1)
         if few or group == 1:
             # query heads that read the same V are as many more queries of one head
-            q = q.view(run.count, run.each, group * queries, dim)
+            q = q.flatten(2, 3)
             k = k[:, None].expand(-1, run.each, -1, -1)
             v = v.unflatten(0, (run.count, run.each))
         else:
-            q = q.view(-1, group, queries, dim)
+            q = q.flatten(0, 1)
             k = k.repeat_interleave(run.each, 0)[:, None].expand(-1, group, -1, -1)
             v = v[:, None].expand(-1, group, -1, -1)
         part, part_lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale)
-        out[:, run.heads] = part.reshape(-1, queries, dim).transpose(0, 1)
+        part = part.reshape(-1, queries, dim)
+        if few:
+            out[:, list(run.heads)] = part.transpose(0, 1)
+        else:  # as in `blocked`, copies of one head at a time are faster
+            for head, states in zip(run.heads, part, strict=True):
+                out[:, head] = states
         if lse is not None:
-            lse[run.slots] = part_lse.reshape(-1, queries)
+            lse[list(run.slots)] = part_lse.reshape(-1, queries)
     if blind is not None and bool(blind.any()):
         for run in runs:
-            out[:, run.heads] = out[:, run.heads].masked_fill(blind[:, None, None], 0.0)
+            out[blind.nonzero(), list(run.heads)] = 0.0
             if lse is not None:
-                lse[run.slots] = lse[run.slots].masked_fill(blind, -torch.inf)
+                lse[list(run.slots)] = lse[list(run.slots)].masked_fill(blind, -torch.inf)
 
 
 def _mask(queries: int, size: int, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
