@@ -92,15 +92,20 @@ def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():
     assert fused.runs_of(member) == ()
 
 
-def test_only_bfloat16_without_softcap(monkeypatch):
-    q, v = torch.randn(1, 2, 1, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16()
+def test_only_what_torchs_kernel_takes(monkeypatch):
+    q, k, v = (torch.randn(1, 2, tokens, 8).bfloat16() for tokens in (1, 3, 3))
     monkeypatch.setattr(fused, "is_native", lambda dtype: True)
-    assert fused.can_run(q, v, None)
-    assert not fused.can_run(q, v, 5.0)
-    assert not fused.can_run(q.half(), v.half(), None)
-    assert not fused.can_run(q, v[..., :4], None)
+    assert fused.can_run(q, k, v, None)
+    assert not fused.can_run(q, k, v, 5.0)
+    assert not fused.can_run(q.half(), k.half(), v.half(), None)
+    assert not fused.can_run(q, k, v[..., :4], None)
+    # its kernel would read other numbers, or crash
+    strided = v.mT.contiguous().mT
+    assert not fused.can_run(q, k, strided, None)
+    assert not fused.can_run(q, strided, v, None)
+    assert not fused.can_run(q[:, :, :0], k, v, None)
     monkeypatch.setattr(fused, "is_native", lambda dtype: False)
-    assert not fused.can_run(q, v, None)
+    assert not fused.can_run(q, k, v, None)
 
 
 def test_a_torch_that_does_not_tell_what_the_cpu_can_do(monkeypatch):

@@ -103,7 +103,7 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     key = _pick(inputs.key, member.key_heads)
     value = _pick(inputs.value, member.value_heads)
     # as the cache keeps it: head-major where torch's fused attention reads it
-    if not member.is_identity and not fused.can_run(inputs.query, value, None):
+    if not member.is_identity and not fused.can_run(inputs.query, key, value, None):
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
     stored = Inputs(inputs.query, key, value)
     windowed_too = bool(layout.recent) and not member.is_identity

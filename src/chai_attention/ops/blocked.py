@@ -91,7 +91,7 @@ def attention(
     lse = torch.empty(batch, slots, queries) if return_lse else None
     if valid is not None and bool(valid.all()):
         valid = None
-    fuses = fused.can_run(query, value, softcap)
+    fuses = fused.can_run(query, key, value, softcap)
     for row, (representatives, size) in enumerate(zip(membership.host_rows, sizes, strict=True)):
         tables = _tables(representatives, membership.kv_heads, membership.kept_keys)
         work = _Row(

@@ -78,7 +78,7 @@ def is_native(dtype: torch.dtype) -> bool:
     return wanted is not None and bool(known.get(wanted, False))
 
 
-def can_run(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+def can_run(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
     """Whether `attend` takes such tensors and is worth it.
 
     It reads V best head by head (``[B, G, S, D]`` in memory), where `blocked` and the kernels want
@@ -91,6 +91,8 @@ def can_run(query: Tensor, value: Tensor, softcap: float | None) -> bool:
         and _flash is not None
         and softcap is None
         and query.shape[-1] == value.shape[-1]
+        # torch's own checks are not passed on the way to its kernel
+        and all(x.numel() and x.stride(-1) == 1 for x in (query, key, value))
     )
 
 

@@ -211,7 +211,7 @@ class ClusteredLayer(CacheLayerMixin):
         options = {"scale": scale, "softcap": softcap}
         if self._values.data is None:
             # V of clusters is read best token-major; torch's fused attention reads it head-major
-            by_head = self.plan.is_identity or fused.can_run(query, value, softcap)
+            by_head = self.plan.is_identity or fused.can_run(query, key, value, softcap)
             self._values.transposed = by_head
         if self.membership is None and not self.plan.needs_probe:
             self._use(self.plan.fixed_membership(key.shape[0], key.device))
