@@ -57,8 +57,9 @@ def test_processes_write_what_one_writes_also_after_an_interrupt(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "two", methods, progress=stop)
     assert seen[:2] == [("preparing comparators", 0, 1), ("side by side", 0, 27)]
-    assert {title for title, _, _ in seen[2:]} == {"done: own: arc_easy", "done: own: last_word"}
-    assert sorted(done for _, done, _ in seen[2:]) in ([4, 9], [5, 9])
+    # which processes were the first is for the machine to say
+    assert all(title.startswith("done: ") for title, _, _ in seen[2:])
+    assert 0 < seen[2][1] < seen[3][1] < 27
     # what was told as done when it was stopped was not written yet
     assert len(files(tmp_path / "two")) == 1
     assert run(tmp_path / "two", methods)["rows"][2]["comparator"] == "clustered"
@@ -70,7 +71,7 @@ def test_processes_write_what_one_writes_also_after_an_interrupt(tmp_path):
     [
         ("refuses", EvaluationError, "not this model"),
         ("breaks", RuntimeError, "KeyError: 'broken'"),
-        ("dies", EvaluationError, "killed during bad: arc_easy.*--jobs"),
+        ("dies", EvaluationError, "killed during bad: .*--jobs"),
     ],
 )
 def test_a_process_that_fails_ends_the_run_and_results_stay(tmp_path, how, error, message):
