@@ -121,6 +121,12 @@ class Failing(Plain):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def files(folder):
+    """Contents of all files by their paths."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
 def arc_rows(count=7):
     """Items of very uneven length in ARC's columns."""
     rows = []

@@ -10,7 +10,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.scorer import weights_digest
 from chai_attention.evaluation.tasks import PAPER, TaskSource, task_names, task_sources
-from eval_methods import Clustered, OwnCache, Plain, arc_rows, eval_model
+from eval_methods import Clustered, OwnCache, Plain, arc_rows, eval_model, files
 from tiny_tokenizer import tiny_tokenizer
 
 MADE = {"mha": Plain, "own": OwnCache, "clustered": Clustered}
@@ -54,11 +54,6 @@ def run(model, sources, out, prepare=None, names=tuple(MADE), **options):
         model, tiny_tokenizer(), what, made, on_redo=lambda path, why: redone.append(path.name)
     )
     return table, redone
-
-
-def files(folder):
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

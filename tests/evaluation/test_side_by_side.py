@@ -12,7 +12,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.side_by_side import Processes
 from chai_attention.evaluation.tasks import TaskSource
-from eval_methods import Clustered, Failing, OwnCache, Plain, arc_rows, load
+from eval_methods import Clustered, Failing, OwnCache, Plain, arc_rows, files, load
 
 SOURCES = [
     TaskSource("arc_easy", tuple(arc_rows(5)), "a"),
@@ -37,11 +37,6 @@ def run(out, methods, count=2, loading=LLAMA, progress=lambda *report: None):
         *LLAMA(), Evaluation("tiny", tuple(made), SOURCES, out), lambda names: made,
         processes=Processes(count, loading) if count > 1 else None, progress=progress,
     )  # fmt: skip
-
-
-def files(folder):
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def test_processes_write_what_one_writes_also_after_an_interrupt(tmp_path):

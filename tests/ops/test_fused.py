@@ -83,8 +83,9 @@ def test_equal_clusters_are_one_call():
 
 def test_in_prefill_large_clusters_share_their_scores():
     runs = fused.runs_of(MEMBERSHIPS["singles and a large one"]())
-    assert [run.each for run in fused.worthwhile(runs, 1000)] == [1, 1]
-    assert len(fused.worthwhile(runs, 100)) == 3
+    assert [run.each for run in fused.worthwhile(runs, 9, 1000)] == [1, 1]
+    assert len(fused.worthwhile(runs, 9, 100)) == 3
+    assert len(fused.worthwhile(runs, 8, 1000)) == 3
 
 
 def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():

@@ -22,7 +22,7 @@ from chai_attention.ops import fused
 
 QUERY_BLOCK = 256  # rows of one score block in prefill: the block stays in the L2 cache
 KEY_BLOCK = 1024  # keys converted to float32 at a time in decode, for the same reason
-DECODE_ROWS = 8  # up to this many queries, all clusters' scores are made before any V is read
+DECODE_ROWS = fused.FEW  # up to this many queries, all scores are made before any V is read
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,21 @@ def attention(
             out[row],
             None if lse is None else lse[row],
         )
-        is_decode = queries <= DECODE_ROWS
+        clusters: Sequence[_Cluster] = tables.clusters
         if fuses and tables.runs:
-            runs = list(tables.runs) if is_decode else fused.worthwhile(tables.runs, size)
+            runs = fused.worthwhile(tables.runs, queries, size)
             fused.attend(
                 work.query, work.key, work.value, runs,
                 scale=scale, valid=work.valid, out=work.out, lse=work.lse,
             )  # fmt: skip
             done = {place for run in runs for place in run.keys}
-            _prefill(work, [c for c in tables.clusters if c.key_place not in done])
-        elif is_decode:
+            clusters = [cluster for cluster in clusters if cluster.key_place not in done]
+            if not clusters:
+                continue
+        if queries <= DECODE_ROWS:
             _decode(work, tables)
         else:
-            _prefill(work, tables.clusters)
+            _prefill(work, clusters)
     return out, lse
 
 

@@ -43,16 +43,12 @@ class Run:
 
     def queries(self, query: Tensor) -> Tensor:
         """``[count, each, group, Q, D]`` of ``query [k, Q, D]``, without a copy where it can be."""
-        firsts = self.slots[:: self.each]
-        if self.group > 1 or self.slots != tuple(s for s in firsts for _ in range(self.each)):
+        if self.group > 1:
             return query[list(self.slots)].unflatten(0, (self.count, self.each, self.group))
-        stop = firsts[0] + self.count
-        rows = (
-            query[firsts[0] : stop]
-            if firsts == tuple(range(firsts[0], stop))
-            else query[list(firsts)]
-        )
-        return rows[:, None, None].expand(-1, self.each, -1, -1, -1)
+        # without groups every K has one slot, in the same order
+        first = self.slots[0]
+        rows = query[first : first + self.count, None, None]
+        return rows.expand(-1, self.each, -1, -1, -1)
 
     @property
     def count(self) -> int:
@@ -125,9 +121,9 @@ def runs_of(membership: Membership) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def worthwhile(runs: Sequence[Run], size: int) -> list[Run]:
-    """Those whose prefill over ``size`` keys this does faster than `blocked`."""
-    return [run for run in runs if run.each <= MEMBERS or size <= SHORT]
+def worthwhile(runs: Sequence[Run], queries: int, size: int) -> list[Run]:
+    """Those that `attend` does faster than `blocked`: of few queries all."""
+    return [run for run in runs if queries <= FEW or run.each <= MEMBERS or size <= SHORT]
 
 
 def attend(
@@ -162,7 +158,7 @@ def attend(
     blind = None  # [Q], padded queries, which see no key at all
     if mask is not None and valid is not None:
         blind = mask[0, 0].amax(-1) == -torch.inf
-    if mask is not None and few:
+    if mask is not None and few and group > 1:
         mask = mask.repeat(1, 1, group, 1)
     for run in runs:
         q = run.queries(query)  # [count, each, group, Q, D]
