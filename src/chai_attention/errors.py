@@ -5,6 +5,10 @@ class ChaiError(Exception):
     """Base of every error the library raises on purpose; its text says what to do."""
 
 
+class LoadError(ChaiError):
+    """A model cannot be loaded."""
+
+
 class ProfileError(ChaiError):
     """A cluster profile is malformed, or does not belong to the model."""
 

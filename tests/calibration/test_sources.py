@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chai_attention.calibration import self_text
+from chai_attention.calibration import texts as texts_module
 from chai_attention.calibration.sources import (
     Source,
     mixed_windows,
@@ -137,6 +138,7 @@ def test_a_data_set_is_read_for_its_own_share(monkeypatch):
         asked.append((name, config))
         return iter([{"text": "some words. " * 10}] * 50)
 
+    monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", stream)
     sources = parse_sources(["org/data:first:3", "org/data:second:1"])
     _, index = mixed_windows(sources, None, TOKENIZER, 8, LENGTH, seed=0)

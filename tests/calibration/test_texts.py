@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from chai_attention.calibration import load_texts, self_text, windows_of
+from chai_attention.calibration import texts as texts_module
 from chai_attention.errors import CalibrationError
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
@@ -69,6 +70,7 @@ def test_a_data_set_is_streamed_until_there_is_enough(monkeypatch):
             read.append(i)
             yield {"url": "x", "text": "hundred " * 12 + "abcd"}
 
+    monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     texts = load_texts("org/some-data.v1:english", tokens=100)
     assert asked == [(("org/some-data.v1", "english"), {"split": "train", "streaming": True})]
@@ -80,6 +82,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route to host\nwith many\nlines")
 
+    monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(CalibrationError, match=r"neither a file.*no route") as caught:
         load_texts("org/data", tokens=10)

@@ -22,6 +22,7 @@ from chai_attention.calibration.template import template_tokens
 from chai_attention.calibration.texts import SELF, load_texts
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
+from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
@@ -56,8 +57,12 @@ class TextRequest:
             raise CalibrationError(f"--probe-from is start or content, not {self.probe_from!r}")
         for source in self.sources:
             path = Path(source.name)
-            if source.name != SELF and (path.exists() or path.suffix):
+            if source.name == SELF:
+                continue
+            if path.exists() or path.suffix:
                 load_texts(source.name, tokens=1)
+            else:
+                require_dataset(source.name, CalibrationError)
 
     @property
     def label(self) -> str:

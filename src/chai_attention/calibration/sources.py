@@ -62,6 +62,11 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
     for item in items:
         match = None if Path(item).is_file() else _WEIGHTED.fullmatch(item)
         name, weight = (match["name"], float(match["weight"])) if match else (item, 1.0)
+        file, _, rest = item.rpartition(":")
+        if not match and file and Path(file).is_file() and not Path(item).exists():
+            raise CalibrationError(
+                f"{item}: {file} is a file, and its weight {rest!r} is not a positive number"
+            )
         if not name.strip():
             raise CalibrationError("the name of a source of text is empty")
         if not (weight > 0 and math.isfinite(weight)):

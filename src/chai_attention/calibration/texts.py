@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.errors import CalibrationError
+from chai_attention.hub import require_dataset
 
 SELF = "self"
 SELF_LENGTH = 256
@@ -189,6 +190,7 @@ def _text_of(item: Any, where: str) -> str:
 
 def _hub_texts(source: str, tokens: int) -> list[str]:
     """Stream documents of a hub data set until there are enough."""
+    require_dataset(source, CalibrationError)
     import datasets
 
     name, _, config = source.partition(":")

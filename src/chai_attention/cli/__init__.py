@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import NoReturn
+from importlib.metadata import version
+from typing import Annotated, NoReturn
 
 import typer
 
+from chai_attention.cli import options
 from chai_attention.cli.bench import bench_app
 from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
@@ -23,10 +26,28 @@ from chai_attention.errors import ChaiError
 
 app = typer.Typer(
     help="Clustered Head Attention: cheaper LLM inference by sharing attention between heads.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"chai-attention {version('chai-attention')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _chai(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    options.help_without_command(context)
+
+
 app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("generate")(generate_command)
@@ -49,14 +70,27 @@ def main() -> None:
     # our own progress bars are enough; transformers' loading bars would come on top
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(sys.argv[1:], prog_name="chai", standalone_mode=False)
+        sys.stdout.flush()  # a full disk is told here, not when Python ends
     except ChaiError as error:
         _fail(str(error))
     except _UsageError as error:
         _fail(f"{error.format_message()} (see chai --help)")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _let_go_of_stdout()
+        if error.errno == errno.EPIPE:  # whoever read has seen enough
+            sys.exit(1)
+        _fail(f"cannot write the output: {error.strerror}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _let_go_of_stdout() -> None:
+    """Let what could not be written go: Python would try again, and complain, when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:

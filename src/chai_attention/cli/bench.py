@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output
 from chai_attention.progress import Progress
 
 bench_app = typer.Typer(
     help="Measure attention or a whole model beside baselines and the ideal; results are checked "
     "first.",
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=options.help_without_command,
 )
 
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
-        help="llama-7b, llama-33b or opt-66b, a folder of a model, or its name on the hub. "
-        "[default: llama-7b, or what the profile says]",
+        metavar="MODEL",
+        help="llama-7b, llama-33b or opt-66b, a folder of a model, or its name on the hub.",
+        show_default="llama-7b, or what the profile says",
     ),
 ]
 Profile = Annotated[
@@ -30,9 +33,11 @@ Profile = Annotated[
 ]
 Seconds = Annotated[
     float | None,
-    typer.Option(help="How long to repeat each timing. [default: 0.1 on a GPU, else 1]", min=0),
+    typer.Option(
+        help="How long to repeat each timing.", show_default="0.1 on a GPU, else 1", min=0
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Of inputs and memberships.")]
+Seed = Annotated[int, options.seed("Of inputs and memberships.")]
 Out = Annotated[Path | None, typer.Option(help="Write all figures here (JSON).")]
 Plot = Annotated[Path | None, typer.Option(help="Draw them here (PNG).")]
 
@@ -45,21 +50,22 @@ def attention_command(
         list[str] | None,
         typer.Option(
             help="decode:BATCHxTOKENS or prefill:BATCHxTOKENS, such as decode:16x8192; again for "
-            "several. [default: those of docs/results]"
+            "several.",
+            show_default="those of docs/results",
         ),
     ] = None,
     clusters: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of clusters: 4,16,all. [default: those of the profile, else an eighth, "
-            "half and all of the heads]"
+            help="Numbers of clusters: 4,16,all.",
+            show_default="those of the profile, else an eighth, half and all of the heads",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16, float16, or several: float32,bfloat16. [default: bfloat16 on "
-            "a GPU, else float32,bfloat16]"
+            help="float32, bfloat16, float16, or several: float32,bfloat16.",
+            show_default="bfloat16 on a GPU, else float32,bfloat16",
         ),
     ] = None,
     paged: Annotated[
@@ -73,8 +79,8 @@ def attention_command(
     recent: Annotated[
         str | None,
         typer.Option(
-            help="RECENT+SINKS keys that every head sees with its own scores: 32+4; 0 for none. "
-            "[default: those of the profile, else none]"
+            help="RECENT+SINKS keys that every head sees with its own scores: 32+4; 0 for none.",
+            show_default="those of the profile, else none",
         ),
     ] = None,
     device: options.Device = "auto",
@@ -82,6 +88,9 @@ def attention_command(
     seed: Seed = 0,
     out: Out = None,
     plot: Plot = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Time one layer's clustered attention against every attention that is installed."""
     from chai_attention.benchmarking.attention import AttentionRequest, bench_attention
@@ -104,13 +113,15 @@ def attention_command(
         profile_representatives,
         resolve_attention,
     )
+    from chai_attention.integrations.transformers.loading import load_config
     from chai_attention.profile import ClusterProfile
     from chai_attention.reports.bench import attention_plot, attention_tables
 
     require_writable(out, plot)
     device = resolve_device(device)
     chosen = None if profile is None else ClusterProfile.resolve(profile)
-    shape = resolve_attention(model, profile, chosen, _config)
+    read_config = partial(load_config, trust_remote_code=trust_remote_code)
+    shape = resolve_attention(model, profile, chosen, read_config)
     window = (0, 0) if chosen is None else (chosen.recent, chosen.sinks)
     window = window if recent is None else parse_recent(recent)
     if clusters is not None:
@@ -130,7 +141,7 @@ def attention_command(
     )
     _report(
         lambda progress: bench_attention(request, progress),
-        attention_tables, attention_plot, out, plot,
+        attention_tables, attention_plot, out, plot, Output(as_json, quiet),
     )  # fmt: skip
 
 
@@ -140,7 +151,9 @@ def model_command(
     profile: Profile = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(help="BATCHxPROMPT, such as 1x2048; again for several. [default: 1x2048]"),
+        typer.Option(
+            help="BATCHxPROMPT, such as 1x2048; again for several.", show_default="1x2048"
+        ),
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(help="Tokens behind the prompt that are timed.", min=1)
@@ -158,6 +171,9 @@ def model_command(
     seed: Seed = 0,
     out: Out = None,
     plot: Plot = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Time first and further tokens of a whole model: unfused, fused and clustered attention.
 
@@ -168,16 +184,23 @@ def model_command(
     from chai_attention.benchmarking.files import require_writable
     from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
     from chai_attention.benchmarking.presets import resolve_model
-    from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
+    from chai_attention.cli.progress import progress_bar
+    from chai_attention.integrations.transformers.loading import (
+        load_config,
+        load_model,
+        resolve_dtype,
+    )
     from chai_attention.reports.bench import model_plot, model_tables
 
     require_writable(out, plot)
     device = resolve_device(device)
     sizes = [parse_size(text) for text in case or ["1x2048"]]
     longest = max(tokens for _, tokens in sizes) + new_tokens + 1
-    plan = resolve_model(model, profile, layers, longest, _config)
+    read_config = partial(load_config, trust_remote_code=trust_remote_code)
+    plan = resolve_model(model, profile, layers, longest, read_config)
     if plan.config is None:
-        loaded, _ = load_model(str(model), dtype, device)
+        with progress_bar(f"loading {model}", quiet=quiet):
+            loaded, _ = load_model(str(model), dtype, device, trust_remote_code=trust_remote_code)
     else:
         loaded = random_model(plan.config, resolve_dtype(dtype, device), device, seed)
     request = ModelRequest(
@@ -191,14 +214,8 @@ def model_command(
     )
     _report(
         lambda progress: bench_model(loaded, request, progress),
-        model_tables, model_plot, out, plot,
+        model_tables, model_plot, out, plot, Output(as_json, quiet),
     )  # fmt: skip
-
-
-def _config(name: str) -> Any:
-    from chai_attention.integrations.transformers.loading import load_config
-
-    return load_config(name)
 
 
 def _report(
@@ -207,22 +224,19 @@ def _report(
     draw: Callable[[dict[str, Any], Path], Path],
     out: Path | None,
     plot: Path | None,
+    shown: Output,
 ) -> None:
     """Measure with a progress bar, then show and write what came out."""
     from chai_attention.benchmarking.files import write_report
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
 
-    with progress_bar("starting") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.describe(what)
-            bar(done, total)
-
-        report = measure(progress)
+    with progress_bar("starting", quiet=shown.quiet) as bar:
+        report = measure(bar.tell)
+    shown.give(lambda: report)
     for table in tables(report):
-        typer.echo(render(table, width=140))
+        shown.say(render(table, width=140))
     if out is not None:
-        typer.echo(f"figures written to {write_report(report, out)}")
+        shown.say(f"figures written to {write_report(report, out)}")
     if plot is not None:
-        typer.echo(f"plot written to {draw(report, plot)}")
+        shown.say(f"plot written to {draw(report, plot)}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output, note
 
 _BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
 
@@ -20,14 +21,16 @@ def calibrate_command(
         typer.Option(
             help="Sample text: a text file, a .jsonl, a data set of the hub (name or name:config), "
             "or self: the model writes it. Again for a mixture, with weights if you like: "
-            "--text a.txt:0.7 --text b.jsonl:0.3. [default: self]",
+            "--text a.txt:0.7 --text b.jsonl:0.3.",
+            show_default="self",
             rich_help_panel=_DATA,
         ),
     ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Windows of text to use. [default: 256 with cost gradient, else 1024]",
+            help="Windows of text to use.",
+            show_default="256 with cost gradient, else 1024",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -38,17 +41,17 @@ def calibrate_command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per window. [default: 256, or the model's maximum]", rich_help_panel=_DATA
+            help="Tokens per window.",
+            show_default="256, or the model's maximum",
+            rich_help_panel=_DATA,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Which windows of the text are used.", rich_help_panel=_DATA)
-    ] = 0,
+    seed: Annotated[int, options.seed("Which windows of the text are used.", _DATA)] = 0,
     max_loss: Annotated[
         str | None,
         typer.Option(
-            help="Perplexity rise on held-out text that may not be exceeded, such as 1%. "
-            "[default: 1% with recipe default]",
+            help="Perplexity rise on held-out text that may not be exceeded, such as 1%.",
+            show_default="1% with recipe default",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -72,8 +75,8 @@ def calibrate_command(
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="With the elbow: bound on the relative clustering error, 0 to 1. "
-            "[default: 0.1 for scores, 0.3 for k-bytes; paper: 1]",
+            help="With the elbow: bound on the relative clustering error, 0 to 1.",
+            show_default="0.1 for scores, 0.3 for k-bytes; paper: 1",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -102,23 +105,24 @@ def calibrate_command(
     target: Annotated[
         str | None,
         typer.Option(
-            help="scores or k-bytes (grouped-query models: choose the K/V heads that keep K). "
-            "[default: k-bytes for grouped-query models]",
+            help="scores or k-bytes (grouped-query models: choose the K/V heads that keep K).",
+            show_default="k-bytes for grouped-query models",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
     recent: Annotated[
         int | None,
         typer.Option(
-            help="Last tokens that every head attends to with its own scores; 0 for none. "
-            "[default: 32 with recipe default, else 0]",
+            help="Last tokens that every head attends to with its own scores; 0 for none.",
+            show_default="32 with recipe default, else 0",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
     sinks: Annotated[
         int | None,
         typer.Option(
-            help="First tokens that it does. [default: 4 with a recent window]",
+            help="First tokens that it does.",
+            show_default="4 with a recent window",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
@@ -132,7 +136,8 @@ def calibrate_command(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that decide an online membership. [default: 32; paper: 5]",
+            help="Tokens that decide an online membership.",
+            show_default="32; paper: 5",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
@@ -146,7 +151,8 @@ def calibrate_command(
     blend: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the static cost in a blended membership. [default: 1]",
+            help="Weight of the static cost in a blended membership.",
+            show_default="1",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
@@ -159,12 +165,16 @@ def calibrate_command(
     ] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find which heads of MODEL can share their scores, at a loss you choose."""
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.records import profile_record
     from chai_attention.cli.tables import profile_table, promise_line, summary_line
     from chai_attention.errors import ProfileError
     from chai_attention.integrations.transformers.loading import load_model
@@ -192,23 +202,20 @@ def calibrate_command(
     sources = parse_sources(text or ["self"])
     request = TextRequest(sources, samples, held_out, length, seed, probe_from)
     request.check()  # a missing file should not wait for the model to load
-    loaded, tokenizer = load_model(model, dtype, device)
-    with progress_bar("calibrating") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.describe(what)
-            bar(done, total)
-
-        profile, warning = calibrate_on(loaded, tokenizer, request, settings, progress)
+    with progress_bar(f"loading {model}", quiet=quiet) as bar:
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        profile, warning = calibrate_on(loaded, tokenizer, request, settings, bar.tell)
     profile.save(out)
     shape = describe(loaded)
-    typer.echo(profile_table(profile, shape))
-    typer.echo(summary_line(profile, shape, loaded.dtype.itemsize))
-    if profile.promise is not None:
-        typer.echo(promise_line(profile))
     if warning is not None:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"profile written to {out}")
+        note(f"warning: {warning}")
+    shown = Output(as_json, quiet)
+    shown.give(lambda: profile_record(profile, shape, loaded.dtype.itemsize))
+    shown.say(profile_table(profile, shape))
+    shown.say(summary_line(profile, shape, loaded.dtype.itemsize))
+    if profile.promise is not None:
+        shown.say(promise_line(profile))
+    shown.say(f"profile written to {out}")
 
 
 def _counts(clusters: str) -> str | int | list[int]:

@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output
 
 
 def demo_command(
-    model: Annotated[str, typer.Option(help="A model as in chai calibrate.")] = "smollm2-135m",
+    model: options.ModelOption = "smollm2-135m",
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text file or .jsonl: half calibrates, half measures. "
-            "[default: the language reference that Python carries]"
+            help="Text file or .jsonl: half calibrates, half measures.",
+            show_default="the language reference that Python carries",
         ),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What both generations answer.")] = (
@@ -31,10 +32,14 @@ def demo_command(
     ),
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Calibrate a model, then generate with and without clustered heads side by side."""
     from chai_attention.calibration import load_texts
     from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.records import demo_record, profile_record
     from chai_attention.cli.tables import demo_tables, profile_table, summary_line
     from chai_attention.errors import ProfileError
     from chai_attention.evaluation.demo import built_in_text, run_demo
@@ -44,16 +49,12 @@ def demo_command(
 
     texts = built_in_text() if text is None else load_texts(text, tokens=100_000)
     source = "the Python language reference" if text is None else Path(text).name
-    loaded, tokenizer = load_model(model, dtype, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProfileError(f"cannot write to {out}: {error.strerror}") from error
-    with progress_bar("starting") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.describe(what)
-            bar(done, total)
+    with progress_bar(f"loading {model}", quiet=quiet) as bar:
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
 
         result = run_demo(
             loaded,
@@ -63,14 +64,16 @@ def demo_command(
             source=source,
             max_new_tokens=max_new_tokens,
             save=options.share("--save", save),
-            progress=progress,
+            progress=bar.tell,
         )
     shape = describe(loaded)
     result.profile.save(out / "profile.json")
-    typer.echo(profile_table(result.profile, shape))
-    typer.echo(summary_line(result.profile, shape, loaded.dtype.itemsize))
-    typer.echo("")
-    typer.echo(demo_tables(result, prompt))
-    typer.echo(f"\nprofile written to {out / 'profile.json'}")
+    shown = Output(as_json, quiet)
+    shown.give(lambda: demo_record(result, profile_record(result.profile, shape)))
+    shown.say(profile_table(result.profile, shape))
+    shown.say(summary_line(result.profile, shape, loaded.dtype.itemsize))
+    shown.say("")
+    shown.say(demo_tables(result, prompt))
+    shown.say(f"\nprofile written to {out / 'profile.json'}")
     for path in profile_plots(result.profile, out):
-        typer.echo(f"plot written to {path}")
+        shown.say(f"plot written to {path}")

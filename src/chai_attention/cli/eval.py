@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output, note
 
 _FIT = "How comparators are fitted"
 
@@ -32,8 +34,8 @@ def eval_command(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with <task>.jsonl in the columns of the hub's data sets. [default: the "
-            "hub]",
+            help="Folder with <task>.jsonl in the columns of the hub's data sets.",
+            show_default="the hub",
             file_okay=False,
             exists=True,
         ),
@@ -57,15 +59,16 @@ def eval_command(
     save: Annotated[
         str | None,
         typer.Option(
-            help="Share of the K,V bytes that methods with a budget save, such as 5%. [default: "
-            "as the profile]",
+            help="Share of the K,V bytes that methods with a budget save, such as 5%.",
+            show_default="as the profile",
             rich_help_panel=_FIT,
         ),
     ] = None,
     calibration_text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text that methods learn from, as --text of chai calibrate. [default: self]",
+            help="Text that methods learn from, as --text of chai calibrate.",
+            show_default="self",
             rich_help_panel=_FIT,
         ),
     ] = None,
@@ -75,7 +78,9 @@ def eval_command(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per window. [default: 256, or the model's maximum]", rich_help_panel=_FIT
+            help="Tokens per window.",
+            show_default="256, or the model's maximum",
+            rich_help_panel=_FIT,
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 16,
@@ -85,9 +90,12 @@ def eval_command(
             help="Processes that score side by side, each with the model, over all GPUs.", min=1
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of every choice.")] = 0,
+    seed: Annotated[int, options.seed("Of every choice.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
     from chai_attention.integrations.lm_eval import require
@@ -116,13 +124,12 @@ def eval_command(
         seed=seed,
     )
     sources = task_sources(task_names(tasks), data, text, seed)
-    load = partial(load_model, model, dtype, device)
-    loaded, tokenizer = load()
+    load = partial(load_model, model, dtype, device, trust_remote_code=trust_remote_code)
+    with progress_bar(f"loading {model}", quiet=quiet):
+        loaded, tokenizer = load()
     what = Evaluation(
         model=Path(model).name,
-        names=comparator_names(
-            compare, chosen, loaded, lambda message: typer.echo(message, err=True)
-        ),
+        names=comparator_names(compare, chosen, loaded, note),
         sources=sources,
         out=out,
         asked=calibration.asked(),
@@ -130,22 +137,19 @@ def eval_command(
         batch_size=batch_size,
         seed=seed,
     )
-    with progress_bar("starting") as bar:
-
-        def progress(title: str, done: int, total: int) -> None:
-            bar.describe(title)
-            bar(done, total)
-
+    with progress_bar("starting", quiet=quiet) as bar:
         table = evaluate(
             loaded,
             tokenizer,
             what,
-            prepare(loaded, tokenizer, calibration, progress),
+            prepare(loaded, tokenizer, calibration, bar.tell),
             processes=Processes(jobs, load) if jobs > 1 else None,
-            progress=progress,
-            on_redo=lambda path, why: typer.echo(f"measured anew: {path}: {why}", err=True),
+            progress=bar.tell,
+            on_redo=lambda path, why: note(f"measured anew: {path}: {why}"),
         )
-    for shown in rich_tables(table):
-        typer.echo(render(shown, width=180))
-    typer.echo(LEGEND)
-    typer.echo(f"results written to {out / 'results.json'} and {out / 'table.md'}")
+    shown = Output(as_json, quiet)
+    shown.give(lambda: json.loads((out / "results.json").read_bytes()))
+    for made in rich_tables(table):
+        shown.say(render(made, width=180))
+    shown.say(LEGEND)
+    shown.say(f"results written to {out / 'results.json'} and {out / 'table.md'}")

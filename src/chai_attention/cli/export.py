@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output
 
 
 def export_command(
@@ -17,8 +18,11 @@ def export_command(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: as MODEL was saved.")
     ] = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write MODEL with refit weights and its profile, for from_pretrained and vLLM."""
+    from chai_attention.cli.progress import progress_bar
     from chai_attention.integrations.transformers.export import export, require_empty
     from chai_attention.integrations.transformers.loading import load_model, saved_dtype
     from chai_attention.profile import ClusterProfile
@@ -26,7 +30,9 @@ def export_command(
     chosen = ClusterProfile.resolve(profile)
     require_empty(out)  # before the model is loaded, which can take minutes
     if dtype == "auto":
-        dtype = saved_dtype(model)
-    loaded, tokenizer = load_model(model, dtype, "cpu")
-    path = export(loaded, tokenizer, chosen, out)
-    typer.echo(f"model written to {out}, its profile to {path}")
+        dtype = saved_dtype(model, trust_remote_code=trust_remote_code)
+    with progress_bar(f"loading {model}", quiet=quiet) as bar:
+        loaded, tokenizer = load_model(model, dtype, "cpu", trust_remote_code=trust_remote_code)
+        bar.describe(f"writing {out}")
+        path = export(loaded, tokenizer, chosen, out)
+    Output(quiet=quiet).say(f"model written to {out}, its profile to {path}")

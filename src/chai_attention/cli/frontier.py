@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -9,6 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output, note
 
 Number = TypeVar("Number", int, float)
 
@@ -56,14 +58,19 @@ def frontier_command(
     ] = 128,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens per calibration window. [default: 256, or the model's maximum]"),
+        typer.Option(
+            help="Tokens per calibration window.", show_default="256, or the model's maximum"
+        ),
     ] = None,
     windows: Annotated[
         int, typer.Option(help="Windows of every test text, of the longest context.", min=1)
     ] = 16,
-    seed: Annotated[int, typer.Option(help="Which windows of the texts are used.")] = 0,
+    seed: Annotated[int, options.seed("Which windows of the texts are used.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
     from chai_attention.calibration import calibrate, load_texts, windows_of
@@ -100,7 +107,8 @@ def frontier_command(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
-    loaded, tokenizer = load_model(model, dtype, device)
+    with progress_bar(f"loading {model}", quiet=quiet):
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
     length, longest = window_length(loaded, length), window_length(loaded, longest)
@@ -118,12 +126,7 @@ def frontier_command(
     def refuse(name: str, budget: float, error: CalibrationError) -> None:
         refused.append(f"left out: {name} at {budget:.1%}: {error}")
 
-    with progress_bar("starting") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.describe(what)
-            bar(done, total)
-
+    with progress_bar("starting", quiet=quiet) as bar:
         points = frontier(
             loaded,
             chosen,
@@ -154,20 +157,22 @@ def frontier_command(
                 "target": target,
             },
             on_refusal=refuse,
-            progress=progress,
+            progress=bar.tell,
         )
     for line in refused:
-        typer.echo(line, err=True)
+        note(line)
     if not points:
         raise FrontierError("no recipe could be calibrated to any of these budgets")
     table = render(frontier_table(points))
-    typer.echo(table)
+    shown = Output(as_json, quiet)
+    shown.give(lambda: json.loads((out / "frontier.json").read_bytes()))
+    shown.say(table)
     try:
         (out / "frontier.txt").write_text(table + "\n", encoding="utf-8")
     except OSError as error:
         raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
-    typer.echo(f"points and table written to {out / 'frontier.json'}, {out / 'frontier.txt'}")
-    typer.echo(f"plot written to {frontier_plot(points, out / 'frontier.png')}")
+    shown.say(f"points and table written to {out / 'frontier.json'}, {out / 'frontier.txt'}")
+    shown.say(f"plot written to {frontier_plot(points, out / 'frontier.png')}")
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:

@@ -2,51 +2,143 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output
+
+if TYPE_CHECKING:
+    from chai_attention.integrations.transformers.writing import Written
+
+_PLAIN, _CLUSTERED = "full model", "CHAI"
 
 
 def generate_command(
     model: options.Model,
-    profile: Annotated[str, typer.Option(help="A profile, or the name of a published schedule.")],
-    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="A profile, or the name of a published schedule.",
+            show_default="chai_profile.json of the folder MODEL",
+            autocompletion=options.complete_profile,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model goes on from; - for standard input.",
+            show_default="what is piped in",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     temperature: Annotated[
         float, typer.Option(help="0 is greedy; higher is more varied.", min=0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Write it without clusters, too: texts, times and bytes of both."
+        ),
+    ] = False,
+    seed: Annotated[int, options.seed("Of the sampling.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the text alone: no progress, no table.")
+    ] = False,
 ) -> None:
     """Stream text written by MODEL with clustered heads; then a table of time and memory."""
-    import torch
+    from chai_attention.cli.progress import progress_bar
 
-    from chai_attention.cli.tables import generation_table
-    from chai_attention.integrations.transformers import enable, saved_weight_bytes
-    from chai_attention.integrations.transformers.loading import load_model
-    from chai_attention.integrations.transformers.support import describe
-    from chai_attention.integrations.transformers.writing import encode_prompt, write
-    from chai_attention.profile import ClusterProfile
+    if prompt is None or prompt == "-":
+        prompt = _piped_in(asked=prompt == "-")
+    shown = Output(as_json)
+    with progress_bar(f"loading {model}", quiet=quiet):
+        import torch
 
-    chosen = ClusterProfile.resolve(profile)
-    loaded, tokenizer = load_model(model, dtype, device)
-    chosen.check(describe(loaded))
+        from chai_attention.cli.records import written_record
+        from chai_attention.cli.tables import compared_line, generation_table
+        from chai_attention.integrations.transformers import enable, saved_weight_bytes
+        from chai_attention.integrations.transformers.loading import load_model
+        from chai_attention.integrations.transformers.support import describe
+        from chai_attention.integrations.transformers.writing import encode_prompt, write
+        from chai_attention.profile import ClusterProfile
+
+        chosen = ClusterProfile.resolve(_profile_of(model) if profile is None else profile)
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        chosen.check(describe(loaded))
+        ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
+
+    def written(name: str) -> Written:
+        if compare:
+            write(loaded, tokenizer, ids, max_new_tokens=2)  # the first call pays for set-up
+            shown.say(f"--- {name}")
+        torch.manual_seed(seed)
+        run = write(
+            loaded,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            on_text=lambda text: shown.say(text, nl=False),
+        )
+        shown.say("" if quiet else "\n")
+        return run
+
+    runs = {_PLAIN: written(_PLAIN)} if compare else {}
     enable(loaded, chosen)
-    ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
-    torch.manual_seed(seed)
-    written = write(
-        loaded,
-        tokenizer,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        on_text=lambda text: typer.echo(text, nl=False),
+    runs[_CLUSTERED] = written(_CLUSTERED)
+    weights = saved_weight_bytes(loaded)
+    shown.give(
+        lambda: {
+            "runs": {name: written_record(run) for name, run in runs.items()},
+            "weight_bytes_not_computed": weights,
+        }
     )
-    typer.echo("\n")
-    typer.echo(generation_table({"CHAI": written}))
-    if weights := saved_weight_bytes(loaded):
-        typer.echo(f"rows of removed heads in W_Q and W_K, not computed: {weights:,} bytes")
+    if quiet:
+        return
+    shown.say(generation_table(runs))
+    if compare:
+        shown.say(compared_line(runs[_PLAIN], runs[_CLUSTERED]))
+    if weights:
+        shown.say(f"rows of removed heads in W_Q and W_K, not computed: {weights:,} bytes")
+
+
+def _piped_in(*, asked: bool) -> str:
+    """The prompt from standard input, without the end of its last line.
+
+    Raises:
+        LoadError: nobody pipes anything in, or what comes is no text.
+    """
+    from chai_attention.errors import LoadError
+
+    if sys.stdin is None or (sys.stdin.isatty() and not asked):
+        raise LoadError("no prompt: give --prompt, or pipe one in")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise LoadError(f"the prompt from standard input is not UTF-8: {error}") from error
+
+
+def _profile_of(model: str) -> str:
+    """The folder of a model that has a profile in it.
+
+    Raises:
+        ProfileError: it has none.
+    """
+    from chai_attention.errors import ProfileError
+    from chai_attention.profile import EXPORTED
+
+    if not os.path.isfile(os.path.join(model, EXPORTED)):
+        raise ProfileError(
+            f"{model} has no {EXPORTED}: give --profile (chai calibrate writes one), or a folder "
+            "that chai export wrote"
+        )
+    return model

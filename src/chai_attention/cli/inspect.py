@@ -7,40 +7,59 @@ from typing import Annotated
 
 import typer
 
+from chai_attention.cli import options
+from chai_attention.cli.output import Output
+
 
 def inspect_command(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A profile, or llama-7b or llama-33b.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A profile, or llama-7b or llama-33b.",
+            autocompletion=options.complete_profile,
+        ),
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="Check the profile against this model and count its bytes."),
+        typer.Option(
+            help="Check the profile against this model and count its bytes.",
+            callback=options.known,
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Write elbow curves and head similarity as PNG into this folder."),
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Show a profile: clusters per layer, errors, and the K,V bytes per token."""
-    from chai_attention.cli.tables import profile_table, summary_line
+    """Show a profile: clusters per layer, errors, the promise, and the K,V bytes per token."""
+    from chai_attention.cli.records import profile_record
+    from chai_attention.cli.tables import profile_table, promise_line, summary_line
     from chai_attention.profile import ClusterProfile
 
+    shown = Output(as_json)
     profile = ClusterProfile.resolve(file)
     shape = None
     if model is not None:
         from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.transformers.support import describe
 
-        config = load_config(model)
-        shape = describe(config)
+        shape = describe(load_config(model, trust_remote_code=trust_remote_code))
         profile.check(shape)
-    typer.echo(profile_table(profile, shape))
-    if shape is not None:
-        typer.echo(summary_line(profile, shape, 2) + " (16-bit)")
+    shown.give(lambda: profile_record(profile, shape))
+    shown.say(profile_table(profile, shape))
+    if profile.promise is not None:
+        shown.say(promise_line(profile))
     else:
-        typer.echo("K,V bytes depend on the model: add --model to see them")
+        shown.say("no loss was measured for this profile: chai calibrate --max-loss does")
+    if shape is not None:
+        shown.say(summary_line(profile, shape, 2) + " (16-bit)")
+    else:
+        shown.say("K,V bytes depend on the model: add --model to see them")
     if plot is not None:
         from chai_attention.reports.plots import profile_plots
 
         for path in profile_plots(profile, plot):
-            typer.echo(f"plot written to {path}")
+            shown.say(f"plot written to {path}")

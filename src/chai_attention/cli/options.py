@@ -2,21 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+
+LARGEST_SEED = 2**64 - 1  # that torch takes
+
+
+def known(context: typer.Context, name: str | None) -> str | None:
+    """Refuse a model that is nowhere, before torch is imported and text is read."""
+    if name is not None and not context.resilient_parsing:  # which is: the shell completes
+        from chai_attention.hub import find_model
+
+        find_model(name)
+    return name
+
+
+def offer(*values: str) -> Callable[[str], list[str]]:
+    """Let the shell complete these values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+_MODEL_HELP = "Folder of a model, its name on the hub, a .gguf file, or smollm2-135m."
+_DTYPES, _DEVICES = ("auto", "float32", "bfloat16", "float16"), ("auto", "cpu", "cuda")
+_PROFILES = ("llama-7b", "llama-33b")
 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL",
-        help="Folder of a model, its name on the hub, a .gguf file, or smollm2-135m.",
+        metavar="MODEL", help=_MODEL_HELP, callback=known, autocompletion=offer("smollm2-135m")
     ),
 ]
-DType = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.")
+ModelOption = Annotated[
+    str, typer.Option("--model", help=_MODEL_HELP, callback=known, autocompletion=offer())
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")]
+complete_profile = offer(*_PROFILES)
+DType = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.",
+        autocompletion=offer(*_DTYPES),
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, or auto: a GPU if there is one.", autocompletion=offer(*_DEVICES)
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that MODEL comes with, if it needs to."
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Show no progress and no tables: warnings and errors alone."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the results as one JSON object, and no tables.")
+]
+
+
+def seed(text: str, panel: str | None = None) -> Any:
+    """An option ``--seed``: what its help says, its panel, and the range that torch takes."""
+    return typer.Option(help=text, min=0, max=LARGEST_SEED, rich_help_panel=panel)
 
 
 def share(option: str, text: str | None) -> float | None:
@@ -33,3 +87,9 @@ def share(option: str, text: str | None) -> float | None:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise CalibrationError(f"{option} is a share such as 1% or 0.01, not {text!r}") from None
+
+
+def help_without_command(context: typer.Context) -> None:
+    """Show the help of a group of commands if none of them is named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)

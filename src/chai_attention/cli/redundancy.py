@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from chai_attention.cli import options
+from chai_attention.cli.output import Output
 
 _SHOWN = "Maps to look at (chai report)"
 
@@ -25,18 +27,19 @@ def redundancy_command(
     samples: Annotated[int, typer.Option(help="Requests.", min=2)] = 32,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens per request. [default: 256, or the model's maximum]"),
+        typer.Option(help="Tokens per request.", show_default="256, or the model's maximum"),
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
             help="First tokens that memberships are found from: 5,32,128. The first is what the "
-            "others are compared with. [default: 5, 16 and its doubles]"
+            "others are compared with.",
+            show_default="5, 16 and its doubles",
         ),
     ] = None,
     clusters: Annotated[
         int | None,
-        typer.Option(help="Clusters of every layer. [default: each layer's elbow]", min=1),
+        typer.Option(help="Clusters of every layer.", show_default="each layer's elbow", min=1),
     ] = None,
     show: Annotated[
         int,
@@ -56,10 +59,13 @@ def redundancy_command(
             rich_help_panel=_SHOWN,
         ),
     ] = 48,
-    seed: Annotated[int, typer.Option(help="Which windows of the text are used.")] = 0,
+    seed: Annotated[int, options.seed("Which windows of the text are used.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Requests that run at once.", min=1)] = 4,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
     from chai_attention.calibration.calibrate import window_length
@@ -74,14 +80,11 @@ def redundancy_command(
     require_matplotlib()
     sources = parse_sources(text)
     asked = None if lengths is None else parse_lengths(lengths)
-    loaded, tokenizer = load_model(model, dtype, device)
-    length = window_length(loaded, length)
-    windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
-    with progress_bar("starting") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.describe(what)
-            bar(done, total)
+    with progress_bar(f"loading {model}", quiet=quiet) as bar:
+        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        bar.describe("reading text")
+        length = window_length(loaded, length)
+        windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
 
         found = study(
             loaded,
@@ -94,9 +97,12 @@ def redundancy_command(
             cells=cells,
             seed=seed,
             batch_size=batch_size,
-            progress=progress,
+            progress=bar.tell,
         )
-    typer.echo(render(redundancy_table(found), width=110))
-    typer.echo(f"study written to {found.save(out / 'redundancy.json')}")
+    shown = Output(as_json, quiet)
+    shown.say(render(redundancy_table(found), width=110))
+    file = found.save(out / "redundancy.json")
+    shown.give(lambda: json.loads(file.read_bytes()))
+    shown.say(f"study written to {file}")
     for path in redundancy_plots(found, out):
-        typer.echo(f"plot written to {path}")
+        shown.say(f"plot written to {path}")

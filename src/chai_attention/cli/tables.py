@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from rich.console import Console
 from rich.table import Table
 
-from chai_attention.evaluation.demo import DemoResult
-from chai_attention.integrations.transformers.writing import Written
 from chai_attention.profile import ClusterProfile, Shape
+
+if TYPE_CHECKING:  # they import torch, which chai inspect does without
+    from chai_attention.evaluation.demo import DemoResult
+    from chai_attention.integrations.transformers.writing import Written
 
 
 def render(table: Table, width: int = 100) -> str:
     """Return a rich table as plain text."""
-    console = Console(width=width)
+    # names and texts of others are shown as they are: no markup, no emoji codes
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")
@@ -31,7 +37,7 @@ def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
         if shape is not None:
             row[1] += f" of {shape.heads}"
             dropped = shape.kv_heads - profile.kept_keys(layer, shape)
-            bound = _is_bound(profile, shape) and dropped < shape.kv_heads - 1
+            bound = is_bound(profile, shape) and dropped < shape.kv_heads - 1
             row.append(f"{'at least ' if bound else ''}{dropped} of {shape.kv_heads}")
         table.add_row(*row)
     return render(table)
@@ -40,7 +46,7 @@ def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
 def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> str:
     """K,V bytes per token before and after."""
     full, kept = profile.bytes_per_token(shape, element_size)
-    bound = "at least " if _is_bound(profile, shape) else ""
+    bound = "at least " if is_bound(profile, shape) else ""
     line = (
         f"K,V cache: {full:,} bytes per token, {kept:,} with clusters: "
         f"{bound}{1 - kept / full:.1%} saved"
@@ -54,14 +60,27 @@ def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> st
 def promise_line(profile: ClusterProfile) -> str:
     """What was measured on held-out text."""
     found = profile.promise or {}
-    return (
-        f"perplexity on {found['windows']} held-out windows: {found['rise']:+.2%} "
-        f"±{found['standard_error']:.2%} (asked: at most {found['max_loss']:.2%}), "
-        f"{found['saved']:.1%} of the K,V bytes saved at {found['length']} tokens"
-    )
+    line = f"perplexity on {_counted(found, 'windows')} held-out windows"
+    line += f": {_percent(found, 'rise', '+')} ±{_percent(found, 'standard_error')}"
+    if "max_loss" in found:
+        line += f" (asked: at most {_percent(found, 'max_loss')})"
+    saved = _percent(found, "saved", digits=1)
+    return f"{line}, {saved} of the K,V bytes saved at {_counted(found, 'length')} tokens"
 
 
-def _is_bound(profile: ClusterProfile, shape: Shape) -> bool:
+def _percent(found: Mapping[str, Any], name: str, sign: str = "", digits: int = 2) -> str:
+    """An entry as percent; a profile of another origin need not have it."""
+    value = found.get(name)
+    return f"{value:{sign}.{digits}%}" if isinstance(value, int | float) else "unknown"
+
+
+def _counted(found: Mapping[str, Any], name: str) -> str:
+    """An entry that counts something."""
+    value = found.get(name)
+    return f"{value}" if isinstance(value, int) else "an unknown number of"
+
+
+def is_bound(profile: ClusterProfile, shape: Shape) -> bool:
     """Whether the number of kept K heads depends on the request."""
     online = profile.representatives is None
     return online and profile.target == "scores" and shape.kv_heads < shape.heads
@@ -104,6 +123,21 @@ def generation_table(runs: dict[str, Written]) -> str:
             f"{memory.total_bytes / memory.full_bytes:.1%}",
         )
     return render(table)
+
+
+def compared_line(plain: Written, clustered: Written) -> str:
+    """How far two texts agree, and what the second costs of the first's time and bytes."""
+    if plain.text == clustered.text:
+        line = "both texts are the same"
+    else:
+        pairs = zip(plain.text, clustered.text, strict=False)
+        same = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+        length = min(len(plain.text), len(clustered.text)) if same is None else same
+        line = f"the texts differ after {length} characters"
+    if plain.tpot and clustered.tpot:
+        line += f"; time per token {clustered.tpot / plain.tpot:.2f}x of the full model's"
+    held = clustered.memory.total_bytes / plain.memory.total_bytes
+    return f"{line}; K,V bytes {held:.2f}x"
 
 
 def demo_tables(result: DemoResult, prompt: str) -> str:

@@ -17,18 +17,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from chai_attention.errors import ChaiError
+from chai_attention.errors import ChaiError, LoadError
+from chai_attention.hub import SMOLLM2, find_model
 
-SMOLLM2 = "smollm2-135m"
+__all__ = ["SMOLLM2", "load_config", "load_model", "resolve_device", "resolve_dtype", "saved_dtype"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LoadError(ChaiError):
-    """A model cannot be loaded."""
-
-
 def load_model(
-    name: str, dtype: str = "auto", device: str = "auto"
+    name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -37,13 +35,14 @@ def load_model(
             the extra ``demo`` installs.
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
         device: cpu, cuda, or auto.
+        trust_remote_code: run Python code that the model comes with.
 
     Raises:
-        LoadError: no such model, or an impossible dtype or device.
+        LoadError: no such model, one that needs code of its own, or an impossible dtype or device.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     chosen = resolve_dtype(dtype, device)
+    options = {"local_files_only": find_model(name), "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     path = Path(name)
     try:
@@ -51,8 +50,8 @@ def load_model(
             return _load_gguf(_smollm2_file(), chosen, device)
         if path.suffix == ".gguf":
             return _load_gguf(path, chosen, device)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **options)
     except ChaiError:
         raise
     except Exception as error:  # loading fails in a different way for every kind of mistake
@@ -72,25 +71,46 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_config(name: str) -> PreTrainedConfig:
+def resolve_device(device: str) -> str:
+    """Return the device that a name or "auto" means.
+
+    Raises:
+        LoadError: one that is not there, or has no memory for results ("meta").
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every kind of device is missing in its own way
+        reason = str(error).strip().splitlines()[0]
+        raise LoadError(f"--device {device} cannot be used here: {reason}") from error
+    return device
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load only the config of a model named as in `load_model`."""
+    local_only = find_model(name)
     path = _smollm2_file() if name == SMOLLM2 else Path(name)
     try:
         config: PreTrainedConfig
         if path.suffix == ".gguf":
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         else:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(
+                name, local_files_only=local_only, trust_remote_code=trust_remote_code
+            )
         return config
     except Exception as error:
         raise _load_error(name, error) from error
 
 
-def saved_dtype(name: str) -> str:
+def saved_dtype(name: str, *, trust_remote_code: bool = False) -> str:
     """Name of the dtype a model was saved in; "auto" where its config does not say, or another."""
     if name == SMOLLM2 or Path(name).suffix == ".gguf":
         return "auto"  # quantised files have no such dtype
-    saved = str(getattr(load_config(name), "dtype", None)).removeprefix("torch.")
+    saved = str(
+        getattr(load_config(name, trust_remote_code=trust_remote_code), "dtype", None)
+    ).removeprefix("torch.")
     return saved if saved in DTYPES else "auto"
 
 
@@ -129,7 +149,12 @@ def _smollm2_file() -> Path:
 
 def _load_error(name: str, error: Exception) -> LoadError:
     """One line that says what went wrong."""
-    if isinstance(error, OSError) and not Path(name).exists():
-        return LoadError(f"no model {name!r}: neither a folder here nor a model of the hub")
-    reason = str(error).strip().splitlines()
-    return LoadError(f"cannot load {name}: {reason[0] if reason else type(error).__name__}")
+    reason = str(error).strip()
+    if "trust_remote_code" in reason:
+        return LoadError(
+            f"{name} comes with Python code of its own, which is not run unasked: read it, and "
+            "add --trust-remote-code if you trust it"
+        )
+    return LoadError(
+        f"cannot load {name}: {reason.splitlines()[0] if reason else type(error).__name__}"
+    )
