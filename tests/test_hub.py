@@ -8,12 +8,15 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from transformers import dynamic_module_utils
 
 from chai_attention import hub
+from chai_attention.calibration.request import TextRequest
 from chai_attention.calibration.sources import parse_sources
 from chai_attention.errors import CalibrationError, LoadError
+from chai_attention.integrations.transformers.loading import load_config, load_model
 
-CHAI = (sys.executable, "-c", "from chai_attention.cli import main; main()")
+CHAI = ("-c", "from chai_attention.cli import main; main()")
 
 
 @pytest.fixture
@@ -55,9 +58,9 @@ def _hub(answers):
         server.server_close()
 
 
-def _chai(folder, endpoint, *arguments, **more):
+def _run(folder, endpoint, *arguments, **more):
     done = subprocess.run(
-        [*CHAI, *arguments],
+        [sys.executable, *arguments],
         cwd=folder, capture_output=True, text=True,
         env={"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "PYTHONPATH": ":".join(
             filter(None, sys.path)), **more},
@@ -69,36 +72,38 @@ GENERATE = ("generate", "--profile", "profile.json", "--prompt", "x")
 
 
 def test_a_hub_that_is_not_there_is_asked_once_and_one_line(folder):
-    code, _, err = _chai(folder, "http://127.0.0.1:9", *GENERATE, "org/model")
+    code, _, err = _run(folder, "http://127.0.0.1:9", *CHAI, *GENERATE, "org/model")
     assert code == 2
     assert err.startswith("error: no model 'org/model' here, and the hub cannot be reached (")
     assert err.count("\n") == 1
 
 
 def test_offline_mode_is_one_line(folder):
-    code, _, err = _chai(folder, "http://127.0.0.1:9", *GENERATE, "org/model", HF_HUB_OFFLINE="1")
+    code, _, err = _run(
+        folder, "http://127.0.0.1:9", *CHAI, *GENERATE, "org/model", HF_HUB_OFFLINE="1"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert "offline" in err.lower()
 
 
 def test_a_name_that_the_hub_does_not_know_is_one_question_and_one_line(folder):
     with _hub({}) as (endpoint, asked):
-        code, _, err = _chai(folder, endpoint, *GENERATE, "org/model")
+        code, _, err = _run(folder, endpoint, *CHAI, *GENERATE, "org/model")
     assert asked == [("GET", "/api/models/org/model")]
     assert (code, err.count("\n")) == (2, 1)
     assert "neither a folder here nor a model of the hub" in err
 
 
-def test_a_data_set_that_the_hub_does_not_know_is_found_out_before_the_model_loads(folder):
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text("{")  # loading it would be another error
-    with _hub({}) as (endpoint, asked):
-        code, _, err = _chai(
-            folder, endpoint, "calibrate", "model", "--out", "p.json", "--text", "org/data:config"
-        )
-    assert asked == [("GET", "/api/datasets/org/data")]
-    assert (code, err.count("\n")) == (2, 1)
-    assert "org/data:config is neither a file nor a data set of the hub" in err
+def test_a_data_set_that_nobody_has_is_found_out_before_a_model_loads(monkeypatch):
+    monkeypatch.setattr(hub, "_answer", lambda kind, name: (False, f"no {kind} {name}"))
+    request = TextRequest(parse_sources(["org/data:config"]))
+    with pytest.raises(
+        CalibrationError, match=r"org/data:config is neither .* no dataset org/data"
+    ):
+        request.check()
+    monkeypatch.setattr(hub, "_answer", lambda kind, name: (None, "no route to host"))
+    with pytest.raises(CalibrationError, match=r"cannot be reached \(no route to host\)"):
+        request.check()
 
 
 @pytest.mark.parametrize(
@@ -133,34 +138,38 @@ def test_a_copy_of_a_model_serves_while_the_hub_is_away(folder):
     (home / "snapshots" / commit / "config.json").write_text(
         json.dumps({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 4})
     )
-    code, out, err = _chai(
-        folder, "http://127.0.0.1:9", "inspect", "profile.json", "--model", "org/model"
-    )
-    assert (code, err) == (0, "")
-    assert "1 of 4" in out
+    script = "from chai_attention.hub import find_model; print(find_model('org/model'))"
+    assert _run(folder, "http://127.0.0.1:9", "-c", script) == (0, "True\n", "")
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "", "1x", "0,5"])
 def test_a_bad_weight_of_a_file_is_no_data_set(folder, monkeypatch, weight):
     monkeypatch.chdir(folder)
-    with pytest.raises(CalibrationError, match="its weight .* is not a positive number"):
+    with pytest.raises(CalibrationError, match=r"its weight .* is not a positive number"):
         parse_sources([f"text.txt:{weight}"])
 
 
-def test_code_of_a_model_is_not_run_unasked(folder):
+def test_code_of_a_model_is_not_run_unasked(folder, monkeypatch):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(
         json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
     )
     (folder / "model" / "own.py").write_text(
         "import transformers\n"
-        "open('ran', 'w').close()\n"
+        f"open({str(folder / 'ran')!r}, 'w').close()\n"
         "class OwnConfig(transformers.LlamaConfig):\n    model_type = 'own'\n"
     )
-    arguments = ("inspect", "profile.json", "--model", "model")
-    code, _, err = _chai(folder, "http://127.0.0.1:9", *arguments)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "add --trust-remote-code" in err
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.syspath_prepend(folder / "modules")
+    with pytest.raises(LoadError, match="add --trust-remote-code") as caught:
+        load_config(str(folder / "model"))
+    assert "\n" not in str(caught.value)
     assert not (folder / "ran").exists()
-    _chai(folder, "http://127.0.0.1:9", *arguments, "--trust-remote-code")
+    assert load_config(str(folder / "model"), trust_remote_code=True).model_type == "own"
     assert (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99", ""])
+def test_a_device_that_cannot_hold_results_is_refused_before_anything_loads(folder, device):
+    with pytest.raises(LoadError, match=f"--device {device} cannot be used here: "):
+        load_model(str(folder / "none"), device=device)

@@ -44,8 +44,12 @@ def find_model(name: str) -> bool:
             f"cannot load {name}: a model is a folder, a .gguf file or a name on the hub, and "
             "this is another file"
         )
-    reason = _ask("model", name, LoadError)
-    if reason is None:
+    found, reason = _answer("model", name)
+    if found is False:
+        raise LoadError(
+            f"no model {name!r}: neither a folder here nor a model of the hub: {reason}"
+        )
+    if found:
         return False
     from huggingface_hub import try_to_load_from_cache
 
@@ -62,31 +66,19 @@ def require_dataset(name: str, error: type[ChaiError]) -> None:
         error: raised if it has none of that name, or cannot be reached.
     """
     repository = name.partition(":")[0]
-    reason = _ask("dataset", repository, error)
-    if reason is not None:
+    found, reason = _answer("dataset", repository)
+    if found is False:
+        raise error(f"{name} is neither a file nor a data set of the hub: {reason}")
+    if found is None:
         raise error(
             f"{name} is neither a file nor a data set that can be streamed: the hub cannot be "
             f"reached ({reason})"
         )
 
 
-def _ask(kind: str, name: str, error: type[ChaiError]) -> str | None:
-    """Return None if the hub has such a repository, or why it cannot be asked.
-
-    Raises:
-        ChaiError: ``error``; the hub has none, or no name is like this.
-    """
-    found, reason = _answer(kind, name)
-    if found is not False:
-        return reason
-    if kind == "dataset":
-        raise error(f"{name} is neither a file nor a data set of the hub: {reason}")
-    raise error(f"no model {name!r}: neither a folder here nor a model of the hub: {reason}")
-
-
 @cache  # asked when a command line is read, and again by what loads
-def _answer(kind: str, name: str) -> tuple[bool | None, str | None]:
-    """Whether the hub has a repository, None if it does not say; and why not."""
+def _answer(kind: str, name: str) -> tuple[bool | None, str]:
+    """Whether the hub has a repository, or None if it cannot be asked; and why not."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -101,4 +93,4 @@ def _answer(kind: str, name: str) -> tuple[bool | None, str | None]:
     except Exception as error:  # a type for every way in which a network fails
         lines = str(error).strip().splitlines()
         return None, lines[0] if lines else type(error).__name__
-    return True, None
+    return True, ""
