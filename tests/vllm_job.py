@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ TIMEOUT = 900
 Part = dict[str, Any]
 
 
-def generate(prompts: list[list[int]], tokens: int, n: int = 1) -> Part:
-    """Generate ``tokens`` greedily for prompts that are handed in together, ``n`` times each."""
-    return {"do": "generate", "prompts": prompts, "tokens": tokens, "n": n}
+def generate(prompts: list[list[int]], tokens: int, n: int = 1, scored: bool = False) -> Part:
+    """Generate ``tokens`` greedily for prompts that are handed in together, ``n`` times each.
+
+    With ``scored`` prompts get log probabilities, for which vLLM computes all of them anew.
+    """
+    return {"do": "generate", "prompts": prompts, "tokens": tokens, "n": n, "scored": scored}
 
 
 def beams(prompts: list[list[int]], tokens: int, width: int) -> Part:
@@ -39,6 +43,11 @@ def abort(prompts: list[list[int]], tokens: int, at: dict[int, int]) -> Part:
     """Generate, and drop requests in flight: ``at`` has the step of each that is dropped."""
     steps = {str(row): step for row, step in at.items()}
     return {"do": "abort", "prompts": prompts, "tokens": tokens, "at": steps}
+
+
+def reload(prompts: list[list[int]], tokens: int, at: int) -> Part:
+    """Generate, and load the same weights anew behind step ``at``, while requests are under way."""
+    return {"do": "reload", "prompts": prompts, "tokens": tokens, "at": at}
 
 
 def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
@@ -149,18 +158,20 @@ def _prompts(part: Part) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in part["prompts"]]
 
 
-def _params(tokens: int, n: int = 1) -> Any:
+def _params(tokens: int, n: int = 1, scored: bool = False) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
         # vLLM refuses several greedy samples, and drafts with a top_k
         **({"temperature": 0} if n == 1 else {"temperature": 1, "top_k": 1}),
         max_tokens=tokens, ignore_eos=True, detokenize=False, n=n,
+        prompt_logprobs=0 if scored else None,
     )  # fmt: skip
 
 
 def _generate(llm: Any, part: Part) -> dict[str, Any]:
-    done = llm.generate(_prompts(part), _params(part["tokens"], part["n"]), use_tqdm=False)
+    params = _params(part["tokens"], part["n"], part["scored"])
+    done = llm.generate(_prompts(part), params, use_tqdm=False)
     return {
         "ids": [[list(out.token_ids) for out in request.outputs] for request in done],
         "cached": [request.num_cached_tokens for request in done],
@@ -184,15 +195,31 @@ def _beams(llm: Any, part: Part) -> dict[str, Any]:
 
 
 def _abort(llm: Any, part: Part) -> dict[str, Any]:
+    def drop(step: int, names: list[str]) -> None:
+        gone = [names[int(row)] for row, at in part["at"].items() if at == step]
+        llm.llm_engine.abort_request(gone)
+
+    return _stepwise(llm, part, drop)
+
+
+def _reload(llm: Any, part: Part) -> dict[str, Any]:
+    def again(step: int, names: list[str]) -> None:
+        if step == part["at"]:
+            llm.collective_rpc("reload_weights")
+
+    return _stepwise(llm, part, again)
+
+
+def _stepwise(llm: Any, part: Part, before: Callable[[int, list[str]], None]) -> dict[str, Any]:
+    """Generate; ``before`` gets the number of each step ahead of it, and the requests' names."""
     engine = llm.llm_engine
-    names = [f"abort-{row}" for row in range(len(part["prompts"]))]
+    names = [f"{part['do']}-{row}" for row in range(len(part["prompts"]))]
     for name, prompt in zip(names, _prompts(part), strict=True):
         engine.add_request(name, prompt, _params(part["tokens"]))
     ids: dict[str, list[int]] = {}
     step = 0
     while engine.has_unfinished_requests():
-        gone = [names[int(row)] for row, at in part["at"].items() if at == step]
-        engine.abort_request(gone)
+        before(step, names)
         for request in engine.step():
             if request.finished:
                 ids[request.request_id] = list(request.outputs[0].token_ids)
@@ -200,4 +227,4 @@ def _abort(llm: Any, part: Part) -> dict[str, Any]:
     return {"ids": [[ids[name]] if name in ids else None for name in names]}
 
 
-_DOES = {"generate": _generate, "beams": _beams, "abort": _abort}
+_DOES = {"generate": _generate, "beams": _beams, "abort": _abort, "reload": _reload}

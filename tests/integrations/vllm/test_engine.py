@@ -10,7 +10,7 @@ from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
 from runtime_tokens import narrow_losses, runtime_tokens
-from vllm_job import abort, beams, generate
+from vllm_job import abort, beams, generate, reload
 
 HEADS, LAYERS, PAGE, POOL = 8, 3, 32, 10
 CLUSTERS = (3, 8, 5)
@@ -81,6 +81,8 @@ def served(engine, tiny):
             "again": generate(MIXED[:4], TOKENS),
             "samples": generate(MIXED[:1], FEW, n=3),
             "beams": beams(LONG, FEW, BEAMS),
+            "reloaded": reload(MIXED[:4], TOKENS, at=9),
+            "afterwards": generate(MIXED[:4], TOKENS),
         }
         found = engine(
             tiny, list(parts.values()), profile,
@@ -124,6 +126,13 @@ def test_aborts_in_flight_disturb_nobody(kind, together, served, expected) -> No
 
 
 @EVERY
+def test_weights_that_are_loaded_anew_change_no_token(kind, together, served, expected) -> None:
+    parts = served(kind, together)["parts"]
+    for part in ("reloaded", "afterwards"):  # with requests under way, and none
+        assert parts[part]["ids"] == expected(kind)["mixed"][:4]
+
+
+@EVERY
 def test_samples_and_beams_share_the_pages_of_a_prompt(kind, together, served, expected) -> None:
     parts = served(kind, together)["parts"]
     assert parts["samples"]["ids"] == [[expected(kind)["mixed"][0][0][:FEW]] * 3]
@@ -163,6 +172,35 @@ def test_short_first_chunks_and_prompts(engine, tiny) -> None:
         assert found["parts"][0]["ids"] == wanted
 
 
+@pytest.mark.parametrize(("kind", "together"), [("online", False), ("blend", True)])
+def test_what_short_prompts_decided_is_no_prefix_of_longer_ones(kind, together, engine, tiny):
+    # chats that begin with less than a probe window, are scored with their answer (which computes
+    # all of it anew), and go on: the last turn finds pages of the turns before it
+    begun = prompts_of([9, 8, 7, 6, 5, 6, 7, 9], seed=9)
+    rest = prompts_of([90] * len(begun), seed=10)
+    first = engine(
+        tiny, [generate(begun, 40)], PROFILES[kind], block_size=PAGE, together=together
+    )["parts"][0]["ids"]  # fmt: skip
+    chats = [
+        [*chat, *answer[0][: PAGE + 8], *more]
+        for chat, answer, more in zip(begun, first, rest, strict=True)
+    ]
+    last = [[*chat, 5] for chat in chats]
+    # one after the other, as they would disturb each other's order
+    parts = [
+        part
+        for chat, scored, turn in zip(begun, chats, last, strict=True)
+        for part in (
+            generate([chat], 40), generate([scored], 1, scored=True), generate([turn], 20)
+        )
+    ]  # fmt: skip
+    found = engine(tiny, parts, PROFILES[kind], block_size=PAGE, together=together)["parts"]
+    assert all(turn["cached"] == [4 * PAGE] for turn in found[2::3])  # caching goes on
+    assert [turn["ids"][0] for turn in found[2::3]] == runtime_tokens(
+        tiny, PROFILES[kind], last, 20
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "together"), [("online", True), ("blend", False), ("online window", True)]
 )
@@ -198,6 +236,21 @@ def test_graph_compilation_and_ranks_of_a_pipeline_change_nothing(options, engin
         tiny, [generate(prompts, 12)], STATIC, block_size=PAGE, enforce_eager=False, **options
     )
     assert found["parts"][0]["ids"] == runtime_tokens(tiny, STATIC, prompts, 12)
+
+
+def test_clients_that_leave_a_pipeline_cost_nobody_the_recent_window(engine, tiny) -> None:
+    # fewer rows than requests, and steps that only some of the running ones take part in
+    profile, prompts = PROFILES["static window"], MIXED * 2
+    found = engine(
+        tiny, [abort(prompts, 20, {0: 3, 2: 5, 5: 12, 6: 14, 9: 20, 12: 30})], profile,
+        block_size=PAGE, pipeline_parallel_size=2, max_num_seqs=4, enforce_eager=False,
+        compilation_config={"backend": "eager"}, enable_prefix_caching=False,
+    )  # fmt: skip
+    wanted = runtime_tokens(tiny, profile, MIXED, 20) * 2
+    stayed = found["parts"][0]["ids"]
+    assert sum(ids is not None for ids in stayed) >= 10
+    for ids, expected in zip(stayed, wanted, strict=True):
+        assert ids is None or ids == expected
 
 
 def test_tensor_parallel_ranks_cluster_their_own_heads(engine, tiny) -> None:

@@ -11,7 +11,7 @@ from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import PageMemberships, full_tokens
 from chai_attention.integrations.vllm.pages import PageLayout
 from chai_attention.integrations.vllm.per_request import Request, from_pages
-from chai_attention.integrations.vllm.prompts import PromptLengths
+from chai_attention.integrations.vllm.request_table import RequestTable
 from chai_attention.integrations.vllm.step import Row, leading_decodes, rows_of
 from chai_attention.integrations.vllm.window import RecentPool, RequestSlots
 from chai_attention.membership import Membership
@@ -136,26 +136,41 @@ def test_rows_of_a_step() -> None:
     assert leading_decodes(rows[:2]) == 2
 
 
-def test_slots_go_to_the_longest_unused() -> None:
+def test_a_client_that_leaves_costs_nobody_else_the_window() -> None:
     slots = RequestSlots(2)
-    assert slots.rows([7, 9], [True, True]) == [0, 1]
-    assert slots.rows([9], [False]) == [1]
-    assert slots.rows([3], [True]) == [0]  # 7 was used longest ago
-    with pytest.raises(RuntimeError, match="first page 7 was lost"):
-        slots.rows([7], [False])
-    assert slots.rows([9, 3], [True, False]) == [1, 0]  # a new request in an old page
+    assert slots.rows(["a", "b"], [True, True], {"a", "b"}) == [0, 1]
+    # "b" leaves while "a" is in another microbatch of the pipeline
+    assert slots.rows(["c"], [True], {"a", "c"}) == [1]
+    assert slots.rows(["a"], [False], {"a", "c"}) == [0]
 
 
-def test_lengths_of_prompts_come_from_the_model_runner_that_calls() -> None:
+def test_rows_of_the_window_are_kept_for_those_that_live() -> None:
+    slots = RequestSlots(3)
+    assert slots.rows(["a", "b", "c"], [True] * 3, {"a", "b", "c"}) == [0, 1, 2]
+    # all of these come and go while "a" waits for room in a step
+    for name in "defgh":
+        assert slots.rows([name], [True], {"a", name}) != [0]
+    assert slots.rows(["h", "a"], [False, False], {"a", "h"})[1] == 0
+    # a preempted request keeps its row while nobody needs it, and starts anew with another
+    assert slots.rows(["i", "j"], [True, True], {"a", "h", "i", "j"}) != [0]
+    assert sorted(slots.rows(["i", "h", "a"], [False, True, True], {"a", "h", "i"})) == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="request b was lost"):
+        slots.rows(["b"], [False], {"b"})
+
+
+def test_what_the_model_runner_knows_of_requests() -> None:
     class Runner:
-        def table(self) -> PromptLengths:
-            return PromptLengths.of_caller()
+        def table(self) -> RequestTable:
+            return RequestTable.of_caller()
 
     older, newer = Runner(), Runner()
-    older.input_batch = SimpleNamespace(num_prompt_tokens=[7, 3])
+    older.input_batch = SimpleNamespace(num_prompt_tokens=[7, 3], req_ids=["a", "b"])
+    older.requests = {"a": None, "b": None, "waits": None}
     newer.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=[7, 3, 9]))
-    assert older.table().of(1, None) == 3
-    assert newer.table().of(0, [2, 1]) == 9
+    assert older.table().prompt(1, None) == 3
+    assert older.table().names() == ["a", "b"]
+    assert "waits" in older.table().living
+    assert newer.table().prompt(0, [2, 1]) == 9
     with pytest.raises(UnsupportedModelError, match="lengths of prompts"):
         Runner().table()
 

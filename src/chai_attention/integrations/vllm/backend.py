@@ -10,10 +10,10 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from chai_attention.integrations.vllm.options import EIGHT_BITS
+from chai_attention.integrations.vllm.options import EIGHT_BITS, PAGE_MULTIPLE
 from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.integrations.vllm.prefixes import probed
 
-PAGE_MULTIPLE = 16  # tokens; what the kernels need
 LEAST_FLOAT8 = (8, 9)  # compute capability that converts 8-bit floats
 
 
@@ -32,6 +32,7 @@ class ChaiBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *EIGHT_BITS]
     forward_includes_kv_cache_update = True
     layout: ClassVar[PageLayout | None] = None
+    probe_end: ClassVar[int] = 0  # see `ProbedSpec`; 0 where it does not matter
     # layouts in which a page of a layer is one run of memory, whatever other layers have
     layouts: ClassVar[tuple[KVCacheLayout, ...]] = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
 
@@ -98,15 +99,18 @@ class ChaiBackend(AttentionBackend):
         if cls.layout is None:
             return spec
         element = spec.dtype.itemsize
-        return replace(
+        own = replace(
             spec,
             num_head_slots=1,
             state_content_bytes=cls.layout.page_bytes(1, element),
         )
+        return probed(own, cls.probe_end) if cls.probe_end else own
 
 
 @cache
-def backend_of(layout: PageLayout, layouts: tuple[KVCacheLayout, ...]) -> type[ChaiBackend]:
+def backend_of(
+    layout: PageLayout, layouts: tuple[KVCacheLayout, ...], probe_end: int = 0
+) -> type[ChaiBackend]:
     """The backend class of layers with such pages, in caches of these layouts."""
-    known = {"layout": layout, "layouts": layouts}
+    known = {"layout": layout, "layouts": layouts, "probe_end": probe_end}
     return type(f"ChaiBackend{layout.kept}", (ChaiBackend,), known)

@@ -24,6 +24,7 @@ from chai_attention.integrations.vllm.stock import (
     give_way,
     limited_to,
     stock_backend,
+    with_prefixes,
 )
 from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.cache_write import write_paged
@@ -69,9 +70,18 @@ class ChaiAttention(AttentionImpl[Step]):
         self._scales = (1.0, 1.0)  # what pages hold K and V divided by
         self.softcap = logits_soft_cap or None
         self.served = ServedModel.of(get_current_vllm_config())
+        self._name: str | None = None  # of the layer, once its weights are loaded
+        self._is_prepared = False  # for a cache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Find out which layer this is, choose its pages and take the memory of its window."""
+        """Find out which layer this is, choose its pages and take the memory of its window.
+
+        vLLM calls this again where it reloads weights or wakes up. What was made by then is in use,
+        by requests that go on and by CUDA graphs, so it stays.
+        """
+        if self._name is not None:
+            self._weights_changed()
+            return
         from vllm.model_executor.models.utils import extract_layer_index
         from vllm.platforms import current_platform
 
@@ -93,12 +103,16 @@ class ChaiAttention(AttentionImpl[Step]):
         stock = stock_backend(config, module, config.model_config.dtype)
         some = any(each.plan.is_identity for each in self.served.layers)
         layouts = common_layouts(ChaiBackend.layouts, stock if some else None)
+        probe_end = self.served.prefix_probe
         if plan.is_identity and stock is not None:
-            several = config.parallel_config.pipeline_parallel_size > 1
-            give_way(module, limited_to(stock, layouts) if several else stock, act_dtype)
+            if config.parallel_config.pipeline_parallel_size > 1:
+                stock = limited_to(stock, layouts)
+            if probe_end:
+                stock = with_prefixes(stock, probe_end)
+            give_way(module, stock, act_dtype)
             return
         self.layout = self.layer.layout(self.head_size, module.head_size_v)
-        module.attn_backend = backend_of(self.layout, layouts)
+        module.attn_backend = backend_of(self.layout, layouts, probe_end)
         device = torch.device(current_platform.device_type)
         self._copies: PageCopies | None = None
         if self.is_narrow:
@@ -115,13 +129,32 @@ class ChaiAttention(AttentionImpl[Step]):
                 device,
             )
 
+    def _weights_changed(self) -> None:
+        """Go on with other weights, or with the same ones put back.
+
+        Raises:
+            UnsupportedModelError: the scales of 8-bit pages are others; kernels have them built in.
+        """
+        if self._pool is not None:
+            self._pool.restore()
+        if self._is_prepared and self._checkpoint_scales() != self._scales:
+            raise UnsupportedModelError(
+                f"the new weights of {self._name} have other scales of K and V in 8 bits: start "
+                "the server anew with them"
+            )
+
+    def _checkpoint_scales(self) -> tuple[float, float]:
+        """What pages hold K and V divided by; known once all weights are processed."""
+        if not self.is_narrow:
+            return 1.0, 1.0
+        module = self.served.config.compilation_config.static_forward_context[self._name]
+        return module._k_scale_float, module._v_scale_float
+
     def prepare(self, cache: Tensor) -> None:
         """Make the tables that belong to a cache, before any CUDA graph needs them."""
         device, plan = cache.device, self.layer.plan
-        if self.is_narrow:
-            # by now known: checkpoints may bring them
-            module = self.served.config.compilation_config.static_forward_context[self._name]
-            self._scales = module._k_scale_float, module._v_scale_float
+        self._scales = self._checkpoint_scales()
+        self._is_prepared = True
         self._memberships: FixedMembership | PageMemberships = (
             PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from chai_attention.integrations.vllm.prompts import PromptLengths
+from chai_attention.integrations.vllm.request_table import RequestTable
 from chai_attention.integrations.vllm.step import Row, Step, leading_decodes, rows_of
 from chai_attention.integrations.vllm.window import RequestSlots
 
@@ -56,8 +56,10 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
         self._layers = [context[name] for name in layer_names]
         served = self._layers[0].impl.served
         self._buffers: StepBuffers = served.buffers(device)
-        # only memberships that are decided here depend on the prompt
-        self._prompts = PromptLengths.of_caller() if served.needs_probe else None
+        self._decides = served.needs_probe  # else nobody asks how long prompts are
+        self._requests: RequestTable | None = None
+        if self._decides or self._buffers.window:
+            self._requests = RequestTable.of_caller()
         self._prepared: Tensor | None = None
         # verified drafts make lengths that the host knows only roughly
         self._drafts = vllm_config.speculative_config is not None
@@ -100,9 +102,9 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
         rows = rows_of(
             common.query_start_loc_cpu.tolist(),
             self._host_lengths(common)[:requests],
-            None
-            if self._prompts is None or is_capture
-            else partial(self._prompts.of, req_idx=common.req_idx),
+            partial(self._requests.prompt, req_idx=common.req_idx)
+            if self._requests is not None and self._decides and not is_capture
+            else None,
         )
         # rows without tokens pad a graph of decodes
         uniform = common.max_query_len == 1
@@ -194,12 +196,16 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
             known: list[int] = common.req_idx.tolist()
             return known[: table.shape[0]]
         real = [row for row in rows if row.tokens and row.length]
-        first = table[:, 0].tolist()
-        pages, new = [first[row.number] for row in real], [row.context == 0 for row in real]
-        if not any(pages):  # a dummy batch: page 0 is nobody's
-            return [0] * len(rows)
         slots = [0] * len(rows)
-        for row, slot in zip(real, self._buffers.known.rows(pages, new), strict=True):
+        if self._requests is None or not bool(table[:, 0].any()):
+            return slots  # a dummy batch: page 0 is nobody's
+        names = self._requests.names()
+        found = self._buffers.known.rows(
+            [names[row.number] for row in real],
+            [row.context == 0 for row in real],
+            self._requests.living,
+        )
+        for row, slot in zip(real, found, strict=True):
             slots[row.number] = slot
         return slots
 

@@ -13,6 +13,7 @@ from chai_attention.profile import EXPORTED, ONLINE, ClusterProfile
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
 _DIGEST = "sha256"
+PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
 EIGHT_BITS = ("fp8", "fp8_e4m3")  # names of K,V caches of float8_e4m3fn
 CACHE_DTYPES = {"float16": "torch.float16", "bfloat16": "torch.bfloat16"}
 
@@ -94,6 +95,23 @@ def refuse(config: Any, profile: ClusterProfile) -> None:
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "
             "chai export MODEL --profile FILE --out FOLDER, and serve that folder"
         )
+
+
+def page_problem(probe_end: int, page: int) -> str | None:
+    """Why a prefix of pages cannot be found by its tokens alone; None if it can.
+
+    Args:
+        probe_end: tokens of a prompt that decide its membership, from its first one on.
+        page: tokens of a page.
+    """
+    if probe_end <= page:
+        return None
+    enough = -(-probe_end // PAGE_MULTIPLE) * PAGE_MULTIPLE
+    return (
+        f"prefix caching with pages of {page} tokens and memberships that are decided on a "
+        f"prompt's first {probe_end}, which must stand in one page: add --block-size {enough} or "
+        "more, or --no-enable-prefix-caching"
+    )
 
 
 def refuse_layer(

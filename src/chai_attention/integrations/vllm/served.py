@@ -64,6 +64,15 @@ class ServedModel:
         """Whether memberships depend on requests."""
         return any(layer.plan.needs_probe for layer in self.layers)
 
+    @property
+    def prefix_probe(self) -> int:
+        """Tokens that decide what a cached prefix means; 0 if no request's tokens do."""
+        if not self.config.cache_config.enable_prefix_caching:
+            return 0
+        return max(
+            (layer.plan.probe_end for layer in self.layers if layer.plan.needs_probe), default=0
+        )
+
     @classmethod
     def of(cls, config: Any) -> ServedModel:
         """The model of ``config``; the same object for all its layers."""

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from chai_attention.integrations.vllm.options import EIGHT_BITS
+from chai_attention.integrations.vllm.prefixes import probed
 
 
 def stock_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | None:
@@ -104,6 +105,18 @@ def common_layouts(
     """
     read = None if stock is None else stock.supported_kv_cache_layouts()
     return own if read is None else tuple(layout for layout in own if layout in read)
+
+
+def with_prefixes(stock: type[Any], probe_end: int) -> type[Any]:
+    """Return vLLM's backend with pages whose prefixes are found as clustered layers need it.
+
+    One manager looks after the pages of all layers.
+    """
+
+    def customize_spec(cls: type[Any], spec: Any) -> Any:
+        return probed(stock.customize_spec(spec), probe_end)
+
+    return type(stock.__name__, (stock,), {"customize_spec": classmethod(customize_spec)})
 
 
 def limited_to(stock: type[Any], layouts: tuple[KVCacheLayout, ...]) -> type[Any]:

@@ -7,7 +7,7 @@ the first ones is kept per running request, in memory that is taken before vLLM 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class RecentPool:
             plan.recent,
         )
 
+    def restore(self) -> None:
+        """Write anew what no request writes: vLLM's sleep may have dropped the memory's contents.
+
+        K of requests stays as it is, as they may go on with other weights.
+        """
+        sinks = self.near.sink_positions
+        sinks.copy_(torch.arange(sinks.shape[1], dtype=sinks.dtype))
+
     @property
     def size(self) -> int:
         """Tokens that the ring holds."""
@@ -65,39 +73,50 @@ class RecentPool:
 class RequestSlots:
     """Rows of the pools by request, for a model runner that does not number its requests.
 
-    A request is known by its first page, which it shares with nobody (a recent window excludes
-    prefix caching). Rows of requests that ended are taken over by others, the longest unused one
-    first.
+    A request that goes on keeps its row, also through steps that it has no part in. A new one gets
+    the row of one that has ended.
 
     Args:
-        count: rows that there are.
+        count: rows that there are: as many as requests can run at a time.
     """
 
     def __init__(self, count: int):
-        self.count = count
-        self._row_of: OrderedDict[int, int] = OrderedDict()
+        self._row_of: OrderedDict[str, int] = OrderedDict()
+        self._free = list(range(count))[::-1]
 
-    def rows(self, pages: Sequence[int], is_new: Sequence[bool]) -> list[int]:
+    def rows(
+        self, requests: Sequence[str], is_new: Sequence[bool], living: Container[str]
+    ) -> list[int]:
         """Return the row of each request of a step.
 
         Args:
-            pages: first page of each.
-            is_new: whether it starts with this step.
+            requests: the name of each.
+            is_new: whether it starts, or starts anew, with this step.
+            living: names of all requests that have not ended, whether they run or wait.
 
         Raises:
             RuntimeError: a request that goes on is not known.
         """
-        for page, new in zip(pages, is_new, strict=True):
-            if page in self._row_of:
-                self._row_of.move_to_end(page)
+        for name, new in zip(requests, is_new, strict=True):
+            if name in self._row_of:
+                self._row_of.move_to_end(name)
             elif not new:
                 raise RuntimeError(
-                    f"the recent window of the request with first page {page} was lost; please "
-                    "report this, with the options vLLM was started with"
+                    f"the recent window of request {name} was lost; please report this, with the "
+                    "options vLLM was started with"
                 )
-        for page in pages:
-            if page not in self._row_of:
-                spare = len(self._row_of)
-                row = self._row_of.popitem(last=False)[1] if spare == self.count else spare
-                self._row_of[page] = row
-        return [self._row_of[page] for page in pages]
+        for name in requests:
+            if name not in self._row_of:
+                self._row_of[name] = self._take(living)
+        return [self._row_of[name] for name in requests]
+
+    def _take(self, living: Container[str]) -> int:
+        """A row that nobody needs."""
+        if not self._free:
+            ended = [name for name in self._row_of if name not in living]
+            self._free = [self._row_of.pop(name) for name in reversed(ended)]
+        if not self._free:
+            # somebody was preempted, and will start anew; vLLM lets nobody in ahead of those but
+            # by priority (see `options.refuse`), so that they keep their rows
+            self._free = [self._row_of.popitem(last=False)[1]]
+        return self._free.pop()

@@ -1,21 +1,21 @@
-"""How long the prompts of running requests are.
+"""What the model runner knows of requests, and attention backends are not told.
 
 A request that vLLM preempted starts anew with its prompt and all it has generated. Its membership
-has to be what it was, so what was generated must not be taken for prompt. vLLM tells attention
-backends how many tokens a request has, but not how many of them are its prompt; the model runner
-that makes the metadata builders knows.
+has to be what it was, so what was generated must not be taken for prompt: how long the prompt is,
+only the runner knows. So it is with the names of requests, and with which of them have ended.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from typing import Any
 
 from chai_attention.errors import UnsupportedModelError
 
 
-class PromptLengths:
-    """The table of prompts of a model runner.
+class RequestTable:
+    """The requests of the model runner that makes the metadata builders.
 
     Args:
         runner: vLLM's, the older one (``input_batch``) or the newer one (``req_states``).
@@ -25,7 +25,7 @@ class PromptLengths:
         self._runner = runner
 
     @classmethod
-    def of_caller(cls) -> PromptLengths:
+    def of_caller(cls) -> RequestTable:
         """The table of the model runner that is calling.
 
         Raises:
@@ -39,11 +39,12 @@ class PromptLengths:
                 return cls(caller)
             frame = frame.f_back
         raise UnsupportedModelError(
-            "online memberships need to know the lengths of prompts, which this version of vLLM "
-            "keeps elsewhere: use a static profile, or a version that docs/serving.md names"
+            "online memberships and recent windows need the lengths of prompts and the names of "
+            "requests, which this version of vLLM keeps elsewhere: use a static profile without "
+            "a window, or a version that docs/serving.md names"
         )
 
-    def of(self, row: int, req_idx: Any) -> int:
+    def prompt(self, row: int, req_idx: Any) -> int:
         """Tokens of the prompt of a step's request.
 
         Args:
@@ -54,3 +55,14 @@ class PromptLengths:
         if req_idx is None:
             return int(self._runner.input_batch.num_prompt_tokens[row])
         return int(self._runner.req_states.prompt_len.np[req_idx[row]])
+
+    def names(self) -> list[str]:
+        """Names of the requests by their row in the step; of the older runner only."""
+        known: list[str] = self._runner.input_batch.req_ids
+        return known
+
+    @property
+    def living(self) -> Container[str]:
+        """Names of all requests that have not ended; of the older runner only."""
+        known: Container[str] = self._runner.requests
+        return known
