@@ -28,17 +28,18 @@ def serve_command(
     ] = 80.0,
 ) -> None:
     """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
-    chosen = profile or model
     if estimate:
         from chai_attention.cli.serving_table import serving_table
         from chai_attention.integrations.transformers.loading import load_config
+        from chai_attention.integrations.vllm.preflight import profile_path
         from chai_attention.integrations.vllm.weigh import estimate_config
 
+        chosen = profile_path(model, profile)
         config = load_config(model)
         found = estimate_config(config, chosen, context.args, int(gpu_memory * 1e9))
         typer.echo(serving_table(found))
         return
     from chai_attention.integrations.vllm.serving import vllm_command
 
-    command = vllm_command(model, chosen, context.args)
+    command = vllm_command(model, profile, context.args)
     os.execv(command[0], command)

@@ -22,7 +22,10 @@ def serving_table(found: Estimate) -> str:
         f"({found.capacity_gain:.2f}x)",
     ]
     if found.window_bytes:
-        lines.append(f"recent window: {found.window_bytes:,} bytes a request, taken at the start")
+        lines.append(
+            f"recent window: {found.window_bytes:,} bytes for each of {found.requests:,} requests "
+            "(--max-num-seqs), taken at the start"
+        )
     table = Table(title="expected gain")
     for name in ("context", "requests that fit", "with clusters", f"decode at batch {BATCH}"):
         table.add_column(name, justify="right")

@@ -6,11 +6,21 @@ from typing import Any
 import pytest
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.vllm.options import mark, profile_of, refuse, refuse_layer
+from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.integrations.vllm.options import (
+    Asked,
+    mark,
+    named_profile,
+    profile_of,
+    refuse,
+    refuse_layer,
+)
 from chai_attention.profile import EXPORTED, ClusterProfile
 
 PLAIN = ClusterProfile((2, 3), window=8)
 WINDOW = ClusterProfile((2, 3), window=8, recent=4)
+TABLE = [[0.0] * 4] * 4
+BLEND = ClusterProfile((2, 3), "blend", window=8, blend=1.0, costs=[TABLE, TABLE])
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -41,27 +51,38 @@ def config(**changes: Any) -> SimpleNamespace:
         ({"kv_transfer_config": object()}, PLAIN, "--kv-transfer-config"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, PLAIN, "drafts of a model"),
         ({"parallel_config__enable_dbo": True}, PLAIN, "microbatches"),
+        ({"parallel_config__enable_dbo": True}, BLEND, "microbatches"),
+        ({"cache_config__kv_offloading_size": 4.0}, PLAIN, "leave out --kv-offloading-size"),
+        (
+            {
+                "parallel_config__pipeline_parallel_size": 2,
+                "scheduler_config": SimpleNamespace(policy="priority"),
+                "cache_config__enable_prefix_caching": False,
+            },
+            WINDOW,
+            "--scheduling-policy priority",
+        ),
         ({}, WINDOW, "--no-enable-prefix-caching"),
     ],
 )
 def test_refused(changes: dict[str, Any], profile: ClusterProfile, line: str) -> None:
     with pytest.raises(UnsupportedModelError, match=line) as raised:
-        refuse(config(**changes), profile)
+        refuse(Asked.of_config(config(**changes)), profile)
     assert "\n" not in str(raised.value)
 
 
 def test_accepted() -> None:
-    refuse(config(), PLAIN)
-    refuse(config(cache_config__enable_prefix_caching=False), WINDOW)
-    refuse(config(cache_config__cache_dtype="bfloat16"), PLAIN)
-    refuse(config(cache_config__cache_dtype="fp8"), PLAIN)
-    refuse(config(speculative_config=SimpleNamespace(method="ngram")), PLAIN)
+    refuse(Asked.of_config(config()), PLAIN)
+    refuse(Asked.of_config(config(cache_config__enable_prefix_caching=False)), WINDOW)
+    refuse(Asked.of_config(config(cache_config__cache_dtype="bfloat16")), PLAIN)
+    refuse(Asked.of_config(config(cache_config__cache_dtype="fp8")), PLAIN)
+    refuse(Asked.of_config(config(speculative_config=SimpleNamespace(method="ngram"))), PLAIN)
 
 
 def test_refit_has_to_be_exported() -> None:
     refit = ClusterProfile((2, 3), refit={"kind": "bias", "file": "x", "sha256": "y"})
     with pytest.raises(ProfileError, match="chai export"):
-        refuse(config(), refit)
+        refuse(Asked.of_config(config()), refit)
 
 
 def test_where_the_profile_comes_from(tmp_path) -> None:
@@ -86,6 +107,48 @@ def test_where_the_profile_comes_from(tmp_path) -> None:
     mark(exported, WINDOW)
     assert before != exported.additional_config
     assert profile_of(exported) == WINDOW
+
+
+def test_a_folder_without_a_profile_says_so(tmp_path) -> None:
+    with pytest.raises(ProfileError, match=r"holds no chai_profile\.json: give the file"):
+        named_profile(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "line"),
+    [
+        ("--kv-cache-dtype fp8_e5m2", PLAIN, "--kv-cache-dtype auto or fp8"),
+        ("--kv_cache_dtype=fp8_e5m2", PLAIN, "--kv-cache-dtype auto or fp8"),
+        ("--kv-cache-dtype-skip-layers 3 4", PLAIN, "in some layers only"),
+        ("-dcp 2", PLAIN, "context parallelism"),
+        ("--prefill-context-parallel-size=2", PLAIN, "context parallelism"),
+        ("--kv-offloading-size 4", PLAIN, "leave out --kv-offloading-size"),
+        ("--kv-transfer-config.kv_connector X", PLAIN, "leave out --kv-transfer-config"),
+        ('-sc {"model":"m","num_speculative_tokens":2}', PLAIN, "drafts of a model"),
+        ("--speculative-config.method eagle3", PLAIN, "drafts of a model"),
+        ("--enable-dbo", BLEND, "microbatches"),
+        ("", WINDOW, "--no-enable-prefix-caching"),
+        ("-pp 2 --scheduling-policy priority --no-enable-prefix-caching", WINDOW, "policy fcfs"),
+    ],
+)
+def test_refused_by_the_command_line(words: str, profile: ClusterProfile, line: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=line) as raised:
+        refuse(Asked.of_options(Options(words.split())), profile)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "profile"),
+    [
+        ("--kv-cache-dtype fp8 --port 1 -tp 2", PLAIN),
+        ("--kv-cache-dtype bfloat16 -pp 2 --scheduling-policy priority", PLAIN),
+        ('-sc {"method":"ngram","num_speculative_tokens":2}', PLAIN),
+        ("--no-enable-prefix-caching", WINDOW),
+        ("--enable-dbo --no-enable-dbo", BLEND),
+    ],
+)
+def test_accepted_by_the_command_line(words: str, profile: ClusterProfile) -> None:
+    refuse(Asked.of_options(Options(words.split())), profile)
 
 
 @pytest.mark.parametrize(

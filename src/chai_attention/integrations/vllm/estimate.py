@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+import torch
 
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import ModelShape
@@ -11,7 +14,18 @@ from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.profile import ClusterProfile
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
+GIB = 2**30
 RUNTIME = 10**9  # CUDA context, graphs and workspaces, roughly
+
+
+def batch_defaults(gpu_bytes: int) -> tuple[int, int]:
+    """What vLLM takes for ``--max-num-seqs`` and ``--max-num-batched-tokens`` on such a GPU.
+
+    Of an A100 they are those of smaller GPUs, which bytes do not tell.
+    """
+    if gpu_bytes >= 160 * GIB:
+        return 1024, 16384
+    return (1024, 8192) if gpu_bytes >= 70 * GIB else (256, 2048)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Estimate:
         budget: memory with the profile.
         token_bytes: K,V bytes per token of one rank: all heads, with the profile.
         window_bytes: bytes of one request's recent window.
+        requests: that may run at a time.
     """
 
     full: Capacity
@@ -71,6 +86,7 @@ class Estimate:
     budget: Budget
     token_bytes: tuple[int, int]
     window_bytes: int
+    requests: int
 
     @property
     def capacity_gain(self) -> float:
@@ -107,6 +123,53 @@ def capacity(
     each = sum(layer.layout(head_dim, head_dim).page_bytes(block, element_size) for layer in layers)
     blocks = max(0, cache_bytes) // each
     return Capacity(each, blocks, blocks * block)
+
+
+def near_bytes(
+    layers: tuple[ServedLayer, ...], head_dim: int, element_size: int, drafts: int = 0
+) -> int:
+    """Bytes of one request's exact recent window; taken at start for as many as may run.
+
+    Args:
+        layers: of one rank.
+        head_dim: D.
+        element_size: bytes of a number.
+        drafts: tokens that a step may take back.
+    """
+    return sum(
+        (layer.plan.kv_heads - layer.kept)
+        * (layer.plan.recent + drafts + layer.plan.sinks)
+        * head_dim
+        * element_size
+        for layer in layers
+        if layer.plan.has_recent_window
+    )
+
+
+def refuse_windows(requests: int, each: int, memory: int) -> None:
+    """Stop where the exact recent windows cannot be held, before they are taken.
+
+    Args:
+        requests: that may run at a time.
+        each: bytes of one request's window.
+        memory: of the device, in bytes.
+
+    Raises:
+        ChaiError: says how many requests fit.
+    """
+    if requests * each >= memory:
+        raise ChaiError(
+            f"recent windows of {requests:,} requests take {requests * each / 1e9:,.1f} GB of "
+            f"{memory / 1e9:,.1f} GB, at start: lower --max-num-seqs, to well below "
+            f"{memory // each:,}"
+        )
+
+
+def device_memory() -> int:
+    """Bytes of the first GPU, or of the machine without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def estimate(
@@ -147,14 +210,7 @@ def estimate(
     """
     layers = served_layers(shape, profile, ranks)
     plain = served_layers(shape, ClusterProfile((shape.heads,) * shape.layers), ranks)
-    window_bytes = sum(
-        (layer.plan.kv_heads - layer.kept)
-        * (layer.plan.recent + layer.plan.sinks)
-        * shape.head_dim
-        * element_size
-        for layer in layers
-        if layer.plan.has_recent_window
-    )
+    window_bytes = near_bytes(layers, shape.head_dim, element_size)
     # about ten hidden states a token alive at once, and float32 scores of the vocabulary
     hidden = shape.hidden_size or shape.heads * shape.head_dim
     activations = batch_tokens * hidden * 10 * element_size + requests * vocabulary * 8 // ranks
@@ -189,4 +245,5 @@ def estimate(
         budgets[1],
         (full.block_bytes // block, clustered.block_bytes // block),
         window_bytes,
+        requests,
     )

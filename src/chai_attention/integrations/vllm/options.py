@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.profile import EXPORTED, ONLINE, ClusterProfile
+from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
 
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
 _DIGEST = "sha256"
 PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
 EIGHT_BITS = ("fp8", "fp8_e4m3")  # names of K,V caches of float8_e4m3fn
-CACHE_DTYPES = {"float16": "torch.float16", "bfloat16": "torch.bfloat16"}
+CACHE_DTYPES = ("float16", "bfloat16")  # that it may have if the model has them
 
 
 def profile_of(config: Any) -> ClusterProfile:
@@ -34,14 +36,29 @@ def profile_of(config: Any) -> ClusterProfile:
             '{"chai": {"profile": "FILE"}}'
         )
     if "profile" in options:
-        return ClusterProfile.resolve(str(options["profile"]))
+        return named_profile(str(options["profile"]))
     model = Path(config.model_config.model)
     if not (model / EXPORTED).is_file():
         raise ProfileError(
             "clustered heads need a profile: --additional-config "
             f'\'{{"chai": {{"profile": "FILE"}}}}\', or a model folder with {EXPORTED} in it'
         )
-    return ClusterProfile.resolve(model)
+    return ClusterProfile.load(model / EXPORTED)
+
+
+def named_profile(name: str) -> ClusterProfile:
+    """A published schedule by its name, a file, or the one in an exported model's folder.
+
+    Raises:
+        ProfileError: none of them.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / EXPORTED).is_file():
+        raise ProfileError(
+            f"the folder {name} holds no {EXPORTED}: give the file of a profile (chai calibrate "
+            "--out FILE), the name of a published schedule, or a folder that chai export wrote"
+        )
+    return ClusterProfile.resolve(name)
 
 
 def mark(config: Any, profile: ClusterProfile) -> None:
@@ -55,41 +72,131 @@ def mark(config: Any, profile: ClusterProfile) -> None:
     config.additional_config = {**given, "chai": {**given.get("chai", {}), _DIGEST: digest}}
 
 
-def refuse(config: Any, profile: ClusterProfile) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """Options of vLLM that clustered heads depend on.
+
+    Attributes:
+        cache_dtype: ``--kv-cache-dtype``.
+        dtype: of the model; None where it is not known yet.
+        skips_layers: ``--kv-cache-dtype-skip-layers`` is given.
+        context_ranks: the larger one of both kinds of context parallelism.
+        offloads: ``--kv-offloading-size`` is given.
+        connects: ``--kv-transfer-config`` is given.
+        drafts: method of ``--speculative-config``; None without one.
+        caches_prefixes: whether prefix caching is on.
+        microbatches: ``--enable-dbo``.
+        by_priority: ``--scheduling-policy priority`` with several ranks of a pipeline.
+    """
+
+    cache_dtype: str = "auto"
+    dtype: str | None = None
+    skips_layers: bool = False
+    context_ranks: int = 1
+    offloads: bool = False
+    connects: bool = False
+    drafts: str | None = None
+    caches_prefixes: bool = True
+    microbatches: bool = False
+    by_priority: bool = False
+
+    @classmethod
+    def of_config(cls, config: Any) -> Asked:
+        """What a ``VllmConfig`` says."""
+        parallel, cache = config.parallel_config, config.cache_config
+        speculative = config.speculative_config
+        return cls(
+            cache_dtype=cache.cache_dtype,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            skips_layers=bool(getattr(cache, "kv_cache_dtype_skip_layers", None)),
+            context_ranks=max(
+                parallel.decode_context_parallel_size,
+                getattr(parallel, "prefill_context_parallel_size", 1),
+            ),
+            offloads=bool(getattr(cache, "kv_offloading_size", None)),
+            connects=config.kv_transfer_config is not None,
+            drafts=None if speculative is None else speculative.method,
+            caches_prefixes=bool(cache.enable_prefix_caching),
+            microbatches=bool(getattr(parallel, "enable_dbo", False)),
+            by_priority=getattr(parallel, "pipeline_parallel_size", 1) > 1
+            and getattr(getattr(config, "scheduler_config", None), "policy", "") == "priority",
+        )
+
+    @classmethod
+    def of_options(cls, options: Options) -> Asked:
+        """What the options of a server say."""
+        drafts = options.mapping("--speculative-config")
+        named = {str(drafts.get(key)) for key in ("method", "model")} & set(DRAFT_METHODS)
+        return cls(
+            cache_dtype=options.text("--kv-cache-dtype") or "auto",
+            skips_layers=options.text("--kv-cache-dtype-skip-layers") is not None,
+            context_ranks=int(
+                max(
+                    options.number("--decode-context-parallel-size", 1),
+                    options.number("--prefill-context-parallel-size", 1),
+                )
+            ),
+            offloads=options.number("--kv-offloading-size", 0) > 0,
+            connects=bool(options.mapping("--kv-transfer-config")),
+            drafts=(named.pop() if named else "a model") if drafts else None,
+            caches_prefixes=options.switch("--enable-prefix-caching") is not False,
+            microbatches=bool(options.switch("--enable-dbo")),
+            by_priority=options.number("--pipeline-parallel-size", 1) > 1
+            and options.text("--scheduling-policy") == "priority",
+        )
+
+    def problems(self, profile: ClusterProfile) -> Iterator[str]:
+        """What would give wrong results with a profile; each names the option and what to do."""
+        online = profile.membership != STATIC
+        if self.cache_dtype not in ("auto", *EIGHT_BITS) and (
+            self.cache_dtype not in CACHE_DTYPES or self.dtype not in (None, self.cache_dtype)
+        ):
+            yield f"a K,V cache of {self.cache_dtype}: use --kv-cache-dtype auto or fp8"
+        if self.skips_layers:
+            yield (
+                "a K,V cache of 8 bits in some layers only: leave out --kv-cache-dtype-skip-layers"
+            )
+        if self.context_ranks > 1:
+            yield (
+                "context parallelism: leave out --decode-context-parallel-size and "
+                "--prefill-context-parallel-size"
+            )
+        if self.offloads:
+            yield "pages that are moved off the GPU: leave out --kv-offloading-size"
+        elif self.connects:
+            yield (
+                "K,V connectors, as memberships do not travel with the pages: leave out "
+                "--kv-transfer-config"
+            )
+        if self.drafts is not None and self.drafts not in DRAFT_METHODS:
+            yield (
+                "drafts of a model: use --speculative-config with one of the methods "
+                f"{', '.join(DRAFT_METHODS)}"
+            )
+        if profile.recent and self.caches_prefixes:
+            yield (
+                "prefix caching with an exact recent window, as pages hold no K of removed heads: "
+                "add --no-enable-prefix-caching, or use a profile without a window (chai calibrate "
+                "--recent 0)"
+            )
+        if self.microbatches and (profile.recent or online):
+            yield "microbatches (--enable-dbo) with an exact recent window or online memberships"
+        if profile.recent and self.by_priority:
+            yield (
+                "an exact recent window in a pipeline of ranks where --scheduling-policy priority "
+                "lets requests in ahead of preempted ones: use the policy fcfs"
+            )
+
+
+def refuse(asked: Asked, profile: ClusterProfile) -> None:
     """Stop at options that would give wrong results.
 
     Raises:
         UnsupportedModelError: names the option and what to do.
+        ProfileError: the profile has a refit, which has to be exported.
     """
-    parallel, cache = config.parallel_config, config.cache_config
-    dtype = cache.cache_dtype
-    speculative = config.speculative_config
-    reasons = {
-        f"a K,V cache of {dtype}: use --kv-cache-dtype auto or fp8": dtype
-        not in ("auto", *EIGHT_BITS)
-        and CACHE_DTYPES.get(dtype) != str(config.model_config.dtype),
-        "a K,V cache of 8 bits in some layers only: leave out --kv-cache-dtype-skip-layers": bool(
-            getattr(cache, "kv_cache_dtype_skip_layers", None)
-        ),
-        "context parallelism: leave out --decode-context-parallel-size and "
-        "--prefill-context-parallel-size": parallel.decode_context_parallel_size > 1
-        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "K,V connectors, as memberships do not travel with the pages: leave out "
-        "--kv-transfer-config": config.kv_transfer_config is not None,
-        "drafts of a model: use --speculative-config with one of the methods "
-        f"{', '.join(DRAFT_METHODS)}": speculative is not None
-        and speculative.method not in DRAFT_METHODS,
-        "prefix caching with an exact recent window, as pages hold no K of removed heads: add "
-        "--no-enable-prefix-caching, or use a profile without a window (chai calibrate "
-        "--recent 0)": bool(profile.recent and cache.enable_prefix_caching),
-        "microbatches (--enable-dbo) with an exact recent window or online memberships": bool(
-            getattr(parallel, "enable_dbo", False)
-        )
-        and bool(profile.recent or profile.membership == ONLINE),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UnsupportedModelError(f"clustered heads do not support {reason}")
+    for problem in asked.problems(profile):
+        raise UnsupportedModelError(f"clustered heads do not support {problem}")
     if profile.refit is not None:
         raise ProfileError(
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "

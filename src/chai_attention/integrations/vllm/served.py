@@ -10,8 +10,13 @@ import torch
 
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
+from chai_attention.integrations.vllm.estimate import (
+    device_memory,
+    near_bytes,
+    refuse_windows,
+)
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
-from chai_attention.integrations.vllm.options import mark, profile_of, refuse
+from chai_attention.integrations.vllm.options import Asked, mark, profile_of, refuse
 
 # layers hold their model; a model without layers leaves by itself
 _models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
@@ -35,7 +40,7 @@ class ServedModel:
 
         self.config = config
         self.profile = profile_of(config)
-        refuse(config, self.profile)
+        refuse(Asked.of_config(config), self.profile)
         mark(config, self.profile)
         self.layers: tuple[ServedLayer, ...] = served_layers(
             describe(config.model_config.hf_config),
@@ -48,6 +53,13 @@ class ServedModel:
         self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
         speculative = config.speculative_config
         self.drafts: int = speculative.num_speculative_tokens if speculative is not None else 0
+        each = near_bytes(
+            self.layers,
+            config.model_config.get_head_size(),
+            config.model_config.dtype.itemsize,
+            self.drafts,
+        )
+        refuse_windows(self.requests, each, device_memory())
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self._buffers: Any = None
         self._copies: PageCopies | None = None

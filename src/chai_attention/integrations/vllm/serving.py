@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.plugin import installed, version_problem
-from chai_attention.profile import ClusterProfile
+from chai_attention.integrations.vllm.preflight import check, profile_path
 
 _ADDITIONAL = "--additional-config"
-_CACHING = ("--enable-prefix-caching", "--no-enable-prefix-caching")
 _PAGE = "--block-size"
 PAGE = "64"  # tokens; with fewer the kernels look up pages more often than they read them
 # the CPU package's `vllm serve` asks for the version of the package "vllm", and fails
@@ -22,61 +21,35 @@ _SERVERS = {
 }
 
 
-def vllm_command(model: str, profile: str, options: Sequence[str]) -> list[str]:
-    """The command that serves ``model`` with ``profile``.
+def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> list[str]:
+    """The command that serves ``model`` with ``profile``, once all is known to go together.
 
     Args:
         model: what ``vllm serve`` takes.
-        profile: a file, the name of a published schedule, or an exported model's folder.
+        profile: a file, the name of a published schedule, or an exported model's folder; None for
+            the model's own folder.
         options: options of ``vllm serve``, passed on.
 
     Raises:
         ProfileError: the profile cannot be read, or is named twice.
-        UnsupportedModelError: no vLLM that it can run with.
+        UnsupportedModelError: no vLLM that it can run with, or options that cannot work.
     """
     package, version = installed() or (None, None)
     problem = version_problem(version)
     if problem is not None:
         raise UnsupportedModelError(problem)
-    chosen = ClusterProfile.resolve(profile)
-    options, additional = _take_additional(list(options))
+    given = Options(options)
+    additional = given.mapping(_ADDITIONAL)
     if "chai" in additional:
         raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")
-    additional["chai"] = {"profile": profile}
+    # the CPU's pages are vLLM's choice
+    added = [_PAGE, PAGE] if package == "vllm" and not given.is_given(_PAGE) else []
+    page = int(given.number(_PAGE, int(PAGE) if added else 0)) or None
+    path = profile_path(model, profile)
+    chosen = check(model, path, given, page)
+    if chosen.recent and given.switch("--enable-prefix-caching") is None:
+        added.append("--no-enable-prefix-caching")  # see `options.refuse`
+    additional["chai"] = {"profile": path}
     command = [sys.executable, "-m", *_SERVERS[str(package)], model]
     command += ["--attention-backend", "CUSTOM", _ADDITIONAL, json.dumps(additional)]
-    if chosen.recent and not set(_CACHING) & set(options):
-        command.append("--no-enable-prefix-caching")  # see `options.refuse`
-    if package == "vllm" and option_value(options, _PAGE) is None:
-        command += [_PAGE, PAGE]
-    return [*command, *options]
-
-
-def _take_additional(options: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take ``--additional-config`` out of ``options``."""
-    for place, option in enumerate(options):
-        name, _, value = option.partition("=")
-        if name != _ADDITIONAL:
-            continue
-        rest = options[:place] + options[place + 1 :]
-        if not value:
-            if len(rest) == place:
-                raise ProfileError(f"{_ADDITIONAL} needs a value")
-            value = rest.pop(place)
-        try:
-            given = json.loads(value)
-        except ValueError as error:
-            raise ProfileError(f"{_ADDITIONAL} is not JSON: {error}") from error
-        if not isinstance(given, dict):
-            raise ProfileError(f"{_ADDITIONAL} must be a JSON object")
-        return rest, given
-    return options, {}
-
-
-def option_value(options: Sequence[str], *names: str) -> str | None:
-    """The value of one of vLLM's options, as ``--name value`` or ``--name=value``."""
-    for place, option in enumerate(options):
-        name, equals, value = option.partition("=")
-        if name in names:
-            return value if equals else next(iter(options[place + 1 : place + 2]), None)
-    return None
+    return [*command, *added, *given.without(_ADDITIONAL)]

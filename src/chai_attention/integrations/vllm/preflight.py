@@ -1,0 +1,117 @@
+"""What a server would stop at, found before vLLM is started: its engine needs half a minute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.integrations.vllm.options import (
+    Asked,
+    named_profile,
+    page_problem,
+    refuse,
+)
+from chai_attention.profile import EXPORTED, PUBLISHED, ClusterProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# with these vLLM reads another config than the model's own, or by another reader
+_OTHER_CONFIG = ("--hf-overrides", "--hf-config-path", "--config-format", "--revision")
+
+
+def profile_path(model: str, profile: str | None) -> str:
+    """What vLLM is told to read: ``profile``, or the file in the model's folder without one.
+
+    Raises:
+        ProfileError: the folder holds none.
+    """
+    if profile is not None:
+        return profile
+    if not (Path(model) / EXPORTED).is_file():
+        raise ProfileError(
+            f"{model} holds no {EXPORTED}: add --profile FILE (of chai calibrate) or one of "
+            f"{', '.join(PUBLISHED)}, or serve a folder that chai export wrote"
+        )
+    return model
+
+
+def check(model: str, profile: str, options: Options, page: int | None) -> ClusterProfile:
+    """Read the profile, and refuse what cannot work with it.
+
+    Args:
+        model: as vLLM takes it.
+        profile: of `profile_path`.
+        options: of the server.
+        page: tokens of a page; None where vLLM chooses.
+
+    Raises:
+        ChaiError: says in one line what to do.
+    """
+    chosen = named_profile(profile)
+    asked = Asked.of_options(options)
+    if chosen.recent and options.switch("--enable-prefix-caching") is None:
+        asked = replace(asked, caches_prefixes=False)  # as `vllm_command` does
+    refuse(asked, chosen)
+    backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
+        "backend", "CUSTOM"
+    )
+    if str(backend).upper() != "CUSTOM":
+        raise UnsupportedModelError(
+            f"clustered heads are an attention backend of their own: leave out {backend} "
+            "(--attention-backend, --attention-config)"
+        )
+    if not any(options.is_given(name) for name in _OTHER_CONFIG):
+        _check_model(model, chosen, options, asked, page)
+    return chosen
+
+
+def _check_model(
+    model: str, profile: ClusterProfile, options: Options, asked: Asked, page: int | None
+) -> None:
+    """Compare profile and options with the model's config, if it can be read here."""
+    from chai_attention.integrations.transformers.support import describe
+    from chai_attention.integrations.vllm.estimate import (
+        device_memory,
+        near_bytes,
+        refuse_windows,
+    )
+    from chai_attention.integrations.vllm.layers import served_layers
+    from chai_attention.integrations.vllm.weigh import element_size
+
+    config = _local_config(model)
+    if config is None or options.is_given("--trust-remote-code"):
+        return
+    shape = describe(config)
+    layers = served_layers(shape, profile, int(options.number("--tensor-parallel-size", 1)))
+    if not all(shape.clusterable):
+        raise UnsupportedModelError(
+            f"clustered heads in vLLM need plain causal attention; {model} has sliding windows: "
+            "use it with chai_attention.enable() and transformers"
+        )
+    ends = [layer.plan.probe_end for layer in layers if layer.plan.needs_probe]
+    problem = page_problem(max(ends), page) if ends and page and asked.caches_prefixes else None
+    if problem is not None:
+        raise UnsupportedModelError(f"clustered heads do not support {problem}")
+    each = near_bytes(
+        layers, shape.head_dim, element_size(config.get_text_config(decoder=True), options)
+    )
+    refuse_windows(int(options.number("--max-num-seqs", 0)), each, device_memory())
+
+
+def _local_config(model: str) -> PreTrainedConfig | None:
+    """The config of a model that is on this machine; None where vLLM would have to fetch it."""
+    from transformers import AutoConfig
+
+    from chai_attention.integrations.transformers.loading import load_config
+
+    if Path(model).exists():
+        return load_config(model)
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return found
