@@ -168,6 +168,78 @@ def test_a_missing_file_is_one_line(tmp_path):
         ClusterProfile.load(tmp_path / "none.json")
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"similarity": [[[NAN]]]}, "'similarity' must hold"),
+        ({"error": [[INF]]}, "'error' must hold"),
+        ({"recent": 2, "offsets": [[[NAN]]]}, "'offsets' must hold"),
+        ({"recent": 2, "offsets": [[[1e31]]]}, "'offsets' must hold"),
+        ({"error": [[10**400]]}, "'error' must hold"),
+        ({"membership": "blend", "costs": [[[1.0]]], "blend": NAN}, "'blend' is a weight"),
+        ({"membership": "blend", "costs": [[[1.0]]], "blend": 1e308}, "'blend' is a weight"),
+        ({"membership": "blend", "costs": [[[-INF]]]}, "'costs' must hold"),
+        ({"promise": {"rise": NAN}}, "'promise' holds something"),
+        ({"provenance": {"a": {"b": [INF]}}}, "'provenance' holds something"),
+        ({"window": NAN}, "window nan"),
+        ({"window": 10**10}, "window 10000000000"),
+        ({"probe_start": 10**10}, "probe_start"),
+        ({"recent": 10**10}, "'recent' and 'sinks'"),
+        ({"recent": 1, "sinks": 10**10}, "'recent' and 'sinks'"),
+        ({"recent": True}, "'recent' and 'sinks'"),
+        ({"clusters": [10**10]}, "at most 4096 heads"),
+        ({"clusters": [1] * 5000}, "at most 4096 layers"),
+        ({"model": {"heads": 10**10}}, "heads of 'model'"),
+        ({"model": {"head_dim": 1e3}}, "head_dim of 'model'"),
+        ({"model": {"kv_heads": 0, "heads": 4}}, "kv_heads of 'model'"),
+        ({"model": {"kv_heads": 3, "heads": 4}}, "a multiple of kv_heads"),
+        ({"model": {"layers": [1]}}, "layers of 'model'"),
+        ({"model": {"architecture": 3}}, "architecture of 'model'"),
+    ],
+)
+def test_numbers_that_are_none_or_have_no_bound_are_refused(change, message):
+    with pytest.raises(ProfileError, match=message) as caught:
+        ClusterProfile.from_json({"clusters": [1], **change})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"clusters": [1], "error": [[NaN]]}', "NaN is no number"),
+        ('{"clusters": [1], "blend": -Infinity}', "is no number"),
+        ('{"clusters": [1], "provenance": {"x": 1e999}}', "too large"),
+        ('{"clusters": [1], "window": ' + "9" * 5000 + "}", "too large"),
+        ('{"clusters": [1], "clusters": [2]}', "'clusters' is there twice"),
+        ('{"clusters": ' + "[" * 5000 + "]" * 5000 + "}", "in each other"),
+        ('{"clusters": [1], "provenance": ' + '{"a":' * 900 + "1" + "}" * 901, "in each other"),
+        ('{"clusters": [1], "provenance": {"x": "\\ud800"}}', "surrogate"),
+    ],
+)
+def test_files_with_several_meanings_or_none_are_refused(text, message, tmp_path):
+    with pytest.raises(ProfileError, match=message) as caught:
+        ClusterProfile.load(written(tmp_path, text))
+    assert "is not JSON that can be used" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "n" * 5000, "a\0b", "a/" * 3000])
+def test_names_that_no_file_has_are_one_line(name):
+    with pytest.raises(ProfileError):
+        ClusterProfile.resolve(name)
+
+
+def test_a_loop_of_links_and_a_fifo_are_no_profiles(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ProfileError, match="symbolic links"):
+        ClusterProfile.resolve(tmp_path / "loop")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ProfileError, match="it is a FIFO, not a regular file"):
+        ClusterProfile.resolve(tmp_path / "fifo")
+
+
 # ---- a model to go with
 
 

@@ -31,3 +31,7 @@ class CacheError(ChaiError):
 
 class AttentionInputError(ChaiError, ValueError):
     """Tensors with a shape, dtype, layout or device that attention cannot run with."""
+
+
+class FileError(ChaiError):
+    """A file or folder cannot be read or written where it was asked for."""

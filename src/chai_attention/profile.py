@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import problems_of, refit_problems, tuples
 from chai_attention.profile_files import load_corrections, save_corrections
+from chai_attention.strict_json import load_json
 from chai_attention.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -131,11 +133,18 @@ class ClusterProfile:
         """
         if str(name) in PUBLISHED:
             return cls.published(str(name))
-        folder = Path(name) / EXPORTED
-        if folder.exists():
+        known = ", ".join(PUBLISHED)
+        if not str(name).strip():
+            raise ProfileError(f"the name of a profile is empty: give a file or one of {known}")
+        if os.path.isdir(name):
+            folder = Path(name) / EXPORTED
+            if not os.path.lexists(folder):
+                raise ProfileError(
+                    f"cannot read a profile from the folder {name}: it holds no {EXPORTED}, which "
+                    "chai export writes"
+                )
             return cls.load(folder)
-        if not Path(name).exists():
-            known = ", ".join(PUBLISHED)
+        if not os.path.lexists(name):
             raise ProfileError(f"no profile {str(name)!r}: give a file or one of {known}")
         return cls.load(name)
 
@@ -157,11 +166,11 @@ class ClusterProfile:
             ProfileError: unreadable, not JSON, of an unknown schema, or with bad contents.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = load_json(path)
         except OSError as error:
             raise ProfileError(f"cannot read {path}: {error.strerror}") from error
         except ValueError as error:
-            raise ProfileError(f"{path} is not JSON: {error}") from error
+            raise ProfileError(f"{path} is not JSON that can be used: {error}") from error
         try:
             profile = cls.from_json(data)
         except ProfileError as error:
@@ -202,10 +211,12 @@ class ClusterProfile:
             if item.name in _LATER and value == item.default:
                 continue
             if item.name in _TABLES:
-                rows = ",\n  ".join(json.dumps(row) for row in value)
+                rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
                 text = f"[\n  {rows}\n ]"
             else:
-                text = json.dumps(dict(value) if isinstance(value, Mapping) else value)
+                text = json.dumps(
+                    dict(value) if isinstance(value, Mapping) else value, allow_nan=False
+                )
             lines.append(f'"{item.name}": {text}')
         return "{\n " + ",\n ".join(lines) + "\n}\n"
 

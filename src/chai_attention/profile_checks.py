@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chai_attention.profile import ClusterProfile, Shape
 
-_CORRECTION = re.compile(r"layers\.(?P<layer>\d+)\.(?:weight|(?P<bias>bias))")
+# Bounds far above every model there is: what is larger is a mistake, or a file that is meant to
+# harm, and would only be met as missing memory or an overflow somewhere inside.
+MOST_LAYERS = 4096
+MOST_HEADS = 4096
+MOST_HEAD_DIM = 2**16
+MOST_TOKENS = 2**24
+MOST_WEIGHT = 1e6  # of a blend
+MOST_NUMBER = 1e30  # in tables: their sums and products with a blend stay finite in float32
+
+_CORRECTION = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?:weight|(?P<bias>bias))")
+_MODEL = {
+    "layers": MOST_LAYERS,
+    "heads": MOST_HEADS,
+    "kv_heads": MOST_HEADS,
+    "head_dim": MOST_HEAD_DIM,
+}
 # tables with one entry per layer, and how deep their lists are
 _DEPTHS = {"representatives": 2, "error": 2, "similarity": 3, "costs": 3, "offsets": 3}
 
@@ -20,30 +38,30 @@ def problems_of(profile: ClusterProfile) -> list[str]:
     clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
     if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count, clusters)):
         return ["'clusters' must list a whole number of at least 1 for every layer"]
+    if len(clusters) > MOST_LAYERS or max(clusters) > MOST_HEADS:
+        return [f"'clusters' is at most {MOST_LAYERS} layers of at most {MOST_HEADS} heads"]
     if profile.membership not in ("online", "static", "blend"):
         problems.append(f"membership {profile.membership!r} is none of online, static, blend")
-    if not _is_count(profile.window):
-        problems.append(f"window {profile.window!r} is not a whole number of at least 1")
+    if not _is_tokens(profile.window, least=1):
+        problems.append(f"window {profile.window!r} is not a whole number of 1 to {MOST_TOKENS}")
     if profile.target not in ("scores", "k-bytes"):
         problems.append(f"target {profile.target!r} is neither scores nor k-bytes")
-    model: Any = profile.model
-    provenance: Any = profile.provenance
-    if not isinstance(model, Mapping | None):
-        problems.append("'model' must be an object")
-    else:
-        known = {"architecture", "layers", "heads", "kv_heads", "head_dim"}
-        strange = sorted(set(model or {}) - known)
-        if strange:
-            problems.append(f"unknown entries of 'model': {', '.join(strange)}")
-    if not isinstance(provenance, Mapping | None):
-        problems.append("'provenance' must be an object")
+    problems += _model(profile.model)
+    for name in ("provenance", "promise"):
+        value = getattr(profile, name)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            problems.append(f"{name!r} must be an object")
+        elif not _is_json(value):
+            problems.append(f"{name!r} holds something that JSON has no word for, such as NaN")
     for name, depth in _DEPTHS.items():
         value = getattr(profile, name)
         if value is None:
             continue
         if not _is_nested(value, depth):
             kind = "table" if depth == 3 else "list"
-            problems.append(f"{name!r} must hold one {kind} of numbers per layer")
+            problems.append(f"{name!r} must hold one {kind} of numbers per layer, all finite")
         elif len(value) != len(clusters):
             problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
     return (
@@ -51,6 +69,26 @@ def problems_of(profile: ClusterProfile) -> list[str]:
         or _membership(profile) + _recent(profile) + _notes(profile)
         or _representatives(profile) + _curves(profile) + _squares(profile)
     )
+
+
+def _model(model: Any) -> list[str]:
+    """What is wrong with what a profile says about its model."""
+    if model is None:
+        return []
+    if not isinstance(model, Mapping):
+        return ["'model' must be an object"]
+    problems = []
+    strange = sorted(map(str, set(model) - {"architecture", *_MODEL}))
+    if strange:
+        problems.append(f"unknown entries of 'model': {', '.join(strange)}")
+    if not isinstance(model.get("architecture", ""), str):
+        problems.append("architecture of 'model' must be a text")
+    for name, most in _MODEL.items():
+        if name in model and not (_is_count(model[name]) and model[name] <= most):
+            problems.append(f"{name} of 'model' must be a whole number of 1 to {most}")
+    if not problems and "heads" in model and model["heads"] % model.get("kv_heads", 1):
+        problems.append("heads of 'model' must be a multiple of kv_heads")
+    return problems
 
 
 def _membership(profile: ClusterProfile) -> list[str]:
@@ -61,8 +99,10 @@ def _membership(profile: ClusterProfile) -> list[str]:
         problems.append("a static membership needs 'representatives'")
     if not static and profile.representatives is not None:
         problems.append("'representatives' belong to a static membership only")
-    if not _is_count_or_zero(profile.probe_start):
-        problems.append(f"probe_start {profile.probe_start!r} is not a whole number of at least 0")
+    if not _is_tokens(profile.probe_start):
+        problems.append(
+            f"probe_start {profile.probe_start!r} is not a whole number of 0 to {MOST_TOKENS}"
+        )
     if profile.features not in ("scores", "value"):
         problems.append(f"features {profile.features!r} is neither scores nor value")
     blended = profile.membership == "blend"
@@ -73,22 +113,22 @@ def _membership(profile: ClusterProfile) -> list[str]:
     if profile.features == "value" and not blended:
         problems.append("features value needs membership blend")
     weight: Any = profile.blend
-    if not _is_nested(weight, 0) or weight < 0 or (weight and not blended):
-        problems.append("'blend' is a weight of at least 0, for membership blend")
+    if not _is_nested(weight, 0) or not 0 <= weight <= MOST_WEIGHT or (weight and not blended):
+        problems.append(f"'blend' is a weight of 0 to {MOST_WEIGHT:,.0f}, for membership blend")
     return problems
 
 
 def _recent(profile: ClusterProfile) -> list[str]:
     """What is wrong with the exact recent window."""
-    if not (_is_count_or_zero(profile.recent) and _is_count_or_zero(profile.sinks)):
-        return ["'recent' and 'sinks' are whole numbers of at least 0"]
+    if not (_is_tokens(profile.recent) and _is_tokens(profile.sinks)):
+        return [f"'recent' and 'sinks' are whole numbers of 0 to {MOST_TOKENS}"]
     if not profile.recent and (profile.sinks or profile.offsets is not None):
         return ["'sinks' and 'offsets' need a recent window of at least 1 token"]
     return []
 
 
 def _notes(profile: ClusterProfile) -> list[str]:
-    """What is wrong with the refit and the promise."""
+    """What is wrong with the entry of the refit."""
     problems = []
     refit: Any = profile.refit
     if refit is not None and (
@@ -100,9 +140,22 @@ def _notes(profile: ClusterProfile) -> list[str]:
         problems.append("'refit' needs kind (output or bias), file and sha256")
     if profile.corrections is not None and refit is None:
         problems.append("'corrections' need a 'refit' that says of which kind they are")
-    promise: Any = profile.promise
-    if not isinstance(promise, Mapping | None):
-        problems.append("'promise' must be an object")
+    return problems
+
+
+def tensor_problems(corrections: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with a refit's tensors by themselves."""
+    problems = []
+    for name, tensor in corrections.items():
+        match = _CORRECTION.fullmatch(name)
+        if match is None:
+            problems.append(f"the refit holds {name!r}, which is no weight or bias of a layer")
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            problems.append(f"{name} of the refit is {tensor.dtype}, not floating point")
+        elif tensor.ndim != (1 if match["bias"] else 2):
+            problems.append(f"{name} of the refit has {tensor.ndim} dimensions")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} of the refit holds NaN or infinity")
     return problems
 
 
@@ -113,7 +166,9 @@ def refit_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
     if profile.corrections is None:
         return ["it has a refit but not its tensors: load it from its file, or use one without"]
     inputs = shape.heads * shape.head_dim
-    problems = []
+    problems = tensor_problems(profile.corrections)
+    if problems:
+        return problems
     for name, tensor in profile.corrections.items():
         match = _CORRECTION.fullmatch(name)
         if match is None or int(match["layer"]) >= shape.layers:
@@ -171,8 +226,17 @@ def _squares(profile: ClusterProfile) -> list[str]:
     return problems
 
 
-def _is_count_or_zero(value: object) -> bool:
-    return _is_count(value) or (value == 0 and type(value) is int)
+def _is_json(value: Mapping[str, Any]) -> bool:
+    """Whether it can be written as JSON that every reader takes."""
+    try:
+        json.dumps(dict(value), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_tokens(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value <= MOST_TOKENS
 
 
 def _is_count(value: object) -> bool:
@@ -180,12 +244,16 @@ def _is_count(value: object) -> bool:
 
 
 def _is_nested(value: object, depth: int) -> bool:
-    """Whether ``value`` is tuples of tuples ... of numbers, ``depth`` deep."""
+    """Whether ``value`` is tuples of tuples ... of numbers of a bounded size, ``depth`` deep."""
     if depth == 0:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return -MOST_NUMBER <= value <= MOST_NUMBER  # NaN is neither
     return isinstance(value, tuple) and all(_is_nested(item, depth - 1) for item in value)
 
 
-def tuples(value: Any) -> Any:
-    """Turn lists into tuples, all the way down."""
-    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+def tuples(value: Any, depth: int = 4) -> Any:
+    """Turn lists into tuples, as deep as a table can be; what is deeper stays and is refused."""
+    if not isinstance(value, list) or not depth:
+        return value
+    return tuple(tuples(item, depth - 1) for item in value)

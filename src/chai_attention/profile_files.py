@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError
-from chai_attention.whole_files import write_whole
+from chai_attention.profile_checks import tensor_problems
+from chai_attention.whole_files import read_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_BYTES = 2**36  # of a refit: the output weights of the largest models are a third of that
+
 
 def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write a refit's tensors beside the file of its profile; return the profile's entry."""
+    """Write a refit's tensors beside the file of its profile; return the profile's entry.
+
+    Raises:
+        ProfileError: tensors that cannot be used, or the file cannot be written.
+    """
     from safetensors.torch import save
 
+    if problems := tensor_problems(corrections):
+        raise ProfileError("; ".join(problems))
     content = save({name: tensor.contiguous() for name, tensor in corrections.items()})
     digest = hashlib.sha256(content).hexdigest()
     # named by its contents: the profile that was there before keeps its own
@@ -30,9 +39,9 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
     """Read the tensors that a profile's entry names.
 
     Raises:
-        ProfileError: no such file, another one of that name, or none of tensors.
+        ProfileError: no such file, another one of that name, none of tensors, or tensors that
+            cannot be used.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     name = refit["file"]
@@ -40,7 +49,7 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
         raise ProfileError(f"{profile}: the refit's file {name!r} must be one beside the profile")
     file = profile.with_name(name)
     try:
-        content = file.read_bytes()
+        content = read_whole(file, MOST_BYTES)
     except OSError as error:
         raise ProfileError(
             f"the refit of this profile is in {file}, which cannot be read ({error.strerror}): "
@@ -52,6 +61,8 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
         )
     try:
         tensors: dict[str, Tensor] = load(content)
-    except SafetensorError as error:
+    except Exception as error:  # besides its own, the library's reader lets through many others
         raise ProfileError(f"{file} is no safetensors file: calibrate again") from error
+    if problems := tensor_problems(tensors):
+        raise ProfileError(f"{file}: {'; '.join(problems)}: calibrate again")
     return tensors

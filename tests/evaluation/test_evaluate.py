@@ -152,6 +152,17 @@ def test_other_settings_are_measured_anew_and_mha_is_kept(model, sources, tmp_pa
     assert prepare.asked[1:] == [("mha", "own", "clustered")]
 
 
+def test_another_seed_into_the_same_folder_destroys_nothing(model, sources, tmp_path):
+    run(model, sources[2:3], tmp_path)
+    before = files(tmp_path)
+    for change in ({"seed": 1}, {"batch_size": 2}):
+        prepare = Prepared()
+        with pytest.raises(EvaluationError, match=f"another {next(iter(change))}: write to"):
+            run(model, sources[2:3], tmp_path, prepare, **change)
+        assert prepare.asked == []
+        assert files(tmp_path) == before
+
+
 def test_a_comparator_that_came_out_otherwise_is_measured_whole(model, sources, tmp_path):
     run(model, sources, tmp_path)
     (tmp_path / "clustered" / "last_word.json").unlink()

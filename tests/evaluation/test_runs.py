@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 import re
 
 import pytest
@@ -87,9 +89,25 @@ def damage_list(text):
     return "[]"
 
 
+def damage_nan(text):
+    return text.replace("-1.25", "NaN")
+
+
+def damage_twice(text):
+    return text.replace('"kind"', '"kind": "choice", "kind"')
+
+
+def damage_depth(text):
+    return "[" * 100_000
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_cut, damage_digit, damage_fields, damage_all, damage_list]
-)
+    "damage",
+    [
+        damage_cut, damage_digit, damage_fields, damage_all, damage_list, damage_nan, damage_twice,
+        damage_depth,
+    ],
+)  # fmt: skip
 def test_a_damaged_result_is_not_taken(folder, redone, damage):
     path = written(folder)
     path.write_text(damage(path.read_text()))
@@ -126,3 +144,49 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="cannot write"):
         RunFolder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"items": []}, {"items": [3]}, {"items": [{}]}, {"settings": {}}, {"settings": 3},
+        {"settings": {"run": 1, "task": 1, "comparator": 1}},
+    ],
+)  # fmt: skip
+def test_a_checksum_does_not_make_a_result_of_other_fields(folder, change):
+    path = written(folder)
+    body = {**json.loads(path.read_text()), **change}
+    del body["checksum"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(body))
+    with pytest.raises(EvaluationError, match="damaged"):
+        load_result(path)
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(folder):
+    path = written(folder)
+    before = path.read_bytes()
+    folder.require_run(RUN)
+    with pytest.raises(EvaluationError, match="measured with another seed: write to another fol"):
+        folder.require_run({**RUN, "seed": 1})
+    with pytest.raises(EvaluationError, match="another extra, model: "):
+        folder.require_run({**RUN, "model": "n", "extra": 1})
+    assert path.read_bytes() == before
+    path.write_text("{")
+    folder.require_run({**RUN, "seed": 1})  # what is damaged is measured anew
+
+
+def test_a_fifo_in_place_of_a_result_is_not_waited_for(folder, redone):
+    path = written(folder)
+    path.unlink()
+    os.mkfifo(path)
+    assert folder.get(RUN, TASK, ASKED) is None
+    with pytest.raises(EvaluationError, match="a FIFO"):
+        folder.put(result())
+
+
+def test_tables_that_could_not_be_written_are_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "out" / "table.md").mkdir(parents=True)
+    with pytest.raises(EvaluationError, match=r"table\.md: it is a folder"):
+        RunFolder(tmp_path / "out")

@@ -78,8 +78,9 @@ def evaluate(
         The table, as in results.json (see `build_table`).
 
     Raises:
-        EvaluationError: no tasks, a comparator that ``prepare`` does not make, or what lm-eval
-            cannot run.
+        EvaluationError: no tasks, a comparator that ``prepare`` does not make, what lm-eval
+            cannot run, or a folder with results of another run (model, weights, dtype, device,
+            batch size, seed or releases differ).
     """
     require()
     if not what.sources:
@@ -89,6 +90,7 @@ def evaluate(
     names = tuple(dict.fromkeys((MHA, *what.names)))
     folder = RunFolder(what.out, on_redo)
     run = run_settings(model, what.model, what.batch_size, what.seed)
+    folder.require_run(run)
     results: dict[tuple[str, str], Result] = {}
     tasks = {source.name: source.settings(what.limit) for source in what.sources}
     for name in names:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
+from chai_attention.strict_json import load_json
 from chai_attention.whole_files import write_whole
 
 SCHEMA_VERSION = 1
@@ -92,7 +94,7 @@ class PointFile:
         # as it will be read again: tuples become lists
         self._about: dict[str, Any] = json.loads(json.dumps(dict(about)))
         self._points: dict[str, Point] = {}
-        if path is not None and path.exists():
+        if path is not None and os.path.lexists(path):
             earlier, points = _read(path)
             differing = sorted(
                 name
@@ -140,7 +142,7 @@ def load_points(path: str | Path) -> list[Point]:
 def _read(path: Path) -> tuple[dict[str, Any], list[Point]]:
     """What a file is about, and its points."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path)
     except OSError as error:
         raise FrontierError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
+from chai_attention.strict_json import load_json
 from chai_attention.whole_files import write_whole
 
 SCHEMA_VERSION = 1
@@ -146,7 +147,7 @@ def load_redundancy(path: Path) -> Redundancy:
         RedundancyError: it cannot be read, or is none of this release.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path)
     except OSError as error:
         raise RedundancyError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -40,11 +41,14 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item
-from chai_attention.whole_files import write_whole
+from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item, read_item
+from chai_attention.strict_json import load_json
+from chai_attention.whole_files import require_folder, write_whole
 
 SCHEMA_VERSION = 1
+TABLES = ("results.json", "table.md")
 Redo = Callable[[Path, str], None]
+_SETTINGS = ("run", "task", "comparator")
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,40 @@ class RunFolder:
         on_redo: called with a file and the reason when a file that is there cannot be used.
 
     Raises:
-        EvaluationError: the folder cannot be made.
+        EvaluationError: the folder cannot be made or written to.
     """
 
     def __init__(self, path: Path, on_redo: Redo = lambda path, reason: None):
         self.path = path
         self._on_redo = on_redo
+        require_folder(path, EvaluationError, TABLES)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvaluationError(f"cannot write to {path}: {error.strerror}") from error
+
+    def require_run(self, run: Mapping[str, Any]) -> None:
+        """Refuse a folder whose results are of another run, which would be written over.
+
+        Files that are no results are left to `get`.
+
+        Raises:
+            EvaluationError: names what differs.
+        """
+        wanted = _plain(run)
+        for path in sorted(self.path.glob("*/*.json")):
+            try:
+                found = load_result(path).settings["run"]
+            except EvaluationError:
+                continue
+            differing = sorted(
+                name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
+            )
+            if differing:
+                raise EvaluationError(
+                    f"{path} was measured with another {', '.join(differing)}: "
+                    "write to another folder, or move it away"
+                )
 
     def get(
         self,
@@ -102,14 +130,14 @@ class RunFolder:
             comparator: name and what it was asked for; its own settings too, where it is prepared.
         """
         path = self._file(comparator["name"], task["name"])
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
             result = load_result(path)
         except EvaluationError as error:
             self._on_redo(path, str(error))
             return None
-        for name, wanted in (("run", run), ("task", task), ("comparator", comparator)):
+        for name, wanted in zip(_SETTINGS, (run, task, comparator), strict=True):
             found = result.settings[name]
             for key, value in _plain(wanted).items():
                 if found.get(key) != value:
@@ -140,19 +168,18 @@ def load_result(path: Path) -> Result:
         EvaluationError: it cannot be read, is damaged, or was written by another release.
     """
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = load_json(path)
         checksum = body.pop("checksum")
         if checksum != _checksum(body):
             raise EvaluationError("its contents do not match its checksum")
         if body.pop("schema_version") != SCHEMA_VERSION:
             raise EvaluationError("another release wrote it")
-        items = tuple(
-            Item(**{**item, "loglikelihoods": tuple(item["loglikelihoods"])})
-            for item in body.pop("items")
-        )
+        items = tuple(map(read_item, body.pop("items")))
         result = Result(items=items, **body)
         if result.kind not in (CHOICE, CONTINUATION, TEXT):
             raise EvaluationError(f"its kind is {result.kind!r}")
+        if not items or not all(isinstance(result.settings[name], dict) for name in _SETTINGS):
+            raise ValueError("it has no items, or no settings")
     except OSError as error:
         raise EvaluationError(f"cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:

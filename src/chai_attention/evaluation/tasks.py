@@ -12,6 +12,8 @@ from typing import Any
 from chai_attention.calibration.texts import load_texts
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
+from chai_attention.strict_json import MOST_BYTES, parse_json
+from chai_attention.whole_files import read_whole
 
 # the five of the paper (section 4.1), by their names in lm-eval
 PAPER = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
@@ -110,9 +112,12 @@ def _file(folder: Path, name: str) -> Path:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+        # only a newline ends a line: others may stand in a text as they are
+        lines = read_whole(path, MOST_BYTES).decode("utf-8-sig").split("\n")
+        rows = [parse_json(line) for line in lines if line.strip()]
+    except OSError as error:
+        raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise EvaluationError(f"cannot read {path}: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EvaluationError(f"{path} holds no items: it needs one JSON object per line")

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from chai_attention.errors import ChaiError
-from chai_attention.reports.plots import require_matplotlib
+from chai_attention.reports.plots import require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,12 +207,7 @@ def _panels(count: int, draw: Any, path: Path, title: str) -> Path:
         draw(axes, index)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7, frameon=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, format="png")
-    except OSError as error:
-        raise ChaiError(f"cannot write {path}: {error.strerror}") from error
-    return path
+    return save_figure(figure, path, ChaiError)
 
 
 def case_of(row: Row) -> str:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from chai_attention.evaluation.points import FrontierError, Point
-from chai_attention.reports.plots import require_matplotlib
+from chai_attention.reports.plots import require_matplotlib, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,12 +170,7 @@ def frontier_plot(points: Sequence[Point], path: Path) -> Path:
     figure.legend(
         [handles[name] for name in names], names, loc="outside right upper", frameon=False
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise FrontierError(f"cannot write {path}: {error.strerror}") from error
-    return path
+    return save_figure(figure, path, FrontierError)
 
 
 def _draw(

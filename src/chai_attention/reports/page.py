@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-from chai_attention.reports.result_files import Skipped, load_sections
+from chai_attention.reports.result_files import BROKEN, Skipped, broken, files_of, load_sections
 from chai_attention.reports.sections import Bars, ReportError, Section
-from chai_attention.whole_files import write_whole
+from chai_attention.whole_files import require_file, require_other, write_whole
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:
@@ -48,11 +48,24 @@ def write_page(
         on_skipped: called with each file of a folder that is no result of a command.
 
     Raises:
-        ReportError: a run cannot be used, or the page cannot be written.
+        ReportError: a run cannot be used, or the page cannot be written, or would be written over
+            one of the runs.
     """
-    if out.is_dir() or not out.parent.is_dir():
-        reason = "it is a folder" if out.is_dir() else f"no folder {out.parent}"
-        raise ReportError(f"cannot write {out}: {reason}")
-    page = render_page(load_sections(runs, on_skipped), title)
+    require_file(out, ReportError)
+    require_other([out], files_of(runs), ReportError)
+    page = _rendered(load_sections(runs, on_skipped), title)
     write_whole(out, page.encode(), ReportError)
     return out
+
+
+def _rendered(sections: Sequence[Section], title: str) -> str:
+    """The page; where a section cannot be shown, an error that names its file."""
+    try:
+        return render_page(sections, title)
+    except (*BROKEN, TemplateError):
+        for section in sections:
+            try:
+                render_page([section], title)
+            except (*BROKEN, TemplateError) as error:
+                raise ReportError(broken(section.source, error)) from error
+        raise

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.errors import ChaiError, ProfileError
 from chai_attention.profile import ClusterProfile
+from chai_attention.whole_files import require_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = 6
+PROFILE_PLOTS = ("elbow.png", "similarity.png")
 
 
 def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
@@ -33,11 +38,8 @@ def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
     if profile.error is None or profile.similarity is None:
         raise ProfileError("this profile has no error curves to plot: make one with chai calibrate")
     require_matplotlib()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return [_elbows(profile, folder), _similarities(profile, folder)]
-    except OSError as error:
-        raise ProfileError(f"cannot write plots to {folder}: {error.strerror}") from error
+    require_folder(folder, ProfileError, PROFILE_PLOTS, "plots")
+    return [_elbows(profile, folder), _similarities(profile, folder)]
 
 
 def _elbows(profile: ClusterProfile, folder: Path) -> Path:
@@ -94,7 +96,23 @@ def small_multiples(count: int, draw: Any, path: Path, title: str) -> Path:
             continue
         draw(axes, index)
         axes.tick_params(labelsize=6)
-    figure.savefig(path, dpi=130)
+    return save_figure(figure, path, ProfileError)
+
+
+def save_figure(figure: Figure, path: Path, error: type[ChaiError], dpi: int = 130) -> Path:
+    """Write a figure as PNG, as `write_whole` writes; its folder is made if missing.
+
+    Raises:
+        ChaiError: ``error``, if the file cannot be written.
+    """
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    texts = [figure.texts, *(legend.get_texts() for legend in legends if legend is not None)]
+    # they hold names of models and files, in which a dollar begins no formula
+    for text in (*chain(*texts), *(axes.title for axes in figure.axes)):
+        text.set_parse_math(False)
+    content = BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    write_whole(path, content.getvalue(), error, make_folder=True)
     return path
 
 

@@ -14,11 +14,13 @@ from chai_attention.evaluation.redundancy_files import (
     RedundancyError,
     off_diagonal,
 )
-from chai_attention.reports.plots import require_matplotlib, small_multiples
+from chai_attention.reports.plots import require_matplotlib, save_figure, small_multiples
+from chai_attention.whole_files import require_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+REDUNDANCY_PLOTS = ("correlation.png", "elbow.png", "sizes.png", "stability.png")
 COLOR, ACCENT = "#2b6cb0", "#c05621"
 MOST_SIZES = 6  # cluster sizes that a line of text names
 
@@ -76,12 +78,9 @@ def redundancy_plots(study: Redundancy, folder: Path) -> list[Path]:
         ChaiError: matplotlib is not installed.
     """
     require_matplotlib()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [_correlations(study, folder), _elbows(study, folder), _sizes(study, folder)]
-        return [*paths, *([_stability(study, folder)] if study.stability else [])]
-    except OSError as error:
-        raise RedundancyError(f"cannot write plots to {folder}: {error.strerror}") from error
+    require_folder(folder, RedundancyError, REDUNDANCY_PLOTS, "plots")
+    paths = [_correlations(study, folder), _elbows(study, folder), _sizes(study, folder)]
+    return [*paths, *([_stability(study, folder)] if study.stability else [])]
 
 
 def _correlations(study: Redundancy, folder: Path) -> Path:
@@ -137,9 +136,7 @@ def _sizes(study: Redundancy, folder: Path) -> Path:
     axes.set_ylabel("heads")
     axes.set_title(f"{study.model['name']}: sizes of the clusters, a box each", fontsize=10)
     axes.tick_params(labelsize=7)
-    path = folder / "sizes.png"
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, folder / "sizes.png", RedundancyError, dpi=110)
 
 
 def _stability(study: Redundancy, folder: Path) -> Path:
@@ -179,6 +176,4 @@ def _stability(study: Redundancy, folder: Path) -> Path:
     left.set_title(f"with the first {lengths[0]} tokens; thin: single layers", fontsize=9)
     right.set_title("with that of the whole request, or of other requests", fontsize=9)
     figure.suptitle(f"{study.model['name']}: do clusters stay while a request grows?", fontsize=10)
-    path = folder / "stability.png"
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, folder / "stability.png", RedundancyError, dpi=110)

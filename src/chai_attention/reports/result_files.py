@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from chai_attention.reports.page_bench import attention_section, model_section
 from chai_attention.reports.page_quality import eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
+from chai_attention.strict_json import load_json
 
 _COMMANDS = "chai eval, chai frontier, chai bench --out or chai redundancy"
 
@@ -41,17 +42,18 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
         ReportError: nothing to show, a file that is damaged, or one that was named and is no
             result of a command in this release; the text names it.
     """
-    sections: dict[Path, Section] = {}
+    sections: dict[str, Section] = {}
     for run in runs:
-        paths = sorted(run.glob("*.json")) if run.is_dir() else [run]
+        paths = files_of([run])
         if not paths:
             raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
         unknown = {}
         for path in paths:
-            if path.resolve() in sections:
+            real = os.path.realpath(path)
+            if real in sections:
                 continue
             try:
-                sections[path.resolve()] = _section(path)
+                sections[real] = _section(path)
             except UnknownFileError as error:
                 unknown[path] = error
         if len(unknown) == len(paths):
@@ -63,9 +65,27 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
     return list(sections.values())
 
 
+def files_of(runs: Sequence[Path]) -> list[Path]:
+    """The files that `load_sections` reads."""
+    found = []
+    for run in runs:
+        found += sorted(run.glob("*.json")) if os.path.isdir(run) else [run]
+    return found
+
+
+def broken(name: str | Path, error: Exception) -> str:
+    """What to say of a file whose contents cannot be shown."""
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return f"{name} is damaged, or another release wrote it ({reason}): make it again"
+
+
+# what contents of another form end in: a report is made of whatever a file holds
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
+
+
 def _section(path: Path) -> Section:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = load_json(path)
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -77,11 +97,8 @@ def _section(path: Path) -> Section:
     except ChaiError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ReportError(named) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ReportError(
-            f"{path} is damaged, or another release wrote it ({reason}): make it again"
-        ) from error
+    except BROKEN as error:
+        raise ReportError(broken(path, error)) from error
 
 
 Maker = Callable[[Any, Path, str], Section]
