@@ -62,7 +62,7 @@ def test_a_refit_without_tensors_is_neither_saved_nor_loaded(tmp_path):
 def test_tensors_lie_beside_the_profile(file, tmp_path):
     data = {"clusters": [2], "refit": {"kind": "output", "file": file, "sha256": "0"}}
     (tmp_path / "p.json").write_text(json.dumps(data))
-    with pytest.raises(ProfileError, match="beside the profile|holds a NUL|name too long"):
+    with pytest.raises(ProfileError, match=r"beside the profile|holds a NUL|name too long"):
         ClusterProfile.load(tmp_path / "p.json")
 
 

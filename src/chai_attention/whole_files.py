@@ -114,7 +114,9 @@ def require_folder(
     try:
         _require_room(_existing(path))
     except OSError as reason:
-        raise error(f"cannot write {what}{' ' * bool(what)}to {path}: {reason.strerror}") from reason
+        raise error(
+            f"cannot write {what}{' ' * bool(what)}to {path}: {reason.strerror}"
+        ) from reason
     for name in names:
         require_file(path / name, error, make_folder=True)
 
@@ -127,12 +129,20 @@ def require_other(
     Raises:
         ChaiError: ``error``, which names the file.
     """
-    real = {os.path.realpath(path): "read by this command" for path in inputs if _exists(path)}
+    real = {place_of(path): "read by this command" for path in inputs}
     for output in outputs:
-        place = os.path.realpath(output)
+        place = place_of(output)
         if place in real:
             raise error(f"{output} is also {real[place]}: write to another file")
         real[place] = f"where {output} goes"
+
+
+def place_of(path: str | Path) -> str:
+    """Where a file is, links resolved; the name itself where there cannot be one."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return str(path)
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
@@ -191,14 +201,6 @@ def _stat(path: str | Path) -> os.stat_result:
 def _require_name(path: str | Path) -> None:
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "its name holds a NUL")
-
-
-def _exists(path: str | Path) -> bool:
-    try:
-        _stat(path)
-    except OSError:
-        return False
-    return True
 
 
 def _kind(found: os.stat_result) -> str:

@@ -1,6 +1,8 @@
 """``chai export`` as a person runs it, mistakes included."""
 
 import json
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -44,6 +46,23 @@ def test_the_dtype_stays_what_it_was(chai, folder, tmp_path):
         )
         assert code == 0
         assert json.loads((out / "config.json").read_text())["dtype"] == want
+
+
+def test_a_link_to_an_empty_folder_and_its_mode_stay(chai, tmp_path):
+    (tmp_path / "place").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("place")
+    arguments = ("export", "llama", "--profile", "counts.json", "--out")
+    assert chai(*arguments, tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "place" / "chai_profile.json").exists()
+    assert stat.S_IMODE((tmp_path / "place").stat().st_mode) == 0o700
+    before = os.umask(0o027)
+    try:
+        assert chai(*arguments, tmp_path / "new")[0] == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+    assert sorted(os.listdir(tmp_path)) == ["link", "new", "place"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+from chai_attention.cli.tables import render
+from chai_attention.evaluation.points import load_points
+from chai_attention.reports.frontier import frontier_plot, frontier_table
 from chai_attention.reports.page import write_page
 from chai_attention.reports.result_files import load_sections
 from chai_attention.reports.sections import ReportError
@@ -135,6 +138,54 @@ def test_files_of_others_in_a_folder_are_left_out(runs, tmp_path):
         (folder / name).unlink()
     with pytest.raises(ReportError, match=re.escape(f"{folder / 'a.json'} is none of what")):
         load_sections([folder])
+
+
+def test_a_page_is_not_written_over_its_inputs(runs, tmp_path):
+    path = tmp_path / "results.json"
+    shutil.copy(runs / "results.json", path)
+    (tmp_path / "link").symlink_to(path)
+    before = path.read_bytes()
+    for given in ([path], [tmp_path]):
+        for out in (path, tmp_path / "link", tmp_path / "." / "results.json"):
+            with pytest.raises(ReportError, match="write to another file"):
+                write_page(given, out)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        ("results.json", ("run", "seed"), "NaN"),
+        ("results.json", ("rows", 0, "comparator"), "3"),
+        ("model.json", ("results", 1, "run"), "[]"),
+        ("model.json", ("benchmark",), "[]"),
+        ("attention.json", ("baselines", 0, "baseline"), "{}"),
+        ("attention.json", ("shape", "heads"), "NaN"),
+        ("frontier.json", ("points", 0, "saved"), "1e308"),
+        ("redundancy.json", ("prompts", 0, "block"), "0"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line_that_names_the_file(
+    runs, tmp_path, name, where, value
+):
+    data = json.loads((runs / name).read_text())
+    place = data
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = "@"
+    path = tmp_path / name
+    path.write_text(json.dumps(data).replace('"@"', value))
+    with pytest.raises(ReportError, match=re.escape(name)) as caught:
+        write_page([path], tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_names_with_dollars_and_brackets_are_text(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = load_points(frontier(tmp_path / "f.json", "gradient$^{[/red]\\frac"))
+    assert frontier_plot(points, tmp_path / "f.png").stat().st_size > 0
+    assert "gradient$^{[/red]" in render(frontier_table(points), width=300)
 
 
 def test_nothing_to_report(tmp_path):

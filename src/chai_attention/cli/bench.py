@@ -38,8 +38,13 @@ Seconds = Annotated[
     ),
 ]
 Seed = Annotated[int, options.seed("Of inputs and memberships.")]
-Out = Annotated[Path | None, typer.Option(help="Write all figures here (JSON).")]
-Plot = Annotated[Path | None, typer.Option(help="Draw them here (PNG).")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Write all figures here (JSON).", callback=options.output_file),
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw them here (PNG).", callback=options.output_file)
+]
 
 
 @bench_app.command("attention")
@@ -118,6 +123,7 @@ def attention_command(
     from chai_attention.reports.bench import attention_plot, attention_tables
 
     require_writable(out, plot)
+    options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
     device = resolve_device(device)
     chosen = None if profile is None else ClusterProfile.resolve(profile)
     read_config = partial(load_config, trust_remote_code=trust_remote_code)
@@ -193,6 +199,7 @@ def model_command(
     from chai_attention.reports.bench import model_plot, model_tables
 
     require_writable(out, plot)
+    options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
     device = resolve_device(device)
     sizes = [parse_size(text) for text in case or ["1x2048"]]
     longest = max(tokens for _, tokens in sizes) + new_tokens + 1

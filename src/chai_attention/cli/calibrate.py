@@ -15,7 +15,10 @@ _BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
 
 def calibrate_command(
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="Write the profile here (JSON).")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Write the profile here (JSON).", callback=options.output_file),
+    ],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,12 +179,9 @@ def calibrate_command(
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.records import profile_record
     from chai_attention.cli.tables import profile_table, promise_line, summary_line
-    from chai_attention.errors import ProfileError
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
 
-    if not out.parent.is_dir():
-        raise ProfileError(f"cannot write {out}: no folder {out.parent}")
     settings = Settings(
         recipe=recipe,
         cost=cost,
@@ -200,6 +200,7 @@ def calibrate_command(
         removed=options.share("--removed", removed),
     )
     sources = parse_sources(text or ["self"])
+    options.keep_inputs([out], [model, *(source.name for source in sources)])
     request = TextRequest(sources, samples, held_out, length, seed, probe_from)
     request.check()  # a missing file should not wait for the model to load
     with progress_bar(f"loading {model}", quiet=quiet) as bar:

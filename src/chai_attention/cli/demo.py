@@ -27,9 +27,13 @@ def demo_command(
     save: Annotated[
         str, typer.Option(help="K,V bytes per token to save; the loss is measured.")
     ] = "10%",
-    out: Annotated[Path, typer.Option(help="Folder for the profile and the plots.")] = Path(
-        "demo-output"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the profile and the plots.",
+            callback=options.output_folder("profile.json", "elbow.png", "similarity.png"),
+        ),
+    ] = Path("demo-output"),
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -47,6 +51,7 @@ def demo_command(
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.plots import profile_plots
 
+    options.keep_inputs([out / "profile.json"], [model, text])
     texts = built_in_text() if text is None else load_texts(text, tokens=100_000)
     source = "the Python language reference" if text is None else Path(text).name
     try:

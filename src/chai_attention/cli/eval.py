@@ -53,7 +53,8 @@ def eval_command(
         Path,
         typer.Option(
             help="Folder for results, results.json and table.md. Results that it holds are kept: a "
-            "run that was stopped goes on."
+            "run that was stopped goes on.",
+            callback=options.output_folder("results.json", "table.md"),
         ),
     ] = Path("chai-eval"),
     save: Annotated[
@@ -122,6 +123,10 @@ def eval_command(
         profile=chosen,
         save=options.share("--save", save),
         seed=seed,
+    )
+    options.keep_inputs(
+        [out / "results.json", out / "table.md"],
+        [model, profile, text, data, *(source.name for source in calibration.sources)],
     )
     sources = task_sources(task_names(tasks), data, text, seed)
     load = partial(load_model, model, dtype, device, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ import typer
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 
+_FILES = ("frontier.json", "frontier.txt", "frontier.png")
 Number = TypeVar("Number", int, float)
 
 
@@ -32,7 +33,8 @@ def frontier_command(
         Path,
         typer.Option(
             help="Folder for frontier.json, frontier.txt and frontier.png. Points that its "
-            "frontier.json holds are not measured again."
+            "frontier.json holds are not measured again.",
+            callback=options.output_folder(*_FILES),
         ),
     ],
     budgets: Annotated[str, typer.Option(help="What to save, percent.")] = "5,10,20",
@@ -85,6 +87,7 @@ def frontier_command(
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
+    from chai_attention.whole_files import write_whole
 
     asked = {"bytes": "save", "heads": "removed"}.get(of)
     if asked is None:
@@ -100,6 +103,10 @@ def frontier_command(
     for path in names.values():
         if Path(path).resolve() in seen:
             raise FrontierError(f"{path} is calibration text: measure on another")
+    options.keep_inputs(
+        [out / name for name in _FILES],
+        [model, *names.values(), *(source.name for source in sources), *recipes.split(",")],
+    )
     # a missing file should not wait for the model to load
     longest = max(lengths)
     texts = {name: load_texts(path, tokens=windows * longest) for name, path in names.items()}
@@ -167,10 +174,7 @@ def frontier_command(
     shown = Output(as_json, quiet)
     shown.give(lambda: json.loads((out / "frontier.json").read_bytes()))
     shown.say(table)
-    try:
-        (out / "frontier.txt").write_text(table + "\n", encoding="utf-8")
-    except OSError as error:
-        raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
+    write_whole(out / "frontier.txt", f"{table}\n".encode(), FrontierError)
     shown.say(f"points and table written to {out / 'frontier.json'}, {out / 'frontier.txt'}")
     shown.say(f"plot written to {frontier_plot(points, out / 'frontier.png')}")
 

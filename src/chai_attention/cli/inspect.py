@@ -29,7 +29,10 @@ def inspect_command(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Write elbow curves and head similarity as PNG into this folder."),
+        typer.Option(
+            help="Write elbow curves and head similarity as PNG into this folder.",
+            callback=options.output_folder("elbow.png", "similarity.png"),
+        ),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from chai_attention.errors import FileError
+from chai_attention.profile import EXPORTED
+from chai_attention.whole_files import require_file, require_folder, require_other
 
 LARGEST_SEED = 2**64 - 1  # that torch takes
 
@@ -93,3 +99,42 @@ def help_without_command(context: typer.Context) -> None:
     """Show the help of a group of commands if none of them is named."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
+
+
+def output_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of an option that names a file to write: refuses it before any work.
+
+    Raises:
+        FileError: it could not be written.
+    """
+    if path is not None and not context.resilient_parsing:
+        require_file(path, FileError)
+    return path
+
+
+def output_folder(*names: str) -> Callable[[typer.Context, Path | None], Path | None]:
+    """Callback of an option that names a folder, in which files of these names are written."""
+
+    def check(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not context.resilient_parsing:
+            require_folder(path, FileError, names)
+        return path
+
+    return check
+
+
+def keep_inputs(outputs: Sequence[Path], inputs: Sequence[str | Path | None]) -> None:
+    """Refuse to write over what a command reads; a folder stands for the files in it.
+
+    Raises:
+        FileError: names the file.
+    """
+    read: list[str | Path] = []
+    for given in inputs:
+        if given is None:
+            continue
+        read.append(given)
+        if os.path.isdir(given):
+            # a profile beside its model is what calibrate is asked for
+            read += [path for path in Path(given).iterdir() if path.name != EXPORTED]
+    require_other(outputs, read, FileError)

@@ -11,6 +11,7 @@ import typer
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
 
+_FILES = ("redundancy.json", "correlation.png", "elbow.png", "sizes.png", "stability.png")
 _SHOWN = "Maps to look at (chai report)"
 
 
@@ -23,7 +24,13 @@ def redundancy_command(
             "for a mixture, with weights if you like, as in chai calibrate."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for redundancy.json and its plots.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for redundancy.json and its plots.",
+            callback=options.output_folder(*_FILES),
+        ),
+    ],
     samples: Annotated[int, typer.Option(help="Requests.", min=2)] = 32,
     length: Annotated[
         int | None,
@@ -79,6 +86,7 @@ def redundancy_command(
 
     require_matplotlib()
     sources = parse_sources(text)
+    options.keep_inputs([out / _FILES[0]], [model, *(source.name for source in sources)])
     asked = None if lengths is None else parse_lengths(lengths)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from chai_attention.cli import options
+
 
 def report_command(
     runs: Annotated[
@@ -17,7 +19,9 @@ def report_command(
             "redundancy. Other files in a folder are left out and named.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Write the page here (HTML).")],
+    out: Annotated[
+        Path, typer.Option(help="Write the page here (HTML).", callback=options.output_file)
+    ],
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "CHAI report",
 ) -> None:
     """Show results on one page that opens offline: figures, plots, heads to explore."""

@@ -10,7 +10,8 @@ No file holds a time or a text, so two runs with the same settings write the sam
 
     {"schema_version": 1,
      "checksum": SHA-256 of the canonical JSON (sorted keys, no spaces) of all the rest,
-     "settings": {                     what identifies it; measured anew if any value differs
+     "settings": {                     what identifies it; of another run: refused, of another task
+                                       or comparator: measured anew
        "run": {"model": str, "weights": digest, "dtype": str, "device": "cpu" or "cuda",
                "batch_size": int, "seed": int, "versions": {package: version}},
        "task": {"name": str, "data": digest or "hub", "limit": int or null},

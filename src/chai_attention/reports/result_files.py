@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.errors import ConsoleError
+
 from chai_attention.benchmarking.attention import SCHEMA_VERSION as BENCH_VERSION
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation.points import load_points
@@ -18,6 +20,7 @@ from chai_attention.reports.page_quality import eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
 from chai_attention.strict_json import load_json
+from chai_attention.whole_files import place_of
 
 _COMMANDS = "chai eval, chai frontier, chai bench --out or chai redundancy"
 
@@ -49,7 +52,7 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
             raise ReportError(f"{run} holds no results (.json): give what {_COMMANDS} wrote")
         unknown = {}
         for path in paths:
-            real = os.path.realpath(path)
+            real = place_of(path)
             if real in sections:
                 continue
             try:
@@ -80,7 +83,15 @@ def broken(name: str | Path, error: Exception) -> str:
 
 
 # what contents of another form end in: a report is made of whatever a file holds
-BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
+BROKEN = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    StopIteration,
+    ConsoleError,
+)
 
 
 def _section(path: Path) -> Section:
@@ -90,10 +101,11 @@ def _section(path: Path) -> Section:
         raise ReportError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ReportError(f"{path} is damaged, not JSON ({error}): make it again") from error
-    make = _maker(data, path)
     source = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
     try:
-        return make(data, path, source)
+        return _maker(data, path)(data, path, source)
+    except UnknownFileError:
+        raise
     except ChaiError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ReportError(named) from error

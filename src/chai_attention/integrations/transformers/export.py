@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
-import tempfile
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from chai_attention.integrations.transformers.support import (
     output_projection,
 )
 from chai_attention.profile import EXPORTED, ClusterProfile
+from chai_attention.whole_files import require_folder
 
 # families whose config can ask for biases of all four projections
 _OPTIONAL_BIAS = ("llama",)
@@ -52,8 +55,8 @@ def export(
         UnsupportedModelError: a refit bias for a family whose output projection has none, or
             clustered heads are enabled.
     """
-    out = Path(out)
-    require_empty(out)
+    require_empty(Path(out))
+    shown, out = Path(out), Path(os.path.realpath(out))
     if model.config._attn_implementation == NAME:
         # its refit may be in the weights already, and would be written twice
         raise UnsupportedModelError("disable(model) before exporting it")
@@ -71,15 +74,17 @@ def export(
         applied = Corrections(modules, tensors)
         # a checkpoint is there as a whole or not at all
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        unfinished = out.parent / f".chai-{secrets.token_hex(8)}"
+        unfinished.mkdir()
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         _without_refit(profile).save(unfinished / EXPORTED)
-        unfinished.chmod(0o755)
+        if out.exists():  # and empty: its mode stays
+            unfinished.chmod(stat.S_IMODE(out.stat().st_mode))
         unfinished.replace(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ProfileError(f"cannot write to {out}: {reason}") from error
+        raise ProfileError(f"cannot write to {shown}: {reason}") from error
     finally:
         if unfinished is not None and unfinished.exists():
             shutil.rmtree(unfinished)
@@ -88,17 +93,18 @@ def export(
             projection.bias = None  # type: ignore[assignment]
         if added:
             model.config.attention_bias = False
-    return out / EXPORTED
+    return shown / EXPORTED
 
 
 def require_empty(out: Path) -> None:
-    """Refuse a folder that an export would mix with other files.
+    """Refuse a folder that an export would mix with other files, or could not write.
 
     Raises:
-        ProfileError: it is no folder, or holds something.
+        ProfileError: it is no folder, holds something, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise ProfileError(f"{out} is not an empty folder: export to a new one")
+    require_folder(out, ProfileError)
 
 
 def _without_refit(profile: ClusterProfile) -> ClusterProfile:
