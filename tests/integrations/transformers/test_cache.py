@@ -1,5 +1,6 @@
 """The cache as `generate` and users treat it: what it holds, and that nothing changes a result."""
 
+import copy
 import gc
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 from transformers import DynamicCache
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers import ClusteredCache, enable
+from chai_attention.integrations.transformers import (
+    ClusteredCache,
+    StaticClusteredCache,
+    enable,
+    enabled,
+)
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
@@ -223,12 +229,98 @@ def test_other_caches_are_refused():
 
 
 @torch.no_grad()
-def test_a_clustered_cache_in_a_model_without_clusters_is_refused():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("tokens", [0, 20])
+@pytest.mark.parametrize("kind", [ClusteredCache, StaticClusteredCache])
+def test_a_clustered_cache_outside_its_model_is_refused_at_once(kind, tokens):
+    """Not at its second forward: the first would see the new tokens only."""
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    room = {} if kind is ClusteredCache else {"max_tokens": 60}
+    cache = kind(model, PROFILE, **room)
+    with enabled(model, PROFILE):
+        if tokens:
+            model(prompt(tokens), past_key_values=cache)
+        with pytest.raises(CacheError, match=r"while chai_attention\.enable"):
+            plain(prompt(1), past_key_values=cache)
+    for other in (model, plain):
+        with pytest.raises(CacheError, match=r"while chai_attention\.enable"):
+            other(prompt(1), past_key_values=cache)
+    with enabled(model, PROFILE):  # and nothing of that is left in it
+        got = model(prompt(9, seed=1), past_key_values=cache).logits
+        ids = torch.cat([prompt(tokens), prompt(9, seed=1)], 1)
+        want = model(ids, use_cache=False).logits[:, tokens:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_profile_is_refused_after_it_was_enabled(model):
     cache = ClusteredCache(model, PROFILE)
     model(prompt(20), past_key_values=cache)
-    with pytest.raises(CacheError, match=r"while chai_attention\.enable"):
+    enable(model, ClusterProfile(clusters=(2, 2, 2), window=8))
+    with pytest.raises(CacheError, match="another profile"):
         model(prompt(1), past_key_values=cache)
+    enable(model, PROFILE)
+    got = model(prompt(1), past_key_values=cache).logits
+    want = model(torch.cat([prompt(20), prompt(1)], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_after_a_forward_that_was_refused(model):
+    cache = ClusteredCache(model, PROFILE)
+    ids = prompt(30)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(CacheError, match="covers 3 tokens"):
+        model(ids[:, 20:], past_key_values=cache, attention_mask=torch.tensor([[0, 1, 1]]))
+    got = model(ids[:, 20:], past_key_values=cache).logits
+    want = model(ids, use_cache=False).logits[:, 20:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 30])
+def test_a_copied_cache_goes_its_own_way(model, length):
+    """A prompt computed once, copied for each of its continuations."""
+    ids = prompt(length)
+    first = ClusteredCache(model, PROFILE)
+    model(ids, past_key_values=first)
+    for seed in (1, 2):
+        more = prompt(9, seed=seed)
+        got = model(more, past_key_values=copy.deepcopy(first)).logits
+        want = model(torch.cat([ids, more], 1), use_cache=False).logits[:, length:]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert first.get_seq_length() == length
+
+
+@torch.no_grad()
+def test_a_refused_crop_removes_nothing(model):
+    ids = prompt(60)
+    cache = ClusteredCache(model, PROFILE)  # its second layer could go back to any token
+    model(ids[:, :40], past_key_values=cache)
+    with pytest.raises(CacheError, match="cannot crop to 5 tokens"):
+        cache.crop(5)
+    assert {layer.get_seq_length() for layer in cache.layers} == {40}
+    got = model(ids[:, 40:], past_key_values=cache).logits
+    want = model(ids, use_cache=False).logits[:, 40:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [9, 12, 70])
+def test_crop_into_the_probe_window_if_it_was_announced(model, length):
+    ids = prompt(60, batch=2)
+    want = model(ids, use_cache=False).logits
+    for keep in (8, 7, 3, 1):
+        cache = ClusteredCache(model, PROFILE)
+        cache.activate_past_recording()
+        model(torch.cat([ids[:, :keep], prompt(length, batch=2, seed=9)], 1), past_key_values=cache)
+        assert cache.layers[0].keys.shape[1] == 2  # nothing but the window's K waits
+        cache.crop(-length)
+        parts = [ids[:, keep : keep + 3], ids[:, keep + 3 :]]
+        got = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+        torch.testing.assert_close(got, want[:, keep:], atol=1e-5, rtol=1e-5)
+        cache.crop(keep)  # and again, as long as the past is recorded
+        got = model(ids[:, keep:], past_key_values=cache).logits
+        torch.testing.assert_close(got, want[:, keep:], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

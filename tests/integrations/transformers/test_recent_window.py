@@ -10,7 +10,7 @@ from chai_attention.integrations.transformers import ClusteredCache, enable
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
-RECENT, SINKS, DRAFT = 5, 3, 32
+RECENT, SINKS = 5, 3
 GENERATOR = torch.Generator().manual_seed(3)
 WINDOW = {
     "recent": RECENT,
@@ -71,7 +71,7 @@ def close(got, want):
 def test_removed_heads_keep_the_window_and_no_more(model, profile):
     cache = ClusteredCache(model, profile)
     model(prompt(100, batch=2), past_key_values=cache)
-    for last in (RECENT + DRAFT, RECENT, RECENT):  # a crop may follow several tokens only
+    for last in (RECENT, RECENT, RECENT):
         for layer, clusters in zip(cache.layers, profile.clusters, strict=True):
             held = layer.tensors()
             if clusters == 6:
@@ -97,9 +97,12 @@ def test_one_removed_head_holds_no_more_than_its_window():
     cache = ClusteredCache(model, profile)
     for length in (10, 200):
         model(prompt(length), past_key_values=cache)
-    assert cache.memory().recent_bytes == 3 * (RECENT + DRAFT + SINKS) * 8 * 4
+    assert cache.memory().recent_bytes == 3 * (RECENT + SINKS) * 8 * 4
+    cache.activate_past_recording()
+    model(prompt(20), past_key_values=cache)
+    assert cache.memory().recent_bytes == 3 * (RECENT + 20 + SINKS) * 8 * 4
     cache.crop(-20)
-    assert cache.memory().recent_bytes == 3 * (RECENT + DRAFT - 20 + SINKS) * 8 * 4
+    assert cache.memory().recent_bytes == 3 * (RECENT + SINKS) * 8 * 4
 
 
 @torch.no_grad()
@@ -273,11 +276,12 @@ def test_batch_select_and_repeat(model, profile, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("removed", [1, 9, DRAFT])
+@pytest.mark.parametrize("removed", [1, 9, 32, 90])
 def test_crop_after_several_tokens(model, profile, removed):
     ids = prompt(60)
     want = model(ids, use_cache=False).logits
     cache = ClusteredCache(model, profile)
+    cache.activate_past_recording()
     drafts = prompt(removed, seed=9)
     model(torch.cat([ids[:, :45], drafts], 1), past_key_values=cache)
     cache.crop(-removed)
@@ -292,11 +296,11 @@ def test_crop_beyond_the_window(model, profile):
     want = model(ids, use_cache=False).logits
     cache = ClusteredCache(model, profile)
     model(ids[:, :59], past_key_values=cache)
-    with pytest.raises(CacheError, match="cannot crop to 20 tokens: of 59 the last 37 hold"):
+    with pytest.raises(CacheError, match="cannot crop to 20 tokens: of 59 the last 5 hold"):
         cache.crop(20)
     model(prompt(1, seed=5), past_key_values=cache)
     cache.crop(-1)  # the new token's own place: its w - 1 predecessors are there
-    with pytest.raises(CacheError, match="Crop right after a forward of several tokens"):
+    with pytest.raises(CacheError, match="activate_past_recording"):
         cache.crop(-1)
     close(model(ids[:, 59:], past_key_values=cache).logits, want[:, 59:])
     cache.crop(-60)
@@ -310,6 +314,7 @@ def test_crop_into_the_sinks():
     ids = prompt(30)
     want = model(ids, use_cache=False).logits
     cache = ClusteredCache(model, STATIC)
+    cache.activate_past_recording()
     model(torch.cat([ids[:, :1], prompt(9, seed=9)], 1), past_key_values=cache)
     cache.crop(1)
     parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((1, 2), (2, 30))]

@@ -48,13 +48,34 @@ def adopt(
             "ClusteredCache(model, profile)"
         )
     if type(cache) is StaticCache:
-        # a sliding layer holds at most its window; a model without full layers has no clusters
-        full = [layer for layer in cache.layers if not layer.is_sliding]
-        room = (full or cache.layers)[0].get_max_length()
-        cache.__class__ = StaticClusteredCache
-        static.take_over(cache, plans, room)
+        _adopt_static(cache, plans, config)
     else:
-        cache.__class__ = ClusteredCache
-        dynamic.take_over(cache, plans)
+        _adopt_dynamic(cache, plans, config)
     assert isinstance(cache, ClusteredCache | StaticClusteredCache)
     return cache
+
+
+def _adopt_dynamic(
+    cache: DynamicCache, plans: tuple[LayerPlan, ...], config: PreTrainedConfig
+) -> None:
+    """Make an empty cache a clustered one; without a config, it has no layers yet."""
+    announced = any(getattr(layer, "record_past", False) for layer in cache.layers)
+    cache.layers = DynamicCache(config=config).layers
+    cache.__class__ = ClusteredCache
+    assert isinstance(cache, ClusteredCache)
+    dynamic.take_over(cache, plans)
+    if announced:
+        cache.activate_past_recording()
+
+
+def _adopt_static(
+    cache: StaticCache, plans: tuple[LayerPlan, ...], config: PreTrainedConfig
+) -> None:
+    """Make an empty cache a clustered one with as much room."""
+    # a sliding layer holds at most its window; a model without full layers has no clusters
+    full = [layer for layer in cache.layers if not layer.is_sliding]
+    room = (full or cache.layers)[0].get_max_length()
+    if cache.is_sliding != [not plan.full_attention for plan in plans]:  # of another config
+        cache.layers = StaticCache(config, room).layers
+    cache.__class__ = StaticClusteredCache
+    static.take_over(cache, plans, room)

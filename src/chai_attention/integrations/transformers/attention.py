@@ -10,10 +10,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
-from chai_attention.integrations.transformers.layer import LAYER_TAG, ClusteredLayer
+from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.precision import (
+    as_attended,
+    no_autocast,
+    require_one_dtype,
+)
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 
 NAME = "chai"
@@ -41,13 +47,20 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the ``[B, S]`` padding of plain causal attention as it is, not read on the host.
 
+    It is a tensor of this forward alone, so that layers may keep on it what they find out: the
+    caller may fill the memory of its own mask with another one for the next forward.
+
     Any other mask (a sliding window's) is made as for torch's fused attention.
     """
     if mask_function is not causal_mask_function:
         return sdpa_mask(
             *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
         )
-    return attention_mask
+    if attention_mask is None:
+        return None
+    mask = attention_mask.view(attention_mask.shape)
+    setattr(mask, PADDING_TAG, [])
+    return mask
 
 
 def clustered_attention(
@@ -84,10 +97,14 @@ def clustered_attention(
     plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
     _refuse_features(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = getattr(key, LAYER_TAG, None)
+    query, key, value = (as_attended(states) for states in (query, key, value))
+    require_one_dtype(query, key, value)
     if not plan.full_attention:
-        return plain_attention(
-            module, query, key, value, attention_mask, scale, softcap, kwargs
-        ), None
+        with no_autocast(query):
+            return plain_attention(
+                module, query, key, value, attention_mask, scale, softcap, kwargs
+            ), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError(
             "clustered heads support causal attention with padding (a 2D attention_mask); a custom "
@@ -98,7 +115,6 @@ def clustered_attention(
             f"layer {plan.layer} turned out to be a sliding-window layer at run time; leave it "
             f"unclustered in the profile and report the model family"
         )
-    layer = getattr(key, LAYER_TAG, None)
     if layer is None:
         layer = _uncached(plan, query, key, value)
     queries = query.shape[2]
@@ -106,7 +122,7 @@ def clustered_attention(
         padding = layer.begin(queries)  # its cache has taken the mask already
     else:
         padding = _padding_of(attention_mask, query, layer.get_seq_length() + queries)
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast(query):
         return layer.attend(query, padding, scale, softcap), None
 
 
@@ -134,12 +150,13 @@ def _uncached(plan: LayerPlan, query: Tensor, key: Tensor, value: Tensor) -> Clu
             "past_key_values, or pass ClusteredCache(model, profile)"
         )
     layer = ClusteredLayer(plan)
+    layer.expect()
     layer.update(key, value)
     return layer
 
 
 def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
-    """Return the padding tables of a forward; made once and kept on the mask, for all layers."""
+    """Return the padding tables of a forward; made once for all layers if the mask is ours."""
     if mask is None:
         return Padding(None, query.shape[0], length, query.device)
     if mask.shape[1] < length:
@@ -147,11 +164,13 @@ def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
             f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {length}: "
             "give a mask over all of them"
         )
-    padding = getattr(mask, PADDING_TAG, None)
-    if padding is None or padding.length != length:
-        valid: Tensor | None = mask[:, :length].bool()
-        if bool(mask[:, :length].all()):
-            valid = None
-        padding = Padding(valid, query.shape[0], length, query.device)
-        setattr(mask, PADDING_TAG, padding)
+    known: list[Padding] = getattr(mask, PADDING_TAG, [])  # what is not ours remembers nothing
+    for padding in known:
+        if padding.length == length:
+            return padding
+    valid: Tensor | None = mask[:, :length].bool()
+    if bool(mask[:, :length].all()):
+        valid = None
+    padding = Padding(valid, query.shape[0], length, query.device)
+    known.append(padding)
     return padding

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+
+
+def lasting() -> AbstractContextManager[object]:
+    """Where memory is made that later forwards write to.
+
+    Memory made under ``torch.inference_mode()`` cannot be written to outside of it.
+    """
+    return torch.inference_mode(False)
 
 
 class TokenBuffer:
@@ -51,14 +61,22 @@ class TokenBuffer:
     def select(self, rows: Tensor) -> None:
         """Keep the sequences ``rows`` of the batch, the first axis."""
         if self.data is not None:
-            self.data = self.data[rows]
+            with lasting():
+                self.data = self.data[rows]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the same numbers in another dtype."""
+        if self.data is not None and self.data.dtype != dtype:
+            with lasting():
+                self.data = self.data.to(dtype)
 
     def _grow(self, new: Tensor, needed: int) -> None:
         shape = list(new.shape)
         shape[self.token_axis] = needed + max(16, needed // 32)
         if self.transposed:
             shape[1], shape[2] = shape[2], shape[1]
-        data = torch.empty(shape, dtype=new.dtype, device=new.device)
+        with lasting():
+            data = torch.empty(shape, dtype=new.dtype, device=new.device)
         if self.transposed:
             data = data.transpose(1, 2)
         if self.data is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
@@ -67,9 +69,12 @@ class ClusteredCache(DynamicCache):
         model.generate(**inputs, past_key_values=cache)
 
     A prompt shorter than the probe window keeps K of all heads until its window is full. Sliding
-    window layers are held as `DynamicCache` holds them. `crop` cannot go back into the probe
-    window of a clustered layer, nor further than an exact recent window remembers: it raises
-    `CacheError`.
+    window layers are held as `DynamicCache` holds them.
+
+    As with sliding windows, whoever means to take tokens back calls `activate_past_recording`
+    before the forward that brings them, as assisted decoding does; K that they need is kept until
+    the `crop`. Without it, `crop` raises `CacheError` where it would go back into the probe window
+    of a clustered layer, or further than an exact recent window remembers.
 
     Args:
         model: the model or its config.
@@ -93,6 +98,32 @@ class ClusteredCache(DynamicCache):
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""
         return memory_of(self)
+
+    def begin(self, mask: Any) -> None:
+        """Hear of a forward that begins; attention itself looks at its mask."""
+        for layer in self._clustered():
+            layer.expect()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-n`` tokens; a positive n keeps n.
+
+        Raises:
+            CacheError: K that is needed is gone; nothing has been removed then.
+        """
+        length = self.get_seq_length()
+        keep = tokens_kept(tokens_to_remove, length)
+        if not keep:
+            self.reset()
+            return
+        clustered = self._clustered()
+        for layer in clustered:
+            layer.check_crop(keep)
+        others = [layer for layer in self.layers if layer not in clustered]
+        for layer in (*others, *clustered):  # sliding layers may refuse, before anything is done
+            layer.crop(keep - length)
+
+    def _clustered(self) -> list[ClusteredLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ClusteredLayer)]
 
 
 def memory_of(cache: Cache) -> CacheMemory:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers import attention, graphs
-from chai_attention.integrations.transformers.adopt import adopt
+from chai_attention.integrations.transformers import attention, forwards, graphs
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
+from chai_attention.integrations.transformers.plan import layer_plans
 from chai_attention.integrations.transformers.projections import Projections
-from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 from chai_attention.integrations.transformers.support import attention_modules, describe
 from chai_attention.profile import ClusterProfile
 
@@ -86,8 +83,10 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     weakref.finalize(model, _unregister_if_unused)
     for layer, module in modules.items():
         setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
-    state.hooks = _adopt_caches(model, plans)
+    state.hooks = forwards.hook_forwards(model, modules, plans)
     vars(model)["get_compiled_call"] = graphs.GraphedCall(model)
+    if hasattr(model, forwards.PREPARE):
+        vars(model)[forwards.PREPARE] = forwards.PreparedCache(model, plans)
     model.set_attn_implementation(attention.NAME)
 
 
@@ -102,7 +101,8 @@ def disable(model: PreTrainedModel) -> None:
         return
     state.projections.undo()
     del _enabled[model]
-    vars(model).pop("get_compiled_call", None)
+    for name in ("get_compiled_call", forwards.PREPARE):
+        vars(model).pop(name, None)
     for hook in state.hooks:
         hook.remove()
     state.corrections.undo()
@@ -133,26 +133,6 @@ def enabled(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> Ite
             disable(model)
         else:
             enable(model, before.profile)
-
-
-def _adopt_caches(model: PreTrainedModel, plans: tuple[LayerPlan, ...]) -> list[RemovableHandle]:
-    """Hook the forward of the model and of its decoder so that caches become clustered ones."""
-    config = model.config.get_text_config(decoder=True)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
-        wanted = kwargs.get("use_cache")
-        if wanted is None:
-            wanted = config.use_cache
-        if cache is not None or wanted:
-            cache = kwargs["past_key_values"] = adopt(cache, plans, config)
-        if isinstance(cache, StaticClusteredCache):
-            cache.begin(kwargs.get("attention_mask"))
-        return args, kwargs
-
-    # a user may call the decoder inside the causal model directly
-    decoders = {id(m): m for m in (model, model.base_model)}
-    return [m.register_forward_pre_hook(before, with_kwargs=True) for m in decoders.values()]
 
 
 def _unregister_if_unused() -> None:

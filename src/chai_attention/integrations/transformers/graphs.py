@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chai_attention.errors import CacheError, UnsupportedModelError
+from chai_attention.integrations.transformers.buffers import lasting
+from chai_attention.integrations.transformers.precision import autocast_state
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
 DEVICE = "cuda"
@@ -43,7 +46,8 @@ class DecodeGraph:
             logits = graph.step(logits[:, -1:].argmax(-1))
 
     It is captured again when what it has recorded is no longer what holds: another membership,
-    padding for the first time, weights that were moved or replaced, a profile enabled anew.
+    padding for the first time, weights that were moved or replaced, a profile enabled anew,
+    another autocast.
 
     Args:
         model: the model, on a CUDA device, with clustered heads enabled.
@@ -137,8 +141,9 @@ class DecodeGraph:
         """Record a step. What it writes on the way is overwritten by the real one."""
         self._graph = None
         count = self.cache.tokens.count
-        self._ids = input_ids.clone()
-        self._positions = torch.full_like(self._ids, count)
+        with lasting():
+            self._ids = input_ids.clone()
+            self._positions = torch.full_like(self._ids, count)
         # the cache knows what is padding; without any mask, some models look for it on the host
         ones = torch.ones_like(self._ids, dtype=torch.bool)
         self._mask = ones.expand(-1, self.cache.tokens.capacity)
@@ -169,14 +174,18 @@ class DecodeGraph:
         self._graph = graph
 
     def _forward(self) -> Tensor:
-        out = self.model(
-            input_ids=self._ids,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        kind, low = self.model.device.type, autocast_state(self.model.device.type)
+        # weights that autocast remembers are gone when its region ends, the graph is not
+        region = torch.autocast(kind, low, cache_enabled=False) if low else nullcontext()
+        with region:
+            out = self.model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
         logits: Tensor = out.logits
         return logits
 
@@ -186,9 +195,13 @@ class DecodeGraph:
         return (
             *(layer.membership for layer in self.cache.layers),
             self._enabled(),
+            autocast_state(self.model.device.type),
             None if valid is None else valid.data_ptr(),
             [parameter.data_ptr() for parameter in self._parameters],
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Not copied with a cache, whose copy captures steps of its own."""
 
     def _enabled(self) -> Any:
         """What `enable` put there: another object each time, None after `disable`."""
@@ -236,8 +249,10 @@ class GraphedCall:
         return GraphedCall(memo[id(self._model())])
 
 
-def _call(model: PreTrainedModel, **inputs: Any) -> Any:
+def _call(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     """Forward of ``model``: replayed if it is a decode step that can be, else as it is."""
+    if args:  # generate() passes everything by name
+        return model(*args, **inputs)
     cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
     plain = all(name in _KNOWN or given in (None, False) for name, given in inputs.items())
     if (

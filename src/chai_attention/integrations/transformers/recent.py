@@ -17,8 +17,8 @@ from chai_attention.ops.ring import NearRing
 class RecentKeys:
     """The exact recent window of one layer's cache.
 
-    It holds the last ``recent`` tokens (more after a forward of several tokens, see ``spare``)
-    and the first ``sinks`` real ones, without spare room.
+    It holds the last ``recent`` tokens (all since the last crop where the past is recorded) and
+    the first ``sinks`` real ones, without spare room.
 
     Args:
         recent: w.
@@ -40,7 +40,7 @@ class RecentKeys:
         values: Tensor,
         membership: Membership,
         padding: Padding,
-        spare: int,
+        record: bool,
     ) -> NearKeys:
         """Take new tokens and return what their queries see with their own scores.
 
@@ -51,7 +51,7 @@ class RecentKeys:
             values: ``[B, G, S, Dv]`` of the cache, new tokens included.
             membership: whose order ``kept`` and ``values`` are in.
             padding: of all S tokens.
-            spare: tokens before the last w that a crop may need.
+            record: whether to keep all tokens for a crop.
         """
         queries, length = key.shape[2], kept.shape[2]
         if membership.kept_keys == membership.kv_heads:  # nothing is removed, so nothing is missing
@@ -62,9 +62,9 @@ class RecentKeys:
         sinks = min(self.sinks, length)
         self._extend_first(key, removed, sinks, past, padding)
         if not past:
-            self.last = pick_heads(key[:, :, -(self.recent + spare) :], removed)
+            self.last = pick_heads(key if record else key[:, :, -self.recent :], removed)
             return _with_first(key, value, sinks, padding)
-        held = self._extend_last(pick_heads(key, removed), reach, spare)
+        held = self._extend_last(pick_heads(key, removed), reach, record)
 
         assert self.first is not None
         band = slice(past - reach, length)
@@ -75,13 +75,14 @@ class RecentKeys:
             in_head_order(near.value, membership),
         )
 
-    def step(self, key: Tensor, membership: Membership, padding: Padding) -> NearRing:
+    def step(self, key: Tensor, membership: Membership, padding: Padding, record: bool) -> NearRing:
         """Take one new token, as `extend` does, for an attention that reads K where it stands.
 
         Args:
             key: ``[B, G, 1, D]`` of the new token, all heads.
             membership: the cache's.
             padding: of all tokens.
+            record: whether to keep all tokens for a crop.
         """
         length = padding.length
         sinks = min(self.sinks, length)
@@ -95,40 +96,52 @@ class RecentKeys:
         if self.last is None:
             self.last = new
         else:
-            self._extend_last(new, self.recent - 1, 0)
+            self._extend_last(new, self.recent - 1, record)
         assert self.first is not None
-        begin = length - self.last.shape[2]
-        return NearRing(self.last, self.first, positions, self.recent, begin)
+        ring = self.last[:, :, -self.recent :].contiguous()
+        return NearRing(ring, self.first, positions, self.recent, length - ring.shape[2])
 
-    def cut(self, keys: Tensor, membership: Membership, padding: Padding, spare: int) -> None:
+    def cut(self, keys: Tensor, membership: Membership, padding: Padding, record: bool) -> None:
         """Start from ``keys [B, G, S, D]`` of all heads; ``padding`` may know later tokens."""
         if membership.kept_keys == membership.kv_heads:
             return
         removed = membership.removed_key_heads
-        self.last = pick_heads(keys[:, :, -(self.recent + spare) :], removed)
+        self.last = pick_heads(keys if record else keys[:, :, -self.recent :], removed)
         positions = padding.first_positions(min(self.sinks, padding.length))
         positions = positions.clamp_max(keys.shape[2] - 1)  # later tokens are still to come
         self.first = pick_heads(pick_tokens(keys, positions), removed)
         self._first_is_whole = False
 
-    def crop(self, length: int, keep: int) -> None:
-        """Go back from ``length`` tokens to ``keep``.
+    def check_crop(self, length: int, keep: int) -> None:
+        """Refuse to go back from ``length`` tokens to ``keep``, if K that is needed is gone.
 
         Raises:
             CacheError: the last w tokens before the cut are not held any more.
         """
         if self.last is None:
             return
-        left = self.last.shape[2] - (length - keep)
-        if left < min(keep, self.recent - 1):
+        if self.last.shape[2] - (length - keep) < min(keep, self.recent - 1):
             raise CacheError(
                 f"cannot crop to {keep} tokens: of {length} the last {self.last.shape[2]} hold the "
                 f"K of all heads, and the exact recent window needs the {self.recent - 1} before "
-                "the cut. Crop right after a forward of several tokens and by few, or reset the "
-                "cache and run the prompt again"
+                "the cut. Call cache.activate_past_recording() before the forward that is to be "
+                "taken back, or reset the cache and run the prompt again"
             )
-        self.last = self.last[:, :, : max(0, left)].clone()
+
+    def crop(self, length: int, keep: int) -> None:
+        """Go back from ``length`` tokens to ``keep``, which `check_crop` has allowed."""
+        if self.last is None:
+            return
+        left = max(0, self.last.shape[2] - (length - keep))
+        self.last = self.last[:, :, max(0, left - self.recent) : left].clone()
         self._first_is_whole = False
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the same K in another dtype."""
+        if self.last is not None:
+            self.last = self.last.to(dtype)
+        if self.first is not None:
+            self.first = self.first.to(dtype)
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences ``rows`` of the batch."""
@@ -137,14 +150,15 @@ class RecentKeys:
         if self.first is not None:
             self.first = self.first[rows]
 
-    def _extend_last(self, new: Tensor, reach: int, spare: int) -> Tensor:
+    def _extend_last(self, new: Tensor, reach: int, record: bool) -> Tensor:
         """Append ``new``; return it behind the old tokens, at least ``reach`` of them."""
         assert self.last is not None
-        most = self.recent + spare
-        old = min(self.last.shape[2], max(reach, most - new.shape[2]))
-        held = torch.cat([self.last[:, :, self.last.shape[2] - old :], new], 2)
-        self.last = held if held.shape[2] <= most else held[:, :, -most:].clone()
-        return held
+        held = self.last.shape[2]
+        old = held if record else min(held, max(reach, self.recent - new.shape[2]))
+        joined = torch.cat([self.last[:, :, held - old :], new], 2)
+        most = joined.shape[2] if record else self.recent
+        self.last = joined if joined.shape[2] <= most else joined[:, :, -most:].clone()
+        return joined
 
     def _extend_first(
         self, key: Tensor, removed: Tensor, sinks: int, past: int, padding: Padding

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
+from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
@@ -98,6 +99,8 @@ class StaticClusteredCache(Cache):
     def begin(self, mask: Any) -> None:
         """Hear of a forward that begins, and of its attention mask."""
         self.tokens.offer(None if self.keeps_padding else self.padding_of(mask))
+        for layer in self._clustered():
+            layer.expect()
 
     @staticmethod
     def padding_of(mask: Any) -> Tensor | None:
@@ -113,11 +116,10 @@ class StaticClusteredCache(Cache):
             CacheError: K that is needed is gone, or the model has sliding-window layers.
         """
         length = self.tokens.count
-        tokens_to_remove = int(tokens_to_remove)  # a tensor, in older transformers
-        keep = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
-        if keep >= length:
+        keep = tokens_kept(tokens_to_remove, length)
+        if keep == length:
             return
-        if keep <= 0:
+        if not keep:
             self.reset()
             return
         for layer in self._clustered():

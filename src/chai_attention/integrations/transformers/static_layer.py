@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import TokenBuffer
+from chai_attention.integrations.transformers.buffers import TokenBuffer, lasting
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plan import LayerPlan, slot_queries
@@ -46,6 +46,11 @@ class StaticClusteredLayer(ClusteredLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the memory for sequences like these, ``[B, G or kept, any, D]``."""
+        with lasting():
+            self._allocate(key_states, value_states)
+        super().lazy_initialization(key_states, value_states)
+
+    def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         plan, capacity = self.plan, self.tokens.capacity
         batch, _, _, dim = key_states.shape
         groups, kept, value_dim = plan.kv_heads, kept_keys(plan), value_states.shape[3]
@@ -62,19 +67,24 @@ class StaticClusteredLayer(ClusteredLayer):
                 ring = key_states.new_zeros(batch, removed, size, dim)
                 first = key_states.new_zeros(batch, removed, sinks, dim)
             self._near = NearRing(ring, first, self.tokens.sink_positions, plan.recent)
-        super().lazy_initialization(key_states, value_states)
 
     def begin(self, queries: int) -> Padding:
         """Join a forward of ``queries`` new tokens; the padding of all tokens.
 
         Raises:
-            CacheError: no room, another batch, or an earlier forward that stopped midway.
+            CacheError: no room, another batch, K and V of a wider dtype than the memory's, or an
+                earlier forward that stopped midway.
         """
         if self._incoming is None:
             raise CacheError("attend() needs the K and V of an update() just before")
         key, tokens = self._incoming[0], self.tokens
         try:
             tokens.allocate(key.shape[0], key.device)
+            if torch.promote_types(key.dtype, self._key.dtype) != self._key.dtype:
+                raise CacheError(
+                    f"this static cache holds {self._key.dtype}, and this forward runs in "
+                    f"{key.dtype}: use it inside torch.autocast only, or make another one"
+                )
             if self._seen == tokens.count:
                 tokens.advance(queries)
             if self._seen + queries != tokens.count:
@@ -108,6 +118,11 @@ class StaticClusteredLayer(ClusteredLayer):
         if self.is_waiting or not self.is_initialized:
             return super().values
         return self._value[:, :, : self._seen]
+
+    @property
+    def _memory(self) -> Tensor | None:
+        """What K and V are held in, which stays as it is."""
+        return self._value if self.is_initialized else None
 
     @property
     def batch_size(self) -> int:
@@ -150,12 +165,12 @@ class StaticClusteredLayer(ClusteredLayer):
         Raises:
             CacheError: says what is missing.
         """
-        if self.is_waiting:
-            return
-        self.check_window(keep)
+        super().check_crop(keep)
         near = self._near
-        if near is None or not near.ring.shape[1]:
+        if self.membership is None or near is None or not near.ring.shape[1]:
             return
+        if keep < self._window_end:
+            return  # K of all heads is there
         if max(0, keep - self.plan.recent + 1) < self._seen - near.ring.shape[2]:
             raise CacheError(
                 f"cannot crop to {keep} tokens: of {self._seen}, a static cache with an exact "
@@ -163,9 +178,26 @@ class StaticClusteredLayer(ClusteredLayer):
                 "Use ClusteredCache for assisted decoding, or reset and run the prompt again"
             )
 
+    def activate_past_recording(self) -> None:
+        """Hear that tokens of the next forwards will be taken back.
+
+        Raises:
+            CacheError: the ring of an exact recent window cannot, its size is fixed.
+        """
+        plan = self.plan
+        removes = kept_keys(plan) < plan.kv_heads
+        if plan.has_recent_window and removes and plan.recent < self.tokens.capacity:
+            raise CacheError(
+                "a static cache with an exact recent window cannot take tokens back: use "
+                "ClusteredCache for assisted decoding, or leave out past_key_values"
+            )
+        super().activate_past_recording()
+
     def rewind(self, keep: int) -> None:
         """Hold ``keep`` tokens only; later ones are overwritten by the next."""
-        if self.is_waiting:
+        if self._probe is not None and keep < self._window_end:
+            self._wait_again(keep)
+        elif self.is_waiting:
             self._keys.length = self._values.length = keep
         self._seen = keep
 
@@ -200,6 +232,8 @@ class StaticClusteredLayer(ClusteredLayer):
         if self._near is not None:
             self._near.ring.copy_(self._near.ring[rows])
             self._near.sinks.copy_(self._near.sinks[rows])
+        if self._probe is not None:
+            self._probe = self._probe.select(rows)
         if self.plan.needs_probe and self.membership is not None:
             self._use(self.membership.select(rows))
 
@@ -220,7 +254,7 @@ class StaticClusteredLayer(ClusteredLayer):
         if recent is None:
             query = slot_queries(member, query)
             return attention(query, keys, values, member, valid=padding.valid, **options)[0]
-        near = recent.extend(key, keys, value, values, member, padding, 0)
+        near = recent.extend(key, keys, value, values, member, padding, record=False)
         tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
         return windowed.attention(
             query, keys, values, member, near, tables, offset=self._offset, **options
@@ -271,12 +305,12 @@ class StaticClusteredLayer(ClusteredLayer):
         if not self.plan.needs_probe:
             self._one_row = self.plan.fixed_membership(1, membership.representatives.device)
 
-    def _confirm(self, padding: Padding, queries: int, options: dict[str, Any]) -> None:
-        """Fix the membership if the windows are still full, and move to the static memory."""
-        super()._confirm(padding, queries, options)
+    def _decide(self, padding: Padding, options: dict[str, Any]) -> None:
+        """Fix the membership, and move to the static memory."""
+        super()._decide(padding, options)
         keys, values = self._keys.view, self._values.view
-        if self.membership is None or keys is None or values is None:
-            return
+        assert keys is not None
+        assert values is not None
         length = keys.shape[2]
         self._key[:, :, :length].copy_(keys)
         self._value[:, :, :length].copy_(values.transpose(1, 2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.padding import Padding
 
 
@@ -64,11 +65,12 @@ class StaticTokens:
         """
         if not self.batch:
             self.batch = batch
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.start = torch.zeros_like(self.lengths)
-            shape = (batch, self.sinks)
-            self.sink_positions = torch.full(shape, -1, dtype=torch.int32, device=device)
-            self._columns = torch.arange(self.sinks, dtype=torch.int32, device=device)
+            with lasting():
+                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+                self.start = torch.zeros_like(self.lengths)
+                shape = (batch, self.sinks)
+                self.sink_positions = torch.full(shape, -1, dtype=torch.int32, device=device)
+                self._columns = torch.arange(self.sinks, dtype=torch.int32, device=device)
             return
         if batch != self.batch:
             raise CacheError(
@@ -137,7 +139,8 @@ class StaticTokens:
             self._is_padded = True
             if self._valid is None:
                 shape = (self.batch, self.capacity)
-                self._valid = torch.ones(shape, dtype=torch.bool, device=self.lengths.device)
+                with lasting():
+                    self._valid = torch.ones(shape, dtype=torch.bool, device=self.lengths.device)
         assert self._valid is not None
         self._valid[:, :total].copy_(mask)
 

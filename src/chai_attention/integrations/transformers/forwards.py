@@ -1,0 +1,121 @@
+"""What happens before the forwards of an enabled model, and where ``generate()`` prepares them."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+
+from chai_attention.errors import UnsupportedModelError
+from chai_attention.integrations.transformers.adopt import adopt
+from chai_attention.integrations.transformers.attention import NAME
+from chai_attention.integrations.transformers.plan import LayerPlan
+
+PREPARE = "_prepare_cache_for_generation"
+_CACHE = "past_key_values"
+
+
+def hook_forwards(
+    model: PreTrainedModel, modules: Mapping[int, nn.Module], plans: tuple[LayerPlan, ...]
+) -> list[RemovableHandle]:
+    """Give every forward of the model and of its decoder a clustered cache.
+
+    Args:
+        model: the model.
+        modules: its attention modules, by layer.
+        plans: of the layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    one = next(iter(modules.values()))  # all run the same implementation
+    # a user may call the decoder inside the causal model directly, and so do wrappers
+    hooked = {id(module): module for module in (model, model.base_model)}
+    wanted = {id(module) for module in modules.values()}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and wanted <= set(map(id, module.modules())):
+            hooked[id(module)] = module
+    return [
+        module.register_forward_pre_hook(_hook(module, one, config, plans), with_kwargs=True)
+        for module in hooked.values()
+    ]
+
+
+def _hook(
+    module: nn.Module, attention: nn.Module, config: PreTrainedConfig, plans: tuple[LayerPlan, ...]
+) -> Callable[..., Any]:
+    """The hook of one module; its arguments may come by position, which differs by family."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    places = {name: place for place, name in enumerate(names)}
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def by_position(name: str) -> bool:
+            return name not in kwargs and places.get(name, len(args)) < len(args)
+
+        def given(name: str) -> Any:
+            return args[places[name]] if by_position(name) else kwargs.get(name)
+
+        _require_attention(attention)
+        cache, use_cache = given(_CACHE), given("use_cache")
+        if cache is None and not (config.use_cache if use_cache is None else use_cache):
+            return args, kwargs
+        cache = adopt(cache, plans, config)
+        cache.begin(given("attention_mask"))
+        if not by_position(_CACHE):
+            return args, {**kwargs, _CACHE: cache}
+        place = places[_CACHE]
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+
+    return before
+
+
+def _require_attention(module: nn.Module) -> None:
+    """Refuse a forward whose attention would not be ours, and would take the cache for another."""
+    found = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+    if found != NAME:
+        raise UnsupportedModelError(
+            f"the attention of this model was switched to {found!r} while clustered heads are "
+            "enabled: call disable(model), then enable(model, profile) again if you want them"
+        )
+
+
+class PreparedCache:
+    """What an enabled model does where ``generate()`` prepares its cache.
+
+    The clustered cache has to be there before the first forward: assisted decoding announces to it
+    that tokens will be taken back, which a plain one does not remember, and masks are made for it.
+
+    It stands in the model's attributes under the name `PREPARE`.
+
+    Args:
+        model: the model, which is not kept alive by it.
+        plans: of its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, plans: tuple[LayerPlan, ...]):
+        self._model = weakref.ref(model)
+        self._plans = plans
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Prepare the cache as transformers does, and make it a clustered one."""
+        model = self._model()
+        assert model is not None, "a model that is gone generates nothing"
+        prepare = getattr(type(model), PREPARE)
+        found = prepare(model, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(_CACHE)
+        if type(cache) in (DynamicCache, StaticCache):
+            cache = adopt(cache, self._plans, model.config.get_text_config(decoder=True))
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()  # it was told already, as a plain one
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedCache:
+        """Copied with its model, it belongs to the copy."""
+        return PreparedCache(memo[id(self._model())], self._plans)

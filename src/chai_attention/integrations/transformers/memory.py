@@ -1,0 +1,267 @@
+"""What a clustered layer's cache holds, and how transformers treats a layer of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers.buffers import TokenBuffer
+from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.precision import as_attended
+from chai_attention.integrations.transformers.recent import RecentKeys, in_head_order
+from chai_attention.membership import Membership
+from chai_attention.ops import windowed
+
+LAYER_TAG = "_chai_layer"
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a clustered layer needs to wait for its probe window again.
+
+    Attributes:
+        query: ``[B, H, W, D]`` of the window.
+        key: ``[B, G, E, D]`` of all heads, up to the window's end.
+    """
+
+    query: Tensor
+    key: Tensor
+
+    def select(self, rows: Tensor) -> Probe:
+        """Return the sequences ``rows``."""
+        return Probe(self.query[rows], self.key[rows])
+
+    def cast(self, dtype: torch.dtype) -> Probe:
+        """Return the same in another dtype."""
+        return Probe(self.query.to(dtype), self.key.to(dtype))
+
+
+class LayerMemory(CacheLayerMixin):
+    """Cache layer of a full-attention layer, without its attention: see `layer` for its states."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, plan: LayerPlan):
+        self.plan = plan
+        self.is_initialized = False
+        self.record_past = False  # transformers itself writes it, too
+        self._is_expected = False
+        self._incoming: tuple[Tensor, Tensor] | None = None
+        self.reset()
+
+    def expect(self) -> None:
+        """Hear that a forward of an enabled model begins, whose attention calls `attend`.
+
+        Of an earlier forward that stopped midway, nothing is left but what it stored.
+        """
+        self._is_expected = True
+        self._incoming = None
+
+    def activate_past_recording(self) -> None:
+        """Hear that tokens of the next forwards will be taken back by `crop`."""
+        self.record_past = True
+
+    # ---- what transformers asks of a cache layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device; memory is allocated with the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new K and V, ``[B, G, Q, D]``; `attend`, which sees the queries, stores them.
+
+        Returns them, K marked so that the attention function finds this layer.
+
+        Raises:
+            CacheError: no forward of an enabled model is under way, so that whoever asks would
+                take the new tokens for all there are.
+        """
+        if not self._is_expected:
+            raise CacheError(
+                "this cache holds K of representatives only: use it with the model it was made "
+                "for, while chai_attention.enable(model, profile) is in force"
+            )
+        self._is_expected = False
+        key_states, value_states = as_attended(key_states), as_attended(value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._incoming = (key_states, value_states)
+        tagged = key_states.view(key_states.shape)
+        setattr(tagged, LAYER_TAG, self)
+        return tagged, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens held, padding included."""
+        return self._values.length
+
+    def get_max_length(self) -> int:
+        """-1: the cache grows without bound."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask of the next forward."""
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        """Forget all tokens, memberships included."""
+        self._reset_tokens()
+        self._incoming = None
+
+    def _reset_tokens(self) -> None:
+        self.membership: Membership | None = None
+        self._offset: Tensor | None = None  # [B, H], of the membership
+        self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
+        self._keys = TokenBuffer(token_axis=2)  # [B, kept or G, S, D]
+        self._values = TokenBuffer(token_axis=1)  # [B, S, G, Dv]
+        self._window_query: Tensor | None = None  # [B, H, W, D], while waiting
+        self._window_end = 0  # tokens up to the end of the last window, once clustered
+        self._probe: Probe | None = None  # of a clustered layer that records its past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-n`` tokens; a positive n keeps n, as older transformers meant it.
+
+        Raises:
+            CacheError: K that is needed is gone, see `check_crop`.
+        """
+        length = self.get_seq_length()
+        keep = tokens_kept(tokens_to_remove, length)
+        if not length:
+            return
+        if not keep:
+            self.reset()
+            return
+        self.check_crop(keep)
+        if self.membership is not None and keep < self._window_end:
+            self._wait_again(keep)
+            return
+        self._recent.crop(length, keep)
+        self._keys.length = self._values.length = keep
+
+    def check_crop(self, keep: int) -> None:
+        """Refuse to go back to ``keep`` tokens, more than none, if K that is needed is gone.
+
+        Raises:
+            CacheError: they end in the probe window of a clustered layer, or before what an exact
+                recent window remembers.
+        """
+        length = self.get_seq_length()
+        if self.membership is None or keep >= length:
+            return
+        if keep >= self._window_end:
+            self._recent.check_crop(length, keep)
+        elif self._probe is None:
+            raise CacheError(
+                f"cannot crop to {keep} tokens: the heads were clustered on the first "
+                f"{self._window_end}, and K of the other heads has been freed. Call "
+                "cache.activate_past_recording() before the forward, reset the cache and run the "
+                "prompt again, or use a static membership"
+            )
+
+    def _wait_again(self, keep: int) -> None:
+        """Go back into the probe window: K of all heads up to ``keep``, no membership."""
+        assert self.membership is not None
+        assert self._probe is not None
+        values, probe = self.values, self._probe
+        assert values is not None
+        values = in_head_order(values[:, :, :keep], self.membership)
+        self._reset_tokens()
+        self._window_query = probe.query
+        self._keys.append(probe.key[:, :, :keep])
+        self._values.append(values.transpose(1, 2))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rearrange the sequences of the batch (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        if self.get_seq_length():
+            rows = torch.arange(self.batch_size, device=self.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` (integers or a mask)."""
+        if not self.get_seq_length():
+            return
+        rows = indices.to(self.device)
+        self._keys.select(rows)
+        self._values.select(rows)
+        self._recent.select(rows)
+        if self._window_query is not None:
+            self._window_query = self._window_query[rows]
+        if self._probe is not None:
+            self._probe = self._probe.select(rows)
+        if self.membership is not None:
+            self._use(self.membership.select(rows))
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return 0 if self._keys.data is None else self._keys.data.shape[0]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, kept, S, D]``: K in the order of ``membership.key_heads``."""
+        return self._keys.view
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, G, S, Dv]``: V in the order of ``membership.value_heads``."""
+        view = self._values.view
+        return None if view is None else view.transpose(1, 2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor this layer holds, by what it is: its whole memory."""
+        held = {
+            "key": self._keys.data,
+            "value": self._values.data,
+            "probe": self._window_query,
+            "recent": self._recent.last,
+            "sink": self._recent.first,
+        }
+        if self._probe is not None:
+            held |= {"past probe": self._probe.query, "past key": self._probe.key}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
+    def _memory(self) -> Tensor | None:
+        """What K and V are held in."""
+        return self._values.data
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Hold everything in a wider dtype."""
+        self._keys.cast(dtype)
+        self._values.cast(dtype)
+        self._recent.cast(dtype)
+        if self._window_query is not None:
+            self._window_query = self._window_query.to(dtype)
+        if self._probe is not None:
+            self._probe = self._probe.cast(dtype)
+
+    def _use(self, membership: Membership) -> None:
+        """Set the membership and what follows from it."""
+        self.membership = membership
+        self._offset = self._offset_of(membership)
+
+    def _offset_of(self, membership: Membership) -> Tensor | None:
+        """``[B, H]`` offsets of the far keys' log-sum-exp, None for zeros."""
+        table = self.plan.offset_table(membership.representatives.device)
+        if table is None or not self.plan.has_recent_window:
+            return None
+        return windowed.head_offsets(table, membership)
+
+
+def tokens_kept(tokens_to_remove: int, length: int) -> int:
+    """How many of ``length`` tokens a `crop` leaves: all but the last -n, or the first n."""
+    count = int(tokens_to_remove)  # a tensor, in older transformers
+    return min(count, length) if count > 0 else max(0, length + count)
