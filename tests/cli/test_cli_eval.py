@@ -1,9 +1,15 @@
 """``chai eval`` from the command line, with a registry of its own."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +135,29 @@ def test_mistakes_are_one_line(chai, asked, place):
         assert code == 2
         assert word in err
         assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_all_processes_with_130_and_without_a_traceback(place):
+    """In the middle of their start, when Python would print where it was."""
+    command = [str(part) for part in options(place, "--jobs", "2")]
+    chai = subprocess.Popen(
+        [sys.executable, "-c", "from chai_attention.cli import main; main()", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{chai.pid}/task/{chai.pid}/children")
+    spawned = []
+    while chai.poll() is None and len(spawned) < 2:
+        time.sleep(0.01)
+        with contextlib.suppress(OSError):
+            spawned = [
+                child
+                for child in children.read_text().split()
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+            ]
+    assert len(spawned) == 2, chai.communicate()
+    for receiver in (*map(int, spawned), chai.pid):  # a terminal's comes to all, in any order
+        os.kill(receiver, signal.SIGINT)
+        time.sleep(0.5)
+    _, err = chai.communicate()
+    assert (chai.returncode, err) == (130, "")
+    assert not any(Path(f"/proc/{child}").exists() for child in spawned)

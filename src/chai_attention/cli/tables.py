@@ -136,8 +136,7 @@ def compared_line(plain: Written, clustered: Written) -> str:
         line = f"the texts differ after {length} characters"
     if plain.tpot and clustered.tpot:
         line += f"; time per token {clustered.tpot / plain.tpot:.2f}x of the full model's"
-    held = clustered.memory.total_bytes / plain.memory.total_bytes
-    return f"{line}; K,V bytes {held:.2f}x"
+    return f"{line}; K,V bytes {clustered.memory.total_bytes / clustered.memory.full_bytes:.2f}x"
 
 
 def demo_tables(result: DemoResult, prompt: str) -> str:

@@ -11,9 +11,9 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -81,7 +81,8 @@ def score_side_by_side(
             process = context.Process(
                 target=_work, args=(theirs, number, processes, dict(run), limit), daemon=True
             )
-            process.start()
+            with _no_interrupts():
+                process.start()
             theirs.close()
             ends.callback(process.join)
             ends.callback(process.terminate)
@@ -108,11 +109,25 @@ def score_side_by_side(
                     yield found
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Start processes that never see Ctrl-C: the one that started them ends them.
+
+    They inherit what is blocked from their first instruction on; ignoring it only once they run
+    would leave the seconds in which they import. Here an interrupt waits until the end.
+    """
+    resource_tracker.ensure_running()  # its start would let interrupts in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(
     pipe: Connection, number: int, processes: Processes, run: Mapping[str, Any], limit: int | None
 ) -> None:
     """Be one of the processes: say None when ready, then a result for every job."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     try:
         scorer = _scorer(number, processes, run, limit)
         found: Result | None = None
