@@ -71,6 +71,8 @@ def test_a_file_of_exactly_that_name_has_no_weight(tmp_path):
         (["a", "b", "a"], "a is there twice"),
         ([""], "empty"),
         ([" :1"], "empty"),
+        (["a.txt:nan"], "weight 'nan' is not a positive"),
+        (["a.jsonl:half"], "weight 'half' is not a positive"),
     ],
 )
 def test_bad_sources_are_refused(items, message):
@@ -95,6 +97,19 @@ def test_windows_come_in_proportion_to_the_weights(weights, samples, shares, fil
     assert windows.dtype == index.dtype == torch.long
     assert torch.bincount(index).tolist() == shares
     assert [text[0] for text in texts_of(windows)] == ["ab"[i] for i in index]
+
+
+def test_weights_whose_sum_is_no_float_are_shares_all_the_same(files):
+    sources = [Source("a.txt", 1e308), Source("b.txt", 1e308)]
+    _, index = mixed_windows(sources, None, TOKENIZER, 8, LENGTH, seed=0)
+    assert torch.bincount(index).tolist() == [4, 4]
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(files):
+    model = tiny_model("llama")
+    model.resize_token_embeddings(20)
+    with pytest.raises(CalibrationError, match=r"token id \d+, and this model embeds ids 0 to 19"):
+        mixed_windows([Source("a.txt")], model, TOKENIZER, 4, LENGTH, seed=0)
 
 
 def test_sources_are_interleaved_by_seed_and_keep_the_order_of_their_text(files):

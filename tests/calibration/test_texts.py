@@ -6,8 +6,10 @@ import datasets
 import pytest
 import torch
 
-from chai_attention.calibration import load_texts, self_text, windows_of
-from chai_attention.calibration import texts as texts_module
+from tokenizers.processors import TemplateProcessing
+
+from chai_attention.calibration import load_texts, self_text, texts, windows_of
+from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
@@ -25,7 +27,8 @@ def test_json_lines_give_the_text_or_the_longest_string(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"id": "a long identifier", "text": "short"}, {"q": "why?", "passage": "because so"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert load_texts(str(path), tokens=10) == ["short", "because so"]
+    with pytest.warns(UserWarning, match="'passage' is taken"):
+        assert load_texts(str(path), tokens=10) == ["short", "because so"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_a_data_set_is_streamed_until_there_is_enough(monkeypatch):
             read.append(i)
             yield {"url": "x", "text": "hundred " * 12 + "abcd"}
 
-    monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
+    monkeypatch.setattr(texts, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     texts = load_texts("org/some-data.v1:english", tokens=100)
     assert asked == [(("org/some-data.v1", "english"), {"split": "train", "streaming": True})]
@@ -82,7 +85,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise ConnectionError("no route to host\nwith many\nlines")
 
-    monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
+    monkeypatch.setattr(texts, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(CalibrationError, match=r"neither a file.*no route") as caught:
         load_texts("org/data", tokens=10)
@@ -120,6 +123,66 @@ def test_the_seed_spreads_the_windows_over_the_text():
 def test_too_short_a_text_says_how_much_is_needed_and_found(text):
     with pytest.raises(CalibrationError, match=r"at least 16 tokens.*has (0|3)$"):
         windows_of(text, TOKENIZER, samples=4, length=16, seed=0)
+
+
+def with_bos():
+    """A tokenizer that puts <s> before every text, as those of Gemma and LLaMA do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text():
+    """A model like Gemma is no model without: its perplexity is some hundred times as high."""
+    tokenizer = with_bos()
+    assert beginning(tokenizer) == [1]
+    assert beginning(TOKENIZER) == []
+    windows = windows_of("abcdefghijklmn", tokenizer, samples=10, length=5, seed=0)
+    assert tokenizer.batch_decode(windows) == ["<s>abcd", "<s>efgh", "<s>ijkl"]
+    with pytest.raises(CalibrationError, match=r"at least 15 tokens.*has 14"):
+        windows_of("abcdefghijklmn", tokenizer, samples=1, length=16, seed=0)
+
+
+def test_a_template_that_writes_the_beginning_out_gives_no_second_one():
+    windows = windows_of(["<s>abc</s>", "<s>defg"], with_bos(), samples=9, length=9, seed=0)
+    assert with_bos().batch_decode(windows) == ["<s>abc</s>defg"]
+
+
+def test_a_long_text_is_turned_into_tokens_piece_by_piece(monkeypatch):
+    text = "".join(f"word {i}\n" for i in range(900))
+    whole = windows_of(text, TOKENIZER, samples=10**6, length=7, seed=0)
+    lengths = []
+    monkeypatch.setattr(texts, "PIECE", 100)
+    counting = lambda piece, **options: lengths.append(len(piece)) or TOKENIZER(piece, **options)
+    counting.eos_token_id = None
+    assert torch.equal(windows_of(text, counting, samples=10**6, length=7, seed=0), whole)
+    assert max(lengths) <= 100
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(CalibrationError, match="a seed is a whole number"):
+        windows_of("abcdef" * 9, TOKENIZER, 2, 2, seed=seed)
+    with pytest.raises(CalibrationError, match="a seed is a whole number"):
+        self_text(tiny_model("llama"), 2, 4, seed=seed)
+
+
+def test_a_model_of_nan_writes_no_text():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"weight model\.layers\.1.*v_proj.* holds NaN"):
+        self_text(model, 2, 4)
+
+
+def test_a_model_in_training_writes_without_dropout():
+    model = tiny_model("gpt2")
+    model.generation_config.bos_token_id = 1
+    want = self_text(model, 2, 12)
+    assert torch.equal(self_text(model.train(), 2, 12), want)
+    assert model.training
 
 
 def test_ready_windows_are_taken_as_they_are():

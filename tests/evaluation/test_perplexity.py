@@ -30,3 +30,20 @@ def test_bad_windows_are_refused():
         token_loss(tiny_model("llama"), torch.zeros(1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="same windows"):
         paired_rise(Loss((1.0,)), Loss((1.0, 2.0)))
+
+
+def test_a_model_in_training_is_scored_without_dropout_and_left_in_training():
+    model = tiny_model("gpt2")
+    windows = torch.randint(3, 97, (4, 17))
+    want = token_loss(model, windows)
+    model.train()
+    frozen = model.transformer.h[0].eval()
+    assert token_loss(model, windows) == want
+    assert model.training
+    assert not frozen.training
+
+
+def test_a_loss_too_large_for_a_float_is_infinite_not_an_error():
+    assert Loss((800.0,)).perplexity == math.inf
+    assert paired_rise(Loss((1.0, 1.0)), Loss((900.0, 901.0))).rise == math.inf
+    assert not Loss((1.0, math.nan)).finite

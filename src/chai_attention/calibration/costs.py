@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import gradient_cost, maps_of, value_cost
-from chai_attention.calibration.statistics import evaluating
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
+from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     decoder_layers,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chai_attention.calibration.statistics import evaluating
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.enable import enabled
+from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     decoder_layers,

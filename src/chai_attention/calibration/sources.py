@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.texts import SELF, load_texts, self_text, windows_of
+from chai_attention.calibration.checks import require_tokens
+from chai_attention.calibration.text_files import FILE_SUFFIXES
+from chai_attention.calibration.texts import (
+    SELF,
+    check_numbers,
+    load_texts,
+    self_text,
+    windows_of,
+)
 from chai_attention.errors import CalibrationError
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
@@ -60,10 +68,11 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
         raise CalibrationError("calibration needs at least one source of text")
     sources, weighted = [], 0
     for item in items:
-        match = None if Path(item).is_file() else _WEIGHTED.fullmatch(item)
+        match = None if _is_file(item) else _WEIGHTED.fullmatch(item)
         name, weight = (match["name"], float(match["weight"])) if match else (item, 1.0)
         file, _, rest = item.rpartition(":")
-        if not match and file and Path(file).is_file() and not Path(item).exists():
+        local = _is_file(file) or Path(file).suffix.lower() in FILE_SUFFIXES
+        if not match and file and local and not _is_file(item):  # not a name of the hub
             raise CalibrationError(
                 f"{item}: {file} is a file, and its weight {rest!r} is not a positive number"
             )
@@ -86,7 +95,7 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
 
 def mixed_windows(
     sources: Sequence[Source],
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
@@ -101,7 +110,7 @@ def mixed_windows(
 
     Args:
         sources: where the text comes from.
-        model: writes the text of the source "self".
+        model: writes the text of the source "self"; None if that is none of them.
         tokenizer: turns text into tokens.
         samples: windows wanted in all.
         length: tokens per window.
@@ -114,6 +123,7 @@ def mixed_windows(
         CalibrationError: fewer samples than give every source a window, a source that cannot be
             read, or one with less text than a window.
     """
+    check_numbers(samples, seed)
     shares = _apportion(samples, [source.weight for source in sources])
     starved = [source.name for source, share in zip(sources, shares, strict=True) if share < 1]
     if starved:
@@ -124,9 +134,10 @@ def mixed_windows(
     parts = []
     for source, share in zip(sources, shares, strict=True):
         if source.name == SELF:
+            assert model is not None
             part = self_text(model, share, length, seed=seed)
         else:
-            texts = load_texts(source.name, tokens=share * length)
+            texts = load_texts(source.name, tokens=share * length, tokenizer=tokenizer)
             try:
                 part = windows_of(texts, tokenizer, share, length, seed)
             except CalibrationError as error:
@@ -144,6 +155,8 @@ def mixed_windows(
     windows = torch.empty(len(labels), length, dtype=torch.long)
     for index, part in enumerate(parts):
         windows[labels == index] = part
+    if model is not None:
+        require_tokens(model, windows)
     return windows, labels
 
 
@@ -211,11 +224,20 @@ def _apportion(
 ) -> list[int]:
     """Deal ``total`` out by largest remainder; ties go to the first, no share above ``most``."""
     limits = [total] * len(weights) if most is None else list(most)
+    largest = max(weights)  # the sum of large weights is more than a float holds
+    parts = [weight / largest for weight in weights] if largest else list(weights)
     # rounded, so that 0.1 + 0.2 does not decide a tie
-    quotas = [round(total * weight / sum(weights), 9) for weight in weights]
+    quotas = [round(total * part / sum(parts), 9) for part in parts]
     shares = [min(int(quota), limit) for quota, limit in zip(quotas, limits, strict=True)]
     while sum(shares) < total:
         open_ = [i for i, share in enumerate(shares) if share < limits[i]]
         best = max(open_, key=lambda i: quotas[i] - shares[i])
         shares[best] += 1
     return shares
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long a name, links in a circle
+        return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import maps_of
 from chai_attention.integrations.transformers.capture import AttentionCall, Callback, capture
+from chai_attention.integrations.transformers.modes import evaluating
 
 
 class GramStatistics:
@@ -57,17 +57,6 @@ def observe(
             done += batch.shape[0]
             if progress is not None:
                 progress(done, windows.shape[0])
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, which would make every run a different one."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:

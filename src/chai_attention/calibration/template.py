@@ -1,4 +1,4 @@
-"""How many tokens a chat template puts before what the user says."""
+"""Chats through a model's chat template, which is a program that a stranger may have written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from chai_attention.calibration.records import Chat
+from chai_attention.calibration.text_files import reason_of
 from chai_attention.errors import CalibrationError
 
 # they begin with different letters, a digit and a sign, and differ in length: what their chats
@@ -17,6 +19,41 @@ MESSAGES = (
     "(see below)\nA short story follows.",
     "Zebras",
 )
+
+
+class TemplateError(CalibrationError):
+    """A chat that the template cannot write."""
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase | None, chat: Chat) -> str:
+    """Write a chat out as the model was trained to read it, special tokens included.
+
+    Raises:
+        TemplateError: the template refuses this chat, fails, or leaves out what it says.
+        CalibrationError: there is no template.
+    """
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{chat.where} is a chat, which a model's chat template writes out: give plain text, or "
+            "records with a field text, here"
+        )
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            f"{chat.where} is a chat, and this tokenizer has no chat template: give plain text, or "
+            "records with a field text"
+        )
+    try:
+        text: Any = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
+    except Exception as error:  # a template is a program, which fails in ways of its own
+        raise TemplateError(
+            f"the chat template of this tokenizer cannot write {chat.where}: {reason_of(error)}"
+        ) from error
+    said = [message["content"].split() for message in chat.messages]
+    if not isinstance(text, str) or not any(words and words[0] in text for words in said):
+        raise TemplateError(
+            f"the chat template of this tokenizer leaves out what {chat.where} says"
+        )
+    return text
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -55,8 +92,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
             chat, add_generation_prompt=True, return_dict=True
         )
     except Exception as error:  # a template is a program, which fails in ways of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"the chat template of this tokenizer cannot render a user's message: {reason}"
+            "the chat template of this tokenizer cannot render a user's message: "
+            f"{reason_of(error)}"
         ) from error
     return list(encoded["input_ids"])

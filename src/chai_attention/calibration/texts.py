@@ -2,54 +2,123 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.calibration.checks import not_finite, require_finite, require_tokens
+from chai_attention.calibration.records import Chat, Records
+from chai_attention.calibration.template import TemplateError, chat_text
+from chai_attention.calibration.text_files import (
+    Record,
+    is_plain,
+    local_file,
+    plain_text,
+    reason_of,
+    records_of,
+)
 from chai_attention.errors import CalibrationError
 from chai_attention.hub import require_dataset
+from chai_attention.integrations.transformers.modes import evaluating
 
 SELF = "self"
 SELF_LENGTH = 256
 SELF_TEMPERATURE = 0.9
 HUB_DOCUMENTS = 20_000  # at most this many are streamed, enough for any default calibration
-FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".csv", ".raw", ".gz", ".parquet")
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds what is read
+LEAST_READ = 1 << 22  # characters that are read at least, so that windows are spread over a text
+PIECE = 1 << 20  # characters that are turned into tokens at a time
+MOST_SAMPLES = 10**7
 
 
-def load_texts(source: str, *, tokens: int) -> list[str]:
-    """Read documents from a text file, a ``.jsonl`` file or a data set of the hub.
+def load_texts(
+    source: str, *, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """Read documents from a file or a data set of the hub.
 
     Args:
-        source: path of a text file (one document) or of a ``.jsonl`` file (one object per line,
-            its "text" field or else its longest string), or ``name`` / ``name:config`` of a hub
-            data set, whose training split is streamed.
-        tokens: roughly how many tokens are needed; a data set is read until they are there.
+        source: path of a text file (one document); of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``
+            or ``.parquet`` of records (see `Records`); or ``name`` / ``name:config`` of a hub data
+            set, whose training split is streamed.
+        tokens: roughly how many tokens are needed. Nothing is read any more once there is far
+            more than that; a `UserWarning` says if a file was not read to its end.
+        tokenizer: its chat template writes out chats. Those that it refuses are left out, which a
+            `UserWarning` says.
 
     Raises:
-        CalibrationError: no such file or data set, or nothing in it.
+        CalibrationError: no such file or data set, nothing in it, or chats that no template can
+            write.
     """
-    path = Path(source)
-    if path.is_file():
+    texts, refused = [], []
+    for content in _contents(source, CHARACTERS_PER_TOKEN * tokens):
+        if isinstance(content, str):
+            texts.append(content)
+            continue
         try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"cannot read {source} as text: {error}") from error
-        texts = _json_lines(content, source) if path.suffix == ".jsonl" else [content]
-    elif path.is_dir():
-        raise CalibrationError(f"{source} is a folder: give a text file or a .jsonl in it")
-    elif path.suffix in FILE_SUFFIXES or source.startswith((".", "/", "~")):
-        raise CalibrationError(f"no such text file: {source}")
-    else:
-        texts = _hub_texts(source, tokens)
+            texts.append(chat_text(tokenizer, content))
+        except TemplateError as error:
+            refused.append(error)
+    if len(refused) > len(texts):
+        raise refused[0]
+    if refused:
+        warnings.warn(
+            f"{len(refused)} of {len(refused) + len(texts)} chats of {source} are left out: "
+            f"{refused[0]}",
+            stacklevel=2,
+        )
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"{source} holds no text")
     return texts
+
+
+def check_source(source: str) -> None:
+    """Read the beginning of a file of text, before anything that takes time is done.
+
+    Raises:
+        CalibrationError: as `load_texts`; data sets of the hub are not asked for.
+    """
+    if source == SELF or local_file(source) is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when it is read
+        contents = _contents(source, 0)
+        if not any(isinstance(content, Chat) or content.strip() for content in contents):
+            raise CalibrationError(f"{source} holds no text")
+
+
+def _contents(source: str, most: int) -> list[str | Chat]:
+    """Texts and chats of a source: so many characters, of a file at least `LEAST_READ`."""
+    path = local_file(source)
+    if path is not None:
+        most = max(most, LEAST_READ)
+    if path is not None and is_plain(path):
+        text, more = plain_text(path, most)
+        if more:
+            _say_cut(source, len(text))
+        return [text]
+    reader, found, characters = Records(source), [], 0
+    for where, record in _hub_records(source) if path is None else records_of(path):
+        if characters > most:
+            if path is not None:
+                _say_cut(source, characters)
+            break
+        content = reader.content(record, where)
+        if content is not None:
+            found.append(content)
+            characters += len(content)
+    return found
+
+
+def _say_cut(source: str, characters: int) -> None:
+    warnings.warn(
+        f"{source} holds more text than this needs: its first {characters:,} characters are read",
+        stacklevel=4,
+    )
 
 
 def windows_of(
@@ -61,21 +130,22 @@ def windows_of(
 ) -> Tensor:
     """Cut text into windows of tokens and choose some of them: ``[N, length]`` int64.
 
-    Documents are joined, separated by the end-of-sequence token, and cut without overlap. If the
-    text has more than ``samples`` windows, the seed decides which are taken; fewer are all used.
+    Documents are joined, separated by the end-of-sequence token, and cut without overlap. Every
+    window begins with what the tokenizer puts before a text, such as a beginning-of-sequence
+    token: there are models that cannot read without. If the text has more than ``samples``
+    windows, the seed decides which are taken; fewer are all used.
 
     Args:
         texts: documents, or ready windows ``[N, S]`` with S of at least ``length``.
-        tokenizer: turns text into tokens; no special tokens are added.
+        tokenizer: turns text into tokens.
         samples: windows wanted.
         length: tokens per window.
         seed: of the choice.
 
     Raises:
-        CalibrationError: less text than one window, or no windows wanted.
+        CalibrationError: less text than one window, no windows wanted, or an impossible seed.
     """
-    if samples < 1:
-        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
+    check_numbers(samples, seed)
     if isinstance(texts, Tensor):
         if (
             texts.ndim != 2
@@ -86,13 +156,16 @@ def windows_of(
             raise CalibrationError(f"windows must be a [N, {length}] int64 tensor of token ids")
         windows = texts[:, :length]
     else:
-        tokens = _tokens([texts] if isinstance(texts, str) else texts, tokenizer)
-        if len(tokens) < length:
+        before = beginning(tokenizer)
+        room = length - len(before)
+        tokens = _tokens([texts] if isinstance(texts, str) else texts, tokenizer, before)
+        if room < 1 or len(tokens) < room:
             raise CalibrationError(
-                f"calibration needs at least {length} tokens of text (--length), "
+                f"calibration needs at least {max(room, 1)} tokens of text (--length), "
                 f"this text has {len(tokens)}"
             )
-        windows = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+        windows = torch.tensor(tokens[: len(tokens) // room * room]).view(-1, room)
+        windows = torch.cat([torch.tensor(before).long().expand(len(windows), -1), windows], dim=1)
     if len(windows) > samples:
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)[:samples].sort().values]
@@ -112,30 +185,34 @@ def self_text(
     """Let the model write its own calibration text: ``[samples, length]`` token ids.
 
     Sampled at temperature 0.9 from the beginning-of-sequence token (the end-of-sequence token if
-    there is none), without stopping at ends of text. The same seed gives the same text; the
-    global random state is left as it was. ``progress`` is called with (windows written, in all).
+    there is none), without stopping at ends of text, in eval mode. The same seed gives the same
+    text; the global random state is left as it was. ``progress`` is called with (windows written,
+    in all).
 
     Raises:
-        CalibrationError: the model has neither of the two tokens, or no samples are wanted.
+        CalibrationError: the model has neither of the two tokens, no samples are wanted, or its
+            probabilities are no numbers.
     """
-    if samples < 1:
-        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
+    check_numbers(samples, seed)
     config = model.generation_config
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
     if isinstance(start, list):
         start = start[0]
     if start is None:
         raise CalibrationError("this model has no token to begin with: give --text a file")
-    generate: Any = model.generate
+    begin = torch.full((1, 2), start)
+    require_tokens(model, begin)
+    require_finite(model, begin)  # sampling from NaN would end a process that uses a GPU
     devices = [model.device] if model.device.type == "cuda" else []
     windows = []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         for first in range(0, samples, batch_size):
             rows = min(batch_size, samples - first)
             prompt = torch.full((rows, 1), start, device=model.device)
             windows.append(
-                generate(
+                _written(
+                    model,
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=length - 1,
@@ -152,62 +229,83 @@ def self_text(
     return torch.cat(windows)
 
 
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All documents as one list of tokens."""
+def _written(model: PreTrainedModel, prompt: Tensor, **options: Any) -> Tensor:
+    generate: Any = model.generate
+    try:
+        written: Tensor = generate(prompt, **options)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise not_finite(model, "a probability of this model") from error
+    return written
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return list(whole[:start])
+    return []
+
+
+def check_numbers(samples: int, seed: int) -> None:
+    """Refuse numbers of windows and seeds that cannot be used.
+
+    Raises:
+        CalibrationError: one of them is out of range.
+    """
+    if samples < 1:
+        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
+    if samples > MOST_SAMPLES:
+        raise CalibrationError(f"calibration takes at most {MOST_SAMPLES:,} samples, not {samples}")
+    if not 0 <= seed < 2**64:
+        raise CalibrationError(f"a seed is a whole number from 0 to 2^64 - 1, not {seed}")
+
+
+def _tokens(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
+) -> list[int]:
+    """All documents as one list of tokens, without what is put before each window."""
     tokens: list[int] = []
+    end = tokenizer.eos_token_id
     for text in texts:
         if not text.strip():
             continue
-        if tokens and tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-        # a whole text may be longer than the model's context: windows are cut from it
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokens and end is not None and tokens[-1] != end:
+            tokens.append(end)
+        start = len(tokens)
+        for piece in _pieces(text):
+            # a whole text may be longer than the model's context: windows are cut from it
+            tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if before and tokens[start : start + len(before)] == list(before):
+            del tokens[start : start + len(before)]  # a chat template writes it out
     return tokens
 
 
-def _json_lines(content: str, source: str) -> list[str]:
-    """The text of every object of a ``.jsonl`` file."""
-    texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{source}, line {number} is not JSON: {error}") from error
-        texts.append(_text_of(item, f"{source}, line {number}"))
-    return texts
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text between words: tokenizers take a hundred bytes for every character."""
+    while len(text) > PIECE:
+        cut = max(text.rfind("\n", PIECE // 2, PIECE), text.rfind(" ", PIECE // 2, PIECE)) + 1
+        cut = cut or PIECE
+        yield text[:cut]
+        text = text[cut:]
+    yield text
 
 
-def _text_of(item: Any, where: str) -> str:
-    """The field "text" of a record, or else its longest string."""
-    strings = [v for v in item.values() if isinstance(v, str)] if isinstance(item, dict) else []
-    if not strings:
-        raise CalibrationError(f"{where} has no text field")
-    text = item.get("text")
-    return text if isinstance(text, str) else max(strings, key=len)
-
-
-def _hub_texts(source: str, tokens: int) -> list[str]:
-    """Stream documents of a hub data set until there are enough."""
+def _hub_records(source: str) -> Iterator[Record]:
+    """Stream records of a hub data set."""
     require_dataset(source, CalibrationError)
     import datasets
 
     name, _, config = source.partition(":")
-    texts: list[str] = []
-    characters = 0
     try:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        for item in stream:
-            texts.append(_text_of(item, f"data set {source}"))
-            characters += len(texts[-1])
-            if characters > CHARACTERS_PER_TOKEN * tokens or len(texts) >= HUB_DOCUMENTS:
-                break
-    except CalibrationError:
-        raise
+        for number, item in enumerate(islice(stream, HUB_DOCUMENTS), start=1):
+            yield f"data set {source}, record {number}", item
     except Exception as error:  # the library raises a different type for every way to fail
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"{source} is neither a file nor a data set that can be streamed from the hub: {reason}"
+            f"{source} is neither a file nor a data set that can be streamed from the hub: "
+            f"{reason_of(error)}"
         ) from error
-    return texts

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.calibration import calibrate, windows_of
 from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.writing import Written, encode_prompt, write
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
@@ -83,6 +84,7 @@ def run_demo(
         length=LENGTH,
         source=source,
         save=save,
+        measure=False,  # the test text measures it
         progress=progress,
     )
     seconds = time.perf_counter() - start
@@ -93,13 +95,14 @@ def run_demo(
         )
 
     ids = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template)).to(model.device)
-    write(model, tokenizer, ids, max_new_tokens=2)  # the first call pays for one-time set-up
-    plain = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-    plain_loss = loss("without clusters")
-    with enabled(model, profile):
-        write(model, tokenizer, ids, max_new_tokens=2)
-        clustered = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-        clustered_loss = loss("with clusters")
+    with evaluating(model):
+        write(model, tokenizer, ids, max_new_tokens=2)  # the first call pays for one-time set-up
+        plain = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+        plain_loss = loss("without clusters")
+        with enabled(model, profile):
+            write(model, tokenizer, ids, max_new_tokens=2)
+            clustered = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+            clustered_loss = loss("with clusters")
     return DemoResult(profile, seconds, plain, clustered, plain_loss, clustered_loss)
 
 

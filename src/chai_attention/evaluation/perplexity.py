@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.integrations.transformers.modes import evaluating
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -28,8 +30,13 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """``exp(mean)``."""
-        return math.exp(self.mean)
+        """``exp(mean)``; infinite where that is more than a float holds."""
+        return _exp(self.mean)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every window has a loss that is a number."""
+        return all(map(math.isfinite, self.per_window))
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ def token_loss(
 ) -> Loss:
     """Score windows of text; every token but a window's first is predicted from those before it.
 
+    The model runs in eval mode, and is left in the mode it was in.
+
     Args:
         model: a causal language model, clustered heads enabled or not.
         windows: ``[N, S]`` int64 token ids.
@@ -70,15 +79,16 @@ def token_loss(
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError("perplexity needs at least one window of two or more tokens")
     losses: list[float] = []
-    for batch in windows.split(batch_size):
-        batch = batch.to(model.device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
-        )
-        losses += loss.view(batch.shape[0], -1).mean(1).tolist()
-        if progress is not None:
-            progress(len(losses), windows.shape[0])
+    with evaluating(model):
+        for batch in windows.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(batch, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+            )
+            losses += loss.view(batch.shape[0], -1).mean(1).tolist()
+            if progress is not None:
+                progress(len(losses), windows.shape[0])
     return Loss(tuple(losses))
 
 
@@ -92,6 +102,13 @@ def paired_rise(baseline: Loss, other: Loss) -> PairedRise:
         raise ValueError("both runs must score the same windows")
     difference = torch.tensor(other.per_window) - torch.tensor(baseline.per_window)
     count = len(difference)
-    ratio = math.exp(difference.mean().item())
+    ratio = _exp(difference.mean().item())
     spread = difference.std().item() / math.sqrt(count) if count > 1 else math.nan
     return PairedRise(ratio - 1, ratio * spread)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -83,6 +83,7 @@ class Chai(Comparator):
             length=windows.shape[1],
             seed=self._seed,
             source="calibration text of the evaluation",
+            measure=False,  # the evaluation does
             progress=progress,
             **self._arguments(describe(model)),
         )

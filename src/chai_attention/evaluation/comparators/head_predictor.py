@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.evaluation.comparators.chai import stacked
 from chai_attention.integrations.transformers.intervene import edited_heads
+from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     describe,
@@ -110,7 +111,7 @@ class HeadPredictors:
         def note(layer: int, out: Tensor) -> None:
             found[layer].append(of(layer, out).clamp_min(TINY).log().cpu()[chosen])
 
-        with edited_heads(model, note, see):
+        with evaluating(model), edited_heads(model, note, see):
             for start in range(0, len(windows), batch):
                 chosen = wanted[start : start + batch]
                 model(windows[start : start + batch].to(model.device), use_cache=False)

@@ -1,0 +1,172 @@
+"""Files of text, read as far as they are needed: plain text, JSON, CSV and Parquet."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chai_attention.errors import CalibrationError
+
+JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+PLAIN = (".txt", ".md", ".raw", ".gz")
+FILE_SUFFIXES = (*PLAIN, *JSON_LINES, *JSON, *TABLES)
+CHUNK = 1 << 20  # characters of a JSON file that are read at a time
+LARGEST_RECORD = 1 << 26  # characters
+
+# a record's place, for error messages, and the record
+Record = tuple[str, Any]
+
+
+def local_file(source: str) -> Path | None:
+    """Return the file that a name means, None if it means nothing of this machine.
+
+    Raises:
+        CalibrationError: a name of a file that is not there, or of what is no regular file.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise CalibrationError(f"{source} is a folder: give a text file or a .jsonl in it")
+        if path.exists():
+            raise CalibrationError(f"{source} is no regular file: give a file of text")
+    except OSError as error:  # a name too long, links in a circle
+        raise CalibrationError(f"cannot read {source}: {error.strerror}") from error
+    if path.suffix.lower() in FILE_SUFFIXES or source.startswith((".", "/", "~")):
+        raise CalibrationError(f"no such text file: {source}")
+    return None
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is one document, not one of records."""
+    return path.suffix.lower() not in (*JSON_LINES, *JSON, *TABLES)
+
+
+def plain_text(path: Path, most: int) -> tuple[str, bool]:
+    """Return the first ``most`` characters of a text file, and whether there are more.
+
+    Raises:
+        CalibrationError: the file cannot be read as UTF-8.
+    """
+    try:
+        # the signature that Windows writes is no text
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(most), bool(file.read(1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+
+
+def records_of(path: Path) -> Iterator[Record]:
+    """Read the records of a file one by one.
+
+    Raises:
+        CalibrationError: the file cannot be read, or is not what its name says.
+    """
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        return _rows(path, TABLES[suffix], **({"sep": "\t"} if suffix == ".tsv" else {}))
+    return _lines(path) if suffix in JSON_LINES else _values(path)
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    """A value per line. Only \\n ends one: JSON strings may hold the line ends of Unicode."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            number = 0
+            while line := file.readline(LARGEST_RECORD):
+                number += 1
+                if len(line) == LARGEST_RECORD:
+                    raise _too_large(f"{path}, line {number}")
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _parsed(line, where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+
+
+def _values(path: Path) -> Iterator[Record]:
+    """Values of an array, or values one after the other; only what is asked for is read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            decoder = json.JSONDecoder()
+            buffer = file.read(CHUNK).lstrip()
+            array = buffer.startswith("[")
+            buffer = buffer[1:] if array else buffer
+            number, separated = 0, False
+            while True:
+                where = f"{path}, record {number + 1}"
+                buffer = buffer.lstrip()
+                if not buffer:
+                    if buffer := file.read(CHUNK):
+                        continue
+                    if array:
+                        raise CalibrationError(f"{path} is not JSON: it ends before its array does")
+                    return
+                if array and number and not separated:
+                    if buffer[0] == "]":
+                        return
+                    if buffer[0] != ",":
+                        raise CalibrationError(f"{where} is not JSON: no comma before it")
+                    buffer, separated = buffer[1:], True
+                    continue
+                if array and buffer[0] == "]" and not number:
+                    return
+                try:
+                    value, end = decoder.raw_decode(buffer)
+                    # a number at the end of what was read may go on
+                    more = file.read(CHUNK) if end == len(buffer) else ""
+                except (ValueError, RecursionError) as error:
+                    more = file.read(max(CHUNK, len(buffer)))
+                    if not more or isinstance(error, RecursionError):
+                        raise CalibrationError(f"{where} is not JSON: {error}") from error
+                    if len(buffer) > LARGEST_RECORD:
+                        raise _too_large(where) from error
+                    buffer += more
+                    continue
+                if more:
+                    buffer += more
+                    continue
+                number, separated = number + 1, False
+                buffer = buffer[end:]
+                yield where, value
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+
+
+def _rows(path: Path, kind: str, **options: Any) -> Iterator[Record]:
+    """Rows of a table, streamed by datasets."""
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(
+            kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+        )
+        for number, row in enumerate(stream, start=1):
+            yield f"{path}, row {number}", row
+    except Exception as error:  # the library raises a different type for every way to fail
+        raise CalibrationError(f"cannot read {path} as {kind}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of another library or a stranger's code says, in one printable line."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in text)[:300]
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is not JSON: {error}") from error
+
+
+def _too_large(where: str) -> CalibrationError:
+    return CalibrationError(
+        f"{where} is larger than {LARGEST_RECORD >> 20} million characters: split it into records"
+    )
