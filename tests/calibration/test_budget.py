@@ -2,7 +2,7 @@
 
 import pytest
 
-from chai_attention.calibration.budget import CONFIDENCE, largest_within
+from chai_attention.calibration.budget import CONFIDENCE, largest_within, most_tries
 from chai_attention.evaluation.perplexity import PairedRise
 
 ERROR = 0.001
@@ -32,3 +32,14 @@ def test_the_standard_error_counts():
 def test_if_nothing_holds_the_loss_of_one_unit_is_told():
     kept = largest_within(lambda units: PairedRise(0.1 * units, 0.0), 10, 0.01, 6)
     assert (kept.units, kept.rise.rise) == (0, 0.1)
+
+
+@pytest.mark.parametrize("guess", [0, 1, 2, 5, 9, 30])
+@pytest.mark.parametrize("most", [1, 2, 3, 9, 23, 30])
+def test_the_number_of_tries_is_known_before(most, guess):
+    def tried(answer):
+        return largest_within(
+            lambda units: PairedRise(0.0 if units <= answer else 1.0, 0.0), most, 0.5, guess
+        ).tried
+
+    assert max(map(tried, range(most + 1))) == most_tries(most, guess)

@@ -319,7 +319,7 @@ def test_a_store_is_used_again_for_the_same_text_only(monkeypatch):
     model = tiny_model("llama")
     windows = torch.randint(3, 82, (6, 24))
     store = EvidenceStore(model, windows)
-    options = {"length": 24, "recent": 4, "removed": 0.3, "store": store}
+    options = {"length": 24, "recent": 4, "removed": 0.3, "store": store, "measure": False}
     first = calibrate(model, TOKENIZER, windows, **options)
     runs = []
     hook = model.register_forward_pre_hook(lambda *args: runs.append(1))

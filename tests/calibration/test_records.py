@@ -61,8 +61,8 @@ def test_calls_of_tools_stay_in_a_chat():
 
 @pytest.mark.parametrize(
     "record",
-    [None, {}, [], "", {"text": None}, {"text": "", "url": "a"}, {"messages": []}, {"a": "", "b": []}],
-)  # fmt: skip
+    [None, {}, [], "", {"text": None}, {"text": "", "url": "a"}, {"messages": []}, {"a": ""}],
+)
 def test_an_empty_record_is_passed_over(record):
     assert content(record) is None
 

@@ -5,7 +5,6 @@ import json
 import datasets
 import pytest
 import torch
-
 from tokenizers.processors import TemplateProcessing
 
 from chai_attention.calibration import load_texts, self_text, texts, windows_of
@@ -155,7 +154,11 @@ def test_a_long_text_is_turned_into_tokens_piece_by_piece(monkeypatch):
     whole = windows_of(text, TOKENIZER, samples=10**6, length=7, seed=0)
     lengths = []
     monkeypatch.setattr(texts, "PIECE", 100)
-    counting = lambda piece, **options: lengths.append(len(piece)) or TOKENIZER(piece, **options)
+
+    def counting(piece, **options):
+        lengths.append(len(piece))
+        return TOKENIZER(piece, **options)
+
     counting.eos_token_id = None
     assert torch.equal(windows_of(text, counting, samples=10**6, length=7, seed=0), whole)
     assert max(lengths) <= 100

@@ -54,3 +54,26 @@ def largest_within(
             high = units
             units = max(1, units // 2) if low == 0 else (low + high) // 2
     return Kept(low, measured[low or 1], len(measured))
+
+
+def most_tries(most: int, guess: int) -> int:
+    """How many measurements `largest_within` makes at most."""
+
+    def between(low: int, high: int) -> int:
+        return (high - low - 1).bit_length()  # the middle, again and again
+
+    first = min(max(guess, 1), most)
+    tries, worst = 1, 1
+    low, units = first, first
+    while low < most:  # all hold so far: the step doubles
+        units = min(2 * low, most)
+        tries += 1
+        worst = max(worst, tries + between(low, units))
+        low = units
+    high, tries = first, 1
+    while high > 1:  # none holds so far: it halves
+        units = max(1, high // 2)
+        tries += 1
+        worst = max(worst, tries + between(units, high))
+        high = units
+    return max(worst, tries)

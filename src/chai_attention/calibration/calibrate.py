@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.budget import largest_within
-from chai_attention.calibration.candidates import Candidates, units_name
+from chai_attention.calibration.budget import most_tries
+from chai_attention.calibration.candidates import Candidates
+from chai_attention.calibration.checks import require_tokens
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.finish import Finish
+from chai_attention.calibration.held_out import held_out_count, spread
 from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.texts import windows_of
+from chai_attention.calibration.steps import Steps
+from chai_attention.calibration.texts import check_numbers, windows_of
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
-from chai_attention.integrations.transformers.enable import enabled
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 
 DEFAULT_LENGTH = 256
 DEFAULT_SAMPLES = {False: 1024, True: 256}  # a backward pass costs three forwards
 HELD_OUT = 64  # windows on which a loss is measured
+BATCH_SIZE = 8
 
 
 def calibrate(
@@ -36,8 +39,9 @@ def calibrate(
     samples: int | None = None,
     length: int | None = None,
     held_out: Tensor | int = HELD_OUT,
+    measure: bool = True,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     source: str = "given text",
     store: EvidenceStore | None = None,
     progress: Progress = quiet,
@@ -55,14 +59,18 @@ def calibrate(
         texts: sample text, documents, or ready windows of tokens ``[N, S]`` int64.
         samples: windows of text to use; None for 256 with gradient costs, else 1024.
         length: tokens per window; None for 256, or the model's maximum if that is less.
-        held_out: windows ``[N, S]`` on which loss is measured, or how many of the text's windows
-            to keep back for that (at most a third). Without a loss to measure none are kept back.
+        held_out: windows ``[N, S]`` on which loss is measured, or how many further windows of the
+            text to keep back for that. If the text has not enough for ``samples`` and these, at
+            most a third are kept back, which a `UserWarning` says. None are kept back if there is
+            nothing to measure: with given ``clusters`` or the elbow, and without a refit.
+        measure: whether to measure what a saving (``save``, ``removed``) costs and to write it
+            into the profile; a ``max_loss`` is always measured.
         seed: which windows of the text are used.
         batch_size: windows per forward.
         source: what to call the text in the profile.
         store: evidence of earlier calibrations of this model on the same windows, to be used again
             and added to; one of other windows is left alone.
-        progress: called with (what is going on, windows done, windows in all).
+        progress: called with (which step of how many is going on, done, in all of that step).
         settings: fields of `Settings`: recipe, cost, membership, target, window, recent, sinks,
             refit, a budget (max_loss, save, removed, clusters or max_error), ...
 
@@ -70,44 +78,98 @@ def calibrate(
         A profile with error curves and head similarities; the same arguments give the same one.
 
     Raises:
-        CalibrationError: options that contradict each other, too little text, or a budget that
-            cannot be met.
+        CalibrationError: options that contradict each other, too little text, tokens that the
+            model does not have, a loss that is no number, or a budget that cannot be met.
         UnsupportedModelError: the model cannot be clustered.
     """
-    shape = describe(model)
     unknown = sorted(set(settings) - {field.name for field in fields(Settings)})
     if unknown:
         raise TypeError(f"calibrate() has no option {', '.join(unknown)}")
-    chosen = Settings(**settings).resolve(shape)
-    wanted = chosen.given_clusters(shape)
+    with torch.inference_mode(False):  # gradients are needed, whatever the caller is in
+        chosen = Settings(**settings).resolve(describe(model))
+        text = _divided(model, tokenizer, texts, chosen, samples, length, held_out, measure, seed)
+        if store is None or not _serves(store, model, text.windows):
+            store = EvidenceStore(model, text.windows, batch_size)
+        return _calibrated(model, text, chosen, store, batch_size, source, seed, progress)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Windows ``[N, S]`` to learn from, and ``[M, S]`` to measure on if anything is measured."""
+
+    windows: Tensor
+    check: Tensor | None
+    measured: bool
+
+
+def _divided(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str] | Tensor,
+    chosen: Settings,
+    samples: int | None,
+    length: int | None,
+    held_out: Tensor | int,
+    measure: bool,
+    seed: int,
+) -> _Text:
+    """Cut text to windows, and keep some of them back if there is something to measure."""
+    chosen.given_clusters(describe(model))  # a mistake should not wait for the text
     if samples is None:
         samples = DEFAULT_SAMPLES[chosen.differentiated]
-    if samples < 1:
-        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
-    measured = chosen.max_loss is not None or chosen.refit != "none"
-    extra = held_out if measured and isinstance(held_out, int) else 0
+    check_numbers(samples, seed)
     length = window_length(model, length)
     if chosen.recent and chosen.recent + (chosen.sinks or 0) >= length:
         raise CalibrationError(
             f"a recent window of {chosen.recent} + {chosen.sinks} tokens covers all {length} of a "
             "window of text: take a larger length, or a smaller recent (0 for none)"
         )
+    measured = chosen.max_loss is not None or (chosen.measurable and measure)
+    holds = measured or chosen.refit != "none"
+    extra = held_out if holds and isinstance(held_out, int) else 0
     windows = windows_of(texts, tokenizer, samples + extra, length, seed)
-    check = held_out if isinstance(held_out, Tensor) else None
-    if measured and check is None:
-        windows, check = _keep_back(windows, extra)
-    if store is None or not _serves(store, model, windows):
-        store = EvidenceStore(model, windows, batch_size)
-    evidence = store.get(chosen, progress)
-    provenance = _provenance(chosen, source, windows, seed)
+    check = held_out if isinstance(held_out, Tensor) and holds else None
+    if holds and check is None:
+        windows, check = spread(windows, held_out_count(len(windows), samples, extra, length))
+    for part in (windows, check):
+        if part is not None:
+            require_tokens(model, part)
+    if check is not None and (check.ndim != 2 or len(check) < 2 or check.shape[1] < 2):
+        raise CalibrationError(
+            "held_out is how many windows to keep back, or at least 2 windows of tokens [N, S]"
+        )
+    # a tensor that was made in inference mode cannot be part of a backward pass
+    windows = windows.clone() if windows.is_inference() else windows
+    return _Text(windows, check, measured)
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    text: _Text,
+    chosen: Settings,
+    store: EvidenceStore,
+    batch_size: int,
+    source: str,
+    seed: int,
+    progress: Progress,
+) -> ClusterProfile:
+    """Collect evidence, and make the profile that was asked for of it."""
+    shape = describe(model)
+    passes = len(store.missing(chosen))
+    steps = Steps(progress, *_steps(passes, chosen, text.measured, shape))
+    evidence = store.get(chosen, steps)
+    provenance = _provenance(chosen, source, text.windows, seed)
     candidates = Candidates(shape, chosen, evidence, provenance)
-    finish = _Finish(model, chosen, windows, check, batch_size, progress)
-    if wanted is not None:
-        return finish(candidates.profile(wanted))
+    finish = Finish(model, chosen, text.windows, text.check, batch_size, steps)
+    if (wanted := chosen.given_clusters(shape)) is not None:
+        return finish.unmeasured(candidates.profile(wanted))
     if chosen.clusters == "elbow":
         assert chosen.max_error is not None
-        return finish(candidates.at_elbow(chosen.max_error))
+        return finish.unmeasured(candidates.at_elbow(chosen.max_error))
+    if chosen.max_loss is not None:
+        return finish.within_loss(candidates)
     if chosen.save is not None:
+        asked = {"save": chosen.save}
         units = candidates.units_to_save(chosen.save)
         if units == candidates.most < 2 * chosen.save * candidates.units:
             most = candidates.remove(units).saved(shape, 10**9)
@@ -115,98 +177,21 @@ def calibrate(
                 f"save {chosen.save:.1%} is more than this model can: K of all but one head a "
                 f"layer is {most:.1%} of its K,V bytes"
             )
-        return finish(candidates.remove(units))
-    if chosen.removed is not None:
-        return finish(candidates.remove(candidates.units_for(chosen.removed)))
-    return finish.within_loss(candidates)
+    else:
+        assert chosen.removed is not None
+        asked = {"removed": chosen.removed}
+        units = candidates.units_for(chosen.removed)
+    profile = candidates.remove(units)
+    return finish.measured(profile, asked) if text.measured else finish.unmeasured(profile)
 
 
-class _Finish:
-    """Refits and measures profiles, on the windows kept back for that."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: Settings,
-        windows: Tensor,
-        check: Tensor | None,
-        batch_size: int,
-        progress: Progress,
-    ):
-        self.model = model
-        self.settings = settings
-        self.windows = windows
-        self.check = check
-        self.batch_size = batch_size
-        self.progress = progress
-        self._baseline: Loss | None = None
-
-    def __call__(self, profile: ClusterProfile) -> ClusterProfile:
-        """Refit the output weights if that was asked for."""
-        if self.settings.refit == "none" or self.settings.refit is None:
-            return profile
-        from chai_attention.calibration.refit import refit
-
-        return refit(
-            self.model,
-            profile,
-            self.windows,
-            kind=self.settings.refit,
-            held_out=self.check,
-            batch_size=self.batch_size,
-            progress=lambda done, total: self.progress("refitting", done, total),
-        )
-
-    def rise_of(self, profile: ClusterProfile, what: str) -> PairedRise:
-        """Measure the perplexity rise on held-out text."""
-        if self._baseline is None:
-            self._baseline = self._loss("perplexity of the model")
-        with enabled(self.model, profile):
-            return paired_rise(self._baseline, self._loss(what))
-
-    def _loss(self, what: str) -> Loss:
-        assert self.check is not None
-        return token_loss(
-            self.model,
-            self.check,
-            batch_size=self.batch_size,
-            progress=lambda done, total: self.progress(what, done, total),
-        )
-
-    def within_loss(self, candidates: Candidates) -> ClusterProfile:
-        """Return the profile that removes most within the loss asked for."""
-        max_loss = self.settings.max_loss
-        assert max_loss is not None
-        assert self.check is not None
-        profiles: dict[int, ClusterProfile] = {}
-        unit = units_name(candidates.target)
-
-        def measure(units: int) -> PairedRise:
-            profiles[units] = self(candidates.remove(units))
-            return self.rise_of(profiles[units], f"perplexity without {units} {unit}")
-
-        kept = largest_within(measure, candidates.most, max_loss, candidates.units // 20)
-        if kept.units == 0:
-            raise CalibrationError(
-                f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
-                f"{kept.rise} perplexity on {len(self.check)} held-out windows. Ask for more, or "
-                "measure on more text (the standard error counts 1.6 times)"
-            )
-        profile = profiles[kept.units]
-        shape, length = candidates.shape, self.check.shape[1]
-        return replace(
-            profile,
-            promise={
-                "max_loss": max_loss,
-                "rise": round(kept.rise.rise, 6),
-                "standard_error": round(kept.rise.standard_error, 6),
-                "windows": len(self.check),
-                "length": length,
-                "saved": round(profile.saved(shape, length), 6),
-                "saved_per_token": round(profile.saved(shape, 10**9), 6),
-                "profiles_tried": kept.tried,
-            },
-        )
+def _steps(passes: int, chosen: Settings, measured: bool, shape: ModelShape) -> tuple[int, bool]:
+    """Steps of a calibration, and whether a search may end before them."""
+    if chosen.max_loss is not None:
+        free, counts = sum(shape.clusterable), chosen.layer_counts(shape)
+        tries = most_tries(free * (len(counts) - 1), shape.layers * len(counts) // 20)
+        return passes + 1 + tries, True
+    return passes + (2 if measured else int(chosen.refit != "none")), False
 
 
 def window_length(model: PreTrainedModel, length: int | None = None) -> int:
@@ -227,19 +212,6 @@ def window_length(model: PreTrainedModel, length: int | None = None) -> int:
 def _serves(store: EvidenceStore, model: PreTrainedModel, windows: Tensor) -> bool:
     """Whether the store is about this model and text."""
     return store.model is model and torch.equal(store.windows, windows)
-
-
-def _keep_back(windows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Split evenly spread windows off for measuring: at most a third of all."""
-    count = min(count, len(windows) // 3)
-    if count < 2:
-        raise CalibrationError(
-            f"measuring a loss needs at least 6 windows of text, this is enough for "
-            f"{len(windows)}: give more text or a shorter length"
-        )
-    back = {round((i + 0.5) * len(windows) / count - 0.5) for i in range(count)}
-    rest = [i for i in range(len(windows)) if i not in back]
-    return windows[rest], windows[sorted(back)]
 
 
 def _provenance(settings: Settings, source: str, windows: Tensor, seed: int) -> dict[str, Any]:

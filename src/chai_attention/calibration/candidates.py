@@ -107,6 +107,11 @@ class Candidates:
         """Units of the whole model."""
         return self.shape.layers * len(self.counts)
 
+    @property
+    def guess(self) -> int:
+        """Units that the search for the largest saving begins with."""
+        return self.units // 20
+
     def units_for(self, share: float) -> int:
         """Smallest number of units that is ``share`` of all of them."""
         exact = share * self.units

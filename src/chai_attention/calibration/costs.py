@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.checks import not_finite
 from chai_attention.calibration.pairs import gradient_cost, maps_of, value_cost
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     decoder_layers,
     describe,
+    output_projection,
     output_weight,
 )
 
@@ -54,6 +56,8 @@ def collect_costs(
     *,
     near: Near = Near(),
     batch_size: int = 4,
+    sums: Tensor | None = None,
+    start: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Mean cost per token that head h uses the attention map of head r.
@@ -70,19 +74,24 @@ def collect_costs(
         kind: "value" or "gradient".
         near: the exact recent window in force.
         batch_size: windows per forward.
-        progress: called with (windows done, windows in all).
+        sums: ``[L, H, H]`` float64, costs of the first ``start`` windows, to be added to in place;
+            None for zeros.
+        start: windows that ``sums`` holds already.
+        progress: called with (windows done, windows in all) after every batch.
 
     Returns:
         ``[L, H, H]`` float64, rows h, columns r, zeros on the diagonal.
 
     Raises:
         CalibrationError: a gradient cost asked of a model that has no gradients, such as a
-            quantised one.
+            quantised one, or costs that are no numbers.
     """
     if kind not in (VALUE, GRADIENT):
         raise ValueError(f"kind is value or gradient, not {kind!r}")
     shape = describe(model)
-    total = torch.zeros(shape.layers, shape.heads, shape.heads, dtype=torch.float64)
+    total = sums
+    if total is None:
+        total = torch.zeros(shape.layers, shape.heads, shape.heads, dtype=torch.float64)
     offsets = torch.zeros(total.shape) if near.offsets is None else near.offsets.float()
     roots = _output_roots(model) if kind == VALUE else {}
 
@@ -109,11 +118,19 @@ def collect_costs(
                     cost += gradient_cost(maps, value, slope, offset)
         total[call.layer] += cost.cpu()
 
+    reached: set[int] = set()
+
+    def arrived(call: AttentionCall, gradient: Tensor) -> None:
+        reached.add(call.layer)
+        with torch.autocast(gradient.device.type, enabled=False):
+            add(call, gradient)
+
     def watch(call: AttentionCall, out: Tensor) -> None:
         if kind == VALUE:
-            add(call, None)
+            with torch.autocast(out.device.type, enabled=False):
+                add(call, None)
         elif out.requires_grad:
-            out.register_hook(lambda gradient: add(call, gradient))
+            out.register_hook(lambda gradient: arrived(call, gradient))
 
     differentiate = kind == GRADIENT
     if differentiate:
@@ -121,17 +138,20 @@ def collect_costs(
     tokens = batch_size * windows.shape[1]
     gradients = _gradients_of_activations(model, tokens) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size].to(model.device)
+        for first in range(start, len(windows), batch_size):
+            batch = windows[first : first + batch_size].to(model.device)
             if differentiate:
                 _summed_loss(model, batch).backward()
+                _require_all(reached, shape.layers)
             else:
                 model.base_model(batch, use_cache=False)
             if progress is not None:
-                progress(min(start + batch_size, len(windows)), len(windows))
-    total /= windows.numel()
-    total.diagonal(dim1=1, dim2=2).zero_()
-    return total
+                progress(min(first + batch_size, len(windows)), len(windows))
+    if not total.isfinite().all():
+        raise not_finite(model, f"a {kind} cost")
+    mean = total / windows.numel()
+    mean.diagonal(dim1=1, dim2=2).zero_()
+    return mean
 
 
 class OffsetStatistics:
@@ -160,6 +180,14 @@ class OffsetStatistics:
                 self._weights[call.layer] += weight.sum(-1, keepdim=True).cpu()
 
     @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums themselves, by name."""
+        return {
+            f"{name} {self.near.recent} {self.near.sinks}": tensor
+            for name, tensor in (("weighted", self._weighted), ("weights", self._weights))
+        }
+
+    @property
     def offsets(self) -> Tensor:
         """``[L, H, H]`` float32, head h (row) using head r (column)."""
         return (self._weighted / self._weights.clamp_min(1e-12)).float()
@@ -178,7 +206,34 @@ def _require_gradients(model: PreTrainedModel) -> None:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise CalibrationError(
             "cost gradient needs a backward pass, which this quantised model does not have: load "
-            "it in bfloat16 or float32, or use --cost value or --cost scores"
+            f"it in bfloat16 or float32, or use {_without_gradients(model)}"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise CalibrationError(
+            "cost gradient needs a backward pass, which weights that were made under "
+            "torch.inference_mode do not have: load the model outside of it, or use "
+            f"{_without_gradients(model)}"
+        )
+
+
+def _without_gradients(model: PreTrainedModel) -> str:
+    """Costs that this model can be calibrated by, without a backward pass."""
+    try:
+        for module in attention_modules(model).values():
+            output_projection(module)
+    except UnsupportedModelError:  # the errors of values are those of weights that can be read
+        return "--cost scores"
+    return "--cost value or --cost scores"
+
+
+def _require_all(reached: set[int], layers: int) -> None:
+    """Refuse costs of layers that no gradient has reached: they would count as nothing."""
+    missed = sorted(set(range(layers)) - reached)
+    if missed:
+        raise CalibrationError(
+            f"no gradient reaches the attention of layer {missed[0]}: its projections, or those "
+            "behind it, have no backward pass, as quantised ones may not. Load the model in "
+            "bfloat16 or float32, or use --cost scores"
         )
 
 

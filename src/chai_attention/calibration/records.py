@@ -85,8 +85,8 @@ class Records:
 
     def _guess(self, record: Mapping[str, Any], where: str) -> str:
         strings = {key: value for key, value in record.items() if isinstance(value, str)}
-        for field in self._guessed & set(strings):
-            return _encodable(strings[field])
+        for known in self._guessed & set(strings):
+            return _encodable(strings[known])
         field = max(strings, key=lambda key: len(strings[key]), default=None)
         sizes = {key: _characters(record[key]) for key in record if key not in strings}
         nested = max(sizes, key=lambda key: sizes[key], default=None)

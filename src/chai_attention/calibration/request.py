@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.calibrate import DEFAULT_SAMPLES, calibrate, window_length
+from chai_attention.calibration.calibrate import (
+    BATCH_SIZE,
+    DEFAULT_SAMPLES,
+    calibrate,
+    window_length,
+)
+from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.evidence_file import EvidenceFile
+from chai_attention.calibration.held_out import held_out_count
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import (
     Source,
@@ -19,14 +30,14 @@ from chai_attention.calibration.sources import (
     warn_uneven,
 )
 from chai_attention.calibration.template import template_tokens
-from chai_attention.calibration.texts import SELF, load_texts
+from chai_attention.calibration.texts import check_numbers, check_source
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
-from chai_attention.hub import require_dataset
+from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
-from chai_attention.progress import Progress
+from chai_attention.progress import Progress, quiet
 
 START, CONTENT = "start", "content"
 
@@ -55,14 +66,27 @@ class TextRequest:
         """Raise `CalibrationError` for what can be seen without a model."""
         if self.probe_from not in (START, CONTENT):
             raise CalibrationError(f"--probe-from is start or content, not {self.probe_from!r}")
+        check_numbers(1 if self.samples is None else self.samples, self.seed)
         for source in self.sources:
-            path = Path(source.name)
-            if source.name == SELF:
-                continue
-            if path.exists() or path.suffix:
-                load_texts(source.name, tokens=1)
-            else:
-                require_dataset(source.name, CalibrationError)
+            check_source(source.name)
+
+    def samples_for(self, settings: Settings) -> int:
+        """Windows to learn from, with these resolved settings."""
+        if self.samples is None:
+            return DEFAULT_SAMPLES[settings.differentiated]
+        return self.samples
+
+    def about(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What identifies the text and the model, to the bit."""
+        packages = ("chai-attention", "torch", "transformers")
+        return {
+            "weights": weights_digest(model),
+            "dtype": str(model.dtype),
+            "device": model.device.type,
+            "text": [[s.name, s.weight, _digest(Path(s.name))] for s in self.sources],
+            "sizes": [self.samples, self.held_out, self.length, self.seed],
+            "versions": {name: version(name) for name in packages},
+        }
 
     @property
     def label(self) -> str:
@@ -77,57 +101,114 @@ class TextRequest:
         )
 
 
-def calibrate_on(
+@dataclass(frozen=True)
+class Prepared:
+    """A calibration whose text is read: all that is left is work.
+
+    Attributes:
+        settings: of the calibration, not resolved.
+        windows: ``[N, S]`` tokens to learn from.
+        held: ``[M, S]`` tokens to measure on, None if nothing is measured.
+        held_sources: ``[M]``, the index of each one's source.
+    """
+
+    settings: Settings
+    windows: Tensor
+    held: Tensor | None
+    held_sources: Tensor | None
+
+
+def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     request: TextRequest,
     settings: Settings,
-    progress: Progress,
-) -> tuple[ClusterProfile, str | None]:
-    """Calibrate on mixed text; return the profile and a warning about it, if there is one.
-
-    With several sources and a loss budget, the loss is also measured on each source's own
-    held-out windows: the warning says if one of them pays far more than another.
+    progress: Progress = quiet,
+    kept: EvidenceFile | None = None,
+) -> Prepared:
+    """Check what is asked of the model, and read the text.
 
     Raises:
-        CalibrationError: as `calibrate`, and for text that cannot be had.
+        CalibrationError: options that contradict each other, or text that cannot be had.
     """
     shape = describe(model)
     resolved = settings.resolve(shape)
     resolved.given_clusters(shape)  # a mistake should not wait for the text
     if request.probe_from == CONTENT:
         settings = replace(settings, probe_start=template_tokens(tokenizer))
-    samples = request.samples
-    if samples is None:
-        samples = DEFAULT_SAMPLES[resolved.differentiated]
-    if samples < 1:
-        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
-    measured = resolved.max_loss is not None or resolved.refit != "none"
+    samples = request.samples_for(resolved)
+    measured = resolved.measurable or resolved.refit != "none"
     length = window_length(model, request.length)
     wanted = samples + (request.held_out if measured else 0)
-    progress("reading text", 0, 1)
-    windows, source = mixed_windows(request.sources, model, tokenizer, wanted, length, request.seed)
-    held = held_source = None
-    if measured:
-        count = min(request.held_out, len(windows) // 3)
-        (windows, source), (held, held_source) = split_windows(windows, source, count)
-    given = {name: value for name, value in asdict(settings).items() if value is not None}
-    profile = calibrate(
+    windows, source = mixed_windows(
+        request.sources,
         model,
         tokenizer,
-        windows,
-        samples=len(windows),
-        length=length,
-        held_out=0 if held is None else held,
-        seed=request.seed,
-        source=request.label,
+        wanted,
+        length,
+        request.seed,
+        kept=kept,
         progress=progress,
-        **given,
     )
+    if not measured:
+        return Prepared(settings, windows, None, None)
+    count = held_out_count(len(windows), samples, request.held_out, length)
+    (windows, source), (held, held_source) = split_windows(windows, source, count)
+    return Prepared(settings, windows, held, held_source)
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: TextRequest,
+    settings: Settings,
+    progress: Progress,
+    evidence: Path | None = None,
+) -> tuple[ClusterProfile, str | None]:
+    """Calibrate on mixed text; return the profile and a warning about it, if there is one.
+
+    With several sources and a budget, the loss is also measured on each source's own held-out
+    windows: the warning says if one of them pays far more than another.
+
+    Args:
+        model: a supported causal language model.
+        tokenizer: its tokenizer.
+        request: the text.
+        settings: of the calibration.
+        progress: called with (what is going on, done, in all).
+        evidence: file that keeps what was found if there is an interrupt, and that an interrupted
+            calibration is continued from. Whoever writes the profile deletes it.
+
+    Raises:
+        CalibrationError: as `calibrate`, and for text that cannot be had.
+    """
+    file = None if evidence is None else EvidenceFile(evidence, request.about(model))
+    try:
+        ready = prepare(model, tokenizer, request, settings, progress, file)
+        store = EvidenceStore(model, ready.windows, BATCH_SIZE, file)
+        profile = calibrate(
+            model,
+            tokenizer,
+            ready.windows,
+            samples=len(ready.windows),
+            length=ready.windows.shape[1],
+            held_out=0 if ready.held is None else ready.held,
+            seed=request.seed,
+            batch_size=BATCH_SIZE,
+            source=request.label,
+            store=store,
+            progress=progress,
+            **ready.settings.given(),
+        )
+    except BaseException:  # an interrupt, too, and a budget that cannot be met
+        if file is not None:
+            file.flush()
+        raise
     warning = None
-    if held is not None and held_source is not None and len(request.sources) > 1:
+    if ready.held is not None and ready.held_sources is not None and len(request.sources) > 1:
         names = [source.name for source in request.sources]
-        warning = warn_uneven(rises_by_source(model, profile, held, held_source, names))
+        rises = rises_by_source(model, profile, ready.held, ready.held_sources, names)
+        warning = warn_uneven(rises)
     return profile, warning
 
 
@@ -147,3 +228,11 @@ def rises_by_source(
             with enabled(model, profile):
                 rises[name] = paired_rise(baseline, token_loss(model, own))
     return rises
+
+
+def _digest(path: Path) -> str | None:
+    """Digest of a file's bytes; None for what is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

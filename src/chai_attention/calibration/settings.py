@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from chai_attention.calibration.costs import COSTS, GRADIENT, SCORES, VALUE
@@ -72,6 +73,19 @@ class Settings:
         """Whether a backward pass is needed."""
         return self.cost == GRADIENT
 
+    def given(self) -> dict[str, Any]:
+        """What is not None, as arguments of `calibrate`."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is a budget whose cost can be measured."""
+        return any(x is not None for x in (self.max_loss, self.save, self.removed))
+
     def resolve(self, shape: ModelShape) -> Settings:
         """Fill in what depends on the model and the recipe.
 
@@ -79,6 +93,8 @@ class Settings:
             CalibrationError: options that are unknown, out of range or contradict each other.
         """
         _one_of("recipe", self.recipe, RECIPES)
+        if shape.heads == 1:
+            raise CalibrationError("this model has one head a layer: there is nothing to share")
         if not any(shape.clusterable):
             raise CalibrationError(
                 "every layer of this model is a sliding-window layer: there is nothing to cluster"
@@ -147,6 +163,8 @@ class Settings:
             raise CalibrationError("features value and a blend weight need membership blend")
         if self.membership == BLEND and self.cost == SCORES:
             raise CalibrationError("membership blend needs cost gradient or value")
+        if self.blend is not None and not 0 <= self.blend < math.inf:
+            raise CalibrationError(f"blend is a weight of at least 0, not {self.blend}")
         if (self.recent or 0) < 0 or (self.sinks or 0) < 0 or (self.sinks and not self.recent):
             raise CalibrationError(
                 "recent and sinks are numbers of tokens, and sinks need a recent window of at "

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.checks import require_tokens
+from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.text_files import FILE_SUFFIXES
 from chai_attention.calibration.texts import (
     SELF,
@@ -24,6 +25,7 @@ from chai_attention.calibration.texts import (
     windows_of,
 )
 from chai_attention.errors import CalibrationError
+from chai_attention.progress import Progress, quiet
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 # rises of two sources count as different from this ratio, and this many standard errors on
@@ -100,6 +102,9 @@ def mixed_windows(
     samples: int,
     length: int,
     seed: int,
+    *,
+    kept: EvidenceFile | None = None,
+    progress: Progress = quiet,
 ) -> tuple[Tensor, Tensor]:
     """Take windows of text from every source, in proportion to the weights.
 
@@ -115,6 +120,8 @@ def mixed_windows(
         samples: windows wanted in all.
         length: tokens per window.
         seed: of every choice.
+        kept: gives what the model wrote in an interrupted calibration back, and keeps it.
+        progress: called with (what is going on, done, in all).
 
     Returns:
         windows ``[N, length]`` int64 and the index of each one's source ``[N]`` int64.
@@ -135,8 +142,9 @@ def mixed_windows(
     for source, share in zip(sources, shares, strict=True):
         if source.name == SELF:
             assert model is not None
-            part = self_text(model, share, length, seed=seed)
+            part = _self_text(model, share, length, seed, kept, progress)
         else:
+            progress(f"reading {source.name}", 0, 1)
             texts = load_texts(source.name, tokens=share * length, tokenizer=tokenizer)
             try:
                 part = windows_of(texts, tokenizer, share, length, seed)
@@ -158,6 +166,31 @@ def mixed_windows(
     if model is not None:
         require_tokens(model, windows)
     return windows, labels
+
+
+def _self_text(
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    seed: int,
+    kept: EvidenceFile | None,
+    progress: Progress,
+) -> Tensor:
+    """What the model writes, unless it was written before."""
+    written = torch.zeros(samples, length, dtype=torch.long)
+    name = f"text of seed {seed}"
+    if kept is not None and kept.restore(name, {"tokens": written}) == samples:
+        return written
+    written = self_text(
+        model,
+        samples,
+        length,
+        seed=seed,
+        progress=lambda done, total: progress("the model writes text", done, total),
+    )
+    if kept is not None:
+        kept.keep(name, {"tokens": written}, samples)
+    return written
 
 
 def split_windows(

@@ -38,21 +38,27 @@ def observe(
     watchers: Sequence[Callback],
     *,
     batch_size: int,
+    start: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
-    ``progress`` is called with (sequences done, sequences in all).
+    The first ``start`` windows are left out: they were shown before. ``progress`` is called with
+    (sequences done, sequences in all) after every batch. What watchers compute, they compute in
+    the dtypes they choose, whatever ``torch.autocast`` is in force.
     """
 
     def show(call: AttentionCall, out: Tensor) -> None:
-        for watcher in watchers:
-            watcher(call, out)
+        with torch.autocast(call.query.device.type, enabled=False):
+            for watcher in watchers:
+                watcher(call, out)
 
     decoder = model.base_model  # the vocabulary's logits are not needed
     with evaluating(model), capture(model, show):
-        done = 0
-        for batch in windows.split(batch_size):
+        done = start
+        for batch in windows[start:].split(batch_size):
+            if not len(batch):  # all were shown before
+                break
             decoder(batch.to(model.device), use_cache=False)
             done += batch.shape[0]
             if progress is not None:

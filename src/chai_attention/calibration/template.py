@@ -34,8 +34,8 @@ def chat_text(tokenizer: PreTrainedTokenizerBase | None, chat: Chat) -> str:
     """
     if tokenizer is None:
         raise CalibrationError(
-            f"{chat.where} is a chat, which a model's chat template writes out: give plain text, or "
-            "records with a field text, here"
+            f"{chat.where} is a chat, which only calibration reads: give plain text, or records "
+            "with a field text"
         )
     if not tokenizer.chat_template:
         raise CalibrationError(

@@ -74,7 +74,7 @@ def records_of(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    """A value per line. Only \\n ends one: JSON strings may hold the line ends of Unicode."""
+    """A value per line. Only a line feed ends one: JSON strings may hold those of Unicode."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             number = 0

@@ -80,9 +80,12 @@ def check_source(source: str) -> None:
     """Read the beginning of a file of text, before anything that takes time is done.
 
     Raises:
-        CalibrationError: as `load_texts`; data sets of the hub are not asked for.
+        CalibrationError: as `load_texts`. Of a data set of the hub only whether there is one.
     """
-    if source == SELF or local_file(source) is None:
+    if source == SELF:
+        return
+    if local_file(source) is None:
+        require_dataset(source, CalibrationError)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when it is read

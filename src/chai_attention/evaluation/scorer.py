@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +13,7 @@ from chai_attention.calibration.texts import windows_of
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.runs import Result
 from chai_attention.evaluation.tasks import LAMBADA, LAST_WORD, PERPLEXITY, TaskSource
+from chai_attention.integrations.transformers.digest import weights_digest
 
 MHA = "mha"
 LONG = 2048  # tokens at which K,V shares are stated beside those of the items
@@ -139,14 +139,3 @@ def run_settings(model: PreTrainedModel, name: str, batch_size: int, seed: int) 
         "seed": seed,
         "versions": {name: version(name) for name in packages},
     }
-
-
-def weights_digest(model: PreTrainedModel, samples: int = 256) -> str:
-    """Return a short digest of a model's config and of evenly spaced entries of its weights."""
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    digest = hashlib.sha256(repr(sorted(config.items(), key=lambda kv: kv[0])).encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        taken = flat[:: max(1, len(flat) // samples)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + taken.tobytes())
-    return digest.hexdigest()[:16]
