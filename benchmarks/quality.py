@@ -104,6 +104,7 @@ class Bench:
             samples=len(windows),
             length=LENGTH,
             held_out=held,
+            measure=False,
             source=text,
             store=self._stores[text],
             **settings,

@@ -9,6 +9,10 @@ class LoadError(ChaiError):
     """A model cannot be loaded."""
 
 
+class ChaiWarning(UserWarning):
+    """What a person should know, though the work goes on."""
+
+
 class ProfileError(ChaiError):
     """A cluster profile is malformed, or does not belong to the model."""
 

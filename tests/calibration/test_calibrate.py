@@ -5,10 +5,11 @@ import torch
 
 from chai_attention.calibration import calibrate
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.held_out import spread
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.clustering.assign import assign
 from chai_attention.clustering.kmeans import inertia
-from chai_attention.errors import CalibrationError, UnsupportedModelError
+from chai_attention.errors import CalibrationError, ChaiWarning, UnsupportedModelError
 from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
@@ -335,3 +336,127 @@ def test_a_store_is_used_again_for_the_same_text_only(monkeypatch):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="no option maxloss"):
         calibrate(tiny_model("llama"), TOKENIZER, TEXT, maxloss=0.1)
+
+
+def test_as_many_windows_are_learnt_from_and_held_out_as_asked():
+    """24 and 16 of a long text became 27 and 13."""
+    profile = calibrate(
+        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.9, **{**NEAR, "samples": 24}, held_out=16
+    )
+    assert (profile.provenance["samples"], profile.promise["windows"]) == (24, 16)
+
+
+def test_a_text_too_short_for_both_is_divided_aloud():
+    with pytest.warns(ChaiWarning, match="has 12 windows of 24 tokens, not 24 and 16: 8 .* and 4 "):
+        profile = calibrate(
+            tiny_model("llama"),
+            TOKENIZER,
+            TEXT[: 12 * 24],
+            max_loss=0.9,
+            **{**NEAR, "samples": 24},
+            held_out=16,
+        )
+    assert (profile.provenance["samples"], profile.promise["windows"]) == (8, 4)
+
+
+@pytest.mark.parametrize("asked", [{"save": 0.1}, {"removed": 0.3}])
+def test_what_a_saving_costs_is_measured(asked):
+    model = tiny_model("llama")
+    windows = torch.randint(3, 82, (30, 24))
+    profile = calibrate(model, TOKENIZER, windows, **NEAR | {"samples": 20}, held_out=10, **asked)
+    promise = profile.promise
+    assert asked.items() <= promise.items()
+    assert "max_loss" not in promise
+    held = spread(windows, 10)[1]
+    baseline = token_loss(model, held)
+    with enabled(model, profile):
+        rise = paired_rise(baseline, token_loss(model, held))
+    assert promise["rise"] == pytest.approx(rise.rise, abs=1e-5)
+    assert promise["windows"] == 10
+    unmeasured = calibrate(model, TOKENIZER, windows, measure=False, **NEAR, **asked)
+    assert unmeasured.promise is None
+
+
+def test_the_promise_of_a_model_in_training_is_that_without_dropout():
+    model = tiny_model("gpt2")
+    windows = torch.randint(3, 82, (30, 24))
+    options = {"max_loss": 0.9, "held_out": 10, **NEAR, "samples": 20}
+    want = calibrate(model, TOKENIZER, windows, **options)
+    model.train()
+    assert calibrate(model, TOKENIZER, windows, **options) == want
+    assert all(module.training for module in model.modules())
+
+
+def test_calibration_works_inside_inference_mode():
+    model = tiny_model("llama")
+    want = calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+    with torch.inference_mode():
+        assert calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR) == want
+        windows = torch.randint(3, 82, (12, 24))
+        calibrate(model, TOKENIZER, windows, removed=0.3, **NEAR, held_out=4)
+
+
+def test_weights_made_in_inference_mode_have_no_gradients():
+    with torch.inference_mode():
+        model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match="load the model outside of it"):
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+    assert calibrate(model, TOKENIZER, TEXT, removed=0.3, cost="value", **NEAR).promise
+
+
+@pytest.mark.parametrize("options", [{"recipe": "elbow"}, {"removed": 0.3, "recent": 4}])
+def test_weights_that_are_nan_are_named(options):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = torch.nan
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        calibrate(model, TOKENIZER, TEXT, **SMALL, **options)
+
+
+def test_a_dtype_that_overflows_is_named():
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6e4)
+        model.lm_head.weight.fill_(6e4)
+    with pytest.raises(CalibrationError, match="float16 overflows, load it in bfloat16 or float32"):
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    model = tiny_model("llama")
+    model.resize_token_embeddings(30)
+    with pytest.raises(CalibrationError, match="embeds ids 0 to 29"):
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+
+
+def test_one_head_has_nothing_to_share_with():
+    model = tiny_model("llama")
+    model.config.num_attention_heads = model.config.num_key_value_heads = 1
+    with pytest.raises(CalibrationError, match="one head a layer"):
+        calibrate(model, TOKENIZER, TEXT, **NEAR)
+
+
+@pytest.mark.parametrize("blend", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_none_is_refused(blend):
+    with pytest.raises(CalibrationError, match="blend is a weight"):
+        calibrate(tiny_model("llama"), TOKENIZER, TEXT, membership="blend", blend=blend, **NEAR)
+
+
+def test_steps_are_numbered_and_their_number_is_known():
+    told = []
+
+    def tell(what, done, total):
+        told.append(what)
+
+    calibrate(tiny_model("llama"), TOKENIZER, TEXT, save=0.1, progress=tell, **NEAR)
+    assert list(dict.fromkeys(told)) == [
+        "step 1 of 4: attention maps",
+        "step 2 of 4: gradient costs",
+        "step 3 of 4: perplexity of the model",
+        "step 4 of 4: perplexity with clusters",
+    ]
+    told.clear()
+    calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **NEAR)
+    # of 15 heads: 1, 2, 4, 8, 15 and three more between
+    assert told[0].startswith("step 1 of at most 11: ")
+    assert all(int(what.split()[1]) <= 11 for what in told)

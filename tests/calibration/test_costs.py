@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chai_attention.calibration import costs
+from chai_attention.calibration import calibrate, costs
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
@@ -144,3 +144,64 @@ def test_progress_counts_windows():
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+class Quantised(torch.nn.Module):
+    """A projection with weights of 8 bits and no backward pass, as of a quantised model."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x.detach() @ (self.weight.float() * self.scale).T
+
+
+@pytest.mark.parametrize(
+    "names", [("q_proj", "k_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("o_proj",)]
+)
+def test_layers_that_no_gradient_reaches_do_not_count_as_free(names):
+    model = tiny_model("llama")
+    for name in names:
+        attention = model.model.layers[1].self_attn
+        setattr(attention, name, Quantised(getattr(attention, name)))
+    with pytest.raises(CalibrationError, match="no gradient reaches the attention of layer 1"):
+        collect_costs(model, torch.randint(3, 97, (2, 9)), "gradient")
+
+
+def test_what_a_quantised_model_is_advised_to_do_works():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
+    model.is_quantized = True
+    ids = torch.randint(3, 97, (30, 24))
+    options = {"length": 24, "samples": 20, "held_out": 10, "removed": 0.2, "recent": 0}
+    with pytest.raises(CalibrationError, match=r"or use --cost scores$"):
+        calibrate(model, None, ids, **options)
+    profile = calibrate(model, None, ids, cost="scores", membership="static", **options)
+    assert profile.promise["windows"] == 10
+
+
+def test_sums_go_on_where_they_stopped():
+    model, ids = tiny_model("llama"), torch.randint(3, 97, (6, 9))
+    want = collect_costs(model, ids, "gradient", batch_size=2)
+    sums = torch.zeros(3, 6, 6, dtype=torch.float64)
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_costs(model, ids, "gradient", batch_size=2, sums=sums, progress=stop)
+    got = collect_costs(model, ids, "gradient", batch_size=2, sums=sums, start=4)
+    assert torch.equal(got, want)
+
+
+def test_costs_are_computed_in_float32_under_autocast():
+    model, ids = tiny_model("llama"), torch.randint(3, 97, (2, 20))
+    want = collect_costs(model, ids, "value")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = collect_costs(model, ids, "value")
+    assert (got - want).abs().max() < 0.05 * want.abs().max()

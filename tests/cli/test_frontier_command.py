@@ -59,6 +59,7 @@ def test_points_table_and_plot_are_written_and_a_rerun_reads_them(chai, asked, t
     assert first["store"] is asked[1]["store"]
     assert {k: v for k, v in first.items() if k not in ("windows", "held_out", "store")} == {
         "samples": 4, "length": 24, "target": "scores", "seed": 0, "save": 0.05, "recipe": "paper",
+        "measure": False,
     }  # fmt: skip
     assert asked[2]["cost"] == "gradient"
     assert asked[2]["target"] is None

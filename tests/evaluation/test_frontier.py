@@ -12,6 +12,7 @@ from chai_attention.evaluation import frontier as module
 from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.evaluation.frontier import (
     RECIPES,
+    _tests,
     digest_of,
     for_bytes,
     frontier,
@@ -286,3 +287,17 @@ def test_the_papers_recipe_can_save_bytes_of_any_model(family):
     recipes = for_bytes(RECIPES, shape)
     assert set(recipes) == set(RECIPES)
     assert recipes["paper"]["target"] == ("scores" if family == "llama" else "k-bytes")
+
+
+def test_shorter_windows_begin_as_every_text_begins():
+    """Without its first token a model like Gemma is no model: its shorter contexts were so."""
+    body = torch.randint(3, 82, (4, 24))
+    windows = torch.cat([torch.ones(4, 1, dtype=torch.long), body], dim=1)
+    (whole,) = _tests({"t": windows}, [25], (1,))
+    assert torch.equal(whole.windows, windows)
+    (cut,) = _tests({"t": windows}, [9], (1,))
+    assert cut.windows.shape == (12, 9)
+    assert cut.windows[:, 0].eq(1).all()
+    assert torch.equal(cut.windows[:, 1:].reshape(4, 24), body)
+    with pytest.raises(FrontierError, match="cannot begin with the 1 tokens"):
+        _tests({"t": body}, [9], (1,))

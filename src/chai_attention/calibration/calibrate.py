@@ -61,7 +61,7 @@ def calibrate(
         length: tokens per window; None for 256, or the model's maximum if that is less.
         held_out: windows ``[N, S]`` on which loss is measured, or how many further windows of the
             text to keep back for that. If the text has not enough for ``samples`` and these, at
-            most a third are kept back, which a `UserWarning` says. None are kept back if there is
+            most a third are kept back, which a `ChaiWarning` says. None are kept back if there is
             nothing to measure: with given ``clusters`` or the elbow, and without a refit.
         measure: whether to measure what a saving (``save``, ``removed``) costs and to write it
             into the profile; a ``max_loss`` is always measured.
@@ -156,7 +156,7 @@ def _calibrated(
     """Collect evidence, and make the profile that was asked for of it."""
     shape = describe(model)
     passes = len(store.missing(chosen))
-    steps = Steps(progress, *_steps(passes, chosen, text.measured, shape))
+    steps = Steps(progress, *steps_of(passes, chosen, text.measured, shape))
     evidence = store.get(chosen, steps)
     provenance = _provenance(chosen, source, text.windows, seed)
     candidates = Candidates(shape, chosen, evidence, provenance)
@@ -185,8 +185,8 @@ def _calibrated(
     return finish.measured(profile, asked) if text.measured else finish.unmeasured(profile)
 
 
-def _steps(passes: int, chosen: Settings, measured: bool, shape: ModelShape) -> tuple[int, bool]:
-    """Steps of a calibration, and whether a search may end before them."""
+def steps_of(passes: int, chosen: Settings, measured: bool, shape: ModelShape) -> tuple[int, bool]:
+    """Steps of a calibration with so many passes, and whether a search may end before them."""
     if chosen.max_loss is not None:
         free, counts = sum(shape.clusterable), chosen.layer_counts(shape)
         tries = most_tries(free * (len(counts) - 1), shape.layers * len(counts) // 20)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.whole_files import write_whole
 
 FORMAT = "chai-attention evidence 1"
@@ -47,6 +47,7 @@ class EvidenceFile:
             warnings.warn(
                 f"{path} is of another calibration (model, text, sizes or versions differ): it is "
                 "not used",
+                ChaiWarning,
                 stacklevel=2,
             )
             return
@@ -100,6 +101,15 @@ class EvidenceFile:
         write_whole(self.path, content, CalibrationError)
         self._written = time.monotonic()
         self._changed = False
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where another file is, before anything that takes time is done.
+
+    Raises:
+        CalibrationError: names the file.
+    """
+    _read(path)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 
 LEAST_WINDOWS = 6  # of text, to learn from and to measure on
 
@@ -16,7 +16,7 @@ def held_out_count(found: int, samples: int, asked: int, length: int) -> int:
     """How many of the windows that were found are kept back.
 
     As many as asked, if there is text for them and for the samples. Else a third at most, which
-    a `UserWarning` says.
+    a `ChaiWarning` says.
 
     Args:
         found: windows that the text has, of those asked for.
@@ -37,6 +37,7 @@ def held_out_count(found: int, samples: int, asked: int, length: int) -> int:
         warnings.warn(
             f"the text has {found} windows of {length} tokens, not {samples} and {asked}: "
             f"{found - count} are learnt from, and {count} measured on",
+            ChaiWarning,
             stacklevel=3,
         )
     return count

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 
 TEXT = "text"
 CHATS = ("messages", "conversations", "conversation", "chat", "data")
@@ -47,7 +47,7 @@ class Records:
     A record is text itself, has a field "text", or is a chat: a list of messages, or a field
     "messages", "conversations" and the like with role and content (or from and value, as in
     ShareGPT) or with turns by user and assistant (UltraChat). Of other records the longest string
-    of the first is taken, and its field in those that follow: a `UserWarning` names it.
+    of the first is taken, and its field in those that follow: a `ChaiWarning` names it.
 
     Args:
         source: name of the file or data set.
@@ -106,6 +106,7 @@ class Records:
         self._guessed.add(field)
         warnings.warn(
             f"{self._source} has no field text: its {field!r} is taken ({shown(text)})",
+            ChaiWarning,
             stacklevel=2,
         )
         return _encodable(text)

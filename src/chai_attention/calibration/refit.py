@@ -33,6 +33,7 @@ from chai_attention.profile import ClusterProfile
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # relative to the mean square of the inputs
 CHECK = 0.2  # share of the windows on which the ridge is chosen
+PASSES = 5  # runs of a window through all layers that a refit takes, roughly
 TOKENS_PER_INPUT = 32  # more tokens than this, per input of the projection, are not used
 
 Progress = Callable[[int, int], None]
@@ -76,9 +77,7 @@ def refit(
     if len(windows) < 2:
         raise CalibrationError("a refit needs at least 2 windows of text")
     bare = replace(profile, refit=None, corrections=None)
-    modules = attention_modules(model)
-    needed = TOKENS_PER_INPUT * output_weight(modules[0]).shape[1] // windows.shape[1]
-    windows = windows[: max(2, min(len(windows), needed))]
+    windows = windows[: windows_needed(model, len(windows), windows.shape[1])]
     clustered = [k < describe(model).heads for k in bare.clusters]
     corrections: dict[str, Tensor] = {}
     with evaluating(model):
@@ -108,6 +107,12 @@ def refit(
                 note = {**(bare.provenance or {}), "refit": f"{kind} did not help: dropped"}
                 return replace(bare, provenance=note)
     return found
+
+
+def windows_needed(model: PreTrainedModel, windows: int, length: int) -> int:
+    """How many of so many windows of so many tokens a refit uses."""
+    inputs = output_weight(attention_modules(model)[0]).shape[1]
+    return max(2, min(windows, TOKENS_PER_INPUT * inputs // length))
 
 
 class _Streams:

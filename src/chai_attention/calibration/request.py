@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,7 +32,7 @@ from chai_attention.calibration.sources import (
 )
 from chai_attention.calibration.template import template_tokens
 from chai_attention.calibration.texts import check_numbers, check_source
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled
@@ -201,8 +202,12 @@ def calibrate_on(
             **ready.settings.given(),
         )
     except BaseException:  # an interrupt, too, and a budget that cannot be met
-        if file is not None:
-            file.flush()
+        if file is not None and file.flush():
+            warnings.warn(
+                f"what was found is kept in {file.path}: the same command goes on from it",
+                ChaiWarning,
+                stacklevel=2,
+            )
         raise
     warning = None
     if ready.held is not None and ready.held_sources is not None and len(request.sources) > 1:

@@ -24,7 +24,7 @@ from chai_attention.calibration.texts import (
     self_text,
     windows_of,
 )
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.progress import Progress, quiet
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
@@ -109,7 +109,7 @@ def mixed_windows(
     """Take windows of text from every source, in proportion to the weights.
 
     The shares are rounded by largest remainder. A source with too little text for its share is
-    used whole; if there are others, which get no more for that, a `UserWarning` names it. The seed
+    used whole; if there are others, which get no more for that, a `ChaiWarning` names it. The seed
     decides which windows of a text are taken, what the model writes, and how the sources are
     interleaved; the windows of one source stay in the order of its text.
 
@@ -154,6 +154,7 @@ def mixed_windows(
             warnings.warn(
                 f"{source.name} has text for {len(part)} of the {share} windows of its share: "
                 "all of it is used, and it weighs less than asked",
+                ChaiWarning,
                 stacklevel=2,
             )
         parts.append(part)

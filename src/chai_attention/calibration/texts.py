@@ -22,7 +22,7 @@ from chai_attention.calibration.text_files import (
     reason_of,
     records_of,
 )
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.modes import evaluating
 
@@ -46,9 +46,9 @@ def load_texts(
             or ``.parquet`` of records (see `Records`); or ``name`` / ``name:config`` of a hub data
             set, whose training split is streamed.
         tokens: roughly how many tokens are needed. Nothing is read any more once there is far
-            more than that; a `UserWarning` says if a file was not read to its end.
+            more than that; a `ChaiWarning` says if a file was not read to its end.
         tokenizer: its chat template writes out chats. Those that it refuses are left out, which a
-            `UserWarning` says.
+            `ChaiWarning` says.
 
     Raises:
         CalibrationError: no such file or data set, nothing in it, or chats that no template can
@@ -69,6 +69,7 @@ def load_texts(
         warnings.warn(
             f"{len(refused)} of {len(refused) + len(texts)} chats of {source} are left out: "
             f"{refused[0]}",
+            ChaiWarning,
             stacklevel=2,
         )
     if not any(text.strip() for text in texts):
@@ -120,6 +121,7 @@ def _contents(source: str, most: int) -> list[str | Chat]:
 def _say_cut(source: str, characters: int) -> None:
     warnings.warn(
         f"{source} holds more text than this needs: its first {characters:,} characters are read",
+        ChaiWarning,
         stacklevel=4,
     )
 

@@ -19,6 +19,7 @@ from chai_attention.cli.export import export_command
 from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
+from chai_attention.cli.output import warnings_as_notes
 from chai_attention.cli.redundancy import redundancy_command
 from chai_attention.cli.report import report_command
 from chai_attention.cli.serve import PASSED_ON, serve_command
@@ -70,7 +71,8 @@ def main() -> None:
     # our own progress bars are enough; transformers' loading bars would come on top
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        code = app(sys.argv[1:], prog_name="chai", standalone_mode=False)
+        with warnings_as_notes():
+            code = app(sys.argv[1:], prog_name="chai", standalone_mode=False)
         sys.stdout.flush()  # a full disk is told here, not when Python ends
     except ChaiError as error:
         _fail(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 
+EVIDENCE = ".evidence"  # beside the profile: what an interrupted calibration has found
 _BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
 
 
@@ -22,8 +24,9 @@ def calibrate_command(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Sample text: a text file, a .jsonl, a data set of the hub (name or name:config), "
-            "or self: the model writes it. Again for a mixture, with weights if you like: "
+            help="Sample text: a text file, records or chats (.jsonl, .json, .csv, .parquet), a "
+            "data set of the hub (name or name:config), or self: the model writes it. Again for a "
+            "mixture, with weights if you like: "
             "--text a.txt:0.7 --text b.jsonl:0.3.",
             show_default="self",
             rich_help_panel=_DATA,
@@ -169,16 +172,24 @@ def calibrate_command(
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say how long it would take and how much memory, and write nothing."
+        ),
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Find which heads of MODEL can share their scores, at a loss you choose."""
+    from chai_attention.calibration.estimate import estimate
+    from chai_attention.calibration.evidence_file import check_place
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.records import profile_record
-    from chai_attention.cli.tables import profile_table, promise_line, summary_line
+    from chai_attention.cli.tables import estimate_lines, profile_table, promise_line, summary_line
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
 
@@ -195,22 +206,35 @@ def calibrate_command(
         refit=refit,
         clusters=None if clusters is None else _counts(clusters),
         max_error=max_error,
-        max_loss=options.share("--max-loss", max_loss),
+        max_loss=options.share("--max-loss", max_loss, bare=0.2),
         save=options.share("--save", save),
         removed=options.share("--removed", removed),
     )
     sources = parse_sources(text or ["self"])
     options.keep_inputs([out], [model, *(source.name for source in sources)])
     request = TextRequest(sources, samples, held_out, length, seed, probe_from)
-    request.check()  # a missing file should not wait for the model to load
+    evidence = out.with_name(f"{out.name}{EVIDENCE}")
+    # a missing file, or one in the way, should not wait for the model to load
+    request.check()
+    check_place(evidence)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-        profile, warning = calibrate_on(loaded, tokenizer, request, settings, bar.tell)
+        if dry_run:
+            found = estimate(loaded, tokenizer, request, settings, bar.tell)
+        else:
+            profile, warning = calibrate_on(
+                loaded, tokenizer, request, settings, bar.tell, evidence
+            )
+    shown = Output(as_json, quiet)
+    if dry_run:
+        shown.give(lambda: {**asdict(found), "at_most": found.at_most})
+        shown.say(estimate_lines(found))
+        return
     profile.save(out)
+    evidence.unlink(missing_ok=True)
     shape = describe(loaded)
     if warning is not None:
         note(f"warning: {warning}")
-    shown = Output(as_json, quiet)
     shown.give(lambda: profile_record(profile, shape, loaded.dtype.itemsize))
     shown.say(profile_table(profile, shape))
     shown.say(summary_line(profile, shape, loaded.dtype.itemsize))

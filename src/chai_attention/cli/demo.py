@@ -42,6 +42,7 @@ def demo_command(
 ) -> None:
     """Calibrate a model, then generate with and without clustered heads side by side."""
     from chai_attention.calibration import load_texts
+    from chai_attention.calibration.texts import check_source
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.records import demo_record, profile_record
     from chai_attention.cli.tables import demo_tables, profile_table, summary_line
@@ -52,7 +53,8 @@ def demo_command(
     from chai_attention.reports.plots import profile_plots
 
     options.keep_inputs([out / "profile.json"], [model, text])
-    texts = built_in_text() if text is None else load_texts(text, tokens=100_000)
+    if text is not None:
+        check_source(text)
     source = "the Python language reference" if text is None else Path(text).name
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,11 @@ def demo_command(
         raise ProfileError(f"cannot write to {out}: {error.strerror}") from error
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-
+        texts = (
+            built_in_text()
+            if text is None
+            else load_texts(text, tokens=100_000, tokenizer=tokenizer)
+        )
         result = run_demo(
             loaded,
             tokenizer,

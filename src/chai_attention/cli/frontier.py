@@ -79,6 +79,7 @@ def frontier_command(
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
+    from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
@@ -109,7 +110,8 @@ def frontier_command(
     )
     # a missing file should not wait for the model to load
     longest = max(lengths)
-    texts = {name: load_texts(path, tokens=windows * longest) for name, path in names.items()}
+    for name in {*names.values(), *(source.name for source in sources)}:
+        check_source(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,10 +121,10 @@ def frontier_command(
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
     length, longest = window_length(loaded, length), window_length(loaded, longest)
-    tests = {
-        name: windows_of(documents, tokenizer, windows, longest, seed)
-        for name, documents in texts.items()
-    }
+    tests = {}
+    for name, path in names.items():
+        documents = load_texts(path, tokens=windows * longest, tokenizer=tokenizer)
+        tests[name] = windows_of(documents, tokenizer, windows, longest, seed)
     extra = max(2, samples // 4)
     mixture, labels = mixed_windows(sources, loaded, tokenizer, samples + extra, length, seed)
     (calibration, _), (held, _) = split_windows(
@@ -149,10 +151,12 @@ def frontier_command(
                 target=target,
                 seed=seed,
                 held_out=held,
+                measure=False,  # the test texts do
                 store=EvidenceStore(loaded, calibration),  # one pass for all budgets
             ),
             contexts=lengths,
             asked=asked,
+            before=beginning(tokenizer),
             file=out / "frontier.json",
             about={
                 "model": Path(model).name,

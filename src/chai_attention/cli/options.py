@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,20 +80,36 @@ def seed(text: str, panel: str | None = None) -> Any:
     return typer.Option(help=text, min=0, max=LARGEST_SEED, rich_help_panel=panel)
 
 
-def share(option: str, text: str | None) -> float | None:
+def share(option: str, text: str | None, *, bare: float = 1.0) -> float | None:
     """``1%`` or ``0.01`` as a share; None stays None.
 
+    Args:
+        option: its name.
+        text: as it was written.
+        bare: a number without a percent sign is less than 1, and at most this.
+
     Raises:
-        CalibrationError: not a number.
+        CalibrationError: not a number, or one that is likely to be percent.
     """
     from chai_attention.errors import CalibrationError
 
     if text is None:
         return None
+    percent = text.rstrip().endswith("%")
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        number = float(text.rstrip().removesuffix("%"))
     except ValueError:
-        raise CalibrationError(f"{option} is a share such as 1% or 0.01, not {text!r}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise CalibrationError(f"{option} is a share such as 1% or 0.01, not {text!r}")
+    if percent:
+        return number / 100
+    if number >= 1 or number > bare:
+        raise CalibrationError(
+            f"{option} {text} would be {number:.0%}: write {number:g}% or {number:.0%}, with the "
+            "percent sign"
+        )
+    return number
 
 
 def help_without_command(context: typer.Context) -> None:

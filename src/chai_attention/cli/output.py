@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import typer
+
+from chai_attention.errors import ChaiWarning
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,23 @@ class Output:
         """Print the results for a program."""
         if self.as_json:
             typer.echo(json.dumps(data(), indent=1, allow_nan=False))
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Show the library's warnings as a line each, as soon as they come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ChaiWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, ChaiWarning):
+                note(f"warning: {' '.join(str(message).split())}")
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def note(text: str) -> None:

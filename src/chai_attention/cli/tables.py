@@ -11,6 +11,7 @@ from rich.table import Table
 from chai_attention.profile import ClusterProfile, Shape
 
 if TYPE_CHECKING:  # they import torch, which chai inspect does without
+    from chai_attention.calibration.estimate import Estimate
     from chai_attention.evaluation.demo import DemoResult
     from chai_attention.integrations.transformers.writing import Written
 
@@ -64,8 +65,40 @@ def promise_line(profile: ClusterProfile) -> str:
     line += f": {_percent(found, 'rise', '+')} ±{_percent(found, 'standard_error')}"
     if "max_loss" in found:
         line += f" (asked: at most {_percent(found, 'max_loss')})"
+    for name, what in (("save", "of the K,V bytes"), ("removed", "of the heads")):
+        if name in found:
+            line += f" (asked: {_percent(found, name, digits=1)} {what})"
     saved = _percent(found, "saved", digits=1)
     return f"{line}, {saved} of the K,V bytes saved at {_counted(found, 'length')} tokens"
+
+
+def estimate_lines(found: Estimate) -> str:
+    """What a calibration will take."""
+    lines = [
+        f"text: {found.windows} windows of {found.length} tokens to learn from, {found.held_out} "
+        "to measure on"
+    ]
+    lines += [f"{name}: {_duration(seconds)}" for name, seconds in found.seconds.items()]
+    if found.tries:
+        each = _duration(found.seconds_per_try)
+        lines.append(f"profiles measured: at most {found.tries}, {each} each")
+    gib = 1 << 30
+    return "\n".join(
+        [
+            *lines,
+            f"in all: at most {_duration(found.at_most)}",
+            f"memory at the peak: {found.memory / gib:.1f} GiB, of which the weights are "
+            f"{found.weights / gib:.1f} GiB",
+            "nothing is written: leave out --dry-run to calibrate",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _percent(found: Mapping[str, Any], name: str, sign: str = "", digits: int = 2) -> str:

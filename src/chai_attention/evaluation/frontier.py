@@ -87,6 +87,7 @@ def frontier(
     calibrate_one: Callable[..., ClusterProfile],
     contexts: Sequence[int] | None = None,
     asked: str = SAVE,
+    before: Sequence[int] = (),
     file: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
     on_refusal: Refusal | None = None,
@@ -107,6 +108,8 @@ def frontier(
         calibrate_one: called with a recipe's arguments and the budget as ``save=`` or
             ``removed=``; returns a profile. Usually `calibrate` with model and text bound.
         contexts: context lengths, tokens; None for the width of each text's windows.
+        before: tokens that every window of ``test`` begins with, such as a beginning-of-sequence
+            token: the shorter windows that are cut from it begin with them too.
         asked: what budgets are shares of: "save", of the K,V bytes, or "removed", of the heads.
         file: JSON file to which every point is written as it comes. Points that it holds are
             not measured again.
@@ -126,7 +129,7 @@ def frontier(
     if asked not in (SAVE, REMOVED):
         raise FrontierError(f"budgets are shares of {SAVE} or {REMOVED}, not of {asked!r}")
     tries = _tries(recipes, budgets)
-    bench = _Bench(model, _tests(test, contexts))
+    bench = _Bench(model, _tests(test, contexts, tuple(before)))
     kept = PointFile(None if file is None else Path(file), about or {})
     total = len(tries) * len(bench.tests)
     points: list[Point] = []
@@ -230,7 +233,9 @@ def _tries(
     return tries
 
 
-def _tests(test: Mapping[str, Tensor], contexts: Sequence[int] | None) -> list[_Test]:
+def _tests(
+    test: Mapping[str, Tensor], contexts: Sequence[int] | None, before: tuple[int, ...]
+) -> list[_Test]:
     """Every text cut to every context length."""
     if not test or (contexts is not None and not contexts):
         raise FrontierError("a frontier needs at least one test text and one context length")
@@ -245,7 +250,7 @@ def _tests(test: Mapping[str, Tensor], contexts: Sequence[int] | None) -> list[_
                     f"test text {name}: a context is 2 to {width} tokens, the width of its "
                     f"windows, not {context}"
                 )
-            cut = windows.unfold(1, context, context).reshape(-1, context)
+            cut = _cut(windows, context, before)
             if len(cut) < 2:
                 raise FrontierError(
                     f"test text {name} has one window of {context} tokens: the error of a "
@@ -253,6 +258,20 @@ def _tests(test: Mapping[str, Tensor], contexts: Sequence[int] | None) -> list[_
                 )
             tests.append(_Test(name, context, cut, digest_of(cut)))
     return tests
+
+
+def _cut(windows: Tensor, context: int, before: tuple[int, ...]) -> Tensor:
+    """Windows ``[N, S]`` as ``[M, context]``, each beginning with the tokens ``before``."""
+    if windows.shape[1] == context or not before:
+        return windows.unfold(1, context, context).reshape(-1, context)
+    start, room = torch.tensor(before), context - len(before)
+    if room < 2 or not (windows[:, : len(before)] == start).all():
+        raise FrontierError(
+            f"windows of {context} tokens cannot begin with the {len(before)} tokens that every "
+            "text begins with"
+        )
+    rest = windows[:, len(before) :].unfold(1, room, room).reshape(-1, room)
+    return torch.cat([start.expand(len(rest), -1), rest], dim=1)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

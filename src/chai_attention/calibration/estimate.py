@@ -1,0 +1,199 @@
+"""How long a calibration will take and how much memory, from a batch of each of its steps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chai_attention.calibration.calibrate import BATCH_SIZE, steps_of, window_length
+from chai_attention.calibration.candidates import Candidates
+from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.refit import PASSES, windows_needed
+from chai_attention.calibration.request import TextRequest, prepare
+from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.sources import Source
+from chai_attention.calibration.steps import Steps
+from chai_attention.calibration.texts import SELF, self_text
+from chai_attention.evaluation.perplexity import token_loss
+from chai_attention.integrations.transformers.enable import enabled
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.progress import Progress, quiet
+
+WRITTEN = 16  # tokens that the model writes to see how fast it does
+WRITTEN_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration will take, on this machine.
+
+    Attributes:
+        windows: of text to learn from.
+        held_out: windows to measure on.
+        length: tokens per window.
+        seconds: that each step takes, by its name.
+        tries: profiles that are measured at most; 0 without a budget to measure.
+        seconds_per_try: of one of them.
+        memory: bytes at the peak: of the GPU, else of this process.
+        weights: bytes of the model's weights.
+    """
+
+    windows: int
+    held_out: int
+    length: int
+    seconds: dict[str, float]
+    tries: int
+    seconds_per_try: float
+    memory: int
+    weights: int
+
+    @property
+    def at_most(self) -> float:
+        """Seconds in all, if every try is needed."""
+        return sum(self.seconds.values()) + self.tries * self.seconds_per_try
+
+
+def estimate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: TextRequest,
+    settings: Settings,
+    progress: Progress = quiet,
+) -> Estimate:
+    """Run one batch of every step, and reckon from that.
+
+    Files of text are read, so that what is wrong with them is found; the model writes a few
+    tokens where it is to write its own text.
+
+    Raises:
+        CalibrationError: what `calibrate_on` would raise before its work begins.
+    """
+    shape, seconds = describe(model), dict[str, float]()
+    chosen = settings.resolve(shape)
+    samples, length = request.samples_for(chosen), window_length(model, request.length)
+    measured = chosen.measurable or chosen.refit != "none"
+    held_out = request.held_out if measured else 0
+    if any(source.name == SELF for source in request.sources):
+        seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
+        windows = _stand_in(model, length)
+        files = [source for source in request.sources if source.name != SELF]
+        if files:
+            _read(model, tokenizer, request, files, settings, progress)
+    else:
+        ready = prepare(model, tokenizer, request, settings, progress)
+        windows, samples = ready.windows[:BATCH_SIZE], len(ready.windows)
+        held_out = 0 if ready.held is None else len(ready.held)
+    _begin_memory(model)
+    clock = _Clock(progress)
+    for _ in range(2):  # the first pays for one-time set-up
+        clock.reset()
+        evidence = EvidenceStore(model, windows, BATCH_SIZE).get(chosen, Steps(clock, 2))
+    for name, spent in clock.seconds.items():
+        seconds[name] = spent * samples / len(windows)
+    per_try, tries = 0.0, 0
+    if measured:
+        candidates = Candidates(shape, chosen, evidence)
+        plain = _timed(lambda: token_loss(model, windows, batch_size=BATCH_SIZE)) / len(windows)
+        profile = candidates.remove(max(1, candidates.guess))
+        with enabled(model, profile):
+            run = lambda: token_loss(model, windows, batch_size=BATCH_SIZE)  # noqa: E731
+            per_try = _timed(run) / len(windows) * held_out
+        seconds["perplexity of the model"] = plain * held_out
+        if chosen.refit != "none":
+            per_try += plain * PASSES * windows_needed(model, samples, length)
+        total, _ = steps_of(0, chosen, chosen.measurable, shape)
+        tries = max(1, total - 1)
+    return Estimate(
+        samples,
+        held_out,
+        length,
+        seconds,
+        tries,
+        per_try,
+        _memory(model),
+        sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+class _Clock:
+    """Seconds of every step, told as a `Progress`."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        _finish_work()
+        now, name = time.perf_counter(), what.partition(": ")[2]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+        self._progress(f"a batch of {name}", done, total)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Seconds of the second run."""
+    run()
+    _finish_work()
+    start = time.perf_counter()
+    run()
+    _finish_work()
+    return time.perf_counter() - start
+
+
+def _writing(model: PreTrainedModel, request: TextRequest, windows: int, length: int) -> float:
+    """Seconds that the model needs to write its share of the windows."""
+    weights = {source.name: source.weight for source in request.sources}
+    share = windows * weights[SELF] / sum(weights.values())
+    rows = max(1, min(WRITTEN_AT_ONCE, round(share)))
+    tokens = min(WRITTEN, length)
+    spent = _timed(lambda: self_text(model, rows, tokens, seed=request.seed))
+    return spent * -(-share // rows) * (length - 1) / max(1, tokens - 1)
+
+
+def _read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: TextRequest,
+    files: list[Source],
+    settings: Settings,
+    progress: Progress,
+) -> None:
+    """Find what is wrong with files that are mixed with text of the model's own."""
+    prepare(model, tokenizer, replace(request, sources=files), settings, progress)
+
+
+def _stand_in(model: PreTrainedModel, length: int) -> Tensor:
+    """Tokens ``[B, length]`` at random: how long a batch takes does not depend on what it says."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(rows, (BATCH_SIZE, length), generator=draw)
+
+
+def _finish_work() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _begin_memory(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+
+
+def _memory(model: PreTrainedModel) -> int:
+    """Bytes at the peak."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
