@@ -324,7 +324,8 @@ def forward(self, hidden_states, position_embeddings=None, attention_mask=None,
     query = functional.normalize(self.q_proj(hidden_states), dim=-1).view(shape).transpose(1, 2)
     key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
     value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-    out = ALL_ATTENTION_FUNCTIONS.get_interface("chai", None)(self, query, key, value, None)[0]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+    out = attend(self, query, key, value, None)[0]
     return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 """
     scope.update(vars(__import__(kind.__module__, fromlist=["x"])), functional=nn.functional)

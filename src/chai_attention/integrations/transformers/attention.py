@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
+from chai_attention.integrations.transformers.gradients import without_gradients
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.padding import Padding
@@ -25,6 +26,11 @@ from chai_attention.integrations.transformers.static_layer import StaticClustere
 NAME = "chai"
 PLAN_ATTRIBUTE = "_chai_plan"
 PADDING_TAG = "_chai_padding"
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether clustered heads are enabled for a model, or for a part of it."""
+    return any(hasattr(module, PLAN_ATTRIBUTE) for module in model.modules())
 
 
 def register() -> None:
@@ -123,7 +129,8 @@ def clustered_attention(
     else:
         padding = _padding_of(attention_mask, query, layer.get_seq_length() + queries)
     with torch.no_grad(), no_autocast(query):
-        return layer.attend(query, padding, scale, softcap), None
+        out = layer.attend(query, padding, scale, softcap)
+    return without_gradients(out, query, key, value), None
 
 
 def _refuse_features(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.attention import NAME as ENABLED
+from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
 
 
@@ -49,7 +49,7 @@ def capture(model: PreTrainedModel, callback: Callback) -> Iterator[None]:
         UnsupportedModelError: the model's attention cannot be reached, or clustered heads are
             enabled (call ``disable(model)`` first).
     """
-    if model.config._attn_implementation == ENABLED:
+    if is_enabled(model):
         raise UnsupportedModelError("disable(model) before calibrating it")
 
     def attend(call: MaskedCall) -> Tensor:

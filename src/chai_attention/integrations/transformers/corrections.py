@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chai_attention.errors import ProfileError
+from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers.support import (
+    PLAIN,
     is_transposed,
     output_projection,
     output_weight,
@@ -28,6 +29,7 @@ class Corrections:
 
     Raises:
         ProfileError: a tensor that does not fit the model.
+        UnsupportedModelError: an output projection that is wrapped, such as by an adapter.
     """
 
     def __init__(self, modules: Mapping[int, nn.Module], tensors: Mapping[str, Tensor]):
@@ -56,11 +58,18 @@ class Corrections:
         self._before.append((projection, name, before))
         setattr(projection, name, nn.Parameter(tensor, requires_grad=False))
 
+    @property
+    def changed(self) -> list[nn.Module]:
+        """The projections whose weight or bias is the refit's."""
+        return list({id(projection): projection for projection, _, _ in self._before}.values())
+
     def undo(self) -> None:
         """Put back what was there."""
         for projection, name, before in reversed(self._before):
-            if before is not None:  # the model may have been moved or cast meanwhile
-                before.data = before.data.to(getattr(projection, name))
+            now = getattr(projection, name)
+            if before is not None:  # the model may have been moved, cast or quantised meanwhile
+                dtype = now.dtype if now.dtype in PLAIN else before.dtype
+                before.data = before.data.to(now.device, dtype)
             setattr(projection, name, before)
         self._before = []
 
@@ -84,4 +93,11 @@ def _place(
             f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}: it was "
             "made for another one. Calibrate this model with --refit, or use a profile without"
         )
-    return output_projection(module), parts[2], tensor
+    projection = output_projection(module)
+    if "weight" not in projection._parameters:
+        raise UnsupportedModelError(
+            f"the output projection of layer {parts[1]} is a {type(projection).__name__}, not one "
+            "whose weights a refit can replace: merge the adapter into the model "
+            "(merge_and_unload()), or use a profile without a refit"
+        )
+    return projection, parts[2], tensor

@@ -16,28 +16,49 @@ from transformers import PreTrainedModel
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import attention, forwards, graphs
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.plan import layer_plans
+from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.projections import Projections
-from chai_attention.integrations.transformers.support import attention_modules, describe
+from chai_attention.integrations.transformers.seal import Seal
+from chai_attention.integrations.transformers.support import attention_modules, describe, unwrapped
+from chai_attention.integrations.transformers.switch import Switch
+from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass
+_STATE = "_chai_enabled"
+
+
+@dataclass(eq=False)
 class _Enabled:
-    """What `disable` has to undo."""
+    """What `disable` has to undo. It stands in the model's attributes, and is copied with it."""
 
     profile: ClusterProfile
-    implementation: str
     modules: list[nn.Module]
     corrections: Corrections
     projections: Projections
+    seal: Seal
+    switch: Switch
     hooks: list[RemovableHandle] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._use()
 
-# one entry per enabled model; a model that is garbage collected leaves by itself
-_enabled: weakref.WeakKeyDictionary[PreTrainedModel, _Enabled] = weakref.WeakKeyDictionary()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._use()
+
+    def _use(self) -> None:
+        """Keep our functions in transformers' tables for as long as this object lives."""
+        if not list(_in_use):
+            attention.register()
+        _in_use.add(self)
+        weakref.finalize(self, _unregister_if_unused).atexit = False
+
+
+# one entry per enabled model; that of a model that is garbage collected leaves by itself
+_in_use: weakref.WeakSet[_Enabled] = weakref.WeakSet()
 
 
 def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None:
@@ -46,48 +67,79 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, with two
     exceptions, both until `disable`: a profile with a refit brings output weights of its own, and
     with a static membership the rows of W_Q and W_K of removed heads leave the model's device
-    (see `Projections`). A model that is enabled already gets the new profile. Inference only: no
-    gradients flow through attention while clustered heads are enabled.
+    (see `Projections`). Such weights can be neither saved nor changed meanwhile (see `Seal`). A
+    model that is enabled already gets the new profile. Inference only: a loss can be evaluated,
+    but a backward pass through attention is refused.
+
+    A copy of an enabled model (``copy.deepcopy``, pickle) is an enabled model of its own. A model
+    of a family that is not tested runs six tokens once, to find out whether it can be clustered.
 
     Args:
-        model: a causal language model of a supported family, in float32, bfloat16 or float16.
+        model: a causal language model of a supported family, in float32, bfloat16 or float16; or
+            a PEFT model around one.
         profile: a `ClusterProfile`, the path of one, or the name of a published schedule.
 
     Raises:
         ProfileError: the profile does not fit the model; the text lists what differs.
         UnsupportedModelError: the model's attention cannot be clustered.
     """
+    model = unwrapped(model)
     if not isinstance(profile, ClusterProfile):
         profile = ClusterProfile.resolve(str(profile))
-    plans = layer_plans(describe(model), profile)
+    shape = describe(model)
+    plans = layer_plans(shape, profile)
     if model.dtype not in DTYPES:
         raise UnsupportedModelError(
             f"clustered heads run in float32, bfloat16 or float16, not {model.dtype}: load the "
             "model with one of these dtypes"
         )
     modules = attention_modules(model)
+    before = _state_of(model)
     # all that can be refused is refused before the profile in force is taken out
     Corrections.check(modules, profile.corrections or {})
+    if before is None:
+        if attention.is_enabled(model):
+            raise UnsupportedModelError(
+                "clustered heads are enabled for a part of this model, or for a model around it: "
+                "call chai_attention.disable() with that one first"
+            )
+        require_runnable(model, modules, shape)
     disable(model)
+    try:
+        _switch_on(model, profile, plans, modules)
+    except BaseException:  # such as no memory for a refit
+        if before is not None:
+            _switch_on(model, before.profile, layer_plans(shape, before.profile), modules)
+        raise
+
+
+def _switch_on(
+    model: PreTrainedModel,
+    profile: ClusterProfile,
+    plans: tuple[LayerPlan, ...],
+    modules: dict[int, nn.Module],
+) -> None:
+    """Enable what has been checked; a failure leaves the model as it was."""
     corrections = Corrections(modules, profile.corrections or {})
     try:
         projections = Projections(model, modules, plans)
     except BaseException:
         corrections.undo()
         raise
-    before = model.config._attn_implementation
-    state = _Enabled(profile, before, list(modules.values()), corrections, projections)
-    if not _enabled:
-        attention.register()
-    _enabled[model] = state
-    weakref.finalize(model, _unregister_if_unused)
+    changed = {
+        **dict.fromkeys(corrections.changed, "holds refit weights"),
+        **dict.fromkeys(projections.changed, "holds no rows of removed heads"),
+    }
+    seal = Seal(model, modules.values(), changed)
+    switch = Switch(model, modules.values(), attention.NAME)
+    state = _Enabled(profile, [*modules.values()], corrections, projections, seal, switch)
+    vars(model)[_STATE] = state
     for layer, module in modules.items():
         setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
-    state.hooks = forwards.hook_forwards(model, modules, plans)
+    state.hooks = forwards.hook_forwards(model, modules, plans, seal)
     vars(model)["get_compiled_call"] = graphs.GraphedCall(model)
     if hasattr(model, forwards.PREPARE):
         vars(model)[forwards.PREPARE] = forwards.PreparedCache(model, plans)
-    model.set_attn_implementation(attention.NAME)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -95,27 +147,36 @@ def disable(model: PreTrainedModel) -> None:
 
     Where the device has no memory left for the rows that `enable` took out, the model stays
     enabled: free some, and call this again.
+
+    Raises:
+        UnsupportedModelError: weights that `enable` took rows out of were replaced meanwhile.
     """
-    state = _enabled.get(model)
+    model = unwrapped(model)
+    state = _state_of(model)
     if state is None:
         return
+    state.seal.check_weights(state.projections.changed)
     state.projections.undo()
-    del _enabled[model]
+    del vars(model)[_STATE]
     for name in ("get_compiled_call", forwards.PREPARE):
         vars(model).pop(name, None)
     for hook in state.hooks:
         hook.remove()
+    state.seal.undo()
     state.corrections.undo()
     for module in state.modules:
         delattr(module, attention.PLAN_ATTRIBUTE)
-    model.set_attn_implementation(state.implementation)
-    _unregister_if_unused()
+    state.switch.undo()
 
 
 def saved_weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of W_Q and W_K that `enable` took off the model's device, biases included."""
-    state = _enabled.get(model)
+    state = _state_of(unwrapped(model))
     return 0 if state is None else state.projections.saved_bytes
+
+
+def _state_of(model: PreTrainedModel) -> _Enabled | None:
+    return vars(model).get(_STATE)
 
 
 @contextmanager
@@ -124,7 +185,8 @@ def enabled(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> Ite
 
     A profile that was in force before is in force again afterwards.
     """
-    before = _enabled.get(model)
+    model = unwrapped(model)
+    before = _state_of(model)
     enable(model, profile)
     try:
         yield
@@ -137,6 +199,6 @@ def enabled(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> Ite
 
 def _unregister_if_unused() -> None:
     """Take our functions out of transformers' tables when no model uses them."""
-    # iterating skips models that are being collected; the dictionary's length does not
-    if not list(_enabled.keys()):
+    # iterating skips what is being collected; the length does not
+    if not list(_in_use):
         attention.unregister()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.transformers.attention import NAME
+from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.support import (
     attention_modules,
@@ -57,7 +57,7 @@ def export(
     """
     require_empty(Path(out))
     shown, out = Path(out), Path(os.path.realpath(out))
-    if model.config._attn_implementation == NAME:
+    if is_enabled(model):
         # its refit may be in the weights already, and would be written twice
         raise UnsupportedModelError("disable(model) before exporting it")
     profile.check(describe(model))

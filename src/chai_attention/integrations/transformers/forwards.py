@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.adopt import adopt
-from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.transformers.seal import Seal
+from chai_attention.integrations.transformers.support import decoder_config
+from chai_attention.integrations.transformers.switch import containing
 
 PREPARE = "_prepare_cache_for_generation"
 _CACHE = "past_key_values"
 
 
 def hook_forwards(
-    model: PreTrainedModel, modules: Mapping[int, nn.Module], plans: tuple[LayerPlan, ...]
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+    plans: tuple[LayerPlan, ...],
+    seal: Seal,
 ) -> list[RemovableHandle]:
     """Give every forward of the model and of its decoder a clustered cache.
 
@@ -29,59 +33,56 @@ def hook_forwards(
         model: the model.
         modules: its attention modules, by layer.
         plans: of the layers.
+        seal: checked before every forward.
     """
-    config = model.config.get_text_config(decoder=True)
-    one = next(iter(modules.values()))  # all run the same implementation
+    config = decoder_config(model)
     # a user may call the decoder inside the causal model directly, and so do wrappers
-    hooked = {id(module): module for module in (model, model.base_model)}
-    wanted = {id(module) for module in modules.values()}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and wanted <= set(map(id, module.modules())):
-            hooked[id(module)] = module
+    hooked = [m for m in containing(model, modules.values()) if isinstance(m, PreTrainedModel)]
     return [
-        module.register_forward_pre_hook(_hook(module, one, config, plans), with_kwargs=True)
-        for module in hooked.values()
+        module.register_forward_pre_hook(
+            _BeforeForward(module, config, plans, seal), with_kwargs=True
+        )
+        for module in hooked
     ]
 
 
-def _hook(
-    module: nn.Module, attention: nn.Module, config: PreTrainedConfig, plans: tuple[LayerPlan, ...]
-) -> Callable[..., Any]:
+class _BeforeForward:
     """The hook of one module; its arguments may come by position, which differs by family."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
-    places = {name: place for place, name in enumerate(names)}
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: PreTrainedConfig,
+        plans: tuple[LayerPlan, ...],
+        seal: Seal,
+    ):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(module.forward).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+        self._places = {name: place for place, name in enumerate(names)}
+        self._config = config
+        self._plans = plans
+        self._seal = seal
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        places = self._places
+
         def by_position(name: str) -> bool:
             return name not in kwargs and places.get(name, len(args)) < len(args)
 
         def given(name: str) -> Any:
             return args[places[name]] if by_position(name) else kwargs.get(name)
 
-        _require_attention(attention)
+        self._seal.check()
         cache, use_cache = given(_CACHE), given("use_cache")
-        if cache is None and not (config.use_cache if use_cache is None else use_cache):
+        if cache is None and not (self._config.use_cache if use_cache is None else use_cache):
             return args, kwargs
-        cache = adopt(cache, plans, config)
+        cache = adopt(cache, self._plans, self._config)
         cache.begin(given("attention_mask"))
         if not by_position(_CACHE):
             return args, {**kwargs, _CACHE: cache}
         place = places[_CACHE]
         return (*args[:place], cache, *args[place + 1 :]), kwargs
-
-    return before
-
-
-def _require_attention(module: nn.Module) -> None:
-    """Refuse a forward whose attention would not be ours, and would take the cache for another."""
-    found = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
-    if found != NAME:
-        raise UnsupportedModelError(
-            f"the attention of this model was switched to {found!r} while clustered heads are "
-            "enabled: call disable(model), then enable(model, profile) again if you want them"
-        )
 
 
 class PreparedCache:
@@ -116,6 +117,10 @@ class PreparedCache:
                 cache.activate_past_recording()  # it was told already, as a plain one
         return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedCache:
-        """Copied with its model, it belongs to the copy."""
-        return PreparedCache(memo[id(self._model())], self._plans)
+    def __getstate__(self) -> tuple[PreTrainedModel | None, tuple[LayerPlan, ...]]:
+        """Copied or pickled with its model, it belongs to the copy."""
+        return self._model(), self._plans
+
+    def __setstate__(self, state: tuple[PreTrainedModel, tuple[LayerPlan, ...]]) -> None:
+        self._model = weakref.ref(state[0])
+        self._plans = state[1]

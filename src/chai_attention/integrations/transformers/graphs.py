@@ -244,9 +244,12 @@ class GraphedCall:
         assert model is not None, "a model that is gone asks for nothing"
         return partial(_call, model)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedCall:
-        """Copied with its model, it belongs to the copy."""
-        return GraphedCall(memo[id(self._model())])
+    def __getstate__(self) -> PreTrainedModel | None:
+        """Copied or pickled with its model, it belongs to the copy."""
+        return self._model()
+
+    def __setstate__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
 
 
 def _call(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:

@@ -13,13 +13,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.attention import NAME as ENABLED
+from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     describe,
     output_projection,
 )
+from chai_attention.integrations.transformers.switch import Switch
 
 _numbers = count()  # every replacement registers under a name of its own, so that they nest
 
@@ -64,7 +65,6 @@ def replaced_attention(
     """
     layers = {module: layer for layer, module in attention_modules(model).items()}
     _refuse_enabled(model)
-    before = model.config._attn_implementation
 
     def attend(
         module: nn.Module,
@@ -91,10 +91,12 @@ def replaced_attention(
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, sdpa_mask)
     try:
-        model.set_attn_implementation(name)
-        yield
+        switch = Switch(model, layers, name)
+        try:
+            yield
+        finally:
+            switch.undo()
     finally:
-        model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
 
@@ -149,5 +151,5 @@ def edited_heads(
 
 
 def _refuse_enabled(model: PreTrainedModel) -> None:
-    if model.config._attn_implementation == ENABLED:
+    if is_enabled(model):
         raise UnsupportedModelError("clustered heads are enabled: disable(model) first")

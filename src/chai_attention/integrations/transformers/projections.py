@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.cuts import Cut, WholeProjectionsError, find_cuts
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.support import describe, is_transposed
@@ -55,6 +54,11 @@ class Projections:
         """Bytes of weights and biases that are off the model's device."""
         return sum(cut.saved_bytes for layer in self._layers for cut in layer)
 
+    @property
+    def changed(self) -> list[nn.Module]:
+        """The projections that lack rows."""
+        return [cut.projection for layer in self._layers for cut in layer]
+
     def undo(self) -> None:
         """Put the rows back; if memory runs out, what is left is restored by the next call.
 
@@ -85,9 +89,7 @@ class _CutProjection:
             spread = _Spread(places, size)
         # nothing has been changed so far, and nothing fails from here on
         self._set(kept, len(cut.kept) * size)
-        self._hooks: list[RemovableHandle] = [
-            self.projection.register_state_dict_pre_hook(_refuse_state_dict)
-        ]
+        self._hooks: list[RemovableHandle] = []
         if spread is not None:
             self._hooks.append(self.projection.register_forward_hook(spread))
 
@@ -173,11 +175,3 @@ def _find(
 def _pick(heads: Tensor, wanted: tuple[int, ...], axis: int) -> Tensor:
     """Choose heads along ``axis``."""
     return heads.index_select(axis, torch.tensor(wanted, dtype=torch.long, device=heads.device))
-
-
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Hook of ``state_dict()``."""
-    raise UnsupportedModelError(
-        f"{prefix.removesuffix('.')} holds no rows of removed heads while clustered heads are "
-        "enabled: call chai_attention.disable(model) before saving it, or use chai export"
-    )

@@ -63,24 +63,48 @@ def describe(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
             sliding-window attention, attention with compressed K (MLA), or attention that does
             not go through transformers' attention interface.
     """
+    if not isinstance(model, PreTrainedConfig):
+        model = unwrapped(model)
     config = model.config if isinstance(model, PreTrainedModel) else model
     _require_interface(model)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{config.model_type} has an encoder and a decoder; {_supported()}"
+            f"{config.model_type} has an encoder and a decoder; {supported()}"
         )
     config = config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{config.model_type} has latent attention (MLA), whose cache holds no K of single "
-            f"heads that could be dropped; {_supported()}"
+            f"heads that could be dropped; {supported()}"
         )
     try:
         return _shape(config)
     except RuntimeError as error:  # transformers' answer for sizes that differ by layer
         raise UnsupportedModelError(
-            f"the layers of {config.model_type} have different shapes; {_supported()}"
+            f"the layers of {config.model_type} have different shapes; {supported()}"
         ) from error
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model itself, out of an adapter library's wrapper (PEFT).
+
+    Raises:
+        UnsupportedModelError: a wrapper that does not run the model as it is, or no model.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    if callable(inside := getattr(model, "get_base_model", None)):
+        return unwrapped(inside())
+    kind = type(model).__name__
+    for name, what in (("_orig_mod", "torch.compile"), ("module", "a parallel wrapper")):
+        if isinstance(getattr(model, name, None), nn.Module):
+            raise UnsupportedModelError(
+                f"this is a {kind}, made by {what}, which clustered heads do not run in: pass the "
+                f"model inside (model.{name}), and call that one"
+            )
+    raise UnsupportedModelError(
+        f"clustered heads need a transformers model (PreTrainedModel), not a {kind}"
+    )
 
 
 def _shape(config: PreTrainedConfig) -> ModelShape:
@@ -88,9 +112,11 @@ def _shape(config: PreTrainedConfig) -> ModelShape:
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False):  # one K/V head for all, as gpt_bigcode calls it
+        kv_heads = 1
     if not (isinstance(heads, int) and isinstance(layers, int) and isinstance(kv_heads, int)):
         raise UnsupportedModelError(
-            f"{config.model_type} does not say how many layers and heads it has; {_supported()}"
+            f"{config.model_type} does not say how many layers and heads it has; {supported()}"
         )
     return ModelShape(
         architecture=config.model_type,
@@ -119,14 +145,14 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
         if layer in found:
             raise UnsupportedModelError(
                 f"layer {layer} of this {model.config.model_type} has several attention modules; "
-                f"{_supported()}"
+                f"{supported()}"
             )
         _require_plain(module, shape.architecture)
         found[layer] = module
     if sorted(found) != list(range(shape.layers)):
         raise UnsupportedModelError(
             f"cannot find one attention module per layer in this {model.config.model_type}; "
-            f"{_supported()}"
+            f"{supported()}"
         )
     return found
 
@@ -187,7 +213,7 @@ def _layer_types(config: PreTrainedConfig, layers: int) -> list[str]:
     strange = sorted(set(kinds) - {_FULL, _SLIDING})
     if strange:
         raise UnsupportedModelError(
-            f"{config.model_type} has layers of kind {', '.join(strange)}; {_supported()}"
+            f"{config.model_type} has layers of kind {', '.join(strange)}; {supported()}"
         )
     return list(kinds)
 
@@ -201,12 +227,12 @@ def _require_interface(model: PreTrainedModel | PreTrainedConfig) -> None:
         known: Any = AutoModelForCausalLM._model_mapping
         kind, name = known.get(type(model), None), model.model_type
         if kind is None:
-            raise UnsupportedModelError(f"{name} is no causal language model; {_supported()}")
+            raise UnsupportedModelError(f"{name} is no causal language model; {supported()}")
     code = sys.modules.get(kind.__module__)
     if code is None or not hasattr(code, _INTERFACE):
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention interface; "
-            f"{_supported()}"
+            f"{supported()}"
         )
 
 
@@ -220,9 +246,9 @@ def _require_plain(module: nn.Module, architecture: str) -> None:
     elif hasattr(module, "sinks") or hasattr(module, "attention_sink_bias"):
         reason = "has learned attention sinks"
     if reason is not None:
-        raise UnsupportedModelError(f"the attention of {architecture} {reason}; {_supported()}")
+        raise UnsupportedModelError(f"the attention of {architecture} {reason}; {supported()}")
 
 
-def _supported() -> str:
+def supported() -> str:
     """List what is supported, for error messages."""
     return f"supported: decoder-only models such as {', '.join(FAMILIES)}"
