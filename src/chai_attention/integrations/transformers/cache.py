@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.support import decoder_config, describe
 from chai_attention.profile import ClusterProfile
 
 
@@ -90,10 +90,10 @@ class ClusteredCache(DynamicCache):
     def __init__(
         self, model: PreTrainedModel | PreTrainedConfig, profile: ClusterProfile | str
     ) -> None:
-        config = model.config if isinstance(model, PreTrainedModel) else model
+        shape = describe(model)
         profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
-        super().__init__(config=config.get_text_config(decoder=True))
-        take_over(self, layer_plans(describe(config), profile))
+        super().__init__(config=decoder_config(model))
+        take_over(self, layer_plans(shape, profile))
 
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""

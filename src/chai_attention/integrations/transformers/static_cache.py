@@ -15,7 +15,7 @@ from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.support import decoder_config, describe, unwrapped
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -67,10 +67,11 @@ class StaticClusteredCache(Cache):
     ) -> None:
         if max_tokens < 1:
             raise CacheError(f"a static cache needs room for a token, not max_tokens={max_tokens}")
-        config = model.config if isinstance(model, PreTrainedModel) else model
         profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
-        shape = describe(config)
-        plain = StaticCache(config.get_text_config(decoder=True), max_tokens)
+        if not isinstance(model, PreTrainedConfig):
+            model = unwrapped(model)
+        shape = describe(model)
+        plain = StaticCache(decoder_config(model), max_tokens)
         super().__init__(layers=plain.layers)
         take_over(self, layer_plans(shape, profile), max_tokens)
         if batch_size is None:

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from chai_attention.errors import UnsupportedModelError
@@ -83,6 +89,13 @@ def describe(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
         raise UnsupportedModelError(
             f"the layers of {config.model_type} have different shapes; {supported()}"
         ) from error
+
+
+def decoder_config(model: Any) -> PreTrainedConfig:
+    """Return the config of a model's decoder, from the model or from its config."""
+    config = model if isinstance(model, PreTrainedConfig) else unwrapped(model).config
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -219,21 +232,34 @@ def _layer_types(config: PreTrainedConfig, layers: int) -> list[str]:
 
 
 def _require_interface(model: PreTrainedModel | PreTrainedConfig) -> None:
-    """Refuse a model whose code never asks transformers which attention to run."""
-    kind: Any
+    """Refuse a model whose code never asks transformers which attention to run.
+
+    In a multimodal model it is the code of the language model inside that asks.
+    """
+    kinds: list[Any]
+    name = model.config.model_type if isinstance(model, PreTrainedModel) else model.model_type
     if isinstance(model, PreTrainedModel):
-        kind, name = type(model), model.config.model_type
+        kinds = [type(module) for module in model.modules() if isinstance(module, PreTrainedModel)]
     else:
-        known: Any = AutoModelForCausalLM._model_mapping
-        kind, name = known.get(type(model), None), model.model_type
-        if kind is None:
+        text = model.get_text_config(decoder=True)
+        whole = [
+            _class_of(model, AutoModelForCausalLM),
+            _class_of(model, AutoModelForImageTextToText),
+        ]
+        if whole == [None, None]:
             raise UnsupportedModelError(f"{name} is no causal language model; {supported()}")
-    code = sys.modules.get(kind.__module__)
-    if code is None or not hasattr(code, _INTERFACE):
+        kinds = [*whole, _class_of(text, AutoModel)]
+    codes = [sys.modules.get(kind.__module__) for kind in kinds if kind is not None]
+    if not any(hasattr(code, _INTERFACE) for code in codes):
         raise UnsupportedModelError(
             f"the attention of {name} does not go through transformers' attention interface; "
             f"{supported()}"
         )
+
+
+def _class_of(config: PreTrainedConfig, auto: Any) -> Any:
+    """The class that an Auto class makes from a config, or None."""
+    return auto._model_mapping.get(type(config), None)
 
 
 def _require_plain(module: nn.Module, architecture: str) -> None:

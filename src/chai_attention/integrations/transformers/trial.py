@@ -26,6 +26,7 @@ from chai_attention.integrations.transformers.attention import (
     padding_mask,
 )
 from chai_attention.integrations.transformers.cache import ClusteredCache
+from chai_attention.integrations.transformers.layer import LAYER_TAG
 from chai_attention.integrations.transformers.plan import layer_plans
 from chai_attention.integrations.transformers.support import FAMILIES, ModelShape, supported
 from chai_attention.integrations.transformers.switch import Switch
@@ -152,6 +153,9 @@ class _Calls:
                     f"layer {layer} brings {name} of {states.shape[1]} heads and "
                     f"{states.shape[2]} tokens, where {heads} and {self._real.shape[1]} are meant"
                 )
+        cached = getattr(key, LAYER_TAG, None)
+        if cached is not None and cached.plan.layer != layer:
+            raise _DifferentError(f"layer {layer} takes K from layer {cached.plan.layer}")
         options["dropout"] = 0.0
         theirs = _own(module)(
             module,
