@@ -155,9 +155,10 @@ def test_another_attention_under_an_enabled_model_is_refused():
     model = tiny_model("llama")
     with enabled(model, PROFILE):
         cache = model(prompt(20)).past_key_values
-        model.set_attn_implementation("sdpa")
-        with pytest.raises(UnsupportedModelError, match="switched to 'sdpa'"):
-            model(prompt(1), past_key_values=cache)
+        for part in (model, model.model):
+            with pytest.raises(UnsupportedModelError, match="switched to 'sdpa'"):
+                part.set_attn_implementation("sdpa")
+        model(prompt(1), past_key_values=cache)
     model(prompt(4))
 
 

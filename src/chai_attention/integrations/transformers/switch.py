@@ -75,8 +75,8 @@ def _view(
     def refuse(self: PreTrainedConfig, value: Any) -> None:
         if value != name:
             raise UnsupportedModelError(
-                f"cannot run {value} attention while clustered heads are enabled: call "
-                "chai_attention.disable(model) first"
+                f"the attention of this model cannot be switched to {value!r} while clustered "
+                "heads are enabled: call chai_attention.disable(model) first"
             )
 
     members: dict[str, Any] = {

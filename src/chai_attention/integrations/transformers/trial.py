@@ -26,7 +26,7 @@ from chai_attention.integrations.transformers.attention import (
     padding_mask,
 )
 from chai_attention.integrations.transformers.cache import ClusteredCache
-from chai_attention.integrations.transformers.layer import LAYER_TAG
+from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.plan import layer_plans
 from chai_attention.integrations.transformers.support import FAMILIES, ModelShape, supported
 from chai_attention.integrations.transformers.switch import Switch
@@ -95,7 +95,9 @@ def _runs(model: PreTrainedModel, modules: Mapping[int, nn.Module], shape: Model
     AttentionMaskInterface.register(_NAME, padding_mask)
     switch = Switch(model, modules.values(), _NAME)
     try:
-        model(**inputs, past_key_values=ClusteredCache(model, whole))
+        cache = ClusteredCache(model, whole)
+        cache.begin(real)
+        model(**inputs, past_key_values=cache)
     except _DifferentError:
         raise
     except Exception as error:
