@@ -104,7 +104,10 @@ def _engine(job: dict[str, Any]) -> Any:
         if job["own"]:
             impl.stock_backend = lambda *args: None
         if job["together"]:
+            from chai_attention.integrations.vllm import reserve
+
             impl.runs_kernels = lambda device: True
+            reserve.room = lambda config, device: 2**26
         if job["scales"] is not None:
             _set_scales(*job["scales"])
     # vLLM's beam search asks the tokenizer how texts end
@@ -138,6 +141,8 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
     if one_process:
         free.append(_free(llm))
     config = llm.llm_engine.vllm_config.cache_config
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    impls = [module.impl for module in context.values()]  # of this process
     counted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
     return {
         "parts": done,
@@ -145,6 +150,8 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         "blocks": config.num_gpu_blocks,
         "block_size": config.block_size,
         "preemptions": sum(counted),
+        "counted": any(impl.served._pages for impl in impls if hasattr(impl, "served")),
+        "held": any(getattr(impl, "_held", None) is not None for impl in impls),
     }
 
 

@@ -75,6 +75,10 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(ProfileError, match=line):
             Options(words).number("--block-size", 0)
+    for value in ("0", "-1", "2.5"):
+        with pytest.raises(ProfileError, match="--block-size is a whole number from 1 on"):
+            Options([f"--block-size={value}"]).count("--block-size", 1)
+    assert Options([]).count("--block-size", 0) == 0
     for text, line in (("[1]", "JSON object"), ("{", "not JSON"), ("[" * 99999, "not JSON")):
         with pytest.raises(ProfileError, match=line):
             Options(["--additional-config", text]).mapping("--additional-config")

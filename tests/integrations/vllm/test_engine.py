@@ -126,6 +126,14 @@ def test_aborts_in_flight_disturb_nobody(kind, together, served, expected) -> No
 
 
 @EVERY
+def test_memory_for_memberships_is_counted_before_pages_are(kind, together, served) -> None:
+    found = served(kind, together)
+    # `vllm_job` says how much there is, where steps run as on a GPU
+    assert found["counted"] == (together and PROFILES[kind].membership != "static")
+    assert not found["held"]
+
+
+@EVERY
 def test_weights_that_are_loaded_anew_change_no_token(kind, together, served, expected) -> None:
     parts = served(kind, together)["parts"]
     for part in ("reloaded", "afterwards"):  # with requests under way, and none

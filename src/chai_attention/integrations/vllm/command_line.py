@@ -116,6 +116,17 @@ class Options:
             raise OptionError(f"{name} is a number, not {digits!r}")
         return found
 
+    def count(self, name: str, default: int) -> int:
+        """A whole number from 1 on; ``default`` without one.
+
+        Raises:
+            OptionError: it is none.
+        """
+        found = self.number(name, default)
+        if self.text(name) is not None and (found < 1 or found != int(found)):
+            raise OptionError(f"{name} is a whole number from 1 on, not {self.text(name)!r}")
+        return int(found)
+
     def switch(self, name: str) -> bool | None:
         """Whether ``--name`` is on; None where neither that nor ``--no-name`` is given."""
         off = "--no-" + name.removeprefix("--")

@@ -118,6 +118,7 @@ class ChaiAttention(AttentionImpl[Step]):
         if self.is_narrow:
             self._copies = self.served.copies(device)
             self._copies.reserve(self.layout.numbers_per_token)
+        self._held = self.served.hold(self.layer, device)
         self._pool: RecentPool | None = None
         if plan.has_recent_window:
             self._pool = RecentPool(
@@ -155,6 +156,8 @@ class ChaiAttention(AttentionImpl[Step]):
         device, plan = cache.device, self.layer.plan
         self._scales = self._checkpoint_scales()
         self._is_prepared = True
+        if cache.shape[0] == self.served.config.cache_config.num_gpu_blocks:
+            self._held = None  # what is made now was counted; caches before that are for trials
         self._memberships: FixedMembership | PageMemberships = (
             PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe

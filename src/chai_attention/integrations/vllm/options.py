@@ -130,18 +130,16 @@ class Asked:
         return cls(
             cache_dtype=options.text("--kv-cache-dtype") or "auto",
             skips_layers=options.text("--kv-cache-dtype-skip-layers") is not None,
-            context_ranks=int(
-                max(
-                    options.number("--decode-context-parallel-size", 1),
-                    options.number("--prefill-context-parallel-size", 1),
-                )
+            context_ranks=max(
+                options.count("--decode-context-parallel-size", 1),
+                options.count("--prefill-context-parallel-size", 1),
             ),
             offloads=options.number("--kv-offloading-size", 0) > 0,
             connects=bool(options.mapping("--kv-transfer-config")),
             drafts=(named.pop() if named else "a model") if drafts else None,
             caches_prefixes=options.switch("--enable-prefix-caching") is not False,
             microbatches=bool(options.switch("--enable-dbo")),
-            by_priority=options.number("--pipeline-parallel-size", 1) > 1
+            by_priority=options.count("--pipeline-parallel-size", 1) > 1
             and options.text("--scheduling-policy") == "priority",
         )
 

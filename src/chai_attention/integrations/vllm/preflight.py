@@ -86,7 +86,7 @@ def _check_model(
     if config is None or options.is_given("--trust-remote-code"):
         return
     shape = describe(config)
-    layers = served_layers(shape, profile, int(options.number("--tensor-parallel-size", 1)))
+    layers = served_layers(shape, profile, options.count("--tensor-parallel-size", 1))
     if not all(shape.clusterable):
         raise UnsupportedModelError(
             f"clustered heads in vLLM need plain causal attention; {model} has sliding windows: "
@@ -99,7 +99,7 @@ def _check_model(
     each = near_bytes(
         layers, shape.head_dim, element_size(config.get_text_config(decoder=True), options)
     )
-    refuse_windows(int(options.number("--max-num-seqs", 0)), each, device_memory())
+    refuse_windows(options.count("--max-num-seqs", 0), each, device_memory())
 
 
 def _local_config(model: str) -> PreTrainedConfig | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.vllm import reserve
 from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
 from chai_attention.integrations.vllm.estimate import (
     device_memory,
@@ -16,7 +17,14 @@ from chai_attention.integrations.vllm.estimate import (
     refuse_windows,
 )
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
-from chai_attention.integrations.vllm.options import Asked, mark, profile_of, refuse
+from chai_attention.integrations.vllm.options import (
+    EIGHT_BITS,
+    PAGE_MULTIPLE,
+    Asked,
+    mark,
+    profile_of,
+    refuse,
+)
 
 # layers hold their model; a model without layers leaves by itself
 _models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
@@ -62,6 +70,7 @@ class ServedModel:
         refuse_windows(self.requests, each, device_memory())
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self._buffers: Any = None
+        self._pages: int | None = None  # at most, before vLLM plans them
         self._copies: PageCopies | None = None
 
     @property
@@ -102,6 +111,46 @@ class ServedModel:
             tokens = copied_tokens(batch_tokens, model.max_model_len)
             self._copies = PageCopies(tokens, model.dtype, device)
         return self._copies
+
+    def hold(self, layer: ServedLayer, device: torch.device) -> torch.Tensor | None:
+        """Memory that the tables of a layer's pages will take; None where it need not be held.
+
+        Called for the layers of this rank once their weights are loaded.
+        """
+        config = self.config
+        size = config.model_config.get_head_size()
+        row = reserve.row_bytes(layer, size)
+        if not row:
+            return None
+        if self._pages is None:
+            left = reserve.room(config, device)
+            here = self._layers_here()
+            element = 1 if config.cache_config.cache_dtype in EIGHT_BITS else None
+            element = element or config.model_config.dtype.itemsize
+            tokens = config.cache_config.block_size or PAGE_MULTIPLE
+            self._pages = (
+                0
+                if left is None
+                else reserve.planned_pages(
+                    config.cache_config,
+                    left,
+                    sum(each.layout(size, size).page_bytes(tokens, element) for each in here),
+                    sum(reserve.row_bytes(each, size) for each in here),
+                )
+            )
+        return (
+            torch.empty(self._pages * row, dtype=torch.uint8, device=device)
+            if self._pages
+            else None
+        )
+
+    def _layers_here(self) -> list[ServedLayer]:
+        """Those of this rank of a pipeline."""
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        context = self.config.compilation_config.static_forward_context
+        names = (name for name, module in context.items() if hasattr(module, "impl"))
+        return [self.layers[extract_layer_index(name)] for name in names]
 
     def buffers(self, device: torch.device) -> Any:
         """Tensors that all metadata builders fill."""

@@ -44,7 +44,7 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
         raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")
     # the CPU's pages are vLLM's choice
     added = [_PAGE, PAGE] if package == "vllm" and not given.is_given(_PAGE) else []
-    page = int(given.number(_PAGE, int(PAGE) if added else 0)) or None
+    page = given.count(_PAGE, int(PAGE) if added else 0) or None
     path = profile_path(model, profile)
     chosen = check(model, path, given, page)
     if chosen.recent and given.switch("--enable-prefix-caching") is None:

@@ -45,8 +45,8 @@ def estimate_config(
         longest=longest,
         element_size=size,
         cache_element_size=1 if given.text("--kv-cache-dtype") in EIGHT_BITS else size,
-        block=int(given.number("--block-size", BLOCK)),
-        ranks=int(given.number("--tensor-parallel-size", 1)),
+        block=given.count("--block-size", BLOCK),
+        ranks=given.count("--tensor-parallel-size", 1),
     )
 
 
@@ -71,14 +71,14 @@ def _batch(options: Options, gpu_bytes: int, longest: int) -> tuple[int, int]:
     requests, tokens = batch_defaults(gpu_bytes)
     if options.text("--performance-mode") == "throughput":
         requests, tokens = 2 * requests, 2 * tokens
-    given = options.number("--max-num-seqs", 0)
-    tokens = min(tokens, int(given or requests) * longest)
-    tokens = int(options.number("--max-num-batched-tokens", tokens))
-    return int(given or min(requests, tokens)), tokens
+    given = options.count("--max-num-seqs", 0)
+    tokens = min(tokens, (given or requests) * longest)
+    tokens = options.count("--max-num-batched-tokens", tokens)
+    return given or min(requests, tokens), tokens
 
 
 def _longest(options: Options, default: int) -> int:
     """Tokens of the longest request; "auto" and -1 leave it to vLLM."""
     name = "--max-model-len"
     left = options.text(name) in ("auto", "-1")
-    return default if left else int(options.number(name, default))
+    return default if left else options.count(name, default)

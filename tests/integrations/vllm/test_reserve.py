@@ -1,0 +1,73 @@
+"""Memory of membership tables, which vLLM has to know of before it plans; no vLLM needed."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.vllm.layers import ServedLayer
+from chai_attention.integrations.vllm.memberships import PageMemberships
+from chai_attention.integrations.vllm.reserve import planned_pages, row_bytes
+from chai_attention.membership import Membership
+
+PAGES, DIM = 37, 64
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize(
+    ("heads", "groups", "clusters", "target"),
+    [(12, 12, 5, "scores"), (8, 4, 4, "k-bytes"), (32, 32, 8, "scores")],
+)
+def test_what_is_counted_is_what_tables_of_all_pages_take(
+    heads, groups, clusters, target, window, monkeypatch
+) -> None:
+    chunks = pytest.importorskip("chai_attention.ops.triton.chunks")
+    prefill = pytest.importorskip("chai_attention.ops.triton.paged_prefill")
+    # on a GPU the host does not know who is in which cluster
+    monkeypatch.setattr(Membership, "known_rows", None)
+    table = tuple(tuple(float(a != b) for b in range(heads)) for a in range(heads))
+    plan = LayerPlan(
+        0, heads, groups, clusters, 8, target, recent=window, sinks=1 if window else 0,
+        offsets=table if window else None,
+    )  # fmt: skip
+    kept = clusters * groups // heads if target == "k-bytes" else clusters
+    unit = heads // groups if target == "k-bytes" else 1
+    rep = tuple(head if head < clusters else head % unit for head in range(heads))
+    layer = ServedLayer(plan, kept, rep)
+    pages = PageMemberships(layer, PAGES, torch.device("cpu"))
+    member = pages._all
+    # what writing, decode, prefill and windows read
+    names = ["slot_heads", "key_heads", "value_heads", "value_slot", "key_slot"]
+    for name in [*names, *(["key_place"] if window else [])]:
+        getattr(member, name)
+    wide = 64
+    decode, prompts = (chunks.members_of(heads, clusters, n // wide) for n in (1024, 256))
+    chunks.chunks_of(member, decode)
+    chunks.chunks_of(member, prompts)
+    prefill.natural_chunks(member, prompts)
+    made = [*vars(member).values(), pages._offset]
+    for store in (chunks._made, prefill._natural):
+        for held in store[member].values():
+            made += [getattr(held, field.name) for field in fields(held)]
+    sizes = {id(one): one.nbytes for one in made if isinstance(one, Tensor) and one.stride(0)}
+    taken = sum(sizes.values())
+    assert taken <= PAGES * row_bytes(layer, DIM) <= 1.3 * taken
+
+
+def test_layers_that_decide_nothing_need_no_tables() -> None:
+    rep = (0, 1, 0, 1)
+    assert row_bytes(ServedLayer(LayerPlan(0, 4, 4, 2, 8, "scores", rep), 2, rep), DIM) == 0
+    assert row_bytes(ServedLayer(LayerPlan(0, 4, 4, 4, 8, "scores"), 4, rep), DIM) == 0
+
+
+def test_pages_and_their_tables_share_what_is_left() -> None:
+    cache = SimpleNamespace(num_gpu_blocks_override=None, kv_cache_memory_bytes=None)
+    assert planned_pages(cache, 1_000_000, 900, 100) == 1000
+    assert planned_pages(cache, -5, 900, 100) == 0
+    cache.kv_cache_memory_bytes = 900_000  # for pages alone
+    assert planned_pages(cache, 1, 900, 100) == 1000
+    cache.num_gpu_blocks_override = 7
+    assert planned_pages(cache, 1, 900, 100) == 7
