@@ -1,5 +1,6 @@
 """``chai serve`` as a person runs it: the estimate, and what is handed to vLLM."""
 
+import json
 import os
 import re
 
@@ -37,6 +38,19 @@ def test_estimate_tells_capacity_and_gain_from_the_config_alone(chai, seven) -> 
         pytest.approx((weights + full * n) / (weights + kept * n), abs=6e-3)
         for n in (16 * 2048, 16 * 8192, 16 * 32768)
     ]
+
+
+def test_estimate_for_a_program(chai, seven) -> None:
+    code, out, _ = chai("serve", seven, "--profile", "llama-7b", "--estimate", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["requests"] == 1024  # what vLLM lets run on such a GPU
+    assert found["token_bytes"] == [2 * 32 * 32 * 128 * 2, 128 * 2 * (18 * 64 + 14 * 36)]
+    assert found["clustered"]["tokens"] > 1.2 * found["full"]["tokens"]
+    assert [row["context"] for row in found["decode_gain_at_most"]] == [2048, 8192, 32768]
+    code, _, err = chai("serve", seven, "--profile", "llama-7b", "--json")
+    assert code == 2
+    assert "--json goes with --estimate" in err
 
 
 def test_estimate_heeds_the_options_of_vllm(chai, seven) -> None:

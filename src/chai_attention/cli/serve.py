@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from chai_attention.cli import options
+from chai_attention.cli.output import Output
+
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -26,10 +29,13 @@ def serve_command(
     gpu_memory: Annotated[
         float, typer.Option(help="With --estimate: memory of a GPU in GB.", min=1)
     ] = 80.0,
+    as_json: options.Json = False,
 ) -> None:
     """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
+    if as_json and not estimate:
+        raise typer.BadParameter("--json goes with --estimate: a server prints no results")
     if estimate:
-        from chai_attention.cli.serving_table import serving_table
+        from chai_attention.cli.serving_table import serving_record, serving_table
         from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.vllm.preflight import profile_path
         from chai_attention.integrations.vllm.weigh import estimate_config
@@ -37,7 +43,9 @@ def serve_command(
         chosen = profile_path(model, profile)
         config = load_config(model)
         found = estimate_config(config, chosen, context.args, int(gpu_memory * 1e9))
-        typer.echo(serving_table(found))
+        shown = Output(as_json)
+        shown.give(lambda: serving_record(found))
+        shown.say(lambda: serving_table(found))
         return
     from chai_attention.integrations.vllm.serving import vllm_command
 

@@ -1,6 +1,9 @@
-"""Estimates of serving as a text table."""
+"""Estimates of serving as a text table, and as what `json` takes."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
@@ -34,3 +37,15 @@ def serving_table(found: Estimate) -> str:
         gain = f"at most {found.decode_gain(BATCH, context):.2f}x"
         table.add_row(f"{context:,}", *(f"{count:,}" for count in counts), gain)
     return "\n".join([*lines, render(table)])
+
+
+def serving_record(found: Estimate) -> dict[str, Any]:
+    """The estimate in bytes, pages and tokens, with the best that can be gained."""
+    return {
+        **asdict(found),
+        "capacity_gain": found.capacity_gain,
+        "decode_gain_at_most": [
+            {"batch": BATCH, "context": context, "gain": found.decode_gain(BATCH, context)}
+            for context in CONTEXTS
+        ],
+    }
