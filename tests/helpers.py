@@ -18,11 +18,19 @@ def random_representatives(heads: int, clusters: int, batch: int = 1) -> Tensor:
 
 
 def random_membership(
-    heads: int, clusters: int, batch: int = 1, kv_heads: int | None = None
+    heads: int, clusters: int, batch: int = 1, kv_heads: int | None = None, streaming: int = 0
 ) -> Membership:
-    return Membership.from_representatives(
-        random_representatives(heads, clusters, batch), kv_heads=kv_heads
-    )
+    """``streaming`` heads stream; at least ``clusters`` others must be left unless that is 0."""
+    if not streaming:
+        return Membership.from_representatives(
+            random_representatives(heads, clusters, batch), kv_heads=kv_heads
+        )
+    mixed = torch.randperm(heads)
+    forget, others = mixed[:streaming].tolist(), mixed[streaming:].sort().values
+    rep = torch.arange(heads).repeat(batch, 1)
+    if len(others):
+        rep[:, others] = others[random_representatives(len(others), clusters, batch)]
+    return Membership.from_representatives(rep, kv_heads=kv_heads, streaming=forget)
 
 
 def definition(
@@ -69,10 +77,12 @@ def recent_definition(
     offsets: Tensor | None = None,
     valid: Tensor | None = None,
     softcap: float | None = None,
+    streaming: tuple[int, ...] = (),
 ) -> Tensor:
     """Attention with an exact recent window, head by head in float64: ``[B, Q, H, Dv]``.
 
     The two partial attentions are computed by themselves and merged by their log-sum-exps.
+    Streaming heads have the near one only.
     """
     batch, heads, queries, _ = query.shape
     groups, size = key.shape[1], key.shape[2]
@@ -97,7 +107,7 @@ def recent_definition(
                 near = [j for j in seen if j > last - recent or j in real[:sinks]]
                 far = [j for j in seen if j not in near]
                 parts = [part(i, h, near)] if near else []
-                if far:
+                if far and h not in streaming:
                     result, lse = part(i, r, far)
                     parts.append((result, lse + shift))
                 if parts:

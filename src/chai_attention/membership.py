@@ -1,11 +1,13 @@
 """The tables attention needs, from one vector: which head's scores each head uses.
 
 Words: *H* query heads, *G* K/V heads (``G == H`` in multi-head attention), *k* clusters. A
-*slot* is a cluster's place in the K cache; slots are ordered by their representative.
+*slot* is a cluster's place in the K cache; slots are ordered by their representative. A
+*streaming head* sees near keys only (the exact window): it uses nobody's scores for the far ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,21 +21,24 @@ class Membership:
 
     Build one with `from_representatives` or `identity`. Every row of a batch has the same number
     of clusters and of kept K heads, so that caches are rectangular; who is in which cluster
-    differs by row.
+    differs by row, who streams does not.
 
     Attributes:
         representatives: ``[B, H]`` int64, the head whose attention probabilities each head uses;
-            ``representatives[b, representatives[b, h]] == representatives[b, h]``.
-        clusters: k, the number of distinct representatives of each row.
+            ``representatives[b, representatives[b, h]] == representatives[b, h]``. A streaming
+            head's entry is itself.
+        clusters: k, the number of distinct representatives of each row, streaming heads left out.
         kv_heads: G, the number of K/V heads; divides H.
         kept_keys: number of K heads a cache holds per row: k for multi-head attention, else the
             largest number of K/V heads that the representatives of any row read.
+        streaming: heads that see near keys only, ascending.
     """
 
     representatives: Tensor
     clusters: int
     kv_heads: int
     kept_keys: int
+    streaming: tuple[int, ...] = ()
 
     @classmethod
     def from_representatives(
@@ -42,6 +47,7 @@ class Membership:
         clusters: int | None = None,
         kv_heads: int | None = None,
         kept_keys: int | None = None,
+        streaming: Sequence[int] = (),
     ) -> Membership:
         """Make the tables of ``representatives`` (``[H]`` or ``[B, H]``, any integer dtype).
 
@@ -52,27 +58,60 @@ class Membership:
             kv_heads: G; None for multi-head attention.
             kept_keys: K/V heads kept if the caller knows it (grouped-query attention only);
                 None counts them, which reads the tensor on the host.
+            streaming: heads that see near keys only; each represents itself alone.
 
         Raises:
             ValueError: a head out of range, a representative that is not its own
-                representative, or rows with different numbers of clusters.
+                representative or that streams, or rows with different numbers of clusters.
         """
         rep = representatives.long()
         if rep.ndim == 1:
             rep = rep[None]
         heads = rep.shape[1]
+        streaming = tuple(sorted(set(streaming)))
         kv_heads = heads if kv_heads is None else kv_heads
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads} heads cannot be split over {kv_heads} K/V heads")
         if clusters is None:
-            clusters = _checked_clusters(rep)
+            clusters = _checked_clusters(rep, streaming)
         if kv_heads == heads:
             kept_keys = clusters
         elif kept_keys is None:
+            far = rep[:, [head for head in range(heads) if head not in streaming]]
             used = torch.zeros(rep.shape[0], kv_heads, dtype=torch.bool, device=rep.device)
-            used.scatter_(1, rep // (heads // kv_heads), True)
+            used.scatter_(1, far // (heads // kv_heads), True)
             kept_keys = int(used.sum(1).max())
-        return cls(rep, clusters, kv_heads, kept_keys)
+        return cls(rep, clusters, kv_heads, kept_keys, streaming)
+
+    @classmethod
+    def with_streaming(
+        cls, far: Membership, heads: int, kv_heads: int, streaming: Sequence[int]
+    ) -> Membership:
+        """Put a membership of the heads that see far keys beside heads that stream.
+
+        Args:
+            far: of the query heads of all K/V heads that do not stream whole, in their order.
+            heads: H.
+            kv_heads: G.
+            streaming: heads that see near keys only.
+        """
+        streaming = tuple(sorted(set(streaming)))
+        if not streaming:
+            return far
+        device = far.representatives.device
+        made = cls(
+            torch.arange(heads, device=device).repeat(far.batch, 1),
+            far.clusters,
+            kv_heads,
+            far.kept_keys,
+            streaming,
+        )
+        sees = [head for head in made.far_heads if head not in streaming]
+        inside = torch.tensor([made.far_heads.index(head) for head in sees], device=device)
+        natural = torch.tensor(made.far_heads, device=device)
+        made.representatives[:, sees] = natural[far.representatives[:, inside]]
+        made.__dict__["far"] = far
+        return made
 
     @classmethod
     def from_tables(
@@ -121,11 +160,71 @@ class Membership:
         """Whether every head keeps its own scores."""
         return self.clusters == self.heads
 
+    # ---- streaming heads
+
+    @cached_property
+    def far_kv_heads(self) -> tuple[int, ...]:
+        """K/V heads of which some query head sees far keys, ascending: their V is kept."""
+        sees = sorted(set(range(self.heads)) - set(self.streaming))
+        return tuple(dict.fromkeys(head // self.group_size for head in sees))
+
+    @cached_property
+    def far_heads(self) -> tuple[int, ...]:
+        """Query heads of `far_kv_heads`, ascending.
+
+        With grouped queries some of them may stream; the far keys then weigh nothing for them.
+        """
+        group = self.group_size
+        return tuple(head for head in range(self.heads) if head // group in self.far_kv_heads)
+
+    @property
+    def kept_values(self) -> int:
+        """Number of V heads a cache holds for all tokens; G if no K/V head streams whole."""
+        return len(self.far_kv_heads)
+
+    @cached_property
+    def far(self) -> Membership | None:
+        """The membership of `far_heads`, numbered anew from 0; None if all heads stream.
+
+        What attends to far keys takes this one, whose K and V caches are those of this layer. A
+        streaming head in it (grouped queries only) follows a head that reads the same V.
+        """
+        if not self.streaming:
+            return self
+        if not self.far_heads:
+            return None
+        device, group = self.representatives.device, self.group_size
+        number = {head: place for place, head in enumerate(self.far_heads)}
+        leader = {h // group: h for h in reversed(self.far_heads) if h not in self.streaming}
+        follows = [h if h not in self.streaming else leader[h // group] for h in self.far_heads]
+        place = torch.tensor([number.get(h, 0) for h in range(self.heads)], device=device)
+        rep = place[self.representatives[:, follows]]
+        return Membership(rep, self.clusters, len(self.far_kv_heads), self.kept_keys)
+
+    @cached_property
+    def far_place(self) -> Tensor:
+        """``[H]`` int64: each head's place among `far_heads`; 0 for heads that are not."""
+        places = [
+            self.far_heads.index(head) if head in self.far_heads else 0
+            for head in range(self.heads)
+        ]
+        return torch.tensor(places, device=self.representatives.device)
+
+    @cached_property
+    def streams(self) -> Tensor:
+        """``[H]`` bool: whether a head sees near keys only."""
+        flags = torch.zeros(self.heads, dtype=torch.bool)
+        flags[list(self.streaming)] = True
+        return flags.to(self.representatives.device)
+
+    # ---- who is where
+
     @cached_property
     def _is_representative(self) -> Tensor:
         """``[B, H]`` bool."""
         heads = torch.arange(self.heads, device=self.representatives.device)
-        return self.representatives == heads
+        own = self.representatives == heads
+        return own & ~self.streams if self.streaming else own
 
     @cached_property
     def slot_heads(self) -> Tensor:
@@ -134,9 +233,9 @@ class Membership:
 
     @cached_property
     def slot(self) -> Tensor:
-        """``[B, H]`` int64: the slot (cluster) of each head."""
+        """``[B, H]`` int64: the slot (cluster) of each head; any for a streaming head."""
         rank = self._is_representative.long().cumsum(1) - 1
-        return rank.gather(1, self.representatives)
+        return rank.gather(1, self.representatives).clamp_min(0)
 
     @cached_property
     def key_heads(self) -> Tensor:
@@ -147,6 +246,8 @@ class Membership:
         """
         if self.kv_heads == self.heads:
             return self.slot_heads
+        if self.streaming:
+            return self._natural(None if self.far is None else self.far.key_heads)
         return _true_positions(self._needed_kv_heads, self.kept_keys)
 
     @cached_property
@@ -161,6 +262,13 @@ class Membership:
     def key_place(self) -> Tensor:
         """``[B, G]`` int64: where each K/V head is in `key_heads` and then `removed_key_heads`."""
         return torch.cat([self.key_heads, self.removed_key_heads], 1).argsort(1)
+
+    def _natural(self, far_kv_heads: Tensor | None) -> Tensor:
+        """K/V heads of `far`, ``[B, n]``, by their numbers here."""
+        device = self.representatives.device
+        if far_kv_heads is None:
+            return torch.zeros(self.batch, 0, dtype=torch.long, device=device)
+        return torch.tensor(self.far_kv_heads, device=device)[far_kv_heads]
 
     @cached_property
     def _needed_kv_heads(self) -> Tensor:
@@ -179,6 +287,8 @@ class Membership:
         if self.kv_heads == self.heads:
             places = torch.arange(self.clusters, device=self.representatives.device)
             return places.expand(self.batch, self.clusters)
+        if self.streaming and self.far is not None:
+            return self.far.key_slot
         rank = self._needed_kv_heads.long().cumsum(1) - 1
         return rank.gather(1, self.slot_heads // self.group_size)
 
@@ -199,12 +309,14 @@ class Membership:
 
     @cached_property
     def value_heads(self) -> Tensor:
-        """``[B, G]`` int64: the V head stored at each place of the V cache.
+        """``[B, kept_values]`` int64: the V head stored at each place of the V cache.
 
         Multi-head attention stores V in cluster order (`order`), which makes the V of a
         cluster's members one contiguous block; grouped-query attention keeps the natural order,
         because heads of several clusters read one V head.
         """
+        if self.streaming:
+            return self._natural(None if self.far is None else self.far.value_heads)
         if self.kv_heads == self.heads:
             return self.order
         places = torch.arange(self.kv_heads, device=self.representatives.device)
@@ -212,11 +324,28 @@ class Membership:
 
     @cached_property
     def value_slot(self) -> Tensor:
-        """``[B, H]`` int64: the place in the V cache that each head reads."""
+        """``[B, H]`` int64: the place in the V cache that each head reads.
+
+        Places of streaming V heads come behind: see `value_place`.
+        """
+        if self.streaming:
+            return self.value_place.repeat_interleave(self.group_size, 1)
         if self.kv_heads == self.heads:
             return self.order.argsort(1)
         heads = torch.arange(self.heads, device=self.representatives.device)
         return (heads // self.group_size).expand(self.batch, self.heads)
+
+    @cached_property
+    def removed_value_heads(self) -> Tensor:
+        """``[B, G - kept_values]`` int64: V heads no cache place holds, ascending."""
+        removed = [head for head in range(self.kv_heads) if head not in self.far_kv_heads]
+        table = torch.tensor(removed, dtype=torch.long, device=self.representatives.device)
+        return table.expand(self.batch, len(removed))
+
+    @cached_property
+    def value_place(self) -> Tensor:
+        """``[B, G]`` int64: each V head's place in `value_heads`, then `removed_value_heads`."""
+        return torch.cat([self.value_heads, self.removed_value_heads], 1).argsort(1)
 
     @cached_property
     def host_rows(self) -> tuple[tuple[int, ...], ...]:
@@ -233,7 +362,7 @@ class Membership:
     def expand(self, batch: int) -> Membership:
         """Return this one-row membership for ``batch`` sequences (no copy of the vector)."""
         rep = self.representatives.expand(batch, self.heads)
-        expanded = Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        expanded = Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
         if self.known_rows is not None:
             expanded.__dict__["host_rows"] = self.known_rows * batch
         return expanded
@@ -241,12 +370,12 @@ class Membership:
     def select(self, rows: Tensor) -> Membership:
         """Return the rows ``rows`` (``[N]`` integer or ``[B]`` bool), as beam search needs."""
         rep = self.representatives[rows]
-        return Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        return Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
 
     def to(self, device: torch.device | str) -> Membership:
         """Return the membership on ``device``."""
         rep = self.representatives.to(device)
-        moved = Membership(rep, self.clusters, self.kv_heads, self.kept_keys)
+        moved = Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
         if self.known_rows is not None:
             moved.__dict__["host_rows"] = self.known_rows
         return moved
@@ -262,7 +391,7 @@ def _true_positions(flags: Tensor, count: int) -> Tensor:
     return torch.where(flags, position, position + size).argsort(1)[:, :count].contiguous()
 
 
-def _checked_clusters(rep: Tensor) -> int:
+def _checked_clusters(rep: Tensor, streaming: tuple[int, ...]) -> int:
     """Validate a ``[B, H]`` vector and return its number of clusters."""
     heads = rep.shape[1]
     if heads == 0 or rep.shape[0] == 0:
@@ -271,7 +400,15 @@ def _checked_clusters(rep: Tensor) -> int:
         raise ValueError(f"a representative is not a head: heads are 0 to {heads - 1}")
     if bool((rep.gather(1, rep) != rep).any()):
         raise ValueError("a representative must be its own representative")
-    counts = (rep == torch.arange(heads, device=rep.device)).sum(1)
+    if streaming and not 0 <= streaming[0] <= streaming[-1] < heads:
+        raise ValueError(f"a streaming head is not a head: heads are 0 to {heads - 1}")
+    alone = torch.ones(heads, dtype=torch.bool)
+    alone[list(streaming)] = False
+    alone = alone.to(rep.device)  # False for streaming heads
+    each = torch.arange(heads, device=rep.device)
+    if bool(((rep != each) & ~(alone & alone[rep])).any()):
+        raise ValueError("a streaming head represents itself alone: nobody can use its scores")
+    counts = ((rep == each) & alone).sum(1)
     if bool((counts != counts[0]).any()):
         raise ValueError(
             f"every sequence of a batch needs the same number of clusters, not {counts.tolist()}"

@@ -24,7 +24,7 @@ def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=
         torch.cat([sinks_of[0], key[:, :, band]], 2), torch.cat([sinks_of[1], value[:, :, band]], 2)
     )
     _, stored_key, stored_value = clustered_inputs(member, query, key, value)
-    offset = None if offsets is None else windowed.head_offsets(offsets, member)
+    offset = windowed.head_offsets(offsets, member)
     return windowed.attention(
         query, stored_key, stored_value, member, keys, tables,
         scale=scale, offset=offset, softcap=softcap,
@@ -33,9 +33,12 @@ def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (3, 2), (20, 4)])
-@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), [(5, 5, 2), (6, 3, 4)])
-def test_reference_is_the_definition(heads, kv_heads, clusters, recent, sinks, softcap):
-    member = random_membership(heads, clusters, 2, kv_heads)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "clusters", "streaming"),
+    [(5, 5, 2, 0), (6, 3, 4, 0), (5, 5, 2, 2), (6, 3, 2, 3), (5, 5, 0, 5), (6, 3, 0, 6)],
+)
+def test_reference_is_the_definition(heads, kv_heads, clusters, streaming, recent, sinks, softcap):
+    member = random_membership(heads, clusters, 2, kv_heads, streaming)
     query = torch.randn(2, heads, 6, 8, dtype=torch.float64)
     key, value = (torch.randn(2, kv_heads, 9, 8, dtype=torch.float64) for _ in "kv")
     valid = torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 0, 1, 1, 1]]).bool()
@@ -45,7 +48,9 @@ def test_reference_is_the_definition(heads, kv_heads, clusters, recent, sinks, s
         offsets=offsets, valid=valid, softcap=softcap,
     )  # fmt: skip
     rep = member.representatives
-    want = recent_definition(query, key, value, rep, 0.3, recent, sinks, offsets, valid, softcap)
+    want = recent_definition(
+        query, key, value, rep, 0.3, recent, sinks, offsets, valid, softcap, member.streaming
+    )
     torch.testing.assert_close(got, want, atol=1e-7, rtol=0)
     # a window over everything is attention without clusters
     got = reference.recent_attention(
@@ -60,7 +65,9 @@ def test_reference_is_the_definition(heads, kv_heads, clusters, recent, sinks, s
 def test_windowed_is_the_reference(data):
     """Any shape, membership, padding, window; float32 and bfloat16; one query or many blocks."""
     heads, kv_heads = data.draw(st.sampled_from([(6, 6), (9, 9), (6, 3), (9, 3), (4, 1)]))
-    clusters = data.draw(st.integers(1, heads - 1))
+    streaming = data.draw(st.integers(0, heads))
+    others = heads - streaming
+    clusters = data.draw(st.integers(1, max(1, others - 1))) if others else 0
     queries = data.draw(st.sampled_from([1, 2, 5, 33, 63, 128, 129]))
     size = queries + data.draw(st.sampled_from([0, 1, 4, 40, 128]))
     recent = data.draw(st.sampled_from([1, 4, 32, 70]))
@@ -70,7 +77,7 @@ def test_windowed_is_the_reference(data):
     kind = data.draw(st.sampled_from(["none", "left", "holes"]))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch = data.draw(st.integers(1, 3))
-    member = random_membership(heads, clusters, batch, kv_heads)
+    member = random_membership(heads, clusters, batch, kv_heads, streaming)
     query = torch.randn(batch, heads, queries, 16).to(dtype)
     key = torch.randn(batch, kv_heads, size, 16).to(dtype)
     value = torch.randn(batch, kv_heads, size, 24).to(dtype)

@@ -1,4 +1,4 @@
-"""Writing new tokens into caches: K of the kept heads, V of all, K of the others near the end."""
+"""Writing new tokens into caches: K and V of the kept heads, those of others near the end."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def write_dense(
             ``[B, kept_keys, Q, D]``, in the cache's order.
         value: ``[B, G, Q, Dv]``, in the order of ``key``.
         keys: ``[B, kept_keys, S, D]``, the K cache, in the order of ``membership.key_heads``.
-        values: ``[B, G, S, Dv]``, the V cache, in the order of ``membership.value_heads``.
+        values: ``[B, kept_values, S, Dv]``, the V cache, in that of ``membership.value_heads``.
         membership: tables of B rows, or of one for all.
         start: ``[B]`` integer on the caches' device, position of each sequence's first new token.
             Tokens that would stand outside S are not written.
-        near: takes K of the removed heads, if given; not with ``ordered``, which has none.
+        near: takes K and V of the removed heads; not with ``ordered``, which has none.
         ordered: K and V come from projections that leave out removed heads.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
     """
-    batch, heads, tokens, dim = key.shape
+    batch, given, tokens, dim = key.shape
     size, value_dim, groups = keys.shape[2], value.shape[3], membership.kv_heads
     fits = (
         keys.shape == (batch, membership.kept_keys, size, dim)
-        and values.shape == (batch, groups, size, value_dim)
+        and values.shape == (batch, membership.kept_values, size, value_dim)
         and value.shape == (batch, groups, tokens, value_dim)
-        and heads == (membership.kept_keys if ordered else groups)
+        and given == (membership.kept_keys if ordered else groups)
         and not (ordered and near is not None)
         and membership.batch in (1, batch)
         and start.shape == (batch,)
@@ -68,14 +68,16 @@ def write_dense(
     values[row, :, at] = values_of[row, :, token]
     if near is None:
         return
-    removed = key[pick, member.removed_key_heads]  # [B, G - kept, Q, D]
-    for index in range(near.sinks.shape[2]):
-        here = inside & (position == near.sink_positions[:, index, None])
-        r, t = here.nonzero(as_tuple=True)
-        near.sinks[r, :, index] = removed[r, :, t]
     latest = token >= tokens - near.size
-    row, token, at = row[latest], token[latest], at[latest]
-    near.ring[row, :, (at + near.shift) % near.size] = removed[row, :, token]
+    new_row, new_token, new_at = row[latest], token[latest], at[latest]
+    heads_of = (key, member.removed_key_heads), (value, member.removed_value_heads)
+    for (states, heads), (ring, sinks) in zip(heads_of, near.memories, strict=False):
+        removed = states[pick, heads]  # [B, removed heads, Q, D]
+        for index in range(sinks.shape[2]):
+            here = inside & (position == near.sink_positions[:, index, None])
+            r, t = here.nonzero(as_tuple=True)
+            sinks[r, :, index] = removed[r, :, t]
+        ring[new_row, :, (new_at + near.shift) % near.size] = removed[new_row, :, new_token]
 
 
 def write_paged(
@@ -119,7 +121,7 @@ def write_paged(
         key_pages.shape == (pages, page, membership.kept_keys, dim)
         and value_pages.shape == (pages, page, groups, value.shape[2])
         and value.shape[:2] == (tokens, groups)
-        and membership.kv_heads == groups
+        and membership.kv_heads == groups == membership.kept_values
         and (membership.batch == 1 or row_of_token is not None)
         and slot_mapping.shape == (tokens,)
         and (near is None or (positions is not None and near_rows is not None))

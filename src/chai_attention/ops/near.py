@@ -35,12 +35,15 @@ class Far(NamedTuple):
     """Attention over all other keys, of the last Q' queries; those before see none.
 
     Attributes:
-        out: ``[B, Q', H, Dv]``.
-        lse: ``[B, H, Q']`` float32, log-sum-exp with each head's offset.
+        out: ``[B, Q', H', Dv]``.
+        lse: ``[B, H, Q']`` float32, log-sum-exp with each head's offset; minus infinity for
+            streaming heads.
+        heads: the H' heads of ``out``; None for all.
     """
 
     out: Tensor
     lse: Tensor
+    heads: list[int] | None = None
 
 
 def blocks_of(queries: int, recent: int) -> tuple[int, int]:
@@ -186,9 +189,12 @@ def _finish(
     begin, stop = max(start, early), min(start + result.shape[1], queries)
     if begin < stop:
         late = slice(begin - start, stop - start)
-        result[:, late].addcmul_(
-            weight[:, late], far.out[:, begin - early : stop - early].to(result.dtype)
-        )
+        out = far.out[:, begin - early : stop - early].to(result.dtype)
+        if far.heads is None:
+            result[:, late].addcmul_(weight[:, late], out)
+        else:
+            share = out * weight[:, late, far.heads]
+            result[:, late].index_add_(2, torch.tensor(far.heads), share)
     return result
 
 

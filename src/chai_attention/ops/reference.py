@@ -86,6 +86,7 @@ def recent_attention(
     h uses its own scores for them. For all other keys it uses those of its representative r, plus
     ``offsets[h, r]``. Of the near ones with log-sum-exp n and output a, and the others with
     log-sum-exp f (offset included) and output b, it returns ``(e^n a + e^f b) / (e^n + e^f)``.
+    A streaming head sees near keys only: it returns a (its f is minus infinity).
 
     Args:
         query: ``[B, H, Q, D]`` of the last Q tokens.
@@ -114,6 +115,8 @@ def recent_attention(
         each = torch.arange(heads, device=device)
         offset = torch.where(rep == each, 0.0, offsets[each, rep])  # [B, H]
         shared = shared + offset[:, :, None, None]
+    if membership.streaming:
+        shared = shared.masked_fill(membership.streams[:, None, None], -torch.inf)
 
     real = torch.ones(batch, size, dtype=torch.bool, device=device) if valid is None else valid
     position = torch.arange(size - queries, size, device=device)[:, None]

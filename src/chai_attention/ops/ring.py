@@ -1,8 +1,9 @@
-"""Decode with an exact recent window over fixed memory: a ring of K of the removed heads.
+"""Decode with an exact recent window over fixed memory: rings of K, and V, of the removed heads.
 
 Heads whose K the cache does not hold need it for the last *w* keys and the first real ones, the
-sinks. Both stand in memories of fixed size, so that a decode step changes no shape and can be
-captured in a CUDA graph. What is computed is `reference.recent_attention`.
+sinks, and so do streaming heads their V. Both stand in memories of fixed size, so that a decode
+step changes no shape and can be captured in a CUDA graph. What is computed is
+`reference.recent_attention`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from chai_attention.membership import Membership
 
 @dataclass(frozen=True, eq=False)
 class NearRing:
-    """K of removed K/V heads, near the end and at the start of every sequence.
+    """K and V that no cache holds, near the end and at the start of every sequence.
 
     Attributes:
         ring: ``[B, G - kept, R, D]`` in the order of ``membership.removed_key_heads``; position p
@@ -27,6 +28,9 @@ class NearRing:
             has fewer.
         recent: w.
         begin: a position whose K stands first in the ring.
+        value_ring: ``[B, G - kept_values, R, Dv]``, V in the order of
+            ``membership.removed_value_heads``, as ``ring``; None if no V head streams.
+        value_sinks: ``[B, G - kept_values, s, Dv]``, as ``sinks``.
     """
 
     ring: Tensor
@@ -34,6 +38,8 @@ class NearRing:
     sink_positions: Tensor
     recent: int
     begin: int = 0
+    value_ring: Tensor | None = None
+    value_sinks: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -48,8 +54,17 @@ class NearRing:
     def select(self, rows: Tensor) -> NearRing:
         """Return the sequences ``rows``."""
         return NearRing(
-            self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent, self.begin
-        )
+            self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent, self.begin,
+            None if self.value_ring is None else self.value_ring[rows],
+            None if self.value_sinks is None else self.value_sinks[rows],
+        )  # fmt: skip
+
+    @property
+    def memories(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Ring and sinks of K, and of V where V heads stream."""
+        if self.value_ring is None or self.value_sinks is None:
+            return ((self.ring, self.sinks),)
+        return (self.ring, self.sinks), (self.value_ring, self.value_sinks)
 
 
 def decode_recent(
@@ -70,9 +85,9 @@ def decode_recent(
     Args:
         query: ``[B, H, 1, D]``, all heads in their natural order.
         key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
-        value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
+        value: ``[B, kept_values, S, Dv]``, in the order of ``membership.value_heads``.
         membership: tables of B rows, or of one for all.
-        near: K of the other heads; holds the new token's already.
+        near: K and V of the other heads; holds the new token's already.
         lengths: ``[B]`` int32, keys of each sequence, the new one included; None for S.
         scale: factor on the scores.
         offset: ``[B, H]`` float32, added to the log-sum-exp of each head's far keys
@@ -120,20 +135,23 @@ def reference_decode_recent(
     real = position < last
     if valid is not None:
         real = real & valid[:, :size]
-    # K of removed heads at every position; what no memory holds is far, and nobody asks for it
+    # K and V of removed heads at every position; what no memory holds is far: nobody asks for it
     oldest = (last - 1 - (last - 1 - position) % near.size).clamp_min(0)
-    held = torch.where(position == oldest, (position + near.shift) % near.size, 0)
-    removed = near.ring.gather(
-        2, held[:, None, :, None].expand(-1, near.ring.shape[1], -1, dim)
-    )  # [B, G - kept, S, D]
+    held = torch.where(position == oldest, (position + near.shift) % near.size, 0)  # [B, S]
     is_sink = torch.zeros_like(real)
-    for column in range(near.sinks.shape[2]):
-        at = near.sink_positions[:, column].long()
-        here = (position == at[:, None]) & real
-        is_sink |= here
-        # inside the window the ring holds the same
-        removed = torch.where(here[:, None, :, None], near.sinks[:, :, column, None], removed)
-    every = torch.cat([key, removed], 1)  # [B, G, S, D]
+    caches, memories = [key, value], near.memories
+    for index, (ring, sinks) in enumerate(memories):
+        removed = ring.gather(
+            2, held[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
+        )  # [B, removed heads, S, D]
+        for column in range(sinks.shape[2]):
+            at = near.sink_positions[:, column].long()
+            here = (position == at[:, None]) & real
+            is_sink |= here
+            # inside the window the ring holds the same
+            removed = torch.where(here[:, None, :, None], sinks[:, :, column, None], removed)
+        caches[index] = torch.cat([caches[index], removed], 1)
+    every, values = caches  # [B, G, S, D], [B, G, S, Dv]
     every = every.gather(1, membership.key_place[:, :, None, None].expand(-1, -1, size, dim))
 
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -145,10 +163,12 @@ def reference_decode_recent(
     shared = own.gather(1, rep[:, :, None, None].expand_as(own))
     if offset is not None:
         shared = shared + offset[:, :, None, None]
+    if membership.streaming:
+        shared = shared.masked_fill(membership.streams[:, None, None], -torch.inf)
     is_near = (position >= last - near.recent) | is_sink
     scores = torch.where(is_near[:, None, None], own, shared)
     scores = scores.masked_fill(~real[:, None, None], -torch.inf)
     probs = torch.softmax(scores, -1).nan_to_num(0.0)
     slot = membership.value_slot[:, :, None, None].expand(-1, -1, size, value.shape[3])
-    values = value.gather(1, slot).to(work).masked_fill(~real[:, None, :, None], 0.0)
+    values = values.gather(1, slot).to(work).masked_fill(~real[:, None, :, None], 0.0)
     return (probs @ values).transpose(1, 2).to(value.dtype)

@@ -1,14 +1,15 @@
 """Clustered attention with an exact recent window: near keys by own scores, far ones shared.
 
 Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other
-keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset. The
-paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
+keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset, or
+not at all by a streaming head. The paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -133,20 +134,20 @@ def attention(
     Args:
         query: ``[B, H, Q, D]``, all heads in their natural order.
         key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
-        value: ``[B, G, S, Dv]``, in the order of ``membership.value_heads``.
+        value: ``[B, kept_values, S, Dv]``, in the order of ``membership.value_heads``.
         membership: tables of B rows.
         near: K and V of the near keys, of all K/V heads.
         tables: of these S tokens and Q queries.
         scale: factor on the scores.
         offset: ``[B, H]`` float32 added to the log-sum-exp of the far keys (`head_offsets`); None
-            for zeros.
+            for zeros, which is for memberships without streaming heads.
         softcap: as in `ops.reference.attention`.
 
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of ``value``.
     """
     out = lse = None
-    if tables.far is not None:
+    if tables.far is not None and membership.far is not None:
         # Without its last w keys, the causal rule of clustered attention hides just what is near.
         # Queries before the last ones as many as keys would see none.
         keys, values = key[:, :, tables.far], value[:, :, tables.far]
@@ -156,7 +157,7 @@ def attention(
             late.gather(1, heads),
             keys,
             values,
-            membership,
+            membership.far,
             scale=scale,
             valid=tables.far_valid,
             softcap=softcap,
@@ -171,11 +172,15 @@ def attention(
     far = None
     if out is not None and lse is not None:
         lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
-        far = Far(out, lse if offset is None else lse + offset[:, :, None])
+        seers = list(membership.far_heads) if membership.streaming else None
+        far = Far(out, lse if offset is None else lse + offset[:, :, None], seers)
+    seen = tables.seen
+    if far is None and seen is not None and tables.far is not None:
+        seen = seen[..., :-1]  # all heads stream: nobody looks at the far keys' column
     return near_part.attention(
         query,
         near,
-        tables.seen,
+        seen,
         far,
         recent=tables.recent,
         sinks=tables.sinks,
@@ -185,11 +190,32 @@ def attention(
     )
 
 
-def head_offsets(offsets: Tensor, membership: Membership) -> Tensor:
-    """Each head's entry of ``offsets [H, H]`` (head, representative): ``[B, H]``.
+@overload
+def head_offsets(offsets: Tensor, membership: Membership) -> Tensor: ...
 
-    A representative needs none: its far scores are its own.
+
+@overload
+def head_offsets(offsets: Tensor | None, membership: Membership) -> Tensor | None: ...
+
+
+def head_offsets(offsets: Tensor | None, membership: Membership) -> Tensor | None:
+    """What is added to the log-sum-exp of each head's far keys: ``[B, H]`` float32.
+
+    A representative needs nothing: its far scores are its own. To a streaming head far keys weigh
+    nothing: minus infinity.
+
+    Args:
+        offsets: ``[H, H]`` (head, representative); None for zeros.
+        membership: of B rows.
+
+    Returns:
+        None where all would be zeros.
     """
     rep = membership.representatives
-    heads = torch.arange(membership.heads, device=rep.device)
-    return torch.where(rep == heads, 0.0, offsets[heads, rep])
+    if offsets is None and not membership.streaming:
+        return None
+    offset = torch.zeros(rep.shape, device=rep.device)
+    if offsets is not None:
+        heads = torch.arange(membership.heads, device=rep.device)
+        offset = torch.where(rep == heads, offset, offsets[heads, rep])
+    return offset.masked_fill(membership.streams, -torch.inf) if membership.streaming else offset
