@@ -56,12 +56,14 @@ def write_one(key, value, keys, values, membership, start, near=None, *, ordered
     values[row, :, at] = value[:, :, 0] if ordered else pick(value, membership.value_heads)
     if near is None:
         return
-    removed = pick(key, membership.removed_key_heads)
-    near.ring[row, :, at % near.ring.shape[2]] = removed
-    for column in range(near.sinks.shape[2]):
-        here = near.sink_positions[:, column] == start
-        old = near.sinks[:, :, column]
-        near.sinks[:, :, column] = torch.where(here[:, None, None], removed, old)
+    heads_of = (key, membership.removed_key_heads), (value, membership.removed_value_heads)
+    for (states, heads), (ring, sinks) in zip(heads_of, near.memories, strict=False):
+        removed = pick(states, heads)
+        ring[row, :, at % ring.shape[2]] = removed
+        for column in range(sinks.shape[2]):
+            here = near.sink_positions[:, column].long() == at
+            old = sinks[:, :, column]
+            sinks[:, :, column] = torch.where(here[:, None, None], removed, old)
 
 
 def attend(query, key, value, membership, *, lengths, **options):

@@ -6,6 +6,7 @@ import os
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,7 +101,27 @@ def test_resolve_takes_a_path_and_names_what_it_knows(tmp_path):
         ("\udcff", "is not JSON"),
         ("[]", "JSON object"),
         ("{}", "needs 'clusters'"),
-        ({"schema_version": 2, "clusters": [1]}, "schema version 2 is unknown"),
+        ({"schema_version": 3, "clusters": [1]}, "schema version 3 is unknown"),
+        ({"schema_version": 1, "clusters": [1], "streaming": [[0]]}, "needs schema version 2"),
+        ({"clusters": [0], "streaming": [[0]]}, "need a recent window"),
+        ({"clusters": [1], "streaming": [[1, 0]], "recent": 4}, "once each, ascending"),
+        ({"clusters": [1], "streaming": [[-1]], "recent": 4}, "once each, ascending"),
+        ({"clusters": [1], "streaming": [[True]], "recent": 4}, "must hold one list of numbers"),
+        ({"clusters": [1], "streaming": [[0], [1]], "recent": 4}, "'streaming' has 2 layers"),
+        (
+            {
+                "clusters": [1], "membership": "static", "representatives": [[0, 0]],
+                "streaming": [[0]], "recent": 4,
+            },
+            "a streaming head represents itself alone",
+        ),
+        (
+            {
+                "clusters": [2], "membership": "static", "representatives": [[0, 1]],
+                "streaming": [[0]], "recent": 4,
+            },
+            "1 representatives, 2 clusters",
+        ),
         ({"schema_version": "1", "clusters": [1]}, "schema version '1' is unknown"),
         ({"clusters": [1], "windw": 3, "extra": 1}, "unknown keys extra, windw"),
         ({"clusters": []}, "at least 1"),
@@ -367,3 +388,47 @@ def test_a_folder_in_place_of_the_file(tmp_path):
     with pytest.raises(ProfileError, match="cannot write"):
         FULL.save(tmp_path / "p.json")
     assert os.listdir(tmp_path) == ["p.json"]
+
+
+def test_a_profile_with_streaming_heads_is_of_schema_2_and_comes_back(tmp_path):
+    profile = ClusterProfile(
+        (1, 0), "static", representatives=((0, 0, 2), (0, 1, 2)), streaming=((2,), (0, 1, 2)),
+        recent=8, sinks=2,
+    )  # fmt: skip
+    profile.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["schema_version"] == 2
+    assert ClusterProfile.load(tmp_path / "p.json") == profile
+    plain = ClusterProfile((1, 2))
+    assert json.loads(plain.to_json())["schema_version"] == 1
+
+
+def test_streaming_heads_save_k_and_v():
+    shape = SimpleNamespace(layers=2, heads=6, kv_heads=3, head_dim=4)
+    profile = ClusterProfile(
+        (2, 4), "static", representatives=((0, 1, 0, 1, 4, 5), (0, 1, 2, 3, 4, 5)),
+        streaming=((4, 5), (4, 5)), recent=8, sinks=2,
+    )  # fmt: skip
+    # K of 1 and V of 2 K/V heads, then 2 and 2, of 3
+    assert [profile.kept_keys(layer, shape) for layer in range(2)] == [1, 2]
+    assert [profile.kept_values(layer, shape) for layer in range(2)] == [2, 2]
+    assert profile.bytes_per_token(shape, 2) == (2 * 2 * 3 * 4 * 2, (3 + 4) * 4 * 2)
+    assert profile.window_bytes(shape, 2) == (12 - 7) * 10 * 4 * 2
+    assert profile.saved(shape, 100) == pytest.approx(1 - (7 * 100 + 5 * 10) / (12 * 100))
+
+
+@pytest.mark.parametrize(
+    ("clusters", "streaming", "message"),
+    [
+        ((6,), ((6,),), "a streaming head is not one of 6"),
+        ((5,), ((4, 5),), "5 clusters but 4 heads that do not stream"),
+        ((0,), ((4, 5),), "no head is left whose far scores others can use"),
+        ((2,), ((4,),), "all 2 query heads of a K/V head stream, or none"),
+    ],
+)
+def test_streaming_heads_that_a_model_cannot_have(clusters, streaming, message):
+    shape = SimpleNamespace(
+        architecture="x", layers=1, heads=6, kv_heads=3, head_dim=4, clusterable=(True,),
+        hidden_size=None,
+    )  # fmt: skip
+    with pytest.raises(ProfileError, match=message):
+        ClusterProfile(clusters, recent=4, streaming=streaming).check(shape)

@@ -60,16 +60,18 @@ def by_definition(
     recent: int = 0,
     sinks: int = 0,
     offsets: Sequence[Tensor] | None = None,
+    streaming: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Run ``model`` with clustered attention straight from the definition, in float64.
 
     ``representatives(layer, query, key, value, valid, scale)`` gives, for every query position,
     the head each head uses: ``[B, Q, H]``. With ``recent``, keys at most so far away and the first
     ``sinks`` real ones are seen with each head's own scores, and ``offsets[layer][h, r]`` is
-    added to all others. Only whole sequences, without a cache.
+    added to all others, which those heads do not see that ``streaming(layer, valid)``,
+    ``[B, Q, H]`` bool, says. Only whole sequences, without a cache.
     """
 
-    def shared(scores, rep, valid, offset):
+    def shared(scores, rep, valid, offset, forgets):
         """Replace each head's scores, ``[B, H, Q, S]``, by its representative's."""
         rep = rep.transpose(1, 2)  # [B, H, Q]
         taken = scores.gather(1, rep[..., None].expand_as(scores))
@@ -79,6 +81,8 @@ def by_definition(
         own = torch.arange(heads)[None, :, None]
         shift = torch.zeros(rep.shape) if offset is None else offset[own, rep]
         taken = taken + torch.where(rep == own, 0.0, shift)[..., None]
+        if forgets is not None:
+            taken = taken.masked_fill(forgets.transpose(1, 2)[..., None], -torch.inf)
         distance = torch.arange(size)[:, None] - torch.arange(size)
         first = valid & (valid.cumsum(1) <= sinks)
         return torch.where((distance < recent) | first[:, None, None], scores, taken)
@@ -96,7 +100,9 @@ def by_definition(
         if not sliding:
             layer = module.layer_idx
             rep = representatives(layer, query, key, value, valid, scale)
-            scores = shared(scores, rep, valid, None if offsets is None else offsets[layer])
+            offset = None if offsets is None else offsets[layer]
+            forgets = None if streaming is None else streaming(layer, valid)
+            scores = shared(scores, rep, valid, offset, forgets)
         probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1).nan_to_num(0)
         return (probs @ v).transpose(1, 2).to(query.dtype).contiguous(), None
 

@@ -182,6 +182,11 @@ class Membership:
         """Number of V heads a cache holds for all tokens; G if no K/V head streams whole."""
         return len(self.far_kv_heads)
 
+    @property
+    def reorders_values(self) -> bool:
+        """Whether `value_heads` is something else than all V heads in their natural order."""
+        return self.group_size == 1 or self.kept_values < self.kv_heads
+
     @cached_property
     def far(self) -> Membership | None:
         """The membership of `far_heads`, numbered anew from 0; None if all heads stream.

@@ -19,12 +19,12 @@ from chai_attention.whole_files import write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: without streaming heads, and written where there are none
 ONLINE, STATIC, BLEND = "online", "static", "blend"
 MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
 EXPORTED = "chai_profile.json"  # in the folder of an exported model
-_TABLES = ("representatives", "error", "similarity", "costs", "offsets")
+_TABLES = ("representatives", "streaming", "error", "similarity", "costs", "offsets")
 
 # layers x clusters, as published for CHAI (ICML 2024)
 PUBLISHED: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
@@ -60,7 +60,8 @@ class ClusterProfile:
     """How many clusters of heads each layer of a model needs.
 
     Attributes:
-        clusters: k per layer, the number of representatives.
+        clusters: k per layer, the number of representatives. Streaming heads are none; a layer
+            whose heads all stream has 0.
         membership: "online" clusters the heads of every request on its first tokens (CHAI, 3.3);
             "static" uses ``representatives`` for all requests; "blend" adds ``blend`` times the
             static ``costs`` to what the first tokens say.
@@ -78,6 +79,9 @@ class ClusterProfile:
             heads per layer. "k-bytes" chooses the K/V heads that keep their K; all their query
             heads represent themselves, so that k is a multiple of H / G.
         representatives: per layer, the head whose scores each head uses; static profiles only.
+            A streaming head's entry is itself.
+        streaming: per layer, the heads that see near keys only: the exact recent window and the
+            sinks (schema 2). None if all see far keys.
         recent: w, the last keys that every head attends to with its own scores; 0 for none.
         sinks: s, the first keys that it does; only with a recent window.
         offsets: per layer, ``H x H``: added to the log-sum-exp of head r's scores of all other
@@ -100,6 +104,7 @@ class ClusterProfile:
     window: int = DEFAULT_WINDOW
     target: str = "scores"
     representatives: tuple[tuple[int, ...], ...] | None = None
+    streaming: tuple[tuple[int, ...], ...] | None = None
     probe_start: int = 0
     features: str = "scores"
     blend: float = 0.0
@@ -189,10 +194,12 @@ class ClusterProfile:
             raise ProfileError("a profile is a JSON object with at least a list 'clusters'")
         data = dict(data)
         version = data.pop("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise ProfileError(
-                f"schema version {version!r} is unknown; this release reads {SCHEMA_VERSION}"
+                f"schema version {version!r} is unknown; this release reads 1 to {SCHEMA_VERSION}"
             )
+        if version == 1 and "streaming" in data:
+            raise ProfileError("'streaming' needs schema version 2")
         known = {item.name for item in dataclass_fields(cls)} - {"corrections"}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -203,7 +210,7 @@ class ClusterProfile:
 
     def to_json(self) -> str:
         """Return the profile as JSON, one line per layer and key; defaults are left out."""
-        lines = [f'"schema_version": {SCHEMA_VERSION}']
+        lines = [f'"schema_version": {1 if self.streaming is None else SCHEMA_VERSION}']
         for item in dataclass_fields(self):
             value = getattr(self, item.name)
             if value is None or item.name == "corrections":
@@ -267,14 +274,29 @@ class ClusterProfile:
         if self.target == "k-bytes" and shape.kv_heads == 1:
             problems.append("target k-bytes needs several K/V heads, the model has one")
         for layer, (k, free) in enumerate(zip(self.clusters, shape.clusterable, strict=True)):
-            if k > shape.heads:
-                problems.append(f"layer {layer} has {k} clusters but {shape.heads} heads")
+            streaming = self.streaming_heads(layer)
+            if streaming and streaming[-1] >= shape.heads:
+                problems.append(f"layer {layer}: a streaming head is not one of {shape.heads}")
+            elif k > shape.heads - len(streaming):
+                others = f" that do not stream, of {shape.heads}" if streaming else ""
+                left = shape.heads - len(streaming)
+                problems.append(f"layer {layer} has {k} clusters but {left} heads{others}")
+            elif k == 0 and len(streaming) < shape.heads:
+                problems.append(f"layer {layer}: no head is left whose far scores others can use")
             elif k < shape.heads and not free:
                 problems.append(
                     f"layer {layer} is a sliding-window layer and must keep all {shape.heads} heads"
                 )
             elif self.target == "k-bytes" and k % group:
                 problems.append(f"layer {layer}: {k} clusters is not a multiple of {group}")
+            elif self.membership != STATIC and any(
+                len([h for h in streaming if h // group == g]) not in (0, group)
+                for g in range(shape.kv_heads)
+            ):
+                problems.append(
+                    f"layer {layer}: in an {self.membership} profile all {group} query heads of a "
+                    "K/V head stream, or none"
+                )
         for name in ("costs", "offsets"):
             for layer, table in enumerate(getattr(self, name) or ()):
                 if len(table) != shape.heads:
@@ -282,14 +304,23 @@ class ClusterProfile:
         for layer, rep in enumerate(self.representatives or ()):
             if len(rep) != shape.heads:
                 problems.append(f"layer {layer} lists {len(rep)} representatives")
-            elif self.target == "k-bytes" and len({r // group for r in rep}) * group != len(
-                set(rep)
-            ):
+            elif self.target == "k-bytes" and len({r // group for r in self._far(layer)}) * (
+                group
+            ) != len(self._far(layer)):
                 problems.append(
                     f"layer {layer}: the representatives of target k-bytes must be all query heads "
                     "of the K/V heads that keep their K"
                 )
         return problems
+
+    def streaming_heads(self, layer: int) -> tuple[int, ...]:
+        """Heads of a layer that see near keys only."""
+        return () if self.streaming is None else self.streaming[layer]
+
+    def _far(self, layer: int) -> set[int]:
+        """Representatives of a layer with a static membership."""
+        assert self.representatives is not None
+        return set(self.representatives[layer]) - set(self.streaming_heads(layer))
 
     def kept_keys(self, layer: int, shape: Shape) -> int:
         """K heads that layer keeps; for online "scores" with grouped queries, the most it can."""
@@ -297,8 +328,14 @@ class ClusterProfile:
         if self.target == "k-bytes":
             return k // group
         if self.representatives is not None:
-            return len({head // group for head in self.representatives[layer]})
-        return min(k, shape.kv_heads)
+            return len({head // group for head in self._far(layer)})
+        return min(k, self.kept_values(layer, shape))
+
+    def kept_values(self, layer: int, shape: Shape) -> int:
+        """V heads that layer keeps for all tokens: those that some far-seeing head reads."""
+        group = shape.heads // shape.kv_heads
+        sees = set(range(shape.heads)) - set(self.streaming_heads(layer))
+        return len({head // group for head in sees})
 
     def error_of(self, layer: int) -> float | None:
         """Relative clustering error of a layer at its number of clusters; None if unknown."""
@@ -314,13 +351,17 @@ class ClusterProfile:
         """
         head = shape.head_dim * element_size
         full = 2 * shape.layers * shape.kv_heads * head
-        kept = sum(self.kept_keys(layer, shape) for layer in range(shape.layers))
-        return full, (kept + shape.layers * shape.kv_heads) * head
+        kept = sum(
+            self.kept_keys(layer, shape) + self.kept_values(layer, shape)
+            for layer in range(shape.layers)
+        )
+        return full, kept * head
 
     def window_bytes(self, shape: Shape, element_size: int) -> int:
-        """Bytes per sequence of the recent and first keys of heads whose K is dropped."""
+        """Bytes per sequence of the near keys of heads whose K, or V, is dropped."""
         dropped = sum(
-            shape.kv_heads - self.kept_keys(layer, shape) for layer in range(shape.layers)
+            2 * shape.kv_heads - self.kept_keys(layer, shape) - self.kept_values(layer, shape)
+            for layer in range(shape.layers)
         )
         return dropped * (self.recent + self.sinks) * shape.head_dim * element_size
 

@@ -29,17 +29,21 @@ _MODEL = {
     "head_dim": MOST_HEAD_DIM,
 }
 # tables with one entry per layer, and how deep their lists are
-_DEPTHS = {"representatives": 2, "error": 2, "similarity": 3, "costs": 3, "offsets": 3}
+_DEPTHS = {
+    "representatives": 2, "streaming": 2, "error": 2, "similarity": 3, "costs": 3, "offsets": 3,
+}  # fmt: skip
 
 
 def problems_of(profile: ClusterProfile) -> list[str]:
     """Everything that is wrong with a profile by itself."""
     problems = []
     clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
-    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count, clusters)):
+    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count_or_zero, clusters)):
         return ["'clusters' must list a whole number of at least 1 for every layer"]
     if len(clusters) > MOST_LAYERS or max(clusters) > MOST_HEADS:
         return [f"'clusters' is at most {MOST_LAYERS} layers of at most {MOST_HEADS} heads"]
+    if 0 in clusters and profile.streaming is None:
+        return ["'clusters' must be at least 1 in every layer whose heads do not all stream"]
     if profile.membership not in ("online", "static", "blend"):
         problems.append(f"membership {profile.membership!r} is none of online, static, blend")
     if not _is_tokens(profile.window, least=1):
@@ -66,7 +70,7 @@ def problems_of(profile: ClusterProfile) -> list[str]:
             problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
     return (
         problems
-        or _membership(profile) + _recent(profile) + _notes(profile)
+        or _membership(profile) + _recent(profile) + _notes(profile) + _streaming(profile)
         or _representatives(profile) + _curves(profile) + _squares(profile)
     )
 
@@ -125,6 +129,17 @@ def _recent(profile: ClusterProfile) -> list[str]:
     if not profile.recent and (profile.sinks or profile.offsets is not None):
         return ["'sinks' and 'offsets' need a recent window of at least 1 token"]
     return []
+
+
+def _streaming(profile: ClusterProfile) -> list[str]:
+    """What is wrong with the lists of streaming heads."""
+    problems = []
+    for layer, heads in enumerate(profile.streaming or ()):
+        if not all(map(_is_count_or_zero, heads)) or list(heads) != sorted(set(heads)):
+            problems.append(f"layer {layer}: 'streaming' must list heads once each, ascending")
+    if any(profile.streaming or ()) and profile.recent == 0:
+        problems.append("streaming heads need a recent window of at least 1 token")
+    return problems
 
 
 def _notes(profile: ClusterProfile) -> list[str]:
@@ -189,13 +204,16 @@ def _representatives(profile: ClusterProfile) -> list[str]:
     """Layers whose static membership is inconsistent."""
     problems = []
     for layer, rep in enumerate(profile.representatives or ()):
-        heads = len(rep)
+        heads, streaming = len(rep), set(profile.streaming_heads(layer))
+        far = set(rep) - streaming
         if not all(_is_count(r + 1) and r < heads for r in rep):
             problems.append(f"layer {layer}: a representative is not a head")
         elif any(rep[r] != r for r in rep):
             problems.append(f"layer {layer}: a representative must represent itself")
-        elif len(set(rep)) != (k := profile.clusters[layer]):
-            problems.append(f"layer {layer}: {len(set(rep))} representatives, {k} clusters")
+        elif any(r != h for h, r in enumerate(rep) if h in streaming or r in streaming):
+            problems.append(f"layer {layer}: a streaming head represents itself alone")
+        elif len(far) != (k := profile.clusters[layer]):
+            problems.append(f"layer {layer}: {len(far)} representatives, {k} clusters")
     return problems
 
 

@@ -10,7 +10,7 @@ from chai_attention.integrations.transformers import ClusteredCache, enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.profile import ClusterProfile
-from helpers import random_representatives
+from helpers import random_membership
 from tiny_models import CONFIGS, by_definition, tiny_model
 
 WINDOW = 6
@@ -24,6 +24,8 @@ SETTINGS = {
     "k-bytes-recent": {"membership": "blend", "blend": 2.0, "probe_start": 1, "target": "k-bytes"},
 }
 SETTINGS["k-bytes-recent"].update(RECENT)
+SETTINGS["static-streaming"] = {"membership": "static", "streaming": 2, **RECENT}
+SETTINGS["online-streaming"] = {"membership": "online", "streaming": 1, "probe_start": 3, **RECENT}
 CASES = [
     (family, setting)
     for family, config in sorted(CONFIGS.items())
@@ -32,16 +34,31 @@ CASES = [
 ]
 
 
-def profile_for(model, membership="online", target="scores", **settings):
-    """Clusters of different number per layer; layers that cannot be clustered keep all heads."""
+def profile_for(model, membership="online", target="scores", streaming=0, **settings):
+    """Clusters of different number per layer; layers that cannot be clustered keep all heads.
+
+    ``streaming`` heads stream in every layer but one, where all do (static), or as many K/V heads.
+    """
     shape = describe(model)
     heads, layers = shape.heads, shape.layers
     wanted = [3, 2, 4] if target == "scores" else [3, 6, 3]
+    if streaming:
+        wanted = [3, 1, 0] if membership == "static" else [2, 1, 3]
     clusters = [k if free else heads for k, free in zip(wanted, shape.clusterable, strict=True)]
+    members = [None] * layers
     if membership == "static":
-        settings["representatives"] = tuple(
-            tuple(random_representatives(heads, k)[0].tolist()) for k in clusters
-        )
+        count = [0 if k == heads else heads if k == 0 else streaming for k in clusters]
+        members = [
+            random_membership(heads, k, 1, shape.kv_heads, n)
+            for k, n in zip(clusters, count, strict=True)
+        ]
+        settings["representatives"] = [m.representatives[0].tolist() for m in members]
+        settings["streaming"] = [list(m.streaming) for m in members] if streaming else None
+    elif streaming:
+        group = heads // shape.kv_heads
+        settings["streaming"] = [
+            [] if k == heads else list(range(group, group * (1 + streaming))) for k in clusters
+        ]
     if membership == "blend":
         settings["costs"] = torch.rand(layers, heads, heads).tolist()
     if settings.get("recent"):
@@ -74,6 +91,7 @@ def representatives_of(model, profile):
         batch, heads, size, _ = query.shape
         own = torch.arange(heads).expand(batch, size, heads)
         clusters = profile.clusters[layer]
+        far = torch.tensor([h for h in range(heads) if h not in profile.streaming_heads(layer)])
         if clusters == heads:
             return own
         if profile.representatives is not None:
@@ -83,17 +101,36 @@ def representatives_of(model, profile):
         for b in range(batch):
             window = valid[b].nonzero()[profile.probe_start : end, 0]
             q, k, v = (x[b : b + 1, :, window] for x in (query, key, value))
+            kv = far[:: heads // shape.kv_heads] // (heads // shape.kv_heads)
+            q, k, v = q[:, far], k[:, kv], v[:, kv]
             if profile.membership == "blend":
                 cost = window_cost(profile, layer, q, k, v, **options)
                 rep = assign_by_cost(cost, clusters, shape.kv_heads, profile.target)
             else:
                 gram = window_gram(q, k, **options)
-                rep = assign(gram, clusters, shape.kv_heads, profile.target)
+                rep = assign(gram, clusters, len(kv), profile.target)
+            every = torch.arange(heads)
+            every[far] = far[rep[0]]
             behind = (valid[b].cumsum(0) > end)[:, None]
-            rows.append(torch.where(behind, rep, own[b]))
+            rows.append(torch.where(behind, every, own[b]))
         return torch.stack(rows)
 
     return rule
+
+
+def forgetting(model, profile):
+    """Which heads stream at which token: online, behind the probe window only."""
+    heads = describe(model).heads
+    end = profile.probe_start + WINDOW if profile.membership != "static" else 0
+
+    def rule(layer, valid):
+        flags = torch.zeros(heads, dtype=torch.bool)
+        flags[list(profile.streaming_heads(layer))] = True
+        probes = profile.clusters[layer] + flags.sum() < heads
+        behind = valid.cumsum(1) > (end if probes else 0)
+        return behind[..., None] & flags
+
+    return rule if profile.streaming is not None else None
 
 
 def check(family, setting, length, bounds):
@@ -119,7 +156,8 @@ def check(family, setting, length, bounds):
     rule = representatives_of(model, profile)
     with torch.no_grad():
         plain = run(slice(0, length))
-        with by_definition(model, rule, profile.recent, profile.sinks, offsets):
+        forgets = forgetting(model, profile)
+        with by_definition(model, rule, profile.recent, profile.sinks, offsets, forgets):
             want = run(slice(0, length))
         with enabled(model, profile):
             whole = run(slice(0, length))

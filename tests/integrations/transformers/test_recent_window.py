@@ -1,6 +1,7 @@
 """The cache with an exact recent window: what it holds, and that nothing changes a result."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,24 @@ BLEND = ClusterProfile(
     costs=torch.rand(3, 6, 6, generator=GENERATOR).tolist(),
     **WINDOW,
 )
-PROFILES = {"online": ONLINE, "static": STATIC, "blend": BLEND}
+STREAMING = ClusterProfile(
+    clusters=(2, 6, 0),
+    membership="static",
+    representatives=((0, 1, 4, 0, 4, 5), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)),
+    streaming=((1, 5), (), (0, 1, 2, 3, 4, 5)),
+    **WINDOW,
+)
+ONLINE_STREAMING = ClusterProfile(
+    clusters=(2, 3, 6), window=6, probe_start=2, streaming=((1, 5), (0, 2, 3), ()), **WINDOW
+)
+PROFILES = {
+    "online": ONLINE,
+    "static": STATIC,
+    "blend": BLEND,
+    "streaming": STREAMING,
+    "online-streaming": ONLINE_STREAMING,
+    "blend-streaming": replace(BLEND, clusters=(2, 6, 2), streaming=((1,), (), (0, 2, 5))),
+}
 GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
 
 
@@ -72,16 +90,22 @@ def test_removed_heads_keep_the_window_and_no_more(model, profile):
     cache = ClusteredCache(model, profile)
     model(prompt(100, batch=2), past_key_values=cache)
     for last in (RECENT, RECENT, RECENT):
-        for layer, clusters in zip(cache.layers, profile.clusters, strict=True):
-            held = layer.tensors()
+        removed = 0
+        for index, clusters in enumerate(profile.clusters):
+            held, streaming = cache.layers[index].tensors(), len(profile.streaming_heads(index))
             if clusters == 6:
                 assert held.keys() == {"key", "value"}
                 continue
             assert held["key"].shape[1] == clusters
+            assert held["value"].shape[2] == 6 - streaming
             assert held["recent"].shape == (2, 6 - clusters, last, 8)
             assert held["sink"].shape == (2, 6 - clusters, SINKS, 8)
+            if streaming:
+                assert held["recent value"].shape == (2, streaming, last, 8)
+                assert held["sink value"].shape == (2, streaming, SINKS, 8)
+            removed += 6 - clusters + streaming
         memory = cache.memory()
-        assert memory.recent_bytes == 2 * (4 + 3) * (last + SINKS) * 8 * 4
+        assert memory.recent_bytes == 2 * removed * (last + SINKS) * 8 * 4
         held = [t for layer in cache.layers for t in layer.tensors().values()]
         assert memory.total_bytes == sum(t.untyped_storage().nbytes() for t in held)
         model(prompt(1, batch=2), past_key_values=cache)

@@ -15,6 +15,7 @@ from chai_attention.integrations.transformers import (
     disable,
     enable,
 )
+from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
@@ -33,11 +34,27 @@ KINDS = {
     "blend": {"membership": "blend", "window": 8, "blend": 1.0, "costs": COSTS},
     "k-bytes": {"window": 6, "target": "k-bytes"},
 }
+STREAMING = {
+    "static-streaming": {
+        "membership": "static",
+        "clusters": (2, 0, 1),
+        "representatives": ((0, 0, 4, 4, 4, 5), (0, 1, 2, 3, 4, 5), (3, 1, 2, 3, 3, 5)),
+        "streaming": ((5,), (0, 1, 2, 3, 4, 5), (1, 2, 5)),
+    },
+    "online-streaming": {
+        "clusters": (2, 3, 1), "window": 6, "probe_start": 2,
+        "streaming": ((3, 4, 5), (0, 1, 2), (0, 1, 2)),
+    },
+}  # fmt: skip
+KINDS |= STREAMING
 CASES = [
     pytest.param(family, kind, window, id=f"{family}-{kind}{'-recent' if window else ''}")
-    for family, kinds in (("llama", ("static", "online", "blend")), ("llama-grouped", KINDS))
+    for family, kinds in (
+        ("llama", ("static", "online", "blend", *STREAMING)),
+        ("llama-grouped", KINDS),
+    )
     for kind in kinds
-    for window in ({}, WINDOW)
+    for window in (({}, WINDOW) if kind not in STREAMING else (WINDOW,))
 ]
 GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
 
@@ -45,7 +62,7 @@ GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
 def made(family, kind, window):
     model = tiny_model(family)
     clusters = (3, 6, 3) if kind == "k-bytes" else (2, 6, 3)
-    profile = ClusterProfile(clusters=clusters, **KINDS[kind], **window)
+    profile = ClusterProfile(**{"clusters": clusters, **KINDS[kind], **window})
     enable(model, profile)
     return model, profile
 
@@ -235,6 +252,34 @@ def test_bytes_are_those_of_the_formula(kind, window):
         cache.reset()
         model(prompt(50, batch=3), past_key_values=cache)
         model(prompt(1, batch=3), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama-grouped"])
+@pytest.mark.parametrize("kind", STREAMING)
+@pytest.mark.parametrize("kind_of_cache", [ClusteredCache, StaticClusteredCache])
+def test_streaming_heads_hold_their_near_tokens_and_no_more(family, kind, kind_of_cache):
+    model, profile = made(family, kind, WINDOW)
+    shape = describe(model)
+    room = () if kind_of_cache is ClusteredCache else (ROOM,)
+    cache = kind_of_cache(model, profile, *room)
+    model(prompt(ROOM - 1, batch=2), past_key_values=cache)
+    model(prompt(1, batch=2), past_key_values=cache)
+    held = [layer.tensors() for layer in cache.layers]
+    near = {"recent", "sink", "recent value", "sink value"}
+    rings = sum(x[name].untyped_storage().nbytes() for x in held for name in near & x.keys())
+    assert rings == 2 * profile.window_bytes(shape, 4)
+    memory = cache.memory()
+    assert memory.recent_bytes == rings
+    far = sum(
+        x[name].numel() // x[name].shape[-1] // x[name].shape[0] * 8 * 4
+        for x in held for name in ("key", "value")
+    )  # fmt: skip
+    full, kept = profile.bytes_per_token(shape, 4)
+    spare = max(x.shape[2] for x in (held[0]["key"],)) - ROOM  # of a cache that grows
+    assert far == kept * (ROOM + spare)
+    assert memory.full_bytes == pytest.approx(2 * full * ROOM, rel=0.3)
+    assert memory.key_bytes + memory.value_bytes == 2 * far
 
 
 @torch.no_grad()

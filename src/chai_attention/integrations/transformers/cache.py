@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
+from chai_attention.integrations.transformers.recent import NEAR
 from chai_attention.integrations.transformers.support import decoder_config, describe
 from chai_attention.profile import ClusterProfile
 
@@ -24,7 +25,7 @@ class CacheMemory:
         value_bytes: V tensors, spare room included.
         probe_bytes: queries remembered while a probe window fills up; of a static cache also K
             and V until then.
-        recent_bytes: K of removed heads, last and first tokens (the exact recent window).
+        recent_bytes: K and V of removed heads, last and first tokens (the exact recent window).
         full_key_bytes: what the K of all heads would take for the same room.
         full_value_bytes: what the V would take in a full cache, for the same room.
         tokens: tokens held per sequence, padding included.
@@ -60,7 +61,7 @@ class CacheMemory:
 
 
 class ClusteredCache(DynamicCache):
-    """K of representatives, V of all heads; used like transformers' `DynamicCache`.
+    """K of representatives, V of heads that see far keys; used like transformers' `DynamicCache`.
 
     ``generate()`` and ``model(...)`` make one by themselves while clustered heads are enabled;
     make one yourself to keep it over several calls (a continued chat)::
@@ -128,7 +129,7 @@ class ClusteredCache(DynamicCache):
 
 def memory_of(cache: Cache) -> CacheMemory:
     """Report what any cache holds; one without clusters is a full cache itself."""
-    key = value = probe = recent = full_key = sequences = 0
+    key = value = probe = recent = full_key = full_value = sequences = 0
     for layer in cache.layers:
         if isinstance(layer, ClusteredLayer):
             tensors = layer.tensors()
@@ -138,14 +139,13 @@ def memory_of(cache: Cache) -> CacheMemory:
         if not tensors:
             continue
         held = {name: tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
-        layer_key, full = held.pop("key", 0), 0
-        if "key" in tensors:
-            full, heads = layer_key, tensors["key"].shape[1]
-            if isinstance(layer, ClusteredLayer):
-                full = layer_key // heads * layer.plan.kv_heads if heads else 0
-        key, full_key = key + layer_key, full_key + full
-        value += held.pop("value", 0)
-        recent += held.pop("recent", 0) + held.pop("sink", 0)
+        layer_key, layer_value = held.pop("key", 0), held.pop("value", 0)
+        full = layer_key, layer_value
+        if isinstance(layer, ClusteredLayer):
+            full = layer.full_bytes()
+        key, full_key = key + layer_key, full_key + full[0]
+        value, full_value = value + layer_value, full_value + full[1]
+        recent += sum(held.pop(name, 0) for name in NEAR)
         probe += sum(held.values())
         sequences = max(sequences, *(tensor.shape[0] for tensor in tensors.values()))
     return CacheMemory(
@@ -154,7 +154,7 @@ def memory_of(cache: Cache) -> CacheMemory:
         probe_bytes=probe,
         recent_bytes=recent,
         full_key_bytes=full_key,
-        full_value_bytes=value,
+        full_value_bytes=full_value,
         tokens=cache.get_seq_length(),
         sequences=sequences,
     )

@@ -1,11 +1,11 @@
-"""One layer's cache: K of representatives, V of all heads, and the attention over them.
+"""One layer's cache: K of representatives, V of heads that see far keys, and attention over them.
 
 A layer with an online membership is *waiting* while some sequence has fewer real tokens than the
 probe window: K of all heads is kept, and the queries of the window are remembered. Every sequence
 uses full attention for the tokens up to its window's end and its own membership after that, so
 that a result never depends on the batch. With the forward that fills the last window the layer is
-*clustered*: the membership is fixed, and K of all other heads is freed, but for the last and the
-first tokens where the plan has an exact recent window.
+*clustered*: the membership is fixed, and K of all other heads, and V of streaming ones, is freed,
+but for the last and the first tokens where the plan has an exact recent window.
 
 Assisted decoding takes tokens back. transformers announces that (`activate_past_recording`), as
 sliding-window layers need to know, too: from then on a clustered layer keeps what leads back into
@@ -66,7 +66,7 @@ class ClusteredLayer(LayerMemory):
             self._probe = None
         if self._values.data is None:
             # V of clusters is read best token-major; torch's fused attention reads it head-major
-            by_head = self.plan.is_identity or fused.can_run(query, key, value, options["softcap"])
+            by_head = not self.plan.shares or fused.can_run(query, key, value, options["softcap"])
             self._values.transposed = by_head
         if self.membership is None and not self.plan.needs_probe:
             self._use(self.plan.fixed_membership(key.shape[0], key.device))
@@ -77,7 +77,7 @@ class ClusteredLayer(LayerMemory):
     def _attend_clustered(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
     ) -> Tensor:
-        """Append K of representatives and V of all heads; attend by clusters."""
+        """Append what the cache holds of K and V; attend by clusters."""
         assert self.membership is not None
         member = self.membership
         new_keys, new_values = stored_states(member, key, value)
@@ -85,7 +85,7 @@ class ClusteredLayer(LayerMemory):
         values = self._values.append(new_values.transpose(1, 2)).transpose(1, 2)
         queries = query.shape[2]
         if self.plan.has_recent_window and queries == 1 and query.is_cuda:
-            ring = self._recent.step(key, member, padding, self.record_past)
+            ring = self._recent.step(key, value, member, padding, self.record_past)
             return decode_recent(
                 query, keys, values, member, ring, offset=self._offset, valid=padding.valid,
                 **options,
@@ -117,7 +117,7 @@ class ClusteredLayer(LayerMemory):
             window = slice(plan.probe_start, end)
             window_query = q[:, :, window]
             self._cluster(window_query, k[:, :, window], v[:, :, window], padding, options)
-            self._remember_past(window_query, key)
+            self._remember_past(window_query, key, value)
             out = self._attend_clustered(query, key, value, padding, options)
             exact = self._full_attention(q, k, v, None, options)  # [B, E, H, Dv]
             if positions is None:
@@ -192,20 +192,22 @@ class ClusteredLayer(LayerMemory):
         positions = self._window_positions(padding)
         key, value = (pick_tokens(states, positions) for states in (keys, values))
         self._cluster(query, key, value, padding, options)
-        self._remember_past(query, keys)
+        self._remember_past(query, keys, values)
         assert self.membership is not None
         if self.plan.has_recent_window:
-            self._recent.cut(keys, self.membership, padding, self.record_past)
+            self._recent.cut(keys, values, self.membership, padding, self.record_past)
         self._keys.replace(pick_heads(keys, self.membership.key_heads))
-        if self.membership.group_size == 1:
+        if self.membership.reorders_values:
             order = self.membership.value_heads
             self._values.replace(pick_heads(values.transpose(1, 2), order, axis=2))
 
-    def _remember_past(self, window_query: Tensor, keys: Tensor) -> None:
+    def _remember_past(self, window_query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep what leads back into the window that has just been clustered, if it is wanted."""
-        if self.record_past:
+        if self.record_past and self.membership is not None:
             # copies, which do not hold the prompt's memory
-            self._probe = Probe(window_query.clone(), keys[:, :, : self._window_end].clone())
+            end, removed = self._window_end, self.membership.removed_value_heads
+            value = pick_heads(values[:, :, :end], removed)
+            self._probe = Probe(window_query.clone(), keys[:, :, :end].clone(), value)
 
     def _cluster(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]

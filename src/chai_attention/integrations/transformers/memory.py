@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import TokenBuffer
+from chai_attention.integrations.transformers.buffers import TokenBuffer, pick_heads
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.precision import as_attended
-from chai_attention.integrations.transformers.recent import RecentKeys, in_head_order
+from chai_attention.integrations.transformers.recent import RecentWindow
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 
@@ -27,18 +27,20 @@ class Probe:
     Attributes:
         query: ``[B, H, W, D]`` of the window.
         key: ``[B, G, E, D]`` of all heads, up to the window's end.
+        value: ``[B, G - kept_values, E, Dv]`` of the V heads that the cache does not hold.
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
 
     def select(self, rows: Tensor) -> Probe:
         """Return the sequences ``rows``."""
-        return Probe(self.query[rows], self.key[rows])
+        return Probe(self.query[rows], self.key[rows], self.value[rows])
 
     def cast(self, dtype: torch.dtype) -> Probe:
         """Return the same in another dtype."""
-        return Probe(self.query.to(dtype), self.key.to(dtype))
+        return Probe(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype))
 
 
 class LayerMemory(CacheLayerMixin):
@@ -47,6 +49,7 @@ class LayerMemory(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
     is_compileable = False
+    value_axis = 2  # of the heads of "value" in `tensors`
 
     def __init__(self, plan: LayerPlan):
         self.plan = plan
@@ -120,9 +123,9 @@ class LayerMemory(CacheLayerMixin):
     def _reset_tokens(self) -> None:
         self.membership: Membership | None = None
         self._offset: Tensor | None = None  # [B, H], of the membership
-        self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
+        self._recent = RecentWindow(self.plan.recent, self.plan.sinks)
         self._keys = TokenBuffer(token_axis=2)  # [B, kept or G, S, D]
-        self._values = TokenBuffer(token_axis=1)  # [B, S, G, Dv]
+        self._values = TokenBuffer(token_axis=1)  # [B, S, kept or G, Dv]
         self._window_query: Tensor | None = None  # [B, H, W, D], while waiting
         self._window_end = 0  # tokens up to the end of the last window, once clustered
         self._probe: Probe | None = None  # of a clustered layer that records its past
@@ -173,7 +176,8 @@ class LayerMemory(CacheLayerMixin):
         assert self._probe is not None
         values, probe = self.values, self._probe
         assert values is not None
-        values = in_head_order(values[:, :, :keep], self.membership)
+        values = torch.cat([values[:, :, :keep], probe.value[:, :, :keep]], 1)
+        values = pick_heads(values, self.membership.value_place)
         self._reset_tokens()
         self._window_query = probe.query
         self._keys.append(probe.key[:, :, :keep])
@@ -216,7 +220,7 @@ class LayerMemory(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        """``[B, G, S, Dv]``: V in the order of ``membership.value_heads``."""
+        """``[B, kept_values, S, Dv]``: V in the order of ``membership.value_heads``."""
         view = self._values.view
         return None if view is None else view.transpose(1, 2)
 
@@ -226,12 +230,30 @@ class LayerMemory(CacheLayerMixin):
             "key": self._keys.data,
             "value": self._values.data,
             "probe": self._window_query,
-            "recent": self._recent.last,
-            "sink": self._recent.first,
+            **self._recent.tensors(),
         }
         if self._probe is not None:
             held |= {"past probe": self._probe.query, "past key": self._probe.key}
+            held |= {"past value": self._probe.value} if self._probe.value.shape[1] else {}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def full_bytes(self) -> tuple[int, int]:
+        """Bytes of the K, and of the V, that a cache of all heads would hold in their place.
+
+        Spare room is counted as the layer has it.
+        """
+        held, groups = self.tensors(), self.plan.kv_heads
+        counted = []
+        for name, axis in (("key", 1), ("value", self.value_axis)):
+            cache, near = held.get(name), held.get("recent" if name == "key" else "recent value")
+            if cache is not None and cache.shape[axis]:
+                counted.append(cache.untyped_storage().nbytes() // cache.shape[axis] * groups)
+            elif near is not None:  # all heads stream
+                head = near.shape[0] * near.shape[3] * near.element_size()
+                counted.append(groups * head * self.get_seq_length())
+            else:
+                counted.append(0)
+        return counted[0], counted[1]
 
     @property
     def _memory(self) -> Tensor | None:
@@ -255,9 +277,9 @@ class LayerMemory(CacheLayerMixin):
 
     def _offset_of(self, membership: Membership) -> Tensor | None:
         """``[B, H]`` offsets of the far keys' log-sum-exp, None for zeros."""
-        table = self.plan.offset_table(membership.representatives.device)
-        if table is None or not self.plan.has_recent_window:
+        if not self.plan.has_recent_window:
             return None
+        table = self.plan.offset_table(membership.representatives.device)
         return windowed.head_offsets(table, membership)
 
 

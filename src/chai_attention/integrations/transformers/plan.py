@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -29,6 +29,7 @@ class LayerPlan:
         heads: H.
         kv_heads: G.
         clusters: k; H means that the layer is left as it is.
+        streaming: heads that see near keys only, ascending.
         window: tokens of the probe window.
         target: "scores" or "k-bytes" (see `ClusterProfile`).
         representatives: ``[H]`` of a static membership, None for an online one.
@@ -58,6 +59,7 @@ class LayerPlan:
     sinks: int = 0
     offsets: tuple[tuple[float, ...], ...] | None = None
     full_attention: bool = True
+    streaming: tuple[int, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -65,21 +67,35 @@ class LayerPlan:
         return self.clusters == self.heads
 
     @property
+    def shares(self) -> bool:
+        """Whether some head uses another's scores."""
+        return self.clusters + len(self.streaming) < self.heads
+
+    @cached_property
+    def kept_values(self) -> int:
+        """V heads whose V is kept for all tokens."""
+        group = self.heads // self.kv_heads
+        sees = set(range(self.heads)) - set(self.streaming)
+        return len({head // group for head in sees})
+
+    @property
     def needs_probe(self) -> bool:
         """Whether the membership depends on the request."""
-        return not self.is_identity and self.representatives is None
+        return self.shares and self.representatives is None
 
     @property
     def has_recent_window(self) -> bool:
-        """Whether heads use their own scores for the nearest keys, others' for the rest."""
+        """Whether heads use their own scores for the nearest keys, others' or none for the rest."""
         return self.recent > 0 and not self.is_identity
 
     def fixed_membership(self, batch: int, device: torch.device) -> Membership:
         """Return the membership of a layer that does not probe, for ``batch`` sequences."""
-        if self.representatives is None:
+        if self.is_identity:
             return Membership.identity(self.heads, self.kv_heads, batch, device)
-        rep = torch.tensor(self.representatives)
-        member = Membership.from_representatives(rep, kv_heads=self.kv_heads)
+        rep = torch.tensor(self.representatives or range(self.heads))
+        member = Membership.from_representatives(
+            rep, kv_heads=self.kv_heads, streaming=self.streaming
+        )
         return member.to(device).expand(batch)
 
     @property
@@ -99,6 +115,9 @@ class LayerPlan:
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
         """
+        if self.streaming:
+            far = self._far.online_membership(*self._far_states(query, key, value), scale, softcap)
+            return Membership.with_streaming(far, self.heads, self.kv_heads, self.streaming)
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         fused = self._fused_membership(query, key, value, options)
         if fused is not None:
@@ -117,6 +136,29 @@ class LayerPlan:
         # how many K/V heads "scores" needs depends on the data; otherwise it follows from k
         kept = None if self.target == SCORES else self.clusters * self.kv_heads // self.heads
         return Membership.from_representatives(rep, self.clusters, self.kv_heads, kept)
+
+    @cached_property
+    def _far_heads(self) -> list[int]:
+        """Heads that do not stream; with grouped queries K/V heads stream whole."""
+        return [head for head in range(self.heads) if head not in self.streaming]
+
+    @cached_property
+    def _far(self) -> LayerPlan:
+        """The plan of the heads that do not stream, as if there were no others."""
+        heads = self._far_heads
+        costs = self.costs and tuple(tuple(self.costs[h][r] for r in heads) for h in heads)
+        return replace(
+            self, heads=len(heads), kv_heads=len(heads) * self.kv_heads // self.heads,
+            costs=costs, streaming=(),
+        )  # fmt: skip
+
+    def _far_states(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Q, K and V of the heads that do not stream."""
+        group = self.heads // self.kv_heads
+        groups = list(dict.fromkeys(head // group for head in self._far_heads))
+        return query[:, self._far_heads], key[:, groups], value[:, groups]
 
     def _fused_membership(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
@@ -181,7 +223,7 @@ def slot_queries(membership: Membership, query: Tensor) -> Tensor:
 
 
 def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, G, Q, Dv]``.
+    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, kept_values, Q, Dv]``.
 
     Args:
         membership: of the layer.
@@ -189,12 +231,12 @@ def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[T
         value: ``[B, G, Q, Dv]``, in the natural order of heads, or in the order of
             ``membership.value_heads`` if the projections are compact.
     """
-    # one order of V needs no sign of its own: only multi-head attention reorders V, and there
-    # a layer with clusters always has fewer kept K heads than heads
+    # one order of V needs no sign of its own: where V is reordered or left out, fewer K heads are
+    # kept than there are
     if key.shape[1] == membership.kept_keys:
         return key, value
     key = pick_heads(key, membership.key_heads)
-    if membership.group_size == 1:
+    if membership.reorders_values:
         # token by token, as it lies in memory in front of attention and behind it
         tokens = pick_heads(value.transpose(1, 2), membership.value_heads, axis=2)
         value = tokens.transpose(1, 2)
@@ -231,6 +273,7 @@ def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, 
             sinks=profile.sinks,
             offsets=None if profile.offsets is None else profile.offsets[layer],
             full_attention=shape.clusterable[layer],
+            streaming=profile.streaming_heads(layer),
         )
         for layer in range(shape.layers)
     )

@@ -1,6 +1,8 @@
-"""K that a clustered layer keeps of the heads it removed: the last tokens and the first ones."""
+"""What a clustered layer keeps of the heads it removed: the last tokens and the first ones."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,105 @@ from chai_attention.membership import Membership
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.ring import NearRing
 
+# a layer's near memories: of K, of V
+NEAR = ("recent", "sink", "recent value", "sink value")
 
-class RecentKeys:
+
+class RecentStates:
+    """K, or V, of removed heads: the last tokens of each sequence and its first real ones.
+
+    Args:
+        sinks: s.
+
+    Attributes:
+        last: ``[B, removed, w or fewer, D]``, without spare room, more where the past is recorded;
+            None before the first tokens.
+        first: ``[B, removed, s or fewer, D]``.
+    """
+
+    def __init__(self, sinks: int):
+        self.sinks = sinks
+        self.last: Tensor | None = None
+        self.first: Tensor | None = None
+        self._first_is_whole = False  # s real tokens of every sequence are held
+
+    def extend(
+        self, new: Tensor, reach: int, recent: int, padding: Padding, record: bool
+    ) -> Tensor:
+        """Append tokens.
+
+        Args:
+            new: ``[B, removed, Q, D]``.
+            reach: old tokens that are asked for.
+            recent: w, tokens to hold from now on.
+            padding: of all tokens, new ones included.
+            record: hold all tokens, for a crop.
+
+        Returns:
+            ``[B, removed, n + Q, D]``: at least ``reach`` old tokens, if they are held, and all
+            new ones.
+        """
+        self._extend_first(new, padding)
+        if self.last is None:
+            self.last = new if record else new[:, :, -recent:].clone()
+            return new
+        held = self.last.shape[2]
+        old = held if record else min(held, max(reach, recent - new.shape[2]))
+        joined = torch.cat([self.last[:, :, held - old :], new], 2)
+        most = joined.shape[2] if record else recent
+        self.last = joined if joined.shape[2] <= most else joined[:, :, -most:].clone()
+        return joined
+
+    def cut(self, states: Tensor, recent: int, padding: Padding, record: bool) -> None:
+        """Start from ``states [B, removed, S, D]``; ``padding`` may know later tokens."""
+        self.last = states if record else states[:, :, -recent:].clone()
+        positions = padding.first_positions(min(self.sinks, padding.length))
+        positions = positions.clamp_max(states.shape[2] - 1)  # later tokens are still to come
+        self.first = pick_tokens(states, positions)
+        self._first_is_whole = False
+
+    def crop(self, tokens: int, recent: int) -> None:
+        """Forget the last ``tokens``, and what a window of ``recent`` tokens does not need."""
+        assert self.last is not None
+        left = max(0, self.last.shape[2] - tokens)
+        self.last = self.last[:, :, max(0, left - recent) : left].clone()
+        self._first_is_whole = False
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the same in another dtype."""
+        if self.last is not None:
+            self.last = self.last.to(dtype)
+        if self.first is not None:
+            self.first = self.first.to(dtype)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows`` of the batch."""
+        if self.last is not None:
+            self.last = self.last[rows]
+        if self.first is not None:
+            self.first = self.first[rows]
+
+    def _extend_first(self, new: Tensor, padding: Padding) -> None:
+        """Take those of the first real tokens that are among the new ones."""
+        if self._first_is_whole:
+            return
+        past = padding.length - new.shape[2]
+        positions = padding.first_positions(min(self.sinks, padding.length))
+        found = pick_tokens(new, (positions - past).clamp(0, new.shape[2] - 1))
+        if self.first is not None:
+            old = self.first[:, :, : found.shape[2]]
+            old = F.pad(old, (0, 0, 0, found.shape[2] - old.shape[2]))
+            found = torch.where((positions < past)[:, None, :, None], old, found)
+        self.first = found
+        self._first_is_whole = min(padding.counts) >= self.sinks
+
+
+class RecentWindow:
     """The exact recent window of one layer's cache.
 
     It holds the last ``recent`` tokens (all since the last crop where the past is recorded) and
-    the first ``sinks`` real ones, without spare room.
+    the first ``sinks`` real ones: K of all heads that the K cache does not hold, and V of those
+    that the V cache does not.
 
     Args:
         recent: w.
@@ -28,9 +123,13 @@ class RecentKeys:
     def __init__(self, recent: int, sinks: int):
         self.recent = recent
         self.sinks = sinks
-        self.last: Tensor | None = None  # [B, G - kept, w or fewer, D]
-        self.first: Tensor | None = None  # [B, G - kept, s or fewer, D]
-        self._first_is_whole = False  # s real tokens of every sequence are held
+        self.key = RecentStates(sinks)
+        self.value = RecentStates(sinks)
+
+    @property
+    def kinds(self) -> tuple[RecentStates, RecentStates]:
+        """What is held of K and of V."""
+        return self.key, self.value
 
     def extend(
         self,
@@ -46,71 +145,83 @@ class RecentKeys:
 
         Args:
             key: ``[B, G, Q, D]`` of the new tokens, all heads.
-            kept: ``[B, kept, S, D]`` of the cache, new tokens included.
+            kept: ``[B, kept_keys, S, D]`` of the cache, new tokens included.
             value: ``[B, G, Q, Dv]`` of the new tokens, natural order.
-            values: ``[B, G, S, Dv]`` of the cache, new tokens included.
+            values: ``[B, kept_values, S, Dv]`` of the cache, new tokens included.
             membership: whose order ``kept`` and ``values`` are in.
             padding: of all S tokens.
             record: whether to keep all tokens for a crop.
         """
-        queries, length = key.shape[2], kept.shape[2]
-        if membership.kept_keys == membership.kv_heads:  # nothing is removed, so nothing is missing
-            return near_keys(kept, values, padding, queries, self.recent, self.sinks)
-        past = length - queries
+        queries, past = key.shape[2], padding.length - key.shape[2]
         reach = min(past, self.recent - 1)  # old tokens that the first new one sees
-        removed = membership.removed_key_heads
-        sinks = min(self.sinks, length)
-        self._extend_first(key, removed, sinks, past, padding)
-        if not past:
-            self.last = pick_heads(key if record else key[:, :, -self.recent :], removed)
-            return _with_first(key, value, sinks, padding)
-        held = self._extend_last(pick_heads(key, removed), reach, record)
+        near = []
+        for recent, new, cache, removed, place in (
+            (self.key, key, kept, membership.removed_key_heads, membership.key_place),
+            (self.value, value, values, membership.removed_value_heads, membership.value_place),
+        ):
+            held = None
+            if removed.shape[1]:
+                picked = pick_heads(new, removed)
+                held = recent.extend(picked, reach, self.recent, padding, record)
+            if not past:
+                near.append(_with_first(new, self.sinks, padding))
+                continue
+            stored = _with_first(cache, self.sinks, padding, slice(past - reach, None))
+            if held is not None:
+                assert recent.first is not None
+                own = torch.cat([recent.first, held[:, :, -(reach + queries) :]], 2)
+                stored = torch.cat([stored, own], 1)
+            near.append(pick_heads(stored, place))
+        return NearKeys(*near)
 
-        assert self.first is not None
-        band = slice(past - reach, length)
-        near = _with_first(kept, values, sinks, padding, band)
-        own = torch.cat([self.first, held[:, :, -(reach + queries) :]], 2)
-        return NearKeys(
-            pick_heads(torch.cat([near.key, own], 1), membership.key_place),
-            in_head_order(near.value, membership),
-        )
-
-    def step(self, key: Tensor, membership: Membership, padding: Padding, record: bool) -> NearRing:
-        """Take one new token, as `extend` does, for an attention that reads K where it stands.
+    def step(
+        self, key: Tensor, value: Tensor, membership: Membership, padding: Padding, record: bool
+    ) -> NearRing:
+        """Take one new token, as `extend` does, for an attention that reads K, V where they stand.
 
         Args:
             key: ``[B, G, 1, D]`` of the new token, all heads.
+            value: ``[B, G, 1, Dv]``.
             membership: the cache's.
             padding: of all tokens.
             record: whether to keep all tokens for a crop.
         """
-        length = padding.length
-        sinks = min(self.sinks, length)
-        removed = membership.removed_key_heads
+        sinks = min(self.sinks, padding.length)
         positions = padding.first_positions(sinks).int()
-        if membership.kept_keys == membership.kv_heads:
-            nothing = key[:, :0]
-            return NearRing(nothing, nothing.expand(-1, -1, sinks, -1), positions, self.recent)
-        self._extend_first(key, removed, sinks, length - 1, padding)
-        new = pick_heads(key, removed)
-        if self.last is None:
-            self.last = new
-        else:
-            self._extend_last(new, self.recent - 1, record)
-        assert self.first is not None
-        ring = self.last[:, :, -self.recent :].contiguous()
-        return NearRing(ring, self.first, positions, self.recent, length - ring.shape[2])
+        memories: list[tuple[Tensor, Tensor]] = []
+        for recent, new, removed in (
+            (self.key, key, membership.removed_key_heads),
+            (self.value, value, membership.removed_value_heads),
+        ):
+            if not removed.shape[1]:
+                nothing = new[:, :0]
+                memories.append((nothing, nothing.expand(-1, -1, sinks, -1)))
+                continue
+            picked = pick_heads(new, removed)
+            recent.extend(picked, self.recent - 1, self.recent, padding, record)
+            assert recent.last is not None
+            assert recent.first is not None
+            memories.append((recent.last[:, :, -self.recent :].contiguous(), recent.first))
+        (last, first), (value_last, value_first) = memories
+        begin = padding.length - last.shape[2] if last.shape[1] else 0
+        ring = NearRing(last, first, positions, self.recent, begin)
+        if not value_last.shape[1]:
+            return ring
+        return replace(ring, value_ring=value_last, value_sinks=value_first)
 
-    def cut(self, keys: Tensor, membership: Membership, padding: Padding, record: bool) -> None:
-        """Start from ``keys [B, G, S, D]`` of all heads; ``padding`` may know later tokens."""
-        if membership.kept_keys == membership.kv_heads:
-            return
-        removed = membership.removed_key_heads
-        self.last = pick_heads(keys if record else keys[:, :, -self.recent :], removed)
-        positions = padding.first_positions(min(self.sinks, padding.length))
-        positions = positions.clamp_max(keys.shape[2] - 1)  # later tokens are still to come
-        self.first = pick_heads(pick_tokens(keys, positions), removed)
-        self._first_is_whole = False
+    def cut(
+        self, keys: Tensor, values: Tensor, membership: Membership, padding: Padding, record: bool
+    ) -> None:
+        """Start from ``keys`` and ``values [B, G, S, D]`` of all heads.
+
+        ``padding`` may know later tokens.
+        """
+        for recent, states, removed in (
+            (self.key, keys, membership.removed_key_heads),
+            (self.value, values, membership.removed_value_heads),
+        ):
+            if removed.shape[1]:
+                recent.cut(pick_heads(states, removed), self.recent, padding, record)
 
     def check_crop(self, length: int, keep: int) -> None:
         """Refuse to go back from ``length`` tokens to ``keep``, if K that is needed is gone.
@@ -118,11 +229,12 @@ class RecentKeys:
         Raises:
             CacheError: the last w tokens before the cut are not held any more.
         """
-        if self.last is None:
+        if self.key.last is None:  # a head whose V is removed has no K either
             return
-        if self.last.shape[2] - (length - keep) < min(keep, self.recent - 1):
+        held = self.key.last.shape[2]
+        if held - (length - keep) < min(keep, self.recent - 1):
             raise CacheError(
-                f"cannot crop to {keep} tokens: of {length} the last {self.last.shape[2]} hold the "
+                f"cannot crop to {keep} tokens: of {length} the last {held} hold the "
                 f"K of all heads, and the exact recent window needs the {self.recent - 1} before "
                 "the cut. Call cache.activate_past_recording() before the forward that is to be "
                 "taken back, or reset the cache and run the prompt again"
@@ -130,51 +242,24 @@ class RecentKeys:
 
     def crop(self, length: int, keep: int) -> None:
         """Go back from ``length`` tokens to ``keep``, which `check_crop` has allowed."""
-        if self.last is None:
-            return
-        left = max(0, self.last.shape[2] - (length - keep))
-        self.last = self.last[:, :, max(0, left - self.recent) : left].clone()
-        self._first_is_whole = False
+        for recent in self.kinds:
+            if recent.last is not None:
+                recent.crop(length - keep, self.recent)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the same K in another dtype."""
-        if self.last is not None:
-            self.last = self.last.to(dtype)
-        if self.first is not None:
-            self.first = self.first.to(dtype)
+        """Hold the same in another dtype."""
+        for recent in self.kinds:
+            recent.cast(dtype)
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences ``rows`` of the batch."""
-        if self.last is not None:
-            self.last = self.last[rows]
-        if self.first is not None:
-            self.first = self.first[rows]
+        for recent in self.kinds:
+            recent.select(rows)
 
-    def _extend_last(self, new: Tensor, reach: int, record: bool) -> Tensor:
-        """Append ``new``; return it behind the old tokens, at least ``reach`` of them."""
-        assert self.last is not None
-        held = self.last.shape[2]
-        old = held if record else min(held, max(reach, self.recent - new.shape[2]))
-        joined = torch.cat([self.last[:, :, held - old :], new], 2)
-        most = joined.shape[2] if record else self.recent
-        self.last = joined if joined.shape[2] <= most else joined[:, :, -most:].clone()
-        return joined
-
-    def _extend_first(
-        self, key: Tensor, removed: Tensor, sinks: int, past: int, padding: Padding
-    ) -> None:
-        """Take those of the first ``sinks`` real tokens that are among the new ones."""
-        if self._first_is_whole:
-            return
-        positions = padding.first_positions(sinks)
-        last = key.shape[2] - 1
-        new = pick_heads(pick_tokens(key, (positions - past).clamp(0, last)), removed)
-        if self.first is not None:
-            old = self.first[:, :, : new.shape[2]]
-            old = F.pad(old, (0, 0, 0, new.shape[2] - old.shape[2]))
-            new = torch.where((positions < past)[:, None, :, None], old, new)
-        self.first = new
-        self._first_is_whole = min(padding.counts) >= self.sinks
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What is held, by the names of `NEAR`."""
+        held = (states for recent in self.kinds for states in (recent.last, recent.first))
+        return dict(zip(NEAR, held, strict=True))
 
 
 def near_keys(
@@ -192,28 +277,13 @@ def near_keys(
     """
     length = keys.shape[2]
     band = slice(max(0, length - queries - recent + 1), length)
-    return _with_first(keys, values, min(sinks, length), padding, band)
+    return NearKeys(*(_with_first(states, sinks, padding, band) for states in (keys, values)))
 
 
-def _with_first(
-    keys: Tensor,
-    values: Tensor,
-    sinks: int,
-    padding: Padding,
-    band: slice = slice(None),
-) -> NearKeys:
-    """The first ``sinks`` real tokens and then those of ``band``."""
-    joined = []
-    for states in (keys, values):
-        first = states[:, :, :sinks]
-        if padding.valid is not None:
-            first = pick_tokens(states, padding.first_positions(sinks))
-        joined.append(torch.cat([first, states[:, :, band]], 2))
-    return NearKeys(*joined)
-
-
-def in_head_order(values: Tensor, membership: Membership) -> Tensor:
-    """V of the cache, ``[B, G, n, Dv]``, in the natural order of heads."""
-    if membership.group_size > 1:
-        return values
-    return pick_heads(values, membership.value_slot)
+def _with_first(states: Tensor, sinks: int, padding: Padding, band: slice = slice(None)) -> Tensor:
+    """The first ``sinks`` real tokens of ``[B, n, S, D]`` and then those of ``band``."""
+    sinks = min(sinks, states.shape[2])
+    first = states[:, :, :sinks]
+    if padding.valid is not None:
+        first = pick_tokens(states, padding.first_positions(sinks))
+    return torch.cat([first, states[:, :, band]], 2)

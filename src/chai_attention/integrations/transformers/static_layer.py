@@ -7,6 +7,7 @@ into the static memory, where it stays.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from chai_attention.integrations.transformers.buffers import TokenBuffer, lastin
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plan import LayerPlan, slot_queries
-from chai_attention.integrations.transformers.recent import RecentKeys
+from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
@@ -35,6 +36,7 @@ class StaticClusteredLayer(ClusteredLayer):
     """
 
     is_compileable = True  # generate() asks the model for a fast decode step then
+    value_axis = 1
     is_croppable = False  # not always, see `check_crop`
 
     def __init__(self, plan: LayerPlan, tokens: StaticTokens):
@@ -53,20 +55,28 @@ class StaticClusteredLayer(ClusteredLayer):
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         plan, capacity = self.plan, self.tokens.capacity
         batch, _, _, dim = key_states.shape
-        groups, kept, value_dim = plan.kv_heads, kept_keys(plan), value_states.shape[3]
+        kept, kept_values, value_dim = kept_keys(plan), plan.kept_values, value_states.shape[3]
         self.tokens.allocate(batch, key_states.device)
         self._key = key_states.new_empty(batch, kept, capacity, dim)
         # V of clusters is read best token by token, of single heads head by head
-        shape = (groups, capacity) if plan.is_identity else (capacity, groups)
+        shape = (capacity, kept_values) if plan.shares else (kept_values, capacity)
         value = value_states.new_empty(batch, *shape, value_dim)
-        self._value = value if plan.is_identity else value.transpose(1, 2)  # [B, G, S, Dv]
+        self._value = value.transpose(1, 2) if plan.shares else value  # [B, kept, S, Dv]
         if plan.has_recent_window:
-            size, sinks, removed = min(plan.recent, capacity), self.tokens.sinks, groups - kept
-            ring, first = self._key[:, :0, :size], self._key[:, :0, :sinks]
-            if removed:
-                ring = key_states.new_zeros(batch, removed, size, dim)
-                first = key_states.new_zeros(batch, removed, sinks, dim)
-            self._near = NearRing(ring, first, self.tokens.sink_positions, plan.recent)
+            size, sinks = min(plan.recent, capacity), self.tokens.sinks
+
+            def memories(states: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+                shape = (batch, removed, size + sinks, states.shape[3])
+                ring, first = states.new_zeros(shape).split([size, sinks], 2)
+                return ring.contiguous(), first.contiguous()
+
+            self._near = NearRing(
+                *memories(key_states, plan.kv_heads - kept),
+                self.tokens.sink_positions, plan.recent,
+            )  # fmt: skip
+            if kept_values < plan.kv_heads:
+                ring, first = memories(value_states, plan.kv_heads - kept_values)
+                self._near = replace(self._near, value_ring=ring, value_sinks=first)
 
     def begin(self, queries: int) -> Padding:
         """Join a forward of ``queries`` new tokens; the padding of all tokens.
@@ -114,7 +124,7 @@ class StaticClusteredLayer(ClusteredLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """``[B, G, S, Dv]``: V in the order of ``membership.value_heads``."""
+        """``[B, kept_values, S, Dv]``: V in the order of ``membership.value_heads``."""
         if self.is_waiting or not self.is_initialized:
             return super().values
         return self._value[:, :, : self._seen]
@@ -136,7 +146,7 @@ class StaticClusteredLayer(ClusteredLayer):
             return waiting
         held = {"key": self._key, "value": self._value}
         if self._near is not None and self._near.ring.shape[1]:
-            held |= {"recent": self._near.ring, "sink": self._near.sinks}
+            held |= dict(zip(NEAR, [x for pair in self._near.memories for x in pair], strict=False))
         return held | waiting
 
     def get_seq_length(self) -> int:
@@ -230,8 +240,8 @@ class StaticClusteredLayer(ClusteredLayer):
             used = memory[:, :, : self._seen]
             used.copy_(used[rows])
         if self._near is not None:
-            self._near.ring.copy_(self._near.ring[rows])
-            self._near.sinks.copy_(self._near.sinks[rows])
+            for memory in (x for pair in self._near.memories for x in pair):
+                memory.copy_(memory[rows])
         if self._probe is not None:
             self._probe = self._probe.select(rows)
         if self.plan.needs_probe and self.membership is not None:
@@ -282,14 +292,15 @@ class StaticClusteredLayer(ClusteredLayer):
             ordered=key.shape[1] != member.kv_heads,
         )  # fmt: skip
 
-    def _recent_before(self, past: int) -> RecentKeys:
+    def _recent_before(self, past: int) -> RecentWindow:
         """The recent window of ``past`` tokens, copied: the ring is about to be overwritten."""
-        recent = RecentKeys(self.plan.recent, self.plan.sinks)
+        recent = RecentWindow(self.plan.recent, self.plan.sinks)
         if past and self._near is not None and self._near.ring.shape[1]:
             size = self._near.ring.shape[2]
             held = torch.arange(max(0, past - size), past, device=self._near.ring.device)
-            recent.last = self._near.ring[:, :, held % size]
-            recent.first = self._near.sinks
+            for states, (ring, sinks) in zip(recent.kinds, self._near.memories, strict=False):
+                states.last = ring[:, :, held % size]
+                states.first = sinks
         return recent
 
     # ---- the membership
@@ -298,9 +309,7 @@ class StaticClusteredLayer(ClusteredLayer):
         """Set the membership, with as many kept K heads as there is room for."""
         kept = self._key.shape[1]
         if membership.kept_keys != kept:
-            membership = Membership(
-                membership.representatives, membership.clusters, membership.kv_heads, kept
-            )
+            membership = replace(membership, kept_keys=kept)
         super()._use(membership)
         if not self.plan.needs_probe:
             self._one_row = self.plan.fixed_membership(1, membership.representatives.device)
@@ -314,15 +323,17 @@ class StaticClusteredLayer(ClusteredLayer):
         length = keys.shape[2]
         self._key[:, :, :length].copy_(keys)
         self._value[:, :, :length].copy_(values.transpose(1, 2))
-        if self._near is not None and self._recent.last is not None:
-            assert self._recent.first is not None
-            size, first = self._near.ring.shape[2], self._recent.first
-            last = self._recent.last[:, :, -size:]
-            held = torch.arange(length - last.shape[2], length, device=last.device)
-            self._near.ring[:, :, held % size] = last
-            self._near.sinks[:, :, : first.shape[2]].copy_(first)
+        if self._near is not None and self._near.ring.shape[1]:
+            size = self._near.ring.shape[2]
+            for states, (ring, sinks) in zip(self._recent.kinds, self._near.memories, strict=False):
+                assert states.last is not None
+                assert states.first is not None
+                last, first = states.last[:, :, -size:], states.first
+                held = torch.arange(length - last.shape[2], length, device=last.device)
+                ring[:, :, held % size] = last
+                sinks[:, :, : first.shape[2]].copy_(first)
         self._keys, self._values = TokenBuffer(token_axis=2), TokenBuffer(token_axis=1)
-        self._recent = RecentKeys(self.plan.recent, self.plan.sinks)
+        self._recent = RecentWindow(self.plan.recent, self.plan.sinks)
 
 
 def kept_keys(plan: LayerPlan) -> int:
@@ -331,10 +342,8 @@ def kept_keys(plan: LayerPlan) -> int:
     An online membership of grouped-query attention by scores may need fewer: at most as many as
     it has clusters.
     """
-    if plan.is_identity:
-        return plan.kv_heads
-    if plan.representatives is not None:
+    if not plan.needs_probe:
         return plan.fixed_membership(1, torch.device("cpu")).kept_keys
     if plan.target == K_BYTES:
         return plan.clusters * plan.kv_heads // plan.heads
-    return min(plan.clusters, plan.kv_heads)
+    return min(plan.clusters, plan.kept_values)

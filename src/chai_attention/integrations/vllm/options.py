@@ -195,6 +195,11 @@ def refuse(asked: Asked, profile: ClusterProfile) -> None:
     """
     for problem in asked.problems(profile):
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
+    if any(profile.streaming or ()):
+        raise ProfileError(
+            "vLLM does not serve streaming heads yet: calibrate a profile without (chai calibrate "
+            "--recipe share), or run this one by transformers (chai generate, enable())"
+        )
     if profile.refit is not None:
         raise ProfileError(
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from chai_attention.integrations.transformers.buffers import pick_heads
-from chai_attention.integrations.transformers.recent import in_head_order
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.near import NearKeys
@@ -108,7 +107,7 @@ class Request:
         removed = pick_heads(self.key, self.membership.removed_key_heads)
         own = torch.cat([first, last, removed], 2)
         key = pick_heads(torch.cat([kept, own], 1), self.membership.key_place)
-        return NearKeys(key, in_head_order(values, self.membership))
+        return NearKeys(key, pick_heads(values, self.membership.value_place))
 
 
 def from_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:
