@@ -339,7 +339,7 @@ class ClusterProfile:
 
     def error_of(self, layer: int) -> float | None:
         """Relative clustering error of a layer at its number of clusters; None if unknown."""
-        if self.error is None or self.similarity is None:
+        if self.error is None or self.similarity is None or self.streaming_heads(layer):
             return None
         curve, heads = self.error[layer], len(self.similarity[layer])
         return curve[self.clusters[layer] * len(curve) // heads - 1]

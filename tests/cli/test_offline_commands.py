@@ -73,7 +73,7 @@ def test_inspect_a_file_with_counts_alone(chai):
     assert "--model" in text
     code, text, _ = chai("inspect", "counts.json", "--model", "llama")
     assert code == 0
-    assert "4 of 6" in text
+    assert "2 of 6" in text  # K heads kept
     assert "576 bytes per token, 464 with clusters: 19.4% saved" in text
     code, text, _ = chai("inspect", "counts.json", "--model", "llama-grouped")
     assert code == 0

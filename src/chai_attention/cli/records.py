@@ -22,7 +22,7 @@ def profile_record(
 
     Args:
         profile: the profile.
-        shape: of the model; with it come K heads and bytes per token.
+        shape: of the model; with it come K and V heads and bytes per token.
         element_size: bytes of a number in the cache.
     """
     record: dict[str, Any] = {name: getattr(profile, name) for name in _FACTS}
@@ -31,7 +31,11 @@ def profile_record(
         value = getattr(profile, name)
         record[name] = None if value is None else dict(value)
     record["layers"] = [
-        {"clusters": clusters, "error": profile.error_of(layer)}
+        {
+            "clusters": clusters,
+            "streaming": list(profile.streaming_heads(layer)),
+            "error": profile.error_of(layer),
+        }
         for layer, clusters in enumerate(profile.clusters)
     ]
     if shape is not None:
@@ -41,6 +45,7 @@ def profile_record(
         record["kept_k_heads_are"] = "at most" if is_bound(profile, shape) else "exact"
         for layer, row in enumerate(record["layers"]):
             row["kept_k_heads"] = profile.kept_keys(layer, shape)
+            row["kept_v_heads"] = profile.kept_values(layer, shape)
     return record
 
 

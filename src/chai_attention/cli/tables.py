@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,22 +26,39 @@ def render(table: Table, width: int = 100) -> str:
 
 
 def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
-    """One row per layer: clusters, clustering error, K heads dropped."""
+    """One row per layer: what its heads do with far keys, and the K and V heads that are kept."""
     table = Table(title=_title(profile))
-    table.add_column("layer", justify="right")
-    table.add_column("clusters", justify="right")
-    table.add_column("error", justify="right")
-    if shape is not None:
-        table.add_column("K heads dropped", justify="right")
+    names = ["layer", "clusters"]
+    if profile.streaming is not None:
+        names += ["streaming heads"]
+    names += ["error"] if profile.error is not None else []
+    names += ["K heads kept", "V heads kept"] if shape is not None else []
+    for name in names:
+        table.add_column(name, justify="right")
     for layer, k in enumerate(profile.clusters):
-        row = [str(layer), str(k), _error(profile, layer)]
+        row = {"layer": str(layer), "clusters": str(k), "error": _error(profile, layer)}
+        row["streaming heads"] = _ranges(profile.streaming_heads(layer))
         if shape is not None:
-            row[1] += f" of {shape.heads}"
-            dropped = shape.kv_heads - profile.kept_keys(layer, shape)
-            bound = is_bound(profile, shape) and dropped < shape.kv_heads - 1
-            row.append(f"{'at least ' if bound else ''}{dropped} of {shape.kv_heads}")
-        table.add_row(*row)
+            others = shape.heads - len(profile.streaming_heads(layer))
+            row["clusters"] = f"{k} of {others}"
+            kept, values = profile.kept_keys(layer, shape), profile.kept_values(layer, shape)
+            bound = is_bound(profile, shape) and 1 < kept < shape.kv_heads
+            row["K heads kept"] = f"{'at most ' if bound else ''}{kept} of {shape.kv_heads}"
+            row["V heads kept"] = f"{values} of {shape.kv_heads}"
+        table.add_row(*(row[name] for name in names))
     return render(table)
+
+
+def _ranges(heads: Sequence[int]) -> str:
+    """Heads as people write them: 0-3, 7."""
+    parts: list[list[int]] = []
+    for head in heads:
+        if parts and parts[-1][-1] == head - 1:
+            parts[-1].append(head)
+        else:
+            parts.append([head])
+    spans = (f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
+    return ", ".join(spans) or "-"
 
 
 def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> str:
@@ -54,7 +71,8 @@ def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> st
     )
     window = profile.window_bytes(shape, element_size)
     if window:
-        line += f"; and once per sequence {window:,} bytes of recent K"
+        what = "near K and V" if any(profile.streaming or ()) else "near K"
+        line += f"; and once per sequence {window:,} bytes of {what}"
     return line
 
 
@@ -142,7 +160,9 @@ def _title(profile: ClusterProfile) -> str:
 def generation_table(runs: dict[str, Written]) -> str:
     """Tokens, times and K,V bytes of one or several generations."""
     table = Table()
-    for name in ("", "tokens", "TTFT", "per token", "K bytes", "V bytes", "of a full cache"):
+    near = any(run.memory.recent_bytes for run in runs.values())
+    held = ["K bytes", "V bytes", *(["near K,V bytes"] if near else [])]
+    for name in ("", "tokens", "TTFT", "per token", *held, "of a full cache"):
         table.add_column(name, justify="right" if name else "left")
     for name, run in runs.items():
         memory = run.memory
@@ -153,6 +173,7 @@ def generation_table(runs: dict[str, Written]) -> str:
             "-" if run.tpot is None else f"{run.tpot * 1e3:.1f} ms",
             f"{memory.key_bytes:,}",
             f"{memory.value_bytes:,}",
+            *([f"{memory.recent_bytes:,}"] if near else []),
             f"{memory.total_bytes / memory.full_bytes:.1%}",
         )
     return render(table)
