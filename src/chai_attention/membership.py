@@ -204,7 +204,12 @@ class Membership:
         follows = [h if h not in self.streaming else leader[h // group] for h in self.far_heads]
         place = torch.tensor([number.get(h, 0) for h in range(self.heads)], device=device)
         rep = place[self.representatives[:, follows]]
-        return Membership(rep, self.clusters, len(self.far_kv_heads), self.kept_keys)
+        far = Membership(rep, self.clusters, len(self.far_kv_heads), self.kept_keys)
+        if self.known_rows is not None:
+            far.__dict__["host_rows"] = tuple(
+                tuple(number[row[head]] for head in follows) for row in self.known_rows
+            )
+        return far
 
     @cached_property
     def far_place(self) -> Tensor:

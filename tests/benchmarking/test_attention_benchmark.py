@@ -150,7 +150,7 @@ def test_a_ring_remembers_what_decode_needs():
         shape = AttentionShape("", 8, 8, 16)
         inputs = random_inputs(Case("decode", 2, size), shape, torch.float32, "cpu")
         member = even_membership(8, 3, 2)
-        near = clustered.near_ring(inputs.key, member, layout)
+        near = clustered.near_ring(inputs.key, inputs.value, member, layout)
         index = member.key_heads[:, :, None, None].expand(-1, -1, size, 16)
         value = member.value_heads[:, :, None, None].expand(-1, -1, size, 16)
         out = decode_recent(
@@ -328,6 +328,12 @@ def test_work_by_counting():
     narrow = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4, stored_size=1)
     pages = decode.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
     assert narrow == Work(near.bytes - pages / 2, near.flops)
+    # of 4 heads 2 stream: K of one and V of two are held whole, of the others 4 near keys
+    streams = attention_work(
+        Case("decode", 3, 10), shape, 1, 1, 2, near=4, streaming=2, kept_values=2
+    )
+    assert streams.bytes == 2 * 3 * 8 * (10 * (1 + 2) + 4 * (3 + 2) + 1 + 4)
+    assert streams.flops == 2 * 3 * 8 * (10 * (1 + 2) + 4 * 1 + 4 * 2 * 2)
     whole = attention_work(Case("decode", 3, 10), shape, 4, 4, 2, near=4)
     assert whole == attention_work(Case("decode", 3, 10), shape, 4, 4, 2)
 
@@ -337,6 +343,27 @@ def test_drift_is_of_the_worse_ceiling_in_either_direction():
     assert ceilings.drift(one, one) == 1
     assert ceilings.drift(one, Ceilings(20.0, 0.9)) == 2
     assert ceilings.drift(one, Ceilings(11.0, 0.25)) == 4
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 4)])
+def test_memberships_with_streaming_heads(heads, kv_heads):
+    member = clustered.with_streaming(heads, 2, 3, kv_heads, 4)
+    assert len(member.streaming) == 4
+    assert (member.clusters, member.batch) == (2, 3)
+    assert member.kept_values == kv_heads // 2
+
+
+def test_streaming_heads_are_measured_and_refused():
+    layout = Layout(recent=4, sinks=1)
+    row = run(clusters=[2, 8], streaming=3, layout=layout)["results"][0]
+    assert (row["streaming"], row["kept_values"], row["kept_keys"]) == (3, 5, 2)
+    for changes, says in (
+        ({"layout": Layout()}, "needs --recent"),
+        ({"streaming": 7}, "too few for 2 clusters"),
+        ({"shape": AttentionShape("", 8, 4, 16)}, "whole K/V heads"),
+    ):
+        with pytest.raises(BenchmarkError, match=says):
+            run(**{"clusters": [2, 8], "streaming": 3, "layout": layout, **changes})
 
 
 def test_even_memberships():

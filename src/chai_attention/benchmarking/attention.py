@@ -26,9 +26,9 @@ from chai_attention.benchmarking.clustered import (
     Inputs,
     Layout,
     clustered_call,
-    even_membership,
     random_inputs,
     rounded_inputs,
+    with_streaming,
 )
 from chai_attention.benchmarking.correctness import accuracy, require_right
 from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
@@ -56,6 +56,7 @@ class AttentionRequest:
         seconds: time for each timing; more is less noise.
         seed: of inputs and memberships.
         representatives: ``[H]`` for some numbers of clusters; others are of equal sizes.
+        streaming: heads that see near keys only, beside clusters; whole K/V heads.
     """
 
     shape: AttentionShape
@@ -67,6 +68,7 @@ class AttentionRequest:
     seconds: float = 1.0
     seed: int = 0
     representatives: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    streaming: int = 0
 
     def check(self) -> None:
         """Refuse what cannot be measured before anything is.
@@ -75,6 +77,8 @@ class AttentionRequest:
             BenchmarkError: says what.
         """
         page, prefill = self.layout.page, any(case.kind == PREFILL for case in self.cases)
+        if self.streaming:
+            self._check_streaming()
         if page is None:
             if self.layout.narrow:
                 raise BenchmarkError("only pages hold 8-bit floats: --cache-dtype needs --paged")
@@ -89,6 +93,24 @@ class AttentionRequest:
             )
         if prefill and page % 16:
             raise BenchmarkError(f"prefill needs pages of a multiple of 16 tokens, not {page}")
+
+    def _check_streaming(self) -> None:
+        heads, group = self.shape.heads, self.shape.heads // self.shape.kv_heads
+        if not self.layout.recent:
+            raise BenchmarkError("streaming heads see an exact window: --streaming needs --recent")
+        if self.layout.page is not None:
+            raise BenchmarkError("pages hold V of all heads: leave out --streaming or --paged")
+        if self.streaming % group:
+            raise BenchmarkError(
+                f"--streaming counts heads of whole K/V heads, a multiple of {group} here, not "
+                f"{self.streaming}"
+            )
+        most = max((k for k in self.clusters if k < heads), default=1)
+        if self.streaming + most > heads:
+            raise BenchmarkError(
+                f"{self.streaming} streaming heads leave {heads - self.streaming} of {heads}: too "
+                f"few for {most} clusters"
+            )
 
 
 def bench_attention(request: AttentionRequest, progress: Progress) -> dict[str, Any]:
@@ -171,13 +193,18 @@ def _measure(
         )
         time = time_calls(calls, request.device, request.seconds)
         stored = FLOAT8.itemsize if request.layout.narrow else None
-        work = attention_work(case, shape, clusters, member.kept_keys, dtype.itemsize, near, stored)
+        work = attention_work(
+            case, shape, clusters, member.kept_keys, dtype.itemsize, near, stored,
+            len(member.streaming), member.kept_values,
+        )  # fmt: skip
         ideal = work.ideal_us(ceilings)
         rows.append(
             {
                 **about,
                 "clusters": clusters,
                 "kept_keys": member.kept_keys,
+                "kept_values": member.kept_values,
+                "streaming": len(member.streaming),
                 **_time(time),
                 "bytes": work.bytes,
                 "flops": work.flops,
@@ -240,7 +267,8 @@ def _membership(request: AttentionRequest, clusters: int, batch: int) -> Members
     shape = request.shape
     given = request.representatives.get(clusters)
     if given is None:
-        member = even_membership(shape.heads, clusters, batch, shape.kv_heads)
+        streaming = request.streaming if clusters < shape.heads else 0
+        member = with_streaming(shape.heads, clusters, batch, shape.kv_heads, streaming)
     else:
         rep = torch.tensor(list(given))
         member = Membership.from_representatives(rep, kv_heads=shape.kv_heads).expand(batch)

@@ -79,11 +79,15 @@ def attention_work(
     element_size: int,
     near: int = 0,
     stored_size: int | None = None,
+    streaming: int = 0,
+    kept_values: int | None = None,
 ) -> Work:
     """Least work of causal attention with clusters.
 
-    Decode reads K of the kept heads and V of all. Prefill computes scores of the representatives
-    and the product with V of all heads, each for half of the pairs of tokens (CHAI, section 3.1).
+    Decode reads K and V of the kept heads, and near ones of the others. Prefill computes scores of
+    the representatives and the product with V of all heads that do not stream, each for half of
+    the pairs of tokens (CHAI, section 3.1), and what is near: scores of heads that share, scores
+    and product of heads that stream.
 
     Args:
         case: the size.
@@ -93,13 +97,17 @@ def attention_work(
         element_size: bytes of a number.
         near: keys that every head sees with its own scores, recent and first ones together.
         stored_size: bytes of a number of K and V of all tokens; None for ``element_size``.
+        streaming: heads that see near keys only.
+        kept_values: V heads that are held; None for all.
     """
     tokens, heads, dim = case.tokens, shape.heads, shape.head_dim
     near = min(near, tokens) if clusters < heads else 0
+    groups, kept_values = shape.kv_heads, shape.kv_heads if kept_values is None else kept_values
     pairs = case.batch * (tokens if case.kind == DECODE else tokens * (tokens + 1) / 2)
-    flops = 2 * pairs * dim * (clusters + heads)
-    flops += 2 * case.batch * case.queries * near * dim * (heads - clusters)
-    stored = tokens * (kept_keys + shape.kv_heads)
-    others = near * (shape.kv_heads - kept_keys) + case.queries * (clusters + heads)
+    flops = 2 * pairs * dim * (clusters + heads - streaming)
+    flops += 2 * case.batch * case.queries * near * dim * (heads - clusters + streaming)
+    stored = tokens * (kept_keys + kept_values)
+    others = near * (2 * groups - kept_keys - kept_values)
+    others += case.queries * (clusters + heads)
     size = stored * (stored_size or element_size) + others * element_size
     return Work(float(case.batch * dim * size), float(flops))

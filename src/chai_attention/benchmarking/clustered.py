@@ -98,6 +98,23 @@ def even_membership(
     return Membership.from_representatives(torch.stack(rows), kv_heads=kv_heads)
 
 
+def with_streaming(
+    heads: int, clusters: int, batch: int, kv_heads: int, streaming: int
+) -> Membership:
+    """`even_membership` of the other heads beside ``streaming`` heads, whole K/V heads."""
+    if not streaming:
+        return even_membership(heads, clusters, batch, kv_heads)
+    group = heads // kv_heads
+    chosen = torch.randperm(kv_heads)[: streaming // group].tolist()
+    streams = [head for head in range(heads) if head // group in chosen]
+    left = heads - streaming
+    far = even_membership(left, clusters, batch, left // group)
+    made = Membership.with_streaming(far, heads, kv_heads, streams)
+    return Membership.from_representatives(
+        made.representatives, clusters, kv_heads, far.kept_keys, streams
+    )
+
+
 def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend:
     """Store K and V as a cache would, and return the call that attends: ``[B, Q, H, D]``."""
     key = _pick(inputs.key, member.key_heads)
@@ -123,26 +140,34 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     return call
 
 
-def near_ring(key: Tensor, member: Membership, layout: Layout) -> NearRing:
-    """Return the memories of K ``[B, G, S, D]`` of removed heads behind S tokens."""
-    removed = _pick(key, member.removed_key_heads)
+def near_ring(key: Tensor, value: Tensor, member: Membership, layout: Layout) -> NearRing:
+    """Return the memories of K, V ``[B, G, S, D]`` of removed heads behind S tokens."""
     batch, size = key.shape[0], key.shape[2]
-    ring = removed.new_zeros(*removed.shape[:2], layout.recent, removed.shape[3])
-    last = torch.arange(max(0, size - layout.recent), size, device=key.device)
-    ring[:, :, last % layout.recent] = removed[:, :, last]
-    sinks = removed.new_zeros(*removed.shape[:2], layout.sinks, removed.shape[3])
     count = min(layout.sinks, size)
-    sinks[:, :, :count] = removed[:, :, :count]
+
+    def memories(states: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+        removed = _pick(states, heads)
+        ring = removed.new_zeros(*removed.shape[:2], layout.recent, removed.shape[3])
+        last = torch.arange(max(0, size - layout.recent), size, device=key.device)
+        ring[:, :, last % layout.recent] = removed[:, :, last]
+        sinks = removed.new_zeros(*removed.shape[:2], layout.sinks, removed.shape[3])
+        sinks[:, :, :count] = removed[:, :, :count]
+        return ring, sinks
+
     positions = torch.arange(layout.sinks, device=key.device, dtype=torch.int32)
     positions = torch.where(positions < count, positions, -1).expand(batch, -1).contiguous()
-    return NearRing(ring, sinks, positions, layout.recent)
+    values = memories(value, member.removed_value_heads) if member.streaming else (None, None)
+    return NearRing(*memories(key, member.removed_key_heads), positions, layout.recent, 0, *values)
 
 
 def _ring(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
-    near, lengths = near_ring(inputs.key, member, layout), _lengths(inputs)
+    near, lengths = near_ring(inputs.key, inputs.value, member, layout), _lengths(inputs)
+    offset = windowed.head_offsets(None, member)
 
     def call() -> Tensor:
-        return decode_recent(*stored, member, near, lengths=lengths, scale=inputs.scale)
+        return decode_recent(
+            *stored, member, near, lengths=lengths, scale=inputs.scale, offset=offset
+        )
 
     return call
 
@@ -157,9 +182,10 @@ def _windowed(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout
     tables = windowed.window_tables(
         size, queries, layout.recent, layout.sinks, None, inputs.query.device
     )
+    offset = windowed.head_offsets(None, member)
 
     def call() -> Tensor:
-        return windowed.attention(*stored, member, near, tables, scale=inputs.scale)
+        return windowed.attention(*stored, member, near, tables, scale=inputs.scale, offset=offset)
 
     return call
 
@@ -168,7 +194,7 @@ def _paged(
     inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, windowed_too: bool
 ) -> Attend:
     pages, lengths = _pages(stored, layout), _lengths(inputs)
-    near = near_ring(inputs.key, member, layout) if windowed_too else None
+    near = near_ring(inputs.key, inputs.value, member, layout) if windowed_too else None
     query = inputs.query[:, :, 0].contiguous()
 
     def call() -> Tensor:

@@ -88,6 +88,14 @@ def attention_command(
             show_default="those of the profile, else none",
         ),
     ] = None,
+    streaming: Annotated[
+        int,
+        typer.Option(
+            help="Heads that see the keys of --recent only, beside the clusters; with grouped "
+            "queries all of a K/V head.",
+            min=0,
+        ),
+    ] = 0,
     device: options.Device = "auto",
     seconds: Seconds = None,
     seed: Seed = 0,
@@ -144,6 +152,7 @@ def attention_command(
         seconds=default_seconds(device) if seconds is None else seconds,
         seed=seed,
         representatives={} if chosen is None else profile_representatives(chosen),
+        streaming=streaming,
     )
     _report(
         lambda progress: bench_attention(request, progress),

@@ -12,35 +12,37 @@ from helpers import clustered_inputs, random_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(9, 9, 4), (12, 12, 12), (9, 3, 2)]
+STREAMING = [(9, 9, 4, 0), (12, 12, 12, 0), (9, 3, 2, 0), (9, 9, 3, 4), (9, 3, 1, 7), (4, 4, 0, 4)]
 
 
 def same(got, want):
     assert torch.equal(torch.nan_to_num(got, 7e7).cpu(), torch.nan_to_num(want, 7e7).cpu())
 
 
-def ring(rows, removed, recent, sinks, dim, first, begin=0):
+def ring(rows, removed, recent, sinks, dim, first, begin=0, removed_values=0, value_dim=0):
+    def memories(heads, dim):
+        return (torch.full((rows, heads, tokens, dim), torch.nan) for tokens in (recent, sinks))
+
     return NearRing(
-        torch.full((rows, removed, recent, dim), torch.nan),
-        torch.full((rows, removed, sinks, dim), torch.nan),
-        (first[:, None] + torch.arange(sinks)).int(),
-        recent,
-        begin,
-    )
+        *memories(removed, dim), (first[:, None] + torch.arange(sinks)).int(), recent, begin,
+        *(memories(removed_values, value_dim) if removed_values else (None, None)),
+    )  # fmt: skip
 
 
 def on_device(near):
     return NearRing(
         near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent,
         near.begin,
+        *(None if x is None else x.to(DEVICE) for x in (near.value_ring, near.value_sinks)),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 70])
-@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), SHAPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters", "streaming"), STREAMING)
 @pytest.mark.parametrize("dim", [48, 64])
-def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, dim):
+def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, streaming, dim):
     batch, size = 3, 90
-    member = random_membership(heads, clusters, batch, kv_heads)
+    member = random_membership(heads, clusters, batch, kv_heads, streaming)
     new_key = torch.randn(batch, kv_heads, tokens, dim)
     new_value = torch.randn(batch, tokens, kv_heads, 40).transpose(1, 2)
     start = torch.tensor([0, 7, size - tokens])
@@ -49,8 +51,12 @@ def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, dim):
     _, want_key, want_value = clustered_inputs(member, query, new_key, new_value)
     for function, device in ((write.write_dense, DEVICE), (cache_write.write_dense, "cpu")):
         keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, device=device)
-        values = torch.full((batch, size, kv_heads, 40), torch.nan, device=device).transpose(1, 2)
-        near = ring(batch, kv_heads - member.kept_keys, 8, 3, dim, first, begin=11)
+        shape = (batch, size, member.kept_values, 40)
+        values = torch.full(shape, torch.nan, device=device).transpose(1, 2)
+        near = ring(
+            batch, kv_heads - member.kept_keys, 8, 3, dim, first, 11,
+            kv_heads - member.kept_values, 40,
+        )  # fmt: skip
         near = near if device == "cpu" else on_device(near)
         function(
             new_key.to(device), new_value.to(device), keys, values, member.to(device),
@@ -61,17 +67,21 @@ def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, dim):
                 assert torch.equal(cache[:, begin : begin + tokens].cpu(), want)
                 cache[:, begin : begin + tokens] = torch.nan
                 assert cache.isnan().all()  # and nothing else was touched
-            removed = new_key[row, member.removed_key_heads[row]]
-            last = torch.full(near.ring[row].shape, torch.nan)
-            for token in range(max(0, tokens - 8), tokens):
-                last[:, (begin + token - 11) % 8] = removed[:, token]
-            same(near.ring[row], last)
-            sinks = torch.full(near.sinks[row].shape, torch.nan)
-            for index in range(3):
-                token = int(first[row]) + index - begin
-                if 0 <= token < tokens:
-                    sinks[:, index] = removed[:, token]
-            same(near.sinks[row], sinks)
+            absent = (
+                new_key[row, member.removed_key_heads[row]],
+                new_value[row, member.removed_value_heads[row]],
+            )
+            for removed, (held, firsts) in zip(absent, near.memories, strict=False):
+                last = torch.full(held[row].shape, torch.nan)
+                for token in range(max(0, tokens - 8), tokens):
+                    last[:, (begin + token - 11) % 8] = removed[:, token]
+                same(held[row], last)
+                sinks = torch.full(firsts[row].shape, torch.nan)
+                for index in range(3):
+                    token = int(first[row]) + index - begin
+                    if 0 <= token < tokens:
+                        sinks[:, index] = removed[:, token]
+                same(firsts[row], sinks)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

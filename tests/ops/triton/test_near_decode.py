@@ -22,14 +22,19 @@ def _nan_memory(nan_memory):
     """Fresh memory holds NaN."""
 
 
-def empty_ring(member, recent, sinks, spare, dim, dtype, first):
-    removed = member.kv_heads - member.kept_keys
+def empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim=None):
+    def memories(removed, dim):
+        return (
+            torch.full((member.batch, removed, tokens, dim), torch.nan, dtype=dtype)
+            for tokens in (recent + spare, sinks)
+        )
+
+    positions = first[:, None].int() + torch.arange(sinks, dtype=torch.int32)
+    values = member.kv_heads - member.kept_values
     return NearRing(
-        torch.full((member.batch, removed, recent + spare, dim), torch.nan, dtype=dtype),
-        torch.full((member.batch, removed, sinks, dim), torch.nan, dtype=dtype),
-        first[:, None].int() + torch.arange(sinks, dtype=torch.int32),
-        recent,
-    )
+        *memories(member.kv_heads - member.kept_keys, dim), positions, recent, 0,
+        *(memories(values, value_dim) if values else (None, None)),
+    )  # fmt: skip
 
 
 def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
@@ -37,16 +42,16 @@ def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
     size, batch = max(lengths) + 3, member.batch
     key = torch.randn(batch, member.kv_heads, size, dim).to(dtype)
     value = torch.randn(batch, member.kv_heads, size, value_dim).to(dtype)
-    near = empty_ring(member, recent, sinks, spare, dim, dtype, first)
+    near = empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim)
     keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, dtype=dtype)
-    values = torch.full((batch, size, member.kv_heads, value_dim), torch.nan, dtype=dtype)
+    values = torch.full((batch, size, member.kept_values, value_dim), torch.nan, dtype=dtype)
     values = values.transpose(1, 2)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         write_dense(
             key[one, :, :length], value[one, :, :length], keys[one], values[one],
             member.select(torch.tensor([row])), torch.zeros(1, dtype=torch.int32),
-            NearRing(near.ring[one], near.sinks[one], near.sink_positions[one], recent),
+            near.select(one),
         )  # fmt: skip
     return key, value, keys, values, near
 
@@ -74,21 +79,30 @@ def definition(query, key, value, member, lengths, first, offsets, **options):
 
 def moved(near):
     return NearRing(
-        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent
-    )
+        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent,
+        near.begin,
+        *(None if x is None else x.to(DEVICE) for x in (near.value_ring, near.value_sinks)),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "clusters", "dim", "recent", "sinks", "spare"),
-    [(9, 9, 4, 48, 5, 3, 0), (12, 12, 1, 64, 32, 4, 2), (6, 6, 2, 128, 7, 0, 1),
-     (9, 3, 2, 80, 9, 2, 0), (8, 8, 8, 96, 4, 1, 0), (5, 5, 2, 64, 125, 4, 1)],
+    ("heads", "kv_heads", "clusters", "streaming", "dim", "recent", "sinks", "spare"),
+    [(9, 9, 4, 0, 48, 5, 3, 0), (12, 12, 1, 0, 64, 32, 4, 2), (6, 6, 2, 0, 128, 7, 0, 1),
+     (9, 3, 2, 0, 80, 9, 2, 0), (8, 8, 8, 0, 96, 4, 1, 0), (5, 5, 2, 0, 64, 125, 4, 1),
+     (9, 9, 2, 4, 48, 5, 3, 1), (9, 3, 2, 5, 64, 9, 0, 0), (6, 2, 2, 3, 80, 70, 2, 0),
+     (5, 5, 0, 5, 64, 9, 4, 2), (6, 3, 0, 6, 48, 4, 1, 0), (4, 4, 4, 0, 64, 3, 1, 0)],
 )  # fmt: skip
-def test_window_is_the_definition(heads, kv_heads, clusters, dim, recent, sinks, spare, pad, dtype):
-    """Windows longer than the context, longer than a step of the kernel, and over the sinks."""
+def test_window_is_the_definition(
+    heads, kv_heads, clusters, streaming, dim, recent, sinks, spare, pad, dtype
+):
+    """Windows longer than the context, longer than a step of the kernel, and over the sinks.
+
+    Some or all heads stream, with grouped queries also heads whose V others keep.
+    """
     lengths = [1, 8, 63, 129, 0]
-    member = random_membership(heads, clusters, 5, kv_heads)
+    member = random_membership(heads, clusters, 5, kv_heads, streaming)
     first = torch.tensor([0, 2, 40, 126, 0] if pad else [0, 0, 0, 0, 0])
     query = torch.randn(5, heads, 1, dim).to(dtype)
     offsets = torch.randn(heads, heads)
@@ -154,6 +168,66 @@ def test_window_over_pages(heads, kv_heads, clusters):
             offset=offset.to(DEVICE), **options,
         )  # fmt: skip
         assert_close(got.cpu(), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("streaming", [0, 3])
+def test_a_window_of_512(streaming):
+    lengths, dim = [600, 515], 32
+    member = random_membership(6, 2, 2, streaming=streaming)
+    query, first = torch.randn(2, 6, 1, dim), torch.tensor([0, 3])
+    key, value, keys, values, near = filled(
+        member, lengths, first, 512, 4, 1, dim, dim, query.dtype
+    )
+    want = definition(
+        query, key, value, member, lengths, first, None, recent=512, sinks=4, scale=0.3
+    )
+    valid = torch.arange(keys.shape[2]) >= first[:, None]
+    got = launch_decode.decode_recent(
+        query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE), moved(near),
+        lengths=torch.tensor(lengths).to(DEVICE), valid=valid.to(DEVICE), scale=0.3,
+        offset=windowed.head_offsets(None, member.to(DEVICE)),
+    )  # fmt: skip
+    assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("clusters", "streaming"), [(3, 4), (0, 12)])
+def test_streaming_heads_replay_in_a_cuda_graph(clusters, streaming):
+    """A step writes and attends; nothing is read on the host, so a replay sees new contents."""
+    lengths, dim, dtype = [200, 77], 64, torch.float32
+    member = random_membership(12, clusters, 2, streaming=streaming)
+    first = torch.tensor([0, 0])
+    key, value, keys, values, near = filled(member, lengths, first, 32, 4, 0, dim, dim, dtype)
+    query = torch.randn(2, 12, 1, dim)
+    on_device = [x.to(DEVICE) for x in (query, key, value, keys, values)]
+    there, ring, start = member.to(DEVICE), moved(near), torch.tensor(lengths).to(DEVICE) - 1
+    offset = windowed.head_offsets(None, there)
+    newest = [torch.stack([x[row, :, n - 1 : n] for row, n in enumerate(lengths)])
+              for x in on_device[1:3]]  # fmt: skip
+
+    def step():
+        write_dense(*newest, on_device[3], on_device[4], there, start, ring)
+        return decode_recent(
+            on_device[0], on_device[3], on_device[4], there, ring, lengths=(start + 1).int(),
+            scale=0.2, offset=offset,
+        )  # fmt: skip
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(2):
+        for x in (on_device[0], *newest):
+            x.normal_()
+        graph.replay()
+        for row, n in enumerate(lengths):
+            key[row, :, n - 1], value[row, :, n - 1] = (x[row, :, 0].cpu() for x in newest)
+        want = definition(
+            on_device[0].cpu(), key, value, member, lengths, first, None, recent=32, sinks=4,
+            scale=0.2,
+        )  # fmt: skip
+        assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
 
 
 def test_ring_that_begins_anywhere():

@@ -27,9 +27,12 @@ def take(states, heads):
     return torch.stack([row[index] for row, index in zip(states, heads, strict=True)])
 
 
-def check(heads, kv_heads, clusters, queries, size, dim, dtype, recent, pad, softcap=None):
-    batch, sinks = 2, 3
-    member = random_membership(heads, clusters, batch, kv_heads).to(DEVICE)
+def check(
+    heads, kv_heads, clusters, queries, size, dim, dtype, recent, pad, softcap=None, streaming=0,
+    sinks=3,
+):  # fmt: skip
+    batch = 2
+    member = random_membership(heads, clusters, batch, kv_heads, streaming).to(DEVICE)
     query = torch.randn(batch, heads, queries, dim, dtype=dtype, device=DEVICE)
     key, value = (torch.randn(batch, kv_heads, size, dim, dtype=dtype, device=DEVICE) for _ in "kv")
     valid = None
@@ -63,11 +66,19 @@ def check(heads, kv_heads, clusters, queries, size, dim, dtype, recent, pad, sof
 
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "clusters", "queries", "size", "recent"),
-    [(5, 5, 2, 1, 70, 4), (6, 3, 3, 1, 5, 4), (5, 5, 2, 33, 33, 9), (6, 2, 3, 20, 70, 32)],
-)
-def test_windowed_is_the_reference(heads, kv_heads, clusters, queries, size, recent, pad):
-    check(heads, kv_heads, clusters, queries, size, 16, torch.float32, recent, pad)
+    ("heads", "kv_heads", "clusters", "streaming", "queries", "size", "recent"),
+    [(5, 5, 2, 0, 1, 70, 4), (6, 3, 3, 0, 1, 5, 4), (5, 5, 2, 0, 33, 33, 9),
+     (6, 2, 3, 0, 20, 70, 32), (7, 7, 2, 3, 1, 70, 4), (7, 7, 2, 3, 40, 70, 9),
+     (6, 2, 2, 3, 33, 33, 5), (6, 2, 1, 5, 1, 40, 8), (5, 5, 0, 5, 37, 60, 4),
+     (5, 5, 0, 5, 1, 20, 3), (7, 7, 2, 1, 20, 20, 64)],
+)  # fmt: skip
+def test_windowed_is_the_reference(
+    heads, kv_heads, clusters, streaming, queries, size, recent, pad
+):
+    check(
+        heads, kv_heads, clusters, queries, size, 16, torch.float32, recent, pad,
+        streaming=streaming,
+    )  # fmt: skip
 
 
 def test_softcap():

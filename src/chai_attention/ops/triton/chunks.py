@@ -3,6 +3,7 @@
 A program computes the probabilities of one cluster once and applies them to the V of up to M
 members. How many chunks a row needs depends on its membership. If that is known on the device
 only, the grid is sized for the worst case, and programs without a chunk return at once.
+Streaming heads stand in chunks of their own, before the others: nobody's scores are shared there.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class Chunks:
     """Work of every program of one batch row; -1 marks what is not used.
 
     Attributes:
-        slot: ``[B, N]`` int32, the cluster of each chunk.
+        slot: ``[B, N]`` int32, the cluster of each chunk; -1 for one of streaming heads.
         query: ``[B, N]`` int32, the representative head of that cluster.
         key: ``[B, N]`` int32, the place in the K cache that the cluster reads.
         head: ``[B, N, M]`` int32, the heads whose outputs the chunk writes.
-        value: ``[B, N, M]`` int32, the place in the V cache of each of them.
+        value: ``[B, N, M]`` int32, the place in the V cache of each of them; behind those of the
+            cache for V heads that it does not hold (`Membership.value_slot`).
         exact: whether some row has work for all N chunks, and not just the worst row there is.
+        streaming: how many chunks, the first ones, see near keys only.
     """
 
     slot: Tensor
@@ -42,6 +45,7 @@ class Chunks:
     head: Tensor
     value: Tensor
     exact: bool = False
+    streaming: int = 0
 
     @property
     def count(self) -> int:
@@ -54,25 +58,25 @@ class Chunks:
 
         ``[B * N]`` and ``[1]`` int32.
         """
-        size = self.slot.numel()
+        size, first = self.slot.numel(), self.head[:, :, 0].contiguous()
         memory = torch.empty(size + 1, dtype=torch.int32, device=self.slot.device)
         work, count = memory[:size], memory[size:]
-        _list_used[(1,)](self.slot.contiguous(), work, count, size, BLOCK=1024, num_warps=4)
+        _list_used[(1,)](first, work, count, size, BLOCK=1024, num_warps=4)
         return work, count
 
 
 @triton.jit(do_not_specialize=["size"])
-def _list_used(slot_ptr, work_ptr, count_ptr, size, BLOCK: tl.constexpr):
+def _list_used(head_ptr, work_ptr, count_ptr, size, BLOCK: tl.constexpr):
     """List the chunks with work, in order, then the others."""
     used = 0
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        used += tl.sum((tl.load(slot_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32))
+        used += tl.sum((tl.load(head_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32))
     tl.store(count_ptr, used)
     before = 0
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        busy = (tl.load(slot_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32)
+        busy = (tl.load(head_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32)
         rank = before + tl.cumsum(busy) - busy  # chunks with work that stand before
         before += tl.sum(busy)
         tl.store(work_ptr + tl.where(busy > 0, rank, used + i - rank), i, mask=i < size)
@@ -82,7 +86,10 @@ def members_of(heads: int, clusters: int, columns: int) -> int:
     """Members of a chunk whose program has room for the V of ``columns`` of them.
 
     Lanes that no member fills are wasted, so chunks are no wider than clusters are on average.
+    ``heads`` are those that see far keys; without any, ``clusters`` is 0.
     """
+    if not clusters:
+        return 1
     most = 1 << (-(-heads // clusters) - 1).bit_length()
     return min(most, max(1, columns))
 
@@ -105,6 +112,42 @@ def adopt_chunks(membership: Membership, chunks: Chunks) -> None:
 
 
 def _deal(membership: Membership, members: int) -> Chunks:
+    """Chunks of the heads that see far keys, behind those of heads that do not."""
+    if not membership.streaming:
+        return _deal_clusters(membership, members)
+    batch, device = membership.batch, membership.representatives.device
+    alone = sorted(set(range(membership.heads)) - set(membership.far_heads))
+    count = -(-len(alone) // members)
+    heads = torch.tensor(alone, dtype=torch.long, device=device)
+
+    def room(width: int) -> Tensor:
+        return torch.full((batch, width), -1, dtype=torch.int32, device=device)
+
+    head, value = room(count * members), room(count * members)
+    head[:, : len(alone)] = heads.int()
+    value[:, : len(alone)] = membership.value_slot[:, heads].int()
+    head, value = (x.view(batch, count, members) for x in (head, value))
+    none = room(count)
+    if membership.far is None:
+        return Chunks(none, none, none, head, value, exact=True, streaming=count)
+    far = _deal_clusters(membership.far, members)
+    natural = torch.tensor(membership.far_heads, dtype=torch.int32, device=device)
+
+    def named(heads: Tensor) -> Tensor:
+        return torch.where(heads < 0, heads, natural[heads.clamp_min(0)])
+
+    return Chunks(
+        slot=torch.cat([none, far.slot], 1),
+        query=torch.cat([none, named(far.query)], 1),
+        key=torch.cat([none, far.key], 1),
+        head=torch.cat([head, named(far.head)], 1),
+        value=torch.cat([value, far.value], 1),
+        exact=far.exact,
+        streaming=count,
+    )
+
+
+def _deal_clusters(membership: Membership, members: int) -> Chunks:
     """Deal the heads of each cluster, in order, into as few chunks as ``members`` allows.
 
     Chunks of a cluster are of equal size but for one, so that programs take equally long.

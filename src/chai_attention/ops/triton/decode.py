@@ -54,11 +54,11 @@ def _sink_stop(sink_ptr, near_row, stride_sinks, SINKS: tl.constexpr, SINKS_P: t
     return tl.max(sinks.to(tl.int32), axis=0) + 1
 
 
-@triton.jit(do_not_specialize=["size", "chunks", "splits", "recent", "stride_table"])
+@triton.jit(do_not_specialize=["size", "chunks", "streaming", "splits", "recent", "stride_table"])
 def _decode(
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, slots_ptr, sink_ptr,
     query_ptr, key_ptr, value_ptr, acc_ptr, sum_ptr,
-    scale, softcap, size, chunks, splits, recent,
+    scale, softcap, size, chunks, streaming, splits, recent,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t, stride_sinks,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
@@ -73,7 +73,9 @@ def _decode(
     the end. ``PAGE`` is 0 for contiguous caches. Pages are found by ``table_ptr``, and
     ``stride_kb`` and ``stride_vb`` are then those of a page.
     """
-    chunk, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # the first chunks are of streaming heads
+    chunk, split = tl.program_id(0) + streaming, tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
     line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
     slot = tl.load(query_ptr + line * chunks + chunk)
     if slot < 0:

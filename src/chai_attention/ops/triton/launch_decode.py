@@ -69,7 +69,7 @@ def decode_recent(
     softcap: float | None = None,
 ) -> Tensor:
     """`ops.ring.decode_recent` in two launches."""
-    check(query, key, value, near.ring, near.sinks)
+    check(query, key, value, *(memory for pair in near.memories for memory in pair))
     out = _run(
         query[:, :, 0], key, value, membership, None, key.shape[2],
         scale=scale, lengths=lengths, valid=valid, softcap=softcap, near=near, offset=offset,
@@ -98,7 +98,7 @@ def paged_decode(
     """`ops.paged.paged_decode` in two launches."""
     check(
         query,
-        *(() if near is None else (near.ring, near.sinks)),
+        *(() if near is None else (memory for pair in near.memories for memory in pair)),
         pages=(key_pages, value_pages),
     )
     lse = _lse(membership, query) if return_lse else None
@@ -135,12 +135,14 @@ def _run(
         shape = (batch, heads, value.shape[3])
         out = torch.empty(shape, dtype=query.dtype, device=query.device)
     wide = padded(max(dim, value.shape[3]))
-    members = members_of(heads, clusters, COLUMNS // wide)
+    far_heads = len(membership.far_heads)
+    members = members_of(far_heads, clusters, COLUMNS // wide)
     chunks = chunks_of(membership, members)
     columns = members * wide
     # of chunks known on the device only, as many as clusters of equal size have
-    used = chunks.count if chunks.exact else max(clusters, triton.cdiv(heads, members))
-    programs = batch * used
+    used = chunks.count - chunks.streaming
+    used = used if chunks.exact else max(clusters, triton.cdiv(far_heads, members))
+    programs = batch * max(1, used)
     is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
@@ -157,7 +159,7 @@ def _run(
     )
     decode(
         query, key, value, chunks, out, lse,
-        clusters=clusters, near=near,
+        clusters=clusters, kv_heads=membership.kv_heads, near=near,
         key_place=None if near is None else membership.key_place,
         splits=splits,
         block=block,

@@ -36,12 +36,14 @@ def _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, seen,
 @triton.jit
 def _step(
     start, q, where, row, slot_row, length, place, d, dv,
-    k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr,
-    softcap, recent, ring_size, ring_shift, kept,
+    k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr, v_first_ptr,
+    softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
+    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
     D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, NEAR: tl.constexpr,
     SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
     """Scores of NEAR keys from ``start`` on, of the sinks and then the last ones, and their V."""
     j = start + tl.arange(0, NEAR)
@@ -80,10 +82,29 @@ def _step(
             mask=(absent & is_sink)[:, None] & in_key, other=0.0,
         ).to(tl.float32)  # fmt: skip
     at = _token_at(position, row, table_ptr, stride_table, stride_vb, stride_vs, inside, PAGE)
+    in_value = dv[None, :] < DV
+    stored, absent = inside, inside
+    if HAS_VALUE_RING:  # V of streaming heads stands as K of removed heads does
+        stored = inside & (place + tl.zeros([NEAR], tl.int64) < kept_values)
+        absent = inside & (place + tl.zeros([NEAR], tl.int64) >= kept_values)
     v = tl.load(
         v_ptr + place * stride_vh + at[:, None] + dv[None, :],
-        mask=inside[:, None] & (dv[None, :] < DV), other=0.0,
+        mask=stored[:, None] & in_value, other=0.0,
     ).to(tl.float32)  # fmt: skip
+    if HAS_VALUE_RING:
+        removed = place - kept_values
+        v += tl.load(
+            v_ring_ptr + slot_row * stride_vrb + removed * stride_vrh
+            + ((position + ring_shift) % ring_size).to(tl.int64)[:, None] * stride_vrs
+            + dv[None, :],
+            mask=(absent & (j >= SINKS))[:, None] & in_value, other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        if SINKS > 0:
+            v += tl.load(
+                v_first_ptr + slot_row * stride_vfb + removed * stride_vfh
+                + j.to(tl.int64)[:, None] * stride_vfs + dv[None, :],
+                mask=(absent & is_sink)[:, None] & in_value, other=0.0,
+            ).to(tl.float32)  # fmt: skip
     s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
     return tl.where(inside, s, float("-inf")), v
 
@@ -91,14 +112,16 @@ def _step(
 @triton.jit
 def _near(
     head, place, row, slot_row, line, length, dv,
-    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, key_place_ptr,
-    scale, softcap, recent, ring_size, ring_shift, kept,
+    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
+    v_first_ptr, key_place_ptr,
+    scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-    stride_sinks,
+    stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, NEAR: tl.constexpr,
     STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
     """Maximum and weight of one head's own scores, and V weighted with them, columns ``dv``."""
     d = tl.arange(0, DP)
@@ -107,11 +130,12 @@ def _near(
     where = tl.load(key_place_ptr + line * KV_HEADS + head // GROUP).to(tl.int64)
     s, v = _step(
         0, q, where, row, slot_row, length, place, d, dv,
-        k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr,
-        softcap, recent, ring_size, ring_shift, kept,
+        k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr, v_first_ptr,
+        softcap, recent, ring_size, ring_shift, kept, kept_values,
         stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
         stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
-        D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP,
+        stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
+        D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
     )  # fmt: skip
     best = tl.max(s, axis=0)
     p = tl.exp2(s - tl.where(best == float("-inf"), 0.0, best))  # nothing seen: 0, not NaN
@@ -122,11 +146,12 @@ def _near(
         for step in tl.range(1, STEPS, num_stages=1):
             s, v = _step(
                 step * NEAR, q, where, row, slot_row, length, place, d, dv,
-                k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr,
-                softcap, recent, ring_size, ring_shift, kept,
+                k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
+                v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
                 stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
                 stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-                stride_sinks, D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP,
+                stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
+                stride_vfs, D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
             )  # fmt: skip
             new = tl.maximum(best, tl.max(s, axis=0))
             base = tl.where(new == float("-inf"), 0.0, new)

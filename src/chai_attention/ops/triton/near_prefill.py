@@ -56,7 +56,8 @@ def _attend(
 
 @triton.jit(do_not_specialize=["queries", "length", "columns", "late", "recent"])
 def _near(
-    q_ptr, k_ptr, v_ptr, sink_ptr, ordinary_ptr, far_ptr, lse_ptr, slot_ptr, offset_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, sink_ptr, ordinary_ptr, far_ptr, lse_ptr, slot_ptr, place_ptr, offset_ptr,
+    out_ptr,
     scale, softcap, queries, length, columns, late, recent,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_sinks, stride_ordinary,
@@ -95,8 +96,9 @@ def _near(
         best *= LOG2_E
         has = best > float("-inf")
         weight = tl.where(has, 1.0, 0.0)
+        place = tl.load(place_ptr + head)  # any for streaming heads, whose offset says so
         acc = tl.load(
-            far_ptr + row * stride_fb + far.to(tl.int64)[:, None] * stride_fs + head * stride_fh
+            far_ptr + row * stride_fb + far.to(tl.int64)[:, None] * stride_fs + place * stride_fh
             + dv[None, :],
             mask=has[:, None] & (dv < DV)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
@@ -150,8 +152,8 @@ def attention(
         near: the near keys.
         tables: of these Q queries.
         membership: tables of B rows.
-        far: ``[B, Q', H, Dv]``, clustered attention of the last Q' queries to the far keys; those
-            before see none. None if there are none.
+        far: ``[B, Q', H', Dv]``, clustered attention of the last Q' queries and ``far_heads`` to
+            the far keys; those before see none. None if there are none.
         lse: ``[B, k, Q']`` float32, its log-sum-exp; with ``far``.
         scale: factor on the scores.
         offset: ``[B, H]`` float32, added to each head's log-sum-exp; None for zeros.
@@ -178,8 +180,8 @@ def attention(
     shared = tables.ordinary.shape[0] == 1  # all sequences of the batch have the same tables
     slot = membership.slot
     _near[(triton.cdiv(queries, rows), heads, batch)](
-        query, near.key, near.value, tables.sink_positions, tables.ordinary, far, lse, slot, offset,
-        out,
+        query, near.key, near.value, tables.sink_positions, tables.ordinary, far, lse, slot,
+        membership.far_place, offset, out,
         scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
         0 if far is None else far.shape[1], tables.recent,
         *query.stride()[:3], *near.key.stride()[:3], *near.value.stride()[:3],

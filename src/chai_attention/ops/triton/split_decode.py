@@ -24,29 +24,32 @@ from chai_attention.ops.triton.near_decode import _near, near_block
 
 @triton.jit(
     do_not_specialize=[
-        "size", "chunks", "splits", "clusters", "recent", "ring_size", "ring_shift",
-        "kept", "stride_table",
+        "size", "chunks", "streaming", "splits", "clusters", "recent", "ring_size", "ring_shift",
+        "kept", "kept_values", "stride_table",
     ]
 )  # fmt: skip
 def _merge(
     acc_ptr, sum_ptr, slot_ptr, head_ptr, value_ptr, rows_ptr, out_ptr, lse_ptr,
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr,
-    ring_ptr, first_ptr, sink_ptr, key_place_ptr, offset_ptr, slots_ptr,
-    scale, softcap, size, chunks, splits, clusters, recent, ring_size, ring_shift, kept,
+    ring_ptr, first_ptr, sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, offset_ptr, slots_ptr,
+    scale, softcap, size, chunks, streaming, splits, clusters, recent, ring_size, ring_shift, kept,
+    kept_values,
     stride_ob, stride_oh, stride_t, stride_offset,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-    stride_sinks,
+    stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, NEAR: tl.constexpr,
     STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_LSE: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one chunk's member, and its nearest keys, and write its output.
 
-    The columns of V may be dealt to several programs.
+    The first ``streaming`` chunks have nearest keys only. The columns of V may be dealt to several
+    programs.
     """
     chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     lane, part_of = tl.program_id(1) % M, tl.program_id(1) // M
@@ -62,17 +65,20 @@ def _merge(
         near_best, near_weight, near_out = _near(
             head, place, row, near_row, line, length, dv,
             q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr,
-            key_place_ptr, scale, softcap, recent, ring_size, ring_shift, kept,
+            v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent, ring_size, ring_shift,
+            kept, kept_values,
             stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
             stride_vs, stride_mb, stride_table, stride_rb, stride_rh, stride_rs,
             stride_fb, stride_fh, stride_fs, stride_sinks,
+            stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
             D, DP, DV, COLUMNS, GROUP, KV_HEADS, PAGE, NEAR, STEPS, SINKS, HAS_VALID, HAS_SOFTCAP,
+            HAS_VALUE_RING,
         )  # fmt: skip
     if EARLY:
         gdc_wait()
     split = tl.arange(0, SPLITS)
     part = (row * chunks + chunk) * splits + split
-    there = split < splits
+    there = split < tl.where(chunk >= streaming, splits, 0)
     best = tl.load(sum_ptr + part * 2, mask=there, other=float("-inf"))
     weight = tl.load(sum_ptr + part * 2 + 1, mask=there, other=0.0)
     if HAS_OFFSET:
@@ -110,6 +116,7 @@ def decode(
     lse: Tensor | None,
     *,
     clusters: int,
+    kv_heads: int,
     scale: float,
     softcap: float | None = None,
     lengths: Tensor | None = None,
@@ -133,11 +140,12 @@ def decode(
     Args:
         query: of the representatives in slot order, or of all heads in theirs.
         key: ``[B, kept, S, D]``, or pages ``[P, N, kept, D]`` if there is a ``table``.
-        value: ``[B, G, S, Dv]``, or pages ``[P, N, G, Dv]``.
+        value: ``[B, kept values, S, Dv]``, or pages ``[P, N, kept values, Dv]``.
         chunks: the work; of one row for all sequences, of B rows, or of any number with ``rows``.
         out: any strides but the last.
         lse: ``[B, k]`` float32 or None; without ``near``.
         clusters: k.
+        kv_heads: G.
         scale: factor on the scores.
         softcap: as in the reference.
         lengths: ``[B]`` int32 keys of each sequence; None for all S (without a table only).
@@ -168,19 +176,23 @@ def decode(
     order = (0, 2, 1) if paged else (0, 1, 2)
     key_strides = [key.stride(axis) for axis in order]
     value_strides = [value.stride(axis) for axis in order]
-    kept, groups = key.shape[order[1]], value.shape[order[1]]
+    kept, kept_values = key.shape[order[1]], value.shape[order[1]]
     size = 0 if paged else key.shape[2]
     every_head = query.shape[1] == heads
     stride_t = 0 if chunks.slot.shape[0] == 1 else 1
     sinks = 0 if near is None else near.sinks.shape[2]
     recent = 0 if near is None else near.recent
-    ring = first = sink = None
+    ring = first = sink = value_ring = value_first = None
     ring_size, shift, near_strides, near_keys = 1, 0, [0] * 7, 0
+    value_strides_near = [0] * 6
     if near is not None:
         ring, first, sink = near.ring, near.sinks, by_line(near.sink_positions)
         ring_size, shift = near.size, near.shift
         near_strides = [*ring.stride()[:3], *first.stride()[:3], sink.stride(0)]
         near_keys = near_block(recent + sinks, max(padded(dim), wide))
+        value_ring, value_first = near.value_ring, near.value_sinks
+        if value_ring is not None and value_first is not None:
+            value_strides_near = [*value_ring.stride()[:3], *value_first.stride()[:3]]
     lengths, valid, table = by_line(lengths), by_line(valid), by_line(table)
     rows, slots, offset = by_line(rows), by_line(slots), by_line(offset)
     parts = (batch, chunks.count, splits)
@@ -192,28 +204,34 @@ def decode(
         "D": dim, "DP": padded(dim), "DV": value_dim, "DVP": wide, "M": members,
         "PAGE": page, "SINKS": sinks, "HAS_ROWS": rows is not None,
         "HAS_SLOTS": slots is not None, "HAS_LENGTH": lengths is not None,
-        "HAS_VALID": valid is not None, "HAS_SOFTCAP": softcap is not None, "EARLY": early,
+        "HAS_VALID": valid is not None, "HAS_SOFTCAP": softcap is not None,
     }  # fmt: skip
-    _decode[(chunks.count, splits, batch)](
-        query, key, value, lengths, valid, table, rows, slots, sink,
-        chunks.query if every_head else chunks.slot, chunks.key, chunks.value, acc, sums,
-        scale, softcap or 1.0, size, chunks.count, splits, recent,
-        query.stride(0), query.stride(1), *key_strides, *value_strides,
-        stride_mb, stride_table, stride_t, near_strides[-1],
-        BLOCK=block, SINKS_P=triton.next_power_of_2(max(1, sinks)), HAS_NEAR=near is not None,
-        STAGES=stages, LINES=lines, num_warps=warps, **shared,
-    )  # fmt: skip
+    far_chunks = chunks.count - chunks.streaming
+    early = early if far_chunks else 0  # nothing to wait for
+    shared["EARLY"] = early
+    if far_chunks:
+        _decode[(far_chunks, splits, batch)](
+            query, key, value, lengths, valid, table, rows, slots, sink,
+            chunks.query if every_head else chunks.slot, chunks.key, chunks.value, acc, sums,
+            scale, softcap or 1.0, size, chunks.count, chunks.streaming, splits, recent,
+            query.stride(0), query.stride(1), *key_strides, *value_strides,
+            stride_mb, stride_table, stride_t, near_strides[-1],
+            BLOCK=block, SINKS_P=triton.next_power_of_2(max(1, sinks)), HAS_NEAR=near is not None,
+            STAGES=stages, LINES=lines, num_warps=warps, **shared,
+        )  # fmt: skip
     columns = min(wide, merge_columns or wide)
     _merge[(chunks.count, members * (wide // columns), batch)](
         acc, sums, chunks.slot, chunks.head, chunks.value, rows, out, lse,
         query, key, value, lengths, valid, table,
-        ring, first, sink, key_place, offset, slots,
-        scale, softcap or 1.0, size, chunks.count, splits, clusters, recent, ring_size, shift,
-        kept, out.stride(0), out.stride(1), stride_t, 0 if offset is None else offset.stride(0),
+        ring, first, sink, value_ring, value_first, key_place, offset, slots,
+        scale, softcap or 1.0, size, chunks.count, chunks.streaming, splits, clusters, recent,
+        ring_size, shift, kept, kept_values,
+        out.stride(0), out.stride(1), stride_t, 0 if offset is None else offset.stride(0),
         query.stride(0), query.stride(1), *key_strides, *value_strides,
-        stride_mb, stride_table, *near_strides,
-        COLUMNS=columns, SPLITS=triton.next_power_of_2(splits), GROUP=heads // groups,
-        KV_HEADS=groups, NEAR=near_keys, STEPS=triton.cdiv(recent + sinks, max(1, near_keys)),
+        stride_mb, stride_table, *near_strides, *value_strides_near,
+        COLUMNS=columns, SPLITS=triton.next_power_of_2(splits), GROUP=heads // kv_heads,
+        KV_HEADS=kv_heads, NEAR=near_keys, STEPS=triton.cdiv(recent + sinks, max(1, near_keys)),
         HAS_OFFSET=offset is not None, HAS_LSE=lse is not None,
+        HAS_VALUE_RING=value_ring is not None,
         num_warps=4, **shared, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Cache write: K of the kept heads and V of all heads to their places, in one launch."""
+"""Cache write: K and V of kept heads, and of others near the end, to their places; one launch."""
 
 from __future__ import annotations
 
@@ -35,21 +35,48 @@ def _narrow(new, inverse, dtype: tl.constexpr, IS_NARROW: tl.constexpr):
     return new
 
 
+@triton.jit
+def _remember(
+    held, ring_ptr, first_ptr, sink_ptr, near_row, position, at, in_ring, there, d, mask,
+    stride_rb, stride_rs, stride_fb, stride_fs, stride_sinks, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Write new tokens to a head's place in a ring, and in the sinks if they are such."""
+    held = held.to(ring_ptr.dtype.element_ty)
+    tl.store(
+        ring_ptr + (near_row * stride_rb + at * stride_rs)[:, None] + d[None, :], held,
+        mask=in_ring[:, None] & mask,
+    )  # fmt: skip
+    for j in tl.static_range(SINKS):
+        sink = tl.load(sink_ptr + near_row * stride_sinks + j, mask=there, other=-1)
+        here = there & (position == sink)
+        tl.store(
+            first_ptr + j * stride_fs + (near_row * stride_fb)[:, None] + d[None, :],
+            held, mask=here[:, None] & mask,
+        )  # fmt: skip
+
+
 @triton.jit(
-    do_not_specialize=["tokens", "size", "kept", "groups", "removed", "ring_size", "ring_shift"]
-)
+    do_not_specialize=[
+        "tokens", "size", "kept", "kept_values", "removed", "removed_values", "ring_size",
+        "ring_shift",
+    ]
+)  # fmt: skip
 def _write(
-    k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr,
-    k_head_ptr, v_head_ptr, removed_ptr, start_ptr, slot_ptr, line_ptr, near_row_ptr, sink_ptr,
-    tokens, size, kept, groups, removed, ring_size, ring_shift, key_inverse, value_inverse,
+    k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
+    k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, line_ptr,
+    near_row_ptr, sink_ptr,
+    tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
+    key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_keyb, stride_keyh, stride_keys, stride_valueb, stride_valueh, stride_values,
-    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks, stride_t,
+    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
+    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
-    HAS_NEAR: tl.constexpr, ORDERED: tl.constexpr, IS_NARROW: tl.constexpr,
+    HAS_NEAR: tl.constexpr, HAS_VALUE_RING: tl.constexpr, ORDERED: tl.constexpr,
+    IS_NARROW: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK new tokens of one place: of the K cache, of the V cache, or of the ring and sinks.
+    """BLOCK new tokens of one place: of the K cache, of the V cache, or of rings and sinks.
 
     With pages, ``start_ptr`` holds each token's position, ``slot_ptr`` its slot in the pages.
     """
@@ -82,26 +109,20 @@ def _write(
             key_ptr + place * stride_keyh + key_at[:, None] + d[None, :],
             _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW), mask=mask,
         )  # fmt: skip
-    elif place < kept + groups:
+    elif place < kept + kept_values:
         place -= kept
         d = tl.arange(0, DVP)
         mask = there[:, None] & (d < DV)[None, :]
         head = line * 0 + place
         if not ORDERED:
-            head = tl.load(v_head_ptr + line * groups + place, mask=there, other=0)
+            head = tl.load(v_head_ptr + line * kept_values + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
         tl.store(
             value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
             _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW), mask=mask,
         )  # fmt: skip
     elif HAS_NEAR:  # else no program comes here
-        place -= kept + groups
-        d = tl.arange(0, DP)
-        mask = there[:, None] & (d < D)[None, :]
-        head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
-        new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
-        held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
-        held = held.to(ring_ptr.dtype.element_ty)
+        place -= kept + kept_values
         if PAGE == 0:
             near_row = row + tl.zeros([BLOCK], tl.int64)
             in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
@@ -112,18 +133,29 @@ def _write(
             in_ring = there & (near_row >= 0)
             there = there & (near_row != -1)
             near_row = tl.where(last, -2 - near_row, near_row)
-        at = near_row * stride_rb + ((position + ring_shift) % ring_size).to(tl.int64) * stride_rs
-        tl.store(
-            ring_ptr + place * stride_rh + at[:, None] + d[None, :], held,
-            mask=in_ring[:, None] & mask,
-        )  # fmt: skip
-        for j in tl.static_range(SINKS):
-            sink = tl.load(sink_ptr + near_row * stride_sinks + j, mask=there, other=-1)
-            here = there & (position == sink)
-            tl.store(
-                first_ptr + place * stride_fh + j * stride_fs
-                + (near_row * stride_fb)[:, None] + d[None, :],
-                held, mask=here[:, None] & mask,
+        at = ((position + ring_shift) % ring_size).to(tl.int64)
+        if place < removed:
+            head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
+            d = tl.arange(0, DP)
+            mask = there[:, None] & (d < D)[None, :]
+            new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+            held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
+            _remember(
+                held, ring_ptr + place * stride_rh, first_ptr + place * stride_fh, sink_ptr,
+                near_row, position, at, in_ring, there, d, mask,
+                stride_rb, stride_rs, stride_fb, stride_fs, stride_sinks, SINKS,
+            )  # fmt: skip
+        elif HAS_VALUE_RING:
+            place -= removed
+            head = tl.load(v_removed_ptr + line * removed_values + place, mask=there, other=0)
+            d = tl.arange(0, DVP)
+            mask = there[:, None] & (d < DV)[None, :]
+            new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
+            held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
+            _remember(
+                held, v_ring_ptr + place * stride_vrh, v_first_ptr + place * stride_vfh, sink_ptr,
+                near_row, position, at, in_ring, there, d, mask,
+                stride_vrb, stride_vrs, stride_vfb, stride_vfs, stride_sinks, SINKS,
             )  # fmt: skip
 
 
@@ -198,28 +230,37 @@ def _launch(
     if not tokens:
         return
     dim, value_dim = key.shape[-1], value.shape[-1]
-    kept, groups = membership.kept_keys, membership.kv_heads
-    removed = groups - kept if near is not None else 0
+    kept, kept_values = membership.kept_keys, membership.kept_values
+    removed = removed_values = 0
+    ring = first = value_ring = value_first = sink_positions = None
+    near_strides = [0] * 13
+    if near is not None:
+        removed = membership.kv_heads - kept
+        ring, first, sink_positions = near.ring, near.sinks, by_line(near.sink_positions)
+        near_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
+        near_strides[12] = sink_positions.stride(0)
+        value_ring, value_first = near.value_ring, near.value_sinks
+        if value_ring is not None and value_first is not None:
+            removed_values = membership.kv_heads - kept_values
+            near_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
     wide = triton.next_power_of_2(max(dim, value_dim))
     block = min(max(1, ELEMENTS // wide), triton.next_power_of_2(tokens))
-    near_strides, sink_positions = [0] * 7, None
-    if near is not None:
-        sink_positions = by_line(near.sink_positions)
-        near_strides = [*near.ring.stride()[:3], *near.sinks.stride()[:3], sink_positions.stride(0)]
-    _write[(triton.cdiv(tokens, block), kept + groups + removed, batch)](
-        key, value, keys, values,
-        None if near is None else near.ring, None if near is None else near.sinks,
+    places = kept + kept_values + removed + removed_values
+    _write[(triton.cdiv(tokens, block), places, batch)](
+        key, value, keys, values, ring, first, value_ring, value_first,
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
+        membership.removed_value_heads.contiguous() if removed_values else None,
         by_line(start), by_line(slots), by_line(lines), by_line(near_rows), sink_positions,
-        tokens, size, kept, groups, removed, *((1, 0) if near is None else (near.size, near.shift)),
+        tokens, size, kept, kept_values, removed, removed_values,
+        *((1, 0) if near is None else (near.size, near.shift)),
         *(1 / scale for scale in scales),
         *(stride for group in strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
         SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
-        HAS_NEAR=removed > 0, ORDERED=ordered,
+        HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0, ORDERED=ordered,
         IS_NARROW=keys.dtype.itemsize == 1,
         num_warps=4,
     )  # fmt: skip
