@@ -38,7 +38,7 @@ def problems_of(profile: ClusterProfile) -> list[str]:
     """Everything that is wrong with a profile by itself."""
     problems = []
     clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
-    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_count_or_zero, clusters)):
+    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_place, clusters)):
         return ["'clusters' must list a whole number of at least 1 for every layer"]
     if len(clusters) > MOST_LAYERS or max(clusters) > MOST_HEADS:
         return [f"'clusters' is at most {MOST_LAYERS} layers of at most {MOST_HEADS} heads"]
@@ -135,7 +135,7 @@ def _streaming(profile: ClusterProfile) -> list[str]:
     """What is wrong with the lists of streaming heads."""
     problems = []
     for layer, heads in enumerate(profile.streaming or ()):
-        if not all(map(_is_count_or_zero, heads)) or list(heads) != sorted(set(heads)):
+        if not all(map(_is_place, heads)) or list(heads) != sorted(set(heads)):
             problems.append(f"layer {layer}: 'streaming' must list heads once each, ascending")
     if any(profile.streaming or ()) and profile.recent == 0:
         problems.append("streaming heads need a recent window of at least 1 token")
@@ -255,6 +255,10 @@ def _is_json(value: Mapping[str, Any]) -> bool:
 
 def _is_tokens(value: object, least: int = 0) -> bool:
     return type(value) is int and least <= value <= MOST_TOKENS
+
+
+def _is_place(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_count(value: object) -> bool:

@@ -146,6 +146,11 @@ class Asked:
     def problems(self, profile: ClusterProfile) -> Iterator[str]:
         """What would give wrong results with a profile; each names the option and what to do."""
         online = profile.membership != STATIC
+        if any(profile.streaming or ()):
+            yield (
+                "streaming heads in vLLM yet: calibrate a profile without (chai calibrate --recipe "
+                "share), or run this one by transformers (chai generate, enable())"
+            )
         if self.cache_dtype not in ("auto", *EIGHT_BITS) and (
             self.cache_dtype not in CACHE_DTYPES or self.dtype not in (None, self.cache_dtype)
         ):
@@ -195,11 +200,6 @@ def refuse(asked: Asked, profile: ClusterProfile) -> None:
     """
     for problem in asked.problems(profile):
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
-    if any(profile.streaming or ()):
-        raise ProfileError(
-            "vLLM does not serve streaming heads yet: calibrate a profile without (chai calibrate "
-            "--recipe share), or run this one by transformers (chai generate, enable())"
-        )
     if profile.refit is not None:
         raise ProfileError(
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "
