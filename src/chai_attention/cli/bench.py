@@ -106,6 +106,9 @@ def attention_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Time one layer's clustered attention against every attention that is installed."""
+    from chai_attention.cli.progress import import_libraries
+
+    import_libraries(quiet=quiet)
     from chai_attention.benchmarking.attention import AttentionRequest, bench_attention
     from chai_attention.benchmarking.cases import (
         default_cases,
@@ -195,11 +198,13 @@ def model_command(
     A preset has random weights; a folder or a name of the hub has its own, unless --layers is
     given. Without --profile, llama-7b and llama-33b take their published schedule.
     """
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.benchmarking.cases import default_seconds, parse_size, resolve_device
     from chai_attention.benchmarking.files import require_writable
     from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
     from chai_attention.benchmarking.presets import resolve_model
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.integrations.transformers.loading import (
         load_config,
         load_model,

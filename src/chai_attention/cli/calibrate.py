@@ -182,12 +182,14 @@ def calibrate_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Find which heads of MODEL can share their scores, at a loss you choose."""
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.calibration.estimate import estimate
     from chai_attention.calibration.evidence_file import check_place
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.records import profile_record
     from chai_attention.cli.tables import estimate_lines, profile_table, promise_line, summary_line
     from chai_attention.integrations.transformers.loading import load_model

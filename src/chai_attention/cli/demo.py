@@ -41,9 +41,11 @@ def demo_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Calibrate a model, then generate with and without clustered heads side by side."""
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.calibration import load_texts
     from chai_attention.calibration.texts import check_source
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.records import demo_record, profile_record
     from chai_attention.cli.tables import demo_tables, profile_table, summary_line
     from chai_attention.errors import ProfileError

@@ -99,13 +99,15 @@ def eval_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.integrations.lm_eval import require
 
     require()
     from functools import partial
 
     from chai_attention.calibration.sources import parse_sources
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare

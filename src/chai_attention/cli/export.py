@@ -22,7 +22,9 @@ def export_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Write MODEL with refit weights and its profile, for from_pretrained and vLLM."""
-    from chai_attention.cli.progress import progress_bar
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.integrations.transformers.export import export, require_empty
     from chai_attention.integrations.transformers.loading import load_model, saved_dtype
     from chai_attention.profile import ClusterProfile

@@ -75,12 +75,14 @@ def frontier_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.calibration import calibrate, load_texts, windows_of
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
     from chai_attention.calibration.texts import beginning, check_source
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
     from chai_attention.evaluation.frontier import digest_of, for_bytes, frontier, recipes_named

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from rich.console import Console
 from rich.progress import (
@@ -75,6 +76,12 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Reporter]:
         reporter = Reporter(bar, title)
         with _lines(reporter, off=quiet or terminal):
             yield reporter
+
+
+def import_libraries(*, quiet: bool = False) -> None:
+    """Import torch and transformers, which takes seconds, or many from a cold disk."""
+    with progress_bar("loading libraries", quiet=quiet):
+        import_module("chai_attention.integrations.transformers.loading")
 
 
 class _Counted(MofNCompleteColumn):

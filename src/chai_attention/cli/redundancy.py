@@ -75,9 +75,11 @@ def redundancy_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
+    from chai_attention.cli.progress import import_libraries, progress_bar
+
+    import_libraries(quiet=quiet)
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.sources import mixed_windows, parse_sources
-    from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
