@@ -54,3 +54,11 @@ def test_little_work_leaves_no_file(tmp_path):
     file.keep("maps", {"a": torch.ones(2)}, 8)
     assert not file.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_goes_on_where_its_evidence_cannot_be_kept(path):
+    file = EvidenceFile(path.parent / "none" / "e", {})
+    with pytest.warns(ChaiWarning, match="will begin anew"):
+        file.keep("maps", {"a": torch.ones(2)}, 8)
+    file.keep("maps", {"a": torch.ones(2)}, 16)  # said once
+    assert not file.flush()

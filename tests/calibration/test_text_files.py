@@ -132,7 +132,7 @@ def test_a_hostile_chat_template_is_one_line(template, tmp_path):
         ("a.json", b'{"data": [{"context": "many words"}]}', "most of its text is in 'data'"),
         ("a.json", b"[]", "holds no text"),
         ("a.json", b"\xff\xfe", "as text"),
-        ("a.csv", b"", "as csv"),
+        ("a.csv", b"", "holds no text"),
         ("a.csv", b'text\n"never ends', "as csv"),
         ("a.parquet", b"PAR1 and no more", "as parquet"),
         ("a.txt.gz", b"\x1f\x8b\x08", "as text"),

@@ -92,19 +92,17 @@ def estimate(
         held_out = 0 if ready.held is None else len(ready.held)
     _begin_memory(model)
     clock = _Clock(progress)
-    for _ in range(2):  # the first pays for one-time set-up
+    for part in (windows[:1], windows):  # the first pays for one-time set-up
         clock.reset()
-        evidence = EvidenceStore(model, windows, BATCH_SIZE).get(chosen, Steps(clock, 2))
+        evidence = EvidenceStore(model, part, BATCH_SIZE).get(chosen, Steps(clock, 2))
     for name, spent in clock.seconds.items():
         seconds[name] = spent * samples / len(windows)
     per_try, tries = 0.0, 0
     if measured:
         candidates = Candidates(shape, chosen, evidence)
-        plain = _timed(lambda: token_loss(model, windows, batch_size=BATCH_SIZE)) / len(windows)
-        profile = candidates.remove(max(1, candidates.guess))
-        with enabled(model, profile):
-            run = lambda: token_loss(model, windows, batch_size=BATCH_SIZE)  # noqa: E731
-            per_try = _timed(run) / len(windows) * held_out
+        plain = _loss_seconds(model, windows)
+        with enabled(model, candidates.remove(max(1, candidates.guess))):
+            per_try = _loss_seconds(model, windows) * held_out
         seconds["perplexity of the model"] = plain * held_out
         if chosen.refit != "none":
             per_try += plain * PASSES * windows_needed(model, samples, length)
@@ -142,9 +140,13 @@ class _Clock:
         self._progress(f"a batch of {name}", done, total)
 
 
-def _timed(run: Callable[[], object]) -> float:
-    """Seconds of the second run."""
-    run()
+def _loss_seconds(model: PreTrainedModel, windows: Tensor) -> float:
+    """Seconds that a window takes to measure on."""
+    token_loss(model, windows[:1])
+    return _seconds(lambda: token_loss(model, windows, batch_size=BATCH_SIZE)) / len(windows)
+
+
+def _seconds(run: Callable[[], object]) -> float:
     _finish_work()
     start = time.perf_counter()
     run()
@@ -158,7 +160,8 @@ def _writing(model: PreTrainedModel, request: TextRequest, windows: int, length:
     share = windows * weights[SELF] / sum(weights.values())
     rows = max(1, min(WRITTEN_AT_ONCE, round(share)))
     tokens = min(WRITTEN, length)
-    spent = _timed(lambda: self_text(model, rows, tokens, seed=request.seed))
+    self_text(model, 1, 2, seed=request.seed)
+    spent = _seconds(lambda: self_text(model, rows, tokens, seed=request.seed))
     return spent * -(-share // rows) * (length - 1) / max(1, tokens - 1)
 
 

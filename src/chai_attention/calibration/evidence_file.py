@@ -38,7 +38,7 @@ class EvidenceFile:
         self._tensors: dict[str, Tensor] = {}
         self._done: dict[str, int] = {}
         self._written = time.monotonic()
-        self._changed = False
+        self._changed = self._failed = False
         found = _read(path)
         if found is None:
             return
@@ -94,13 +94,19 @@ class EvidenceFile:
     def _write_if_worth_it(self) -> None:
         from safetensors.torch import save
 
-        if time.monotonic() - self._written < EVERY:
+        if self._failed or time.monotonic() - self._written < EVERY:
             return
         metadata = {"format": FORMAT, "about": self._about, "done": json.dumps(self._done)}
         content = save({k: v.contiguous() for k, v in self._tensors.items()}, metadata)
-        write_whole(self.path, content, CalibrationError)
-        self._written = time.monotonic()
         self._changed = False
+        self._written = time.monotonic()
+        try:
+            write_whole(self.path, content, CalibrationError)
+        except CalibrationError as error:  # the calibration itself can do without
+            self._failed = True
+            warnings.warn(
+                f"{error}: an interrupted calibration will begin anew", ChaiWarning, stacklevel=2
+            )
 
 
 def check_place(path: Path) -> None:

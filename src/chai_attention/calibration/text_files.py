@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 from chai_attention.errors import CalibrationError
 
 JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
-TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+DELIMITERS, PARQUET = {".csv": ",", ".tsv": "\t"}, (".parquet",)
+TABLES = (*DELIMITERS, *PARQUET)
 PLAIN = (".txt", ".md", ".raw", ".gz")
 FILE_SUFFIXES = (*PLAIN, *JSON_LINES, *JSON, *TABLES)
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 LARGEST_RECORD = 1 << 26  # characters
+ROWS = 64  # of a Parquet file that are read at a time
 
 # a record's place, for error messages, and the record
 Record = tuple[str, Any]
@@ -68,8 +70,10 @@ def records_of(path: Path) -> Iterator[Record]:
         CalibrationError: the file cannot be read, or is not what its name says.
     """
     suffix = path.suffix.lower()
-    if suffix in TABLES:
-        return _rows(path, TABLES[suffix], **({"sep": "\t"} if suffix == ".tsv" else {}))
+    if suffix in DELIMITERS:
+        return _rows_of_text(path, DELIMITERS[suffix])
+    if suffix in PARQUET:
+        return _rows_of_parquet(path)
     return _lines(path) if suffix in JSON_LINES else _values(path)
 
 
@@ -138,18 +142,34 @@ def _values(path: Path) -> Iterator[Record]:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
 
 
-def _rows(path: Path, kind: str, **options: Any) -> Iterator[Record]:
-    """Rows of a table, streamed by datasets."""
-    import datasets
-
+def _rows_of_text(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows of a file of values separated by commas or tabs, below a row of names."""
+    before = csv.field_size_limit(LARGEST_RECORD)  # of the whole process
     try:
-        stream = datasets.load_dataset(
-            kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options
-        )
-        for number, row in enumerate(stream, start=1):
-            yield f"{path}, row {number}", row
-    except Exception as error:  # the library raises a different type for every way to fail
-        raise CalibrationError(f"cannot read {path} as {kind}: {reason_of(error)}") from error
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}, row {number}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CalibrationError(f"cannot read {path} as csv: {reason_of(error)}") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _rows_of_parquet(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet file, some at a time."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with path.open("rb") as content, ParquetFile(content) as file:
+            for batch in file.iter_batches(batch_size=ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (OSError, ArrowException) as error:
+        raise CalibrationError(f"cannot read {path} as parquet: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:
