@@ -11,9 +11,9 @@ from chai_attention.integrations.transformers import layer as layer_module
 ATTENTION = ("bench", "attention", "--device", "cpu", "--seconds", 0)
 MODEL = ("bench", "model", "--device", "cpu", "--seconds", 0, "--new-tokens", 2)
 ROW = {
-    "kind", "batch", "tokens", "dtype", "clusters", "kept_keys", "us", "iqr_us", "repeats",
-    "bytes", "flops", "ideal_us", "of_ideal", "baseline", "baseline_us", "speedup",
-    "ideal_speedup", "error", "allowed_error",
+    "kind", "batch", "tokens", "dtype", "clusters", "kept_keys", "kept_values", "streaming",
+    "us", "iqr_us", "repeats", "bytes", "flops", "ideal_us", "of_ideal", "baseline", "baseline_us",
+    "speedup", "ideal_speedup", "error", "allowed_error",
 }  # fmt: skip
 
 
