@@ -192,3 +192,15 @@ def test_another_attention_for_an_enabled_model_is_refused():
         model(IDS)
     assert model.config._attn_implementation == "eager"
     assert "chai" not in AttentionInterface()
+
+
+def test_generate_may_make_a_config_of_the_same_kind() -> None:
+    # transformers 5.19 compares generation settings with those of `config.__class__()`
+    model = tiny_model("llama")
+    with enabled(model, WHOLE):
+        other = type(model.config)()
+        assert other._attn_implementation is None
+        other._attn_implementation = "eager"
+        assert other._attn_implementation == "eager"
+        assert model.config._attn_implementation == "chai"
+        assert "attn_implementation" not in other.to_diff_dict()

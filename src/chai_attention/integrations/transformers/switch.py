@@ -72,8 +72,14 @@ def _view(
     """``config`` under the attention function ``name``, with views in place of some parts."""
     kind = type(config)
 
+    def chosen(self: PreTrainedConfig) -> Any:
+        return name if vars(self) is vars(config) else vars(self).get(_FIELD)
+
     def refuse(self: PreTrainedConfig, value: Any) -> None:
-        if value != name:
+        if vars(self) is not vars(config):
+            # a config of its own: generate() of some releases makes one to compare with
+            vars(self)[_FIELD] = value
+        elif value != name:
             raise UnsupportedModelError(
                 f"the attention of this model cannot be switched to {value!r} while clustered "
                 "heads are enabled: call chai_attention.disable(model) first"
@@ -83,7 +89,7 @@ def _view(
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
         "__reduce__": lambda self: (_view, (config, name, parts)),
-        _FIELD: property(lambda self: name, refuse),
+        _FIELD: property(chosen, refuse),
     }
     for part in parts:
         members[part] = property(lambda self, part=part: parts[part])  # type: ignore[misc]
