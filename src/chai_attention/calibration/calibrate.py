@@ -21,7 +21,13 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.steps import Steps
 from chai_attention.calibration.texts import check_numbers, windows_of
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.integrations.transformers.corrections import Corrections
+from chai_attention.integrations.transformers.support import (
+    ModelShape,
+    attention_modules,
+    describe,
+    unwrapped,
+)
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 
@@ -54,7 +60,7 @@ def calibrate(
     the removals out to the layers, and the loss of what it chose is measured.
 
     Args:
-        model: a supported causal language model.
+        model: a supported causal language model, or a PEFT model around one.
         tokenizer: its tokenizer.
         texts: sample text, documents, or ready windows of tokens ``[N, S]`` int64.
         samples: windows of text to use; None for 256 with gradient costs, else 1024.
@@ -86,7 +92,10 @@ def calibrate(
     if unknown:
         raise TypeError(f"calibrate() has no option {', '.join(unknown)}")
     with torch.inference_mode(False):  # gradients are needed, whatever the caller is in
+        model = unwrapped(model)
         chosen = Settings(**settings).resolve(describe(model))
+        if chosen.refit != "none":  # found now, not after the evidence
+            Corrections.require_plain(attention_modules(model))
         text = _divided(model, tokenizer, texts, chosen, samples, length, held_out, measure, seed)
         if store is None or not _serves(store, model, text.windows):
             store = EvidenceStore(model, text.windows, batch_size)

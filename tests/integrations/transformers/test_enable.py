@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from chai_attention.errors import CacheError, ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import disable, enable, enabled
+from chai_attention.integrations.transformers.writing import PromptError, write
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
@@ -144,3 +145,31 @@ def test_low_precision_is_close_to_float32(dtype):
     with enabled(model, profile):
         got = model(ids()).logits.float()
     assert (got - want).abs().max() < 2 * loss + 0.02 * want.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "profile",
+    [
+        PROFILE,
+        ClusterProfile(
+            (3,) * 3, "blend", 4, blend=0.5, features="value", costs=torch.rand(3, 6, 6).tolist()
+        ),
+    ],
+    ids=["maps", "blend"],
+)
+def test_weights_that_are_no_numbers_are_an_error_of_ours(profile):
+    """Clustering NaN ended in an IndexError."""
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj.weight[0] = torch.nan
+    with (
+        enabled(model, profile),
+        pytest.raises(UnsupportedModelError, match=r"layer [12] are not finite"),
+    ):
+        model(ids())
+
+
+def test_a_prompt_of_another_models_tokenizer_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(PromptError, match=r"token id 97, and this model embeds ids 0 to 96"):
+        write(model, None, torch.tensor([[3, 97]]), max_new_tokens=1)

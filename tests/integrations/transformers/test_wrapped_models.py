@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chai_attention import ClusteredCache
+from chai_attention import ClusteredCache, calibrate
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import (
     StaticClusteredCache,
@@ -74,3 +74,30 @@ def test_other_wrappers_are_refused_with_what_to_pass(name):
             call()
         assert "\n" not in str(caught.value)
     assert model.config._attn_implementation == "sdpa"
+
+
+TEXT = torch.randint(3, 97, (12, 24), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"samples": 4, "length": 24, "held_out": 2, "window": 4, "recent": 4, "sinks": 1}
+
+
+def test_a_peft_model_is_calibrated_like_its_base_model():
+    model = tiny_model("llama")
+    wrapped = add_lora(model, "q_proj", "v_proj")
+    options = {**OPTIONS, "removed": 0.2}
+    assert calibrate(wrapped, None, TEXT, **options) == calibrate(model, None, TEXT, **options)
+
+
+def test_a_refit_of_an_adapter_is_refused_before_calibration_starts():
+    wrapped = add_lora(tiny_model("llama"), "o_proj")
+    steps = []
+    with pytest.raises(UnsupportedModelError, match="merge the adapter"):
+        calibrate(
+            wrapped, None, TEXT, **OPTIONS, removed=0.2, refit="output",
+            progress=lambda *step: steps.append(step),
+        )  # fmt: skip
+    assert not steps
+
+
+def test_a_compiled_model_is_not_calibrated():
+    with pytest.raises(UnsupportedModelError, match=r"model\._orig_mod"):
+        calibrate(torch.compile(tiny_model("llama")), None, TEXT, **OPTIONS, removed=0.2)

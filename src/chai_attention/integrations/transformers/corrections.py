@@ -48,6 +48,16 @@ class Corrections:
         for name, tensor in tensors.items():
             _place(modules, name, tensor)
 
+    @staticmethod
+    def require_plain(modules: Mapping[int, nn.Module]) -> None:
+        """Refuse output projections that are wrapped, before a refit is computed for them.
+
+        Raises:
+            UnsupportedModelError: the weights of one are not its own, or quantised.
+        """
+        for layer, module in modules.items():
+            _plain_projection(layer, module)
+
     def _replace(self, projection: Any, name: str, tensor: Tensor) -> None:
         before: nn.Parameter | None = getattr(projection, name, None)
         tensor = tensor.to(projection.weight)
@@ -93,11 +103,16 @@ def _place(
             f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}: it was "
             "made for another one. Calibrate this model with --refit, or use a profile without"
         )
+    return _plain_projection(int(parts[1]), module), parts[2], tensor
+
+
+def _plain_projection(layer: int, module: nn.Module) -> nn.Module:
+    """The output projection of a layer, whose weight a refit can replace."""
     projection = output_projection(module)
     if "weight" not in projection._parameters:
         raise UnsupportedModelError(
-            f"the output projection of layer {parts[1]} is a {type(projection).__name__}, not one "
+            f"the output projection of layer {layer} is a {type(projection).__name__}, not one "
             "whose weights a refit can replace: merge the adapter into the model "
             "(merge_and_unload()), or use a profile without a refit"
         )
-    return projection, parts[2], tensor
+    return projection

@@ -12,6 +12,7 @@ from torch import Tensor
 from chai_attention.clustering.assign import K_BYTES, SCORES, assign, assign_by_cost
 from chai_attention.clustering.kmeans import TIE, squared_distances
 from chai_attention.clustering.kmedoids import choices
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership
@@ -114,6 +115,9 @@ class LayerPlan:
             value: ``[B, G, W, Dv]`` of the window, in the natural order of heads.
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
+
+        Raises:
+            UnsupportedModelError: NaN or infinity in the window (found on the CPU).
         """
         if self.streaming:
             far = self._far.online_membership(*self._far_states(query, key, value), scale, softcap)
@@ -124,6 +128,7 @@ class LayerPlan:
             return fused
         if self.costs is None:
             gram = window_gram(query, key, **options)
+            self._require_finite(gram)
             rep = assign(gram, self.clusters, self.kv_heads, self.target)
         else:
             distance = (
@@ -131,6 +136,7 @@ class LayerPlan:
                 if self.features == "value"
                 else squared_distances(window_gram(query, key, **options))
             )
+            self._require_finite(distance)
             cost = relative(distance) + self._weighted_costs(query.device)
             rep = assign_by_cost(cost, self.clusters, self.kv_heads, self.target)
         # how many K/V heads "scores" needs depends on the data; otherwise it follows from k
@@ -159,6 +165,15 @@ class LayerPlan:
         group = self.heads // self.kv_heads
         groups = list(dict.fromkeys(head // group for head in self._far_heads))
         return query[:, self._far_heads], key[:, groups], value[:, groups]
+
+    def _require_finite(self, found: Tensor) -> None:
+        """Refuse to cluster what is no number; a GPU's answer would have to be waited for."""
+        if found.device.type == "cpu" and not bool(found.isfinite().all()):
+            raise UnsupportedModelError(
+                f"Q, K or V of layer {self.layer} are not finite in the probe window: the model's "
+                "weights hold NaN or infinity, or numbers overflow in float16 (load it in bfloat16 "
+                "or float32)"
+            )
 
     def _fused_membership(
         self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from chai_attention.integrations.transformers.attention import (
 )
 from chai_attention.integrations.transformers.cache import ClusteredCache
 from chai_attention.integrations.transformers.memory import LAYER_TAG
+from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.plan import layer_plans
 from chai_attention.integrations.transformers.support import FAMILIES, ModelShape, supported
 from chai_attention.integrations.transformers.switch import Switch
@@ -66,7 +66,7 @@ def require_runnable(
     if tested or key in _passed or model.device.type == "meta":
         return
     try:
-        with torch.no_grad(), _as_in_inference(model):
+        with torch.no_grad(), evaluating(model):
             if _runs(model, modules, shape):
                 _passed.add(key)
     except _DifferentError as error:
@@ -208,19 +208,6 @@ def _own(module: nn.Module) -> Callable[..., Any]:
     code = sys.modules[type(module).__module__]
     own: Callable[..., Any] = getattr(code, "eager_attention_forward", sdpa_attention_forward)
     return own
-
-
-@contextmanager
-def _as_in_inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, whatever mode every module was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _first_line(error: Exception) -> str:

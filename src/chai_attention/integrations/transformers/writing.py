@@ -97,7 +97,16 @@ def write(
         max_new_tokens: tokens to write at most.
         temperature: 0 is greedy decoding.
         on_text: called with each new piece of text.
+
+    Raises:
+        PromptError: a token that the model has no embedding for.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if bool((ids >= rows).any()):
+        raise PromptError(
+            f"the tokenizer gives the token id {int(ids.max())}, and this model embeds ids 0 to "
+            f"{rows - 1}: they do not belong together"
+        )
     clock = _Clock(tokenizer, on_text)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
