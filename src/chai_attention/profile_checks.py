@@ -164,7 +164,10 @@ def tensor_problems(corrections: Mapping[str, Tensor]) -> list[str]:
     for name, tensor in corrections.items():
         match = _CORRECTION.fullmatch(name)
         if match is None:
-            problems.append(f"the refit holds {name!r}, which is no weight or bias of a layer")
+            problems.append(
+                f"the refit holds {name!r}, which a model does not have: it is no weight or bias "
+                "of a layer"
+            )
         elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             problems.append(f"{name} of the refit is {tensor.dtype}, not floating point")
         elif tensor.ndim != (1 if match["bias"] else 2):
