@@ -28,6 +28,7 @@ from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.progress import Progress, quiet
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+MOST_WEIGHT = 1e9  # and its inverse the least: shares of them stay numbers
 # rises of two sources count as different from this ratio, and this many standard errors on
 UNEVEN_RATIO = 2.0
 UNEVEN_ERRORS = 2.0
@@ -80,8 +81,10 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
             )
         if not name.strip():
             raise CalibrationError("the name of a source of text is empty")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise CalibrationError(f"{item}: the weight of a source is a positive number")
+        if not 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise CalibrationError(
+                f"{item}: the weight of a source is a positive number, at most {MOST_WEIGHT:,.0f}"
+            )
         sources.append(Source(name, weight))
         weighted += match is not None
     if weighted not in (0, len(sources)):

@@ -16,6 +16,7 @@ from chai_attention.cli.calibrate import calibrate_command
 from chai_attention.cli.demo import demo_command
 from chai_attention.cli.eval import eval_command
 from chai_attention.cli.export import export_command
+from chai_attention.cli.failures import explain, one_line, require_text
 from chai_attention.cli.frontier import frontier_command
 from chai_attention.cli.generate import generate_command
 from chai_attention.cli.inspect import inspect_command
@@ -23,7 +24,6 @@ from chai_attention.cli.output import warnings_as_notes
 from chai_attention.cli.redundancy import redundancy_command
 from chai_attention.cli.report import report_command
 from chai_attention.cli.serve import PASSED_ON, serve_command
-from chai_attention.errors import ChaiError
 
 app = typer.Typer(
     help="Clustered Head Attention: cheaper LLM inference by sharing attention between heads.",
@@ -71,17 +71,18 @@ def main() -> None:
     # our own progress bars are enough; transformers' loading bars would come on top
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        require_text(sys.argv[1:])
         with warnings_as_notes():
             code = app(sys.argv[1:], prog_name="chai", standalone_mode=False)
         sys.stdout.flush()  # a full disk is told here, not when Python ends
-    except ChaiError as error:
-        _fail(str(error))
     except _UsageError as error:
         _fail(f"{error.format_message()} (see chai --help)")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except OSError as error:
-        if error.filename is not None:
+    except Exception as error:
+        if (reason := explain(error)) is not None:
+            _fail(reason)
+        if not isinstance(error, OSError):
             raise
         _let_go_of_stdout()
         if error.errno == errno.EPIPE:  # whoever read has seen enough
@@ -96,5 +97,5 @@ def _let_go_of_stdout() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

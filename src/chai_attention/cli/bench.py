@@ -34,7 +34,11 @@ Profile = Annotated[
 Seconds = Annotated[
     float | None,
     typer.Option(
-        help="How long to repeat each timing.", show_default="0.1 on a GPU, else 1", min=0
+        help="How long to repeat each timing.",
+        show_default="0.1 on a GPU, else 1",
+        min=0,
+        max=86400,
+        callback=options.finite,
     ),
 ]
 Seed = Annotated[int, options.seed("Of inputs and memberships.")]

@@ -83,6 +83,7 @@ def calibrate_command(
         typer.Option(
             help="With the elbow: bound on the relative clustering error, 0 to 1.",
             show_default="0.1 for scores, 0.3 for k-bytes; paper: 1",
+            callback=options.finite,
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -159,6 +160,7 @@ def calibrate_command(
         typer.Option(
             help="Weight of the static cost in a blended membership.",
             show_default="1",
+            callback=options.finite,
             rich_help_panel=_RECIPE,
         ),
     ] = None,

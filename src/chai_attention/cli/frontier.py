@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -193,7 +194,7 @@ def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) <= 0:
+    if not numbers or not all(0 < number < math.inf for number in numbers):
         kinds = "whole numbers" if kind is int else "numbers"
         raise FrontierError(f"{option} is {kinds} above 0 separated by commas, not {text!r}")
     return numbers

@@ -37,7 +37,8 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     temperature: Annotated[
-        float, typer.Option(help="0 is greedy; higher is more varied.", min=0)
+        float,
+        typer.Option(help="0 is greedy; higher is more varied.", min=0, callback=options.finite),
     ] = 0.0,
     compare: Annotated[
         bool,

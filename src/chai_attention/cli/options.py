@@ -80,6 +80,13 @@ def seed(text: str, panel: str | None = None) -> Any:
     return typer.Option(help=text, min=0, max=LARGEST_SEED, rich_help_panel=panel)
 
 
+def finite(value: float | None) -> float | None:
+    """Callback of an option with a number: NaN is within every range, and infinity in most."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 def share(option: str, text: str | None, *, bare: float = 1.0) -> float | None:
     """``1%`` or ``0.01`` as a share; None stays None.
 

@@ -27,7 +27,13 @@ def serve_command(
         typer.Option("--estimate", help="Only print K,V capacity and expected gain; load nothing."),
     ] = False,
     gpu_memory: Annotated[
-        float, typer.Option(help="With --estimate: memory of a GPU in GB.", min=1)
+        float,
+        typer.Option(
+            help="With --estimate: memory of a GPU in GB.",
+            min=1,
+            max=1e6,
+            callback=options.finite,
+        ),
     ] = 80.0,
     as_json: options.Json = False,
 ) -> None:

@@ -63,7 +63,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     """Turn a prompt into token ids ``[1, S]``, through the chat template if asked.
 
     Raises:
-        PromptError: an empty prompt, or a chat without a template.
+        PromptError: an empty prompt, or a chat without a template that can render it.
     """
     if not prompt.strip():
         raise PromptError("the prompt is empty")
@@ -72,9 +72,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if not tokenizer.chat_template:
         raise PromptError("this tokenizer has no chat template: leave out --chat")
     message = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # a template is a program, which fails in ways of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PromptError(
+            f"the model's chat template cannot render the prompt: {reason}"
+        ) from error
     return encoded["input_ids"]
 
 
