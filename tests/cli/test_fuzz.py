@@ -115,9 +115,12 @@ def run(*arguments):
         with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             patched.setattr(sys, "argv", ["chai", *map(str, arguments)])
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                with pytest.raises(SystemExit) as ended:
-                    cli.main()
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                pytest.raises(SystemExit) as ended,
+            ):
+                cli.main()
     finally:
         signal.alarm(0)
         for model, _ in list(_loaded()):

@@ -113,6 +113,18 @@ class AttentionRequest:
             )
 
 
+def _require_room(request: AttentionRequest) -> None:
+    """Refuse, before anything is measured, cases whose K and V alone do not fit the memory."""
+    free, shape = free_bytes(request.device), request.shape
+    for case in request.cases:
+        size = 2 * case.batch * case.tokens * shape.kv_heads * shape.head_dim
+        size *= max(dtype.itemsize for dtype in request.dtypes)
+        if size > (2**63 if free is None else free):
+            raise BenchmarkError(
+                f"{case} needs {size / 1e9:,.1f} GB for K and V, more than there is: ask for less"
+            )
+
+
 def bench_attention(request: AttentionRequest, progress: Progress) -> dict[str, Any]:
     """Measure everything; a wrong result ends it without any figure.
 
@@ -130,6 +142,7 @@ def bench_attention(request: AttentionRequest, progress: Progress) -> dict[str, 
         BenchmarkError: something cannot be measured as asked.
     """
     request.check()
+    _require_room(request)
     torch.manual_seed(request.seed)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

@@ -67,7 +67,9 @@ def redundancy_command(
         ),
     ] = 48,
     seed: Annotated[int, options.seed("Which windows of the text are used.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Requests that run at once.", min=1, max=2**20)] = 4,
+    batch_size: Annotated[
+        int, typer.Option(help="Requests that run at once.", min=1, max=2**20)
+    ] = 4,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from chai_attention.integrations.transformers.support import describe
-from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.integrations.vllm.command_line import OptionError, Options
 from chai_attention.integrations.vllm.estimate import BLOCK, Estimate, batch_defaults, estimate
 from chai_attention.integrations.vllm.options import EIGHT_BITS, named_profile
 
@@ -39,7 +39,7 @@ def estimate_config(
         gpu_bytes=gpu_bytes,
         weight_bytes=parameters(config) * size,
         vocabulary=text.vocab_size,
-        utilization=given.number("--gpu-memory-utilization", 0.92),
+        utilization=_utilization(given),
         requests=requests,
         batch_tokens=batch_tokens,
         longest=longest,
@@ -75,6 +75,15 @@ def _batch(options: Options, gpu_bytes: int, longest: int) -> tuple[int, int]:
     tokens = min(tokens, (given or requests) * longest)
     tokens = options.count("--max-num-batched-tokens", tokens)
     return given or min(requests, tokens), tokens
+
+
+def _utilization(options: Options) -> float:
+    """The share of a GPU's memory that vLLM may take."""
+    name = "--gpu-memory-utilization"
+    share = options.number(name, 0.92)
+    if not 0 < share <= 1:
+        raise OptionError(f"{name} is a share of more than 0 and at most 1, not {share:g}")
+    return share
 
 
 def _longest(options: Options, default: int) -> int:
