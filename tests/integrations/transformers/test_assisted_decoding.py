@@ -1,13 +1,20 @@
 """Tokens that are taken back leave no trace, however many: enabled targets, drafts, and both."""
 
+import string
+
 import pytest
 import torch
-from transformers import DynamicCache
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers import ClusteredCache, StaticClusteredCache, enable
 from chai_attention.profile import ClusterProfile
-from tiny_models import tiny_model
+from tiny_models import CONFIGS, tiny_model
+from tiny_tokenizer import SPECIAL, tiny_tokenizer
 
 GENERATOR = torch.Generator().manual_seed(3)
 REP = ((0, 0, 4, 4, 4, 0), (0, 1, 2, 3, 4, 5), (3, 1, 1, 3, 3, 5))
@@ -77,6 +84,44 @@ def test_assistant_models(profile, who, length, count):
     ids = prompt(length)
     want = tokens(model, ids)
     assert torch.equal(tokens(model, ids, assistant_model=draft), want)
+
+
+def tokenizer_of_pairs():
+    """Two characters are a token, so that new characters change tokens that were there."""
+    one = string.ascii_letters + string.digits + " \n.,;:!?'\"()-/=@"
+    known = [*SPECIAL, *one, *(a + b for a in one for b in one)]
+    backend = Tokenizer(WordLevel({text: i for i, text in enumerate(known)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex(r"[\s\S]{1,2}"), "isolated")
+    backend.decoder = Fuse()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("name", ["static-recent", "online-recent"])
+def test_an_enabled_draft_with_another_tokenizer(name):
+    """It is taken back to where texts differ: before the tokens of its last round."""
+    model, profile, pairs = tiny_model("llama"), PROFILES[name], tokenizer_of_pairs()
+    config = CONFIGS["llama"]()
+    config.vocab_size, config.initializer_range = len(pairs), 0.2
+    torch.manual_seed(1)
+    draft = AutoModelForCausalLM.from_config(config).eval()
+    enable(model, profile)
+    enable(draft, profile)
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("hello there, what a day " * 2, return_tensors="pt").input_ids
+    want = tokens(model, ids, max_new_tokens=40)
+    got = tokens(
+        model, ids, max_new_tokens=40, assistant_model=draft, tokenizer=tokenizer,
+        assistant_tokenizer=pairs,
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
+def test_drafts_of_the_models_own_first_layers():
+    model = tiny_model("llama")
+    enable(model, PROFILES["online-recent"])
+    ids = prompt(12)
+    assert torch.equal(tokens(model, ids, assistant_early_exit=2), tokens(model, ids))
 
 
 def test_a_family_with_sliding_windows():

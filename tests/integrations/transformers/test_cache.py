@@ -277,6 +277,36 @@ def test_a_cache_goes_on_after_a_forward_that_was_refused(model):
 
 
 @torch.no_grad()
+def test_a_forward_that_stopped_midway_is_noticed(model):
+    cache = ClusteredCache(model, PROFILE)
+    model(prompt(20), past_key_values=cache)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(prompt(4), past_key_values=cache)
+    hook.remove()
+    with pytest.raises(CacheError, match="stopped midway"):
+        model(prompt(4), past_key_values=cache)
+    cache.reset()
+    got = model(prompt(9), past_key_values=cache).logits
+    want = model(prompt(9), use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_sliding_layers_do_not_hide_that_a_cache_was_used_outside_its_model():
+    """They come first, and take their tokens before a clustered layer refuses."""
+    model = tiny_model("gemma2")
+    profile = ClusterProfile((6, 3, 3), window=8)
+    cache = ClusteredCache(model, profile)
+    with enabled(model, profile):
+        model(prompt(20), past_key_values=cache)
+    with pytest.raises(CacheError, match=r"while chai_attention\.enable"):
+        model(prompt(1), past_key_values=cache)
+    with enabled(model, profile), pytest.raises(CacheError, match="stopped midway"):
+        model(prompt(1), past_key_values=cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("length", [5, 30])
 def test_a_copied_cache_goes_its_own_way(model, length):
     """A prompt computed once, copied for each of its continuations."""

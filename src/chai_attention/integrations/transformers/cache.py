@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
@@ -101,7 +102,16 @@ class ClusteredCache(DynamicCache):
         return memory_of(self)
 
     def begin(self, mask: Any) -> None:
-        """Hear of a forward that begins; attention itself looks at its mask."""
+        """Hear of a forward that begins; attention itself looks at its mask.
+
+        Raises:
+            CacheError: layers hold different tokens; those that a model leaves out hold none.
+        """
+        if len({layer.get_seq_length() for layer in self.layers} - {0}) > 1:
+            raise CacheError(
+                "an earlier forward with this cache stopped midway, so its layers hold different "
+                "tokens: call cache.reset() and run the prompt again"
+            )
         for layer in self._clustered():
             layer.expect()
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from chai_attention.integrations.transformers.adopt import adopt
+from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.seal import Seal
 from chai_attention.integrations.transformers.support import decoder_config
@@ -112,9 +113,13 @@ class PreparedCache:
         found = prepare(model, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(_CACHE)
         if type(cache) in (DynamicCache, StaticCache):
-            cache = adopt(cache, self._plans, model.config.get_text_config(decoder=True))
+            cache = adopt(cache, self._plans, decoder_config(model))
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()  # it was told already, as a plain one
+                # drafts with another tokenizer go back to where texts differ, before the last crop
+                for layer in cache.layers:
+                    if isinstance(layer, ClusteredLayer):
+                        layer.keeps_past = True
         return found
 
     def __getstate__(self) -> tuple[PreTrainedModel | None, tuple[LayerPlan, ...]]:

@@ -55,6 +55,7 @@ class LayerMemory(CacheLayerMixin):
         self.plan = plan
         self.is_initialized = False
         self.record_past = False  # transformers itself writes it, too
+        self.keeps_past = False  # while it records: whether a crop leaves K of earlier tokens
         self._is_expected = False
         self._incoming: tuple[Tensor, Tensor] | None = None
         self.reset()
@@ -147,7 +148,7 @@ class LayerMemory(CacheLayerMixin):
         if self.membership is not None and keep < self._window_end:
             self._wait_again(keep)
             return
-        self._recent.crop(length, keep)
+        self._recent.crop(length, keep, trim=not (self.record_past and self.keeps_past))
         self._keys.length = self._values.length = keep
 
     def check_crop(self, keep: int) -> None:

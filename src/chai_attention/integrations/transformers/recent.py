@@ -72,11 +72,12 @@ class RecentStates:
         self.first = pick_tokens(states, positions)
         self._first_is_whole = False
 
-    def crop(self, tokens: int, recent: int) -> None:
+    def crop(self, tokens: int, recent: int | None) -> None:
         """Forget the last ``tokens``, and what a window of ``recent`` tokens does not need."""
         assert self.last is not None
         left = max(0, self.last.shape[2] - tokens)
-        self.last = self.last[:, :, max(0, left - recent) : left].clone()
+        begin = 0 if recent is None else max(0, left - recent)
+        self.last = self.last[:, :, begin:left].clone()
         self._first_is_whole = False
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -240,11 +241,17 @@ class RecentWindow:
                 "taken back, or reset the cache and run the prompt again"
             )
 
-    def crop(self, length: int, keep: int) -> None:
-        """Go back from ``length`` tokens to ``keep``, which `check_crop` has allowed."""
+    def crop(self, length: int, keep: int, trim: bool) -> None:
+        """Go back from ``length`` tokens to ``keep``, which `check_crop` has allowed.
+
+        Args:
+            length: tokens before.
+            keep: tokens afterwards.
+            trim: whether to hold no more than w tokens then.
+        """
         for recent in self.kinds:
             if recent.last is not None:
-                recent.crop(length - keep, self.recent)
+                recent.crop(length - keep, self.recent if trim else None)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Hold the same in another dtype."""
