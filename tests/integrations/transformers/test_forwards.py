@@ -10,6 +10,7 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import (
     ClusteredCache,
     StaticClusteredCache,
+    disable,
     enable,
     enabled,
 )
@@ -242,3 +243,16 @@ def test_generate_goes_on_after_a_prefill_under_inference_mode():
         with torch.inference_mode(not inside):
             got = model.generate(ids, past_key_values=cache, **options)
         assert torch.equal(got, want)
+
+
+def test_a_model_enabled_under_inference_mode_runs_outside_of_it():
+    model = tiny_model("llama")
+    ids = prompt(9)
+    rep = ((0, 0, 0, 3, 3, 3),) * 3
+    before = model(ids, use_cache=False).logits.detach()
+    with torch.inference_mode():
+        enable(model, ClusterProfile((2, 2, 2), "static", representatives=rep))
+    assert model(ids, use_cache=False).loss is None  # gradients are on
+    with torch.inference_mode():
+        disable(model)
+    assert torch.equal(model(ids, use_cache=False).logits, before)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
 
-def lasting() -> AbstractContextManager[object]:
-    """Where memory is made that later forwards write to.
+def lasting() -> torch.inference_mode:
+    """Where memory is made that later forwards write to; a context manager or a decorator.
 
     Memory made under ``torch.inference_mode()`` cannot be written to outside of it.
     """

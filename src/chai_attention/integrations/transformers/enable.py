@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import attention, forwards, graphs
+from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.projections import Projections
@@ -114,6 +115,7 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
         raise
 
 
+@lasting()
 def _switch_on(
     model: PreTrainedModel,
     profile: ClusterProfile,
@@ -143,6 +145,7 @@ def _switch_on(
         vars(model)[forwards.PREPARE] = forwards.PreparedCache(model, plans)
 
 
+@lasting()
 def disable(model: PreTrainedModel) -> None:
     """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled.
 
