@@ -38,9 +38,9 @@ SHAPES = {
 def offsets_of(model: Any, windows: torch.Tensor, near: Near, batch_size: int) -> torch.Tensor:
     """Offsets of an exact recent window, one forward pass."""
     heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
-    statistics = OffsetStatistics(layers, heads, near)
+    statistics = OffsetStatistics(layers, heads, [near])
     observe(model, windows, [statistics.add], batch_size=batch_size)
-    return statistics.offsets
+    return statistics.offsets[0]
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         (
             "gradient",
             lambda: collect_costs(
-                model, windows, "gradient", near=near, batch_size=options.batch_size
+                model, windows, "gradient", nears=[near], batch_size=options.batch_size
             ),
         ),
     ):

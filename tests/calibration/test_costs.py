@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chai_attention.calibration import calibrate, costs
+from chai_attention.calibration import calibrate, costs, pairs
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
@@ -57,38 +57,148 @@ def test_costs_are_their_definition(family, kind, near):
     ids = torch.randint(3, 97, (3, SIZE))
     offsets = torch.randn(3, HEADS, HEADS) / 2
     window = Near() if near == "no window" else Near(WINDOW, SINKS, offsets)
-    got = collect_costs(model, ids, kind, near=window, batch_size=2)
+    (got,) = collect_costs(model, ids, kind, nears=[window], batch_size=2)
     position = torch.arange(SIZE)
     behind = position[:, None] - position
     is_near = (behind < WINDOW) | (position < SINKS)
     modules = attention_modules(model)
+    assert (got.streaming is None) == (not window.recent)
     for layer, (call, gradient) in observed(model, ids).items():
         scores, value = scores_of(call)
         scores = scores.masked_fill(behind < 0, -torch.inf)
         own = scores.softmax(-1)
-        want = torch.zeros(HEADS, HEADS, dtype=torch.float64)
+        want = torch.zeros(HEADS, HEADS + 1, dtype=torch.float64)
         for h in range(HEADS):
-            for r in range(HEADS):
+            for r in range(HEADS + 1 if window.recent else HEADS):
                 if h == r:
                     continue
-                used = scores[:, r]
-                if window.recent:
-                    used = torch.where(is_near, scores[:, h], used + offsets[layer, h, r])
+                if r == HEADS:
+                    used = scores[:, h].masked_fill(~is_near, -torch.inf)
+                elif window.recent:
+                    used = torch.where(is_near, scores[:, h], scores[:, r] + offsets[layer, h, r])
+                else:
+                    used = scores[:, r]
                 change = (used.softmax(-1) - own[:, h]) @ value[:, h]  # [B, S, D]
                 if kind == "gradient":
                     want[h, r] = (gradient[:, :, h] * change).sum(-1).square().sum()
                 else:
                     columns = output_columns(modules[layer], h, change.shape[-1])
                     want[h, r] = (change @ columns.T).square().sum()
-        torch.testing.assert_close(got[layer], want / ids.numel(), rtol=1e-3, atol=1e-9)
+        want /= ids.numel()
+        torch.testing.assert_close(got.sharing[layer], want[:, :HEADS], rtol=1e-3, atol=1e-9)
+        if got.streaming is not None:
+            torch.testing.assert_close(got.streaming[layer], want[:, HEADS], rtol=1e-3, atol=1e-9)
+
+
+class Runs:
+    """Counts the forward passes of a model."""
+
+    def __init__(self, model):
+        self.count = 0
+        model.base_model.register_forward_hook(lambda *args: self.add())
+
+    def add(self):
+        self.count += 1
+
+
+@pytest.mark.parametrize("rows", [3, 256])
+@pytest.mark.parametrize("sinks", [0, 2, 7])
+@pytest.mark.parametrize("kind", ["value", "gradient"])
+def test_windows_told_together_cost_what_each_costs_alone(kind, sinks, rows, monkeypatch):
+    """Windows up to longer than the text, sinks of more than a block of queries, any order."""
+    monkeypatch.setattr(pairs, "ROWS", rows)
+    model = tiny_model("llama-grouped")
+    ids = torch.randint(3, 97, (3, SIZE))
+    nears = [Near(w, sinks, torch.randn(3, HEADS, HEADS)) for w in (4, 1, 19, 9, 40)]
+    runs = Runs(model)
+    together = collect_costs(model, ids, kind, nears=nears, batch_size=2)
+    assert runs.count == 2
+    for near, got in zip(nears, together, strict=True):
+        (alone,) = collect_costs(model, ids, kind, nears=[near])
+        torch.testing.assert_close(got.sharing, alone.sharing, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(got.streaming, alone.streaming, rtol=1e-4, atol=1e-10)
+    assert together[-1].streaming.abs().max() < 1e-10  # everything is near
+    assert together[-1].sharing.abs().max() < 1e-10
+
+
+def test_far_keys_of_other_heads_cost_more_the_narrower_the_window():
+    model = tiny_model("llama")
+    ids = torch.randint(3, 97, (3, SIZE))
+    found = collect_costs(model, ids, "gradient", nears=[Near(w) for w in (2, 5, 18)])
+    costs = [entry.streaming.sum().item() for entry in found]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_only_tokens_that_count_have_a_loss():
+    """The loss of some tokens; a window with few of them weighs as much as one with many."""
+    model = tiny_model("llama")
+    ids = torch.randint(3, 97, (2, SIZE))
+    counted = torch.zeros(2, SIZE, dtype=torch.bool)
+    counted[0, 5], counted[1, 11:15] = True, True
+    (got,) = collect_costs(model, ids, "gradient", nears=[Near(WINDOW, SINKS)], counted=counted)
+    want = []
+    for row in range(2):
+        calls, outs = {}, {}
+
+        def keep(call, out, calls=calls, outs=outs):
+            out.retain_grad()
+            calls[call.layer], outs[call.layer] = call, out
+
+        with capture(model, keep):
+            logits = model(ids[row : row + 1], use_cache=False).logits[0]
+            loss = -logits.log_softmax(-1)
+            sum(loss[t - 1, ids[row, t]] for t in counted[row].nonzero()[:, 0]).backward()
+        behind = torch.arange(SIZE)[:, None] - torch.arange(SIZE)
+        is_near = (behind < WINDOW) | (torch.arange(SIZE) < SINKS)
+        layers = []
+        for layer in sorted(calls):
+            scores, value = scores_of(calls[layer])
+            scores = scores.masked_fill(behind < 0, -torch.inf)
+            near = scores.masked_fill(~is_near, -torch.inf)
+            change = ((near.softmax(-1) - scores.softmax(-1)) @ value)[0].transpose(0, 1)
+            slope = outs[layer].grad[0].double()
+            layers.append((slope * change).sum(-1).square().sum(0) / counted[row].sum())
+        want.append(torch.stack(layers))
+    torch.testing.assert_close(got.streaming, sum(want) / 2, rtol=1e-3, atol=1e-9)
+
+
+def test_all_tokens_count_where_none_are_named():
+    model, ids = tiny_model("opt"), torch.randint(3, 97, (2, SIZE))
+    (plain,) = collect_costs(model, ids, "gradient")
+    (named,) = collect_costs(
+        model, ids, "gradient", counted=torch.ones(ids.shape, dtype=torch.bool)
+    )
+    assert torch.equal(plain.sharing, named.sharing)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "no token", "only the first"])
+def test_tokens_that_cannot_count_are_refused(wrong):
+    counted = torch.ones(2, SIZE + (wrong == "shape"), dtype=torch.bool)
+    if wrong != "shape":
+        counted[1, (1 if wrong == "only the first" else 0) :] = False
+    with pytest.raises(ValueError, match="a token after the first in every row"):
+        collect_costs(tiny_model("llama"), torch.ones(2, SIZE).long(), "gradient", counted=counted)
+
+
+def test_value_costs_know_no_loss():
+    counted = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="gradient costs only"):
+        collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", counted=counted)
+
+
+@pytest.mark.parametrize("nears", [[Near(4, 2), Near(8, 4)], [Near(), Near(4)], [Near(4), Near(4)], []])
+def test_windows_that_cannot_be_told_together_are_refused(nears):
+    with pytest.raises(ValueError, match="equal sinks"):
+        collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", nears=nears)
 
 
 def test_offsets_are_the_weighted_mean_difference():
     model = tiny_model("llama")
     ids = torch.randint(3, 97, (2, SIZE))
-    statistics = OffsetStatistics(3, HEADS, Near(WINDOW, SINKS))
+    wider = Near(WINDOW + 5, SINKS)
+    statistics = OffsetStatistics(3, HEADS, [wider, Near(WINDOW, SINKS)])
     observe(model, ids, [statistics.add], batch_size=1)
-    got = statistics.offsets
+    got = statistics.offsets[1]
     position = torch.arange(SIZE)
     behind = position[:, None] - position
     is_near = (behind < WINDOW) | (position < SINKS)
@@ -106,9 +216,9 @@ def test_offsets_are_the_weighted_mean_difference():
 
 def test_recomputed_activations_give_the_same_costs(monkeypatch):
     model, ids = tiny_model("llama-grouped"), torch.randint(3, 97, (3, SIZE))
-    kept = collect_costs(model, ids, "gradient")
+    (kept,) = collect_costs(model, ids, "gradient")
     monkeypatch.setattr(costs, "KEEP_BYTES", 0)
-    assert torch.equal(collect_costs(model, ids, "gradient"), kept)
+    assert torch.equal(collect_costs(model, ids, "gradient")[0].sharing, kept.sharing)
 
 
 @pytest.mark.parametrize("keep", [0, 1e9])
@@ -186,22 +296,25 @@ def test_what_a_quantised_model_is_advised_to_do_works():
 
 def test_sums_go_on_where_they_stopped():
     model, ids = tiny_model("llama"), torch.randint(3, 97, (6, 9))
-    want = collect_costs(model, ids, "gradient", batch_size=2)
-    sums = torch.zeros(3, 6, 6, dtype=torch.float64)
+    options = {"batch_size": 2, "nears": [Near(6), Near(2)]}
+    want = collect_costs(model, ids, "gradient", **options)
+    sums = torch.zeros(2, 3, 6, 7, dtype=torch.float64)
 
     def stop(done, total):
         if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_costs(model, ids, "gradient", batch_size=2, sums=sums, progress=stop)
-    got = collect_costs(model, ids, "gradient", batch_size=2, sums=sums, start=4)
-    assert torch.equal(got, want)
+        collect_costs(model, ids, "gradient", sums=sums, progress=stop, **options)
+    got = collect_costs(model, ids, "gradient", sums=sums, start=4, **options)
+    for here, there in zip(got, want, strict=True):
+        assert torch.equal(here.sharing, there.sharing)
+        assert torch.equal(here.streaming, there.streaming)
 
 
 def test_costs_are_computed_in_float32_under_autocast():
     model, ids = tiny_model("llama"), torch.randint(3, 97, (2, 20))
-    want = collect_costs(model, ids, "value")
+    want = collect_costs(model, ids, "value")[0].sharing
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = collect_costs(model, ids, "value")
+        got = collect_costs(model, ids, "value")[0].sharing
     assert (got - want).abs().max() < 0.05 * want.abs().max()

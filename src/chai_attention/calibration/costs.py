@@ -1,8 +1,8 @@
-"""Costs of all pairs of heads, accumulated over sample text: nothing is stored per token."""
+"""Costs of sharing and streaming heads over sample text: nothing is stored per token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.checks import not_finite
-from chai_attention.calibration.pairs import gradient_cost, maps_of, value_cost
+from chai_attention.calibration.pairs import PairCosts, bands_of, gradient_costs, value_costs
 from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
 from chai_attention.integrations.transformers.modes import evaluating
@@ -29,6 +29,7 @@ SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)
 
 ACTIVATIONS = 40  # of a layer and token, in hidden sizes, roughly
+IGNORED = -100  # target of a token whose loss does not count
 KEEP_BYTES = 3e9  # activations of a batch that are kept rather than computed twice
 
 Progress = Callable[[int, int], None]
@@ -49,18 +50,33 @@ class Near:
     offsets: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Mean cost per token of what a head can do instead of keeping its scores.
+
+    Attributes:
+        sharing: ``[L, H, H]`` float64, head h (row) uses the scores of head r (column); zeros on
+            the diagonal.
+        streaming: ``[L, H]`` float64, head h sees near keys only; None without a window.
+    """
+
+    sharing: Tensor
+    streaming: Tensor | None
+
+
 def collect_costs(
     model: PreTrainedModel,
     windows: Tensor,
     kind: str,
     *,
-    near: Near = Near(),
+    nears: Sequence[Near] = (Near(),),
+    counted: Tensor | None = None,
     batch_size: int = 4,
     sums: Tensor | None = None,
     start: int = 0,
     progress: Progress | None = None,
-) -> Tensor:
-    """Mean cost per token that head h uses the attention map of head r.
+) -> list[Costs]:
+    """Mean costs per token, for any number of exact recent windows from one run of the model.
 
     "value" is the squared error of the layer's output, ``|(P_r - P_h) V_h W_O,h|^2``. "gradient"
     is the squared first-order change of the loss, ``(g_h . (P_r - P_h) V_h)^2`` with g the
@@ -72,51 +88,55 @@ def collect_costs(
             costs are computed in float32.
         windows: ``[N, S]`` tokens.
         kind: "value" or "gradient".
-        near: the exact recent window in force.
+        nears: the exact recent windows to tell costs for, of different w and equal sinks; or one
+            without.
+        counted: ``[N, S]`` bool, tokens whose loss counts, by gradient costs only; None for all.
+            Every window of text weighs the same, however few of its tokens count.
         batch_size: windows per forward.
-        sums: ``[L, H, H]`` float64, costs of the first ``start`` windows, to be added to in place;
-            None for zeros.
+        sums: ``[len(nears), L, H, H + 1]`` float64 (see `empty_sums`), costs of the first
+            ``start`` windows, to be added to in place; None for zeros.
         start: windows that ``sums`` holds already.
         progress: called with (windows done, windows in all) after every batch.
 
     Returns:
-        ``[L, H, H]`` float64, rows h, columns r, zeros on the diagonal.
+        Costs for each of ``nears``, in their order.
 
     Raises:
         CalibrationError: a gradient cost asked of a model that has no gradients, such as a
             quantised one, or costs that are no numbers.
+        ValueError: an unknown kind, recent windows that cannot be told together, tokens that
+            cannot count.
     """
     if kind not in (VALUE, GRADIENT):
         raise ValueError(f"kind is value or gradient, not {kind!r}")
+    differentiate = kind == GRADIENT
+    weights = _weights(windows, counted, differentiate)
+    recents, sinks = _recents(nears)
+    places = sorted(range(len(nears)), key=lambda place: nears[place].recent)
     shape = describe(model)
-    total = sums
-    if total is None:
-        total = torch.zeros(shape.layers, shape.heads, shape.heads, dtype=torch.float64)
-    offsets = torch.zeros(total.shape) if near.offsets is None else near.offsets.float()
-    roots = _output_roots(model) if kind == VALUE else {}
+    total = empty_sums(len(nears), shape.layers, shape.heads) if sums is None else sums
+    roots = {} if differentiate else _output_roots(model)
+    first = start  # window of text at the beginning of the batch in the model
 
     def add(call: AttentionCall, gradient: Tensor | None) -> None:
-        group = call.query.shape[1] // call.value.shape[1]
-        offset = offsets[call.layer].to(call.query.device)
-        cost = torch.zeros(offset.shape, device=offset.device, dtype=torch.float64)
+        group, device = call.query.shape[1] // call.value.shape[1], call.query.device
+        offsets = [_offset(nears[place], call.layer, shape.heads, device) for place in places]
+        cost = torch.zeros(*total.shape[::2], total.shape[3], device=device, dtype=total.dtype)
         for row in range(call.query.shape[0]):
             value = call.value[row].float().repeat_interleave(group, dim=0)  # [H, S, Dv]
-            if kind == VALUE:
+            if not differentiate:
                 value = value @ roots[call.layer]
-            for maps in maps_of(
-                call.query[row],
-                call.key[row],
-                call.scale,
-                call.softcap,
-                near.recent,
-                near.sinks,
+            for bands in bands_of(
+                call.query[row], call.key[row], call.scale, call.softcap, recents, sinks
             ):
                 if gradient is None:
-                    cost += value_cost(maps, value, offset)
+                    found = value_costs(bands, value, offsets[: len(recents)])
                 else:
-                    slope = gradient[row, maps.rows].float().transpose(0, 1)  # [H, R, Dv]
-                    cost += gradient_cost(maps, value, slope, offset)
-        total[call.layer] += cost.cpu()
+                    slope = gradient[row, bands.rows].float().transpose(0, 1)  # [H, R, Dv]
+                    found = gradient_costs(bands, value, slope, offsets[: len(recents)])
+                for place, costs in zip(places, found, strict=True):
+                    _add(cost[place], costs, weights[first + row])
+        total[:, call.layer] += cost.cpu()
 
     reached: set[int] = set()
 
@@ -126,22 +146,22 @@ def collect_costs(
             add(call, gradient)
 
     def watch(call: AttentionCall, out: Tensor) -> None:
-        if kind == VALUE:
+        if not differentiate:
             with torch.autocast(out.device.type, enabled=False):
                 add(call, None)
         elif out.requires_grad:
             out.register_hook(lambda gradient: arrived(call, gradient))
 
-    differentiate = kind == GRADIENT
     if differentiate:
         _require_gradients(model)
     tokens = batch_size * windows.shape[1]
     gradients = _gradients_of_activations(model, tokens) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
         for first in range(start, len(windows), batch_size):
-            batch = windows[first : first + batch_size].to(model.device)
+            rows = slice(first, first + batch_size)
+            batch = windows[rows].to(model.device)
             if differentiate:
-                _summed_loss(model, batch).backward()
+                _summed_loss(model, batch, None if counted is None else counted[rows]).backward()
                 _require_all(reached, shape.layers)
             else:
                 model.base_model(batch, use_cache=False)
@@ -150,8 +170,23 @@ def collect_costs(
     if not total.isfinite().all():
         raise not_finite(model, f"a {kind} cost")
     mean = total / windows.numel()
-    mean.diagonal(dim1=1, dim2=2).zero_()
-    return mean
+    mean.diagonal(dim1=2, dim2=3).zero_()
+    return [
+        Costs(table[..., :-1].clone(), table[..., -1].clone() if near.recent else None)
+        for table, near in zip(mean, nears, strict=True)
+    ]
+
+
+def empty_sums(nears: int, layers: int, heads: int) -> Tensor:
+    """Zeros for the sums of `collect_costs`: sharing, and streaming in the last column."""
+    return torch.zeros(nears, layers, heads, heads + 1, dtype=torch.float64)
+
+
+def _add(total: Tensor, costs: PairCosts, weight: float) -> None:
+    """Add a layer's costs to ``[H, H + 1]``."""
+    total[:, :-1] += weight * costs.sharing
+    if costs.streaming is not None:
+        total[:, -1] += weight * costs.streaming
 
 
 class OffsetStatistics:
@@ -159,45 +194,91 @@ class OffsetStatistics:
 
     The mean over tokens of the difference of the far scores' log-sum-exp; a token counts by how
     much the choice matters there, ``p (1 - p)`` with p head h's share of far keys.
+
+    Args:
+        layers: L.
+        heads: H.
+        nears: the exact recent windows to tell offsets for, of equal sinks.
     """
 
-    def __init__(self, layers: int, heads: int, near: Near):
-        self.near = near
-        self._weighted = torch.zeros(layers, heads, heads, dtype=torch.float64)
-        self._weights = torch.zeros(layers, heads, 1, dtype=torch.float64)
+    def __init__(self, layers: int, heads: int, nears: Sequence[Near]):
+        self._order = [near.recent for near in nears]
+        self._recents, self._sinks = _recents(nears)
+        shape = (len(self._recents), layers, heads)
+        self._weighted = torch.zeros(*shape, heads, dtype=torch.float64)
+        self._weights = torch.zeros(*shape, 1, dtype=torch.float64)
 
     def add(self, call: AttentionCall, out: Tensor | None = None) -> None:
         """Add a layer's queries and keys; the output is not needed."""
-        near = self.near
         for query, key in zip(call.query, call.key, strict=True):
-            for maps in maps_of(query, key, call.scale, call.softcap, near.recent, near.sinks):
-                assert maps.far_lse is not None
-                share = torch.sigmoid(maps.far_lse - maps.near_lse)
-                weight = (share * (1 - share)).double()  # [H, R]
-                far = maps.far_lse.double().masked_fill(weight == 0, 0.0)
-                own = (weight * far).sum(-1, keepdim=True)
-                self._weighted[call.layer] += (own - weight @ far.T).cpu()
-                self._weights[call.layer] += weight.sum(-1, keepdim=True).cpu()
+            for bands in bands_of(query, key, call.scale, call.softcap, self._recents, self._sinks):
+                for number, (near_lse, far_lse) in enumerate(bands.near_and_far_lse()):
+                    share = torch.sigmoid(far_lse - near_lse)
+                    weight = (share * (1 - share)).double()  # [H, R]
+                    far = far_lse.double().masked_fill(weight == 0, 0.0)
+                    own = (weight * far).sum(-1, keepdim=True)
+                    self._weighted[number, call.layer] += (own - weight @ far.T).cpu()
+                    self._weights[number, call.layer] += weight.sum(-1, keepdim=True).cpu()
 
     @property
     def sums(self) -> dict[str, Tensor]:
         """The sums themselves, by name."""
         return {
-            f"{name} {self.near.recent} {self.near.sinks}": tensor
+            f"{name} {recent} {self._sinks}": tensor[number]
+            for number, recent in enumerate(self._recents)
             for name, tensor in (("weighted", self._weighted), ("weights", self._weights))
         }
 
     @property
-    def offsets(self) -> Tensor:
-        """``[L, H, H]`` float32, head h (row) using head r (column)."""
-        return (self._weighted / self._weights.clamp_min(1e-12)).float()
+    def offsets(self) -> list[Tensor]:
+        """``[L, H, H]`` float32 of every window, head h (row) using head r (column)."""
+        found = (self._weighted / self._weights.clamp_min(1e-12)).float()
+        found.diagonal(dim1=-2, dim2=-1).zero_()  # rounding apart it is
+        return [found[self._recents.index(recent)] for recent in self._order]
 
 
-def _summed_loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """Negative log-likelihood of all tokens but the first of each row, nats."""
+def _recents(nears: Sequence[Near]) -> tuple[list[int], int]:
+    """Every w, ascending, and the sinks of all; no w for a single `Near` without a window."""
+    recents = sorted(near.recent for near in nears)
+    if recents == [0]:
+        return [], 0
+    different = len(set(recents)) == len(recents) and len({near.sinks for near in nears}) == 1
+    if not recents or recents[0] < 1 or not different:
+        raise ValueError(
+            "recent windows that are told together need at least 1 token, no other of their size, "
+            "and equal sinks"
+        )
+    return recents, nears[0].sinks
+
+
+def _offset(near: Near, layer: int, heads: int, device: torch.device) -> Tensor:
+    if near.offsets is None:
+        return torch.zeros(heads, heads, device=device)
+    return near.offsets[layer].float().to(device)
+
+
+def _weights(windows: Tensor, counted: Tensor | None, differentiate: bool) -> list[float]:
+    """How much a token counts in each window, so that all windows weigh the same."""
+    if counted is None:
+        return [1.0] * len(windows)
+    if not differentiate:
+        raise ValueError("whose loss counts is known to gradient costs only")
+    if counted.shape != windows.shape or not bool(counted[:, 1:].any(1).all()):
+        raise ValueError(
+            f"counted needs the shape {tuple(windows.shape)} of the windows, and a token after the "
+            "first in every row"
+        )
+    return (windows.shape[1] / counted.sum(1).double()).tolist()
+
+
+def _summed_loss(model: PreTrainedModel, batch: Tensor, counted: Tensor | None) -> Tensor:
+    """Negative log-likelihood of the tokens that count but the first of each row, nats."""
     logits = model(batch, use_cache=False).logits[:, :-1].float()
+    targets = batch[:, 1:]
+    if counted is not None:
+        targets = targets.masked_fill(~counted[:, 1:].to(batch.device), IGNORED)
     return nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
     )
 
 

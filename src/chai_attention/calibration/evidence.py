@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.checks import not_finite, require_finite
-from chai_attention.calibration.costs import SCORES, Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import (
+    GRADIENT,
+    SCORES,
+    Costs,
+    Near,
+    OffsetStatistics,
+    collect_costs,
+    empty_sums,
+)
 from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import GramStatistics, observe
@@ -24,18 +32,21 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Sums over sample text, of every pair of heads.
+    """Sums over sample text, of heads and of every pair of them.
 
     Attributes:
         grams: ``[L, H, H]`` float64, inner products of the heads' attention maps.
         costs: ``[L, H, H]`` float64, what head h (row) pays for r's scores; None where the
             distance of maps is the cost.
         offsets: ``[L, H, H]`` float32 of an exact recent window, else None.
+        streaming: ``[L, H]`` float64, what head h pays for seeing near keys only; None without
+            costs or without an exact recent window.
     """
 
     grams: Tensor
     costs: Tensor | None
     offsets: Tensor | None
+    streaming: Tensor | None = None
 
 
 class EvidenceStore:
@@ -46,6 +57,8 @@ class EvidenceStore:
         windows: ``[N, S]`` tokens.
         batch_size: windows per forward.
         file: keeps sums on disk, and gives those of an interrupted calibration back.
+        counted: ``[N, S]`` bool, tokens whose loss counts in gradient costs, such as the answers
+            of `calibration.recall`; None for all.
     """
 
     def __init__(
@@ -54,22 +67,27 @@ class EvidenceStore:
         windows: Tensor,
         batch_size: int = 8,
         file: EvidenceFile | None = None,
+        counted: Tensor | None = None,
     ):
         self.model = model
         self.windows = windows
         self.batch_size = batch_size
+        self.counted = counted
         self._file = file
         self._grams: Tensor | None = None
         self._offsets: dict[tuple[int, int], Tensor] = {}
-        self._costs: dict[tuple[str, int, int], Tensor] = {}
+        self._costs: dict[tuple[str, int, int], Costs] = {}
 
-    def missing(self, settings: Settings) -> list[str]:
-        """Name the passes over the text that ``settings`` need and that were not made yet."""
-        near = _near(settings)
+    def missing(self, settings: Settings, recents: Sequence[int] | None = None) -> list[str]:
+        """Name the passes over the text that ``settings`` need and that were not made yet.
+
+        With ``recents``, as `get_all` would need them.
+        """
+        nears = _nears(settings, recents)
         passes = []
-        if self._grams is None or (near[0] and near not in self._offsets):
+        if self._grams is None or self._without_offsets(nears):
             passes.append("attention maps")
-        if settings.cost not in (None, SCORES) and (settings.cost, *near) not in self._costs:
+        if settings.cost not in (None, SCORES) and self._without_costs(settings.cost, nears):
             passes.append(f"{settings.cost} costs")
         return passes
 
@@ -79,33 +97,66 @@ class EvidenceStore:
         Raises:
             CalibrationError: the model's loss is no number, or it has no gradients.
         """
-        near, missing = _near(settings), self.missing(settings)
+        ((_, found),) = self.get_all(settings, None, steps).items()
+        return found
+
+    def get_all(
+        self, settings: Settings, recents: Sequence[int] | None, steps: Steps | None = None
+    ) -> dict[int, Evidence]:
+        """Return what ``settings`` would need with each of these recent windows, by w.
+
+        What is not there yet is collected for all of them at once, in one forward and, with
+        costs, one more forward (and backward) per window of text.
+
+        Args:
+            settings: of the calibration; its sinks are those of all windows.
+            recents: every w, at least 1; None for that of ``settings``.
+            steps: told of each pass.
+
+        Raises:
+            CalibrationError: as `get`.
+        """
+        nears, missing = _nears(settings, recents), self.missing(settings, recents)
         steps = steps or Steps(quiet, len(missing))
         if missing:
             require_finite(self.model, self.windows[:1])
         if "attention maps" in missing:
-            self._observe(near, steps.begin("attention maps"))
-        offsets = self._offsets[near] if settings.recent else None
-        costs = None
-        if settings.cost is not None and settings.cost != SCORES:
-            key = (settings.cost, *near)
-            if key not in self._costs:
-                report = steps.begin(f"{settings.cost} costs")
-                self._costs[key] = self._collect(settings.cost, Near(*near, offsets), report)
-            costs = self._costs[key]
+            self._observe(self._without_offsets(nears), steps.begin("attention maps"))
+        kind = settings.cost
+        if kind is not None and f"{kind} costs" in missing:
+            report = steps.begin(f"{kind} costs")
+            self._collect(kind, self._without_costs(kind, nears), report)
         assert self._grams is not None
-        return Evidence(self._grams, costs, offsets)
+        found = {}
+        for near in nears:
+            costs = None if kind is None else self._costs.get((kind, *near))
+            found[near[0]] = Evidence(
+                self._grams,
+                None if costs is None else costs.sharing,
+                self._offsets.get(near),
+                None if costs is None else costs.streaming,
+            )
+        return found
 
-    def _observe(self, near: tuple[int, int], report: Report) -> None:
-        """Collect what is missing of maps and offsets, in one pass."""
+    def _without_offsets(self, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [near for near in nears if near[0] and near not in self._offsets]
+
+    def _without_costs(
+        self, kind: str | None, nears: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        return [near for near in nears if (kind, *near) not in self._costs]
+
+    def _observe(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
+        """Collect maps, if they are missing, and offsets of these windows, in one pass."""
         shape = describe(self.model)
         grams = GramStatistics(shape.layers, shape.heads) if self._grams is None else None
         offsets = None
-        if near[0] and near not in self._offsets:
-            offsets = OffsetStatistics(shape.layers, shape.heads, Near(*near))
+        if nears:
+            windows = [Near(*near) for near in nears]
+            offsets = OffsetStatistics(shape.layers, shape.heads, windows)
         sums = {} if grams is None else {"grams": grams.grams}
         sums |= {} if offsets is None else offsets.sums
-        start, keep = self._kept(f"maps {near}", sums)
+        start, keep = self._kept(f"maps {nears}", sums)
         observe(
             self.model,
             self.windows,
@@ -119,37 +170,46 @@ class EvidenceStore:
         if grams is not None:
             self._grams = grams.grams
         if offsets is not None:
-            self._offsets[near] = offsets.offsets
+            self._offsets |= dict(zip(nears, offsets.offsets, strict=True))
 
-    def _collect(self, cost: str, near: Near, report: Report) -> Tensor:
+    def _collect(self, kind: str, nears: Sequence[tuple[int, int]], report: Report) -> None:
+        """Collect costs of these windows, in one pass."""
         shape = describe(self.model)
-        sums = torch.zeros(shape.layers, shape.heads, shape.heads, dtype=torch.float64)
-        start, keep = self._kept(f"{cost} {near.recent} {near.sinks}", {"costs": sums})
-        return collect_costs(
+        sums = empty_sums(len(nears), shape.layers, shape.heads)
+        counted = self.counted if kind == GRADIENT else None
+        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, counted)
+        found = collect_costs(
             self.model,
             self.windows,
-            cost,
-            near=near,
+            kind,
+            nears=[Near(*near, self._offsets.get(near)) for near in nears],
+            counted=counted,
             batch_size=max(1, self.batch_size // 2),
             sums=sums,
             start=start,
             progress=_both(keep, report),
         )
+        self._costs |= {(kind, *near): costs for near, costs in zip(nears, found, strict=True)}
 
-    def _kept(self, name: str, sums: Mapping[str, Tensor]) -> tuple[int, Report]:
+    def _kept(
+        self, name: str, sums: Mapping[str, Tensor], counted: Tensor | None = None
+    ) -> tuple[int, Report]:
         """Give the sums what a file holds of them: windows done, and what keeps them from now."""
         file = self._file
         if file is None:
             return 0, lambda done, total: None
-        windows = self.windows.cpu().contiguous().numpy().tobytes()
-        name = f"{name} {hashlib.sha256(windows).hexdigest()[:16]}"
+        digest = hashlib.sha256(self.windows.cpu().contiguous().numpy().tobytes())
+        if counted is not None:
+            digest.update(counted.cpu().contiguous().numpy().tobytes())
+        name = f"{name} {digest.hexdigest()[:16]}"
         return file.restore(name, sums), lambda done, total: file.keep(name, sums, done)
 
 
-def _near(settings: Settings) -> tuple[int, int]:
+def _nears(settings: Settings, recents: Sequence[int] | None) -> list[tuple[int, int]]:
     assert settings.recent is not None
     assert settings.sinks is not None
-    return settings.recent, settings.sinks
+    wanted = [settings.recent] if recents is None else recents
+    return [(recent, settings.sinks) for recent in dict.fromkeys(wanted)]
 
 
 def _both(first: Report, second: Report) -> Report:

@@ -27,7 +27,7 @@ class GramStatistics:
         """Add the causal maps of a layer's queries and keys; the output is not needed."""
         for query, key in zip(call.query, call.key, strict=True):
             for maps in maps_of(query, key, call.scale, call.softcap):
-                features = maps.near.flatten(1)  # [H, R * S]
+                features = maps.whole.flatten(1)  # [H, R * S]
                 self.grams[call.layer] += (features @ features.T).double().cpu()
 
 

@@ -43,10 +43,10 @@ class HeadSums:
             for maps in maps_of(query, key, call.scale, call.softcap):
                 for stretch, (start, stop) in enumerate(self._bounds):
                     rows = slice(max(0, start - maps.rows.start), max(0, stop - maps.rows.start))
-                    part = maps.near[:, rows].flatten(1)  # [H, rows * S]
+                    part = maps.whole[:, rows].flatten(1)  # [H, rows * S]
                     if part.shape[1]:
                         grams[stretch] += (part @ part.T).double().cpu()
-                first = maps.near[:, :, 0]
+                first = maps.whole[:, :, 0]
                 self._first_gram[place] += (first @ first.T).double().cpu()
                 self._first_sum[place] += first.sum(1).double().cpu()
             self._grams[place].append(grams.cumsum(0))

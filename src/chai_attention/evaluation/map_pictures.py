@@ -32,9 +32,9 @@ class MapPictures:
         sums = torch.zeros(heads, cells, cells, device=query.device)
         cell = torch.arange(length, device=query.device) // self.block
         for maps in maps_of(query, key, call.scale, call.softcap):
-            seen = maps.near.shape[-1]
-            by_key = maps.near.new_zeros(heads, maps.near.shape[1], cells)
-            by_key.index_add_(2, cell[:seen], maps.near)
+            seen = maps.whole.shape[-1]
+            by_key = maps.whole.new_zeros(heads, maps.whole.shape[1], cells)
+            by_key.index_add_(2, cell[:seen], maps.whole)
             sums.index_add_(1, cell[maps.rows], by_key)
         queries = torch.bincount(cell, minlength=cells)
         self.encoded[call.layer] = encode(sums / queries[:, None])

@@ -1,0 +1,165 @@
+"""From costs to what every head of a model does, for any number of saved bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+
+from chai_attention.calibration.evidence import Evidence
+from chai_attention.clustering.allocation import Allocation
+from chai_attention.clustering.split import Split, best_splits
+from chai_attention.errors import CalibrationError
+from chai_attention.integrations.transformers.support import ModelShape
+
+RECENTS = (32, 64, 128, 256, 512)  # w among which the best is chosen
+
+
+class HeadSplits:
+    """The cheapest ways to keep, share and stream heads with one exact recent window.
+
+    A unit is K or V of far keys of one K/V head: all units are of one size, so that whoever deals
+    them out deals out bytes. Within a layer splits are optimal as `best_splits` says, over layers
+    by dynamic programming.
+
+    Args:
+        shape: of the model.
+        evidence: gradient costs, which add up over layers, with this window.
+        recent: w, at least 1.
+        sinks: s.
+        share: whether heads may use each other's scores of far keys.
+        stream: whether heads may see near keys only.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        evidence: Evidence,
+        recent: int,
+        sinks: int,
+        *,
+        share: bool = True,
+        stream: bool = True,
+    ):
+        assert evidence.costs is not None
+        assert evidence.streaming is not None
+        self.shape = shape
+        self.evidence = evidence
+        self.recent = recent
+        self.sinks = sinks
+        self._share = share
+        self._stream = stream
+
+    @cached_property
+    def layers(self) -> list[list[Split]]:
+        """Per layer, the best split for 0, 1, 2, ... saved units."""
+        shape, evidence = self.shape, self.evidence
+        assert evidence.costs is not None
+        assert evidence.streaming is not None
+        return [
+            best_splits(
+                costs if self._share and free else None,
+                streaming if self._stream and free else None,
+                shape.kv_heads,
+                shape.heads,
+            )
+            for costs, streaming, free in zip(
+                evidence.costs, evidence.streaming, shape.clusterable, strict=True
+            )
+        ]
+
+    @cached_property
+    def _plan(self) -> Allocation:
+        return Allocation([[split.cost for split in layer] for layer in self.layers])
+
+    @property
+    def units(self) -> int:
+        """Units of the whole model."""
+        return 2 * self.shape.layers * self.shape.kv_heads
+
+    @property
+    def most(self) -> int:
+        """Units that can be saved."""
+        return self._plan.most
+
+    def at(self, units: int) -> list[Split]:
+        """Return what every layer does so that at least ``units`` are saved at the lowest cost.
+
+        Raises:
+            ValueError: more units than can be saved.
+        """
+        if 0 <= units <= self.most:  # what costs no more is saved with them
+            units = int(np.searchsorted(self._plan.costs, self._plan.costs[units], "right")) - 1
+        removed = self._plan.removed(units)
+        return [layer[n] for layer, n in zip(self.layers, removed, strict=True)]
+
+    def rise(self, units: int) -> float:
+        """Relative rise of perplexity that the costs of `at` predict: half their sum, in nats."""
+        return math.expm1(self._plan.costs[units] / 2)
+
+    def unit_share(self, tokens: int) -> float:
+        """Share of the K,V bytes of ``tokens`` tokens that one unit saves, its ring taken off."""
+        return (1 - min(1.0, (self.recent + self.sinks) / tokens)) / self.units
+
+    def saved(self, splits: list[Split], tokens: int) -> float:
+        """Share of the K,V bytes of ``tokens`` tokens that these splits of all layers save."""
+        return sum(split.saved for split in splits) * self.unit_share(tokens)
+
+    def units_to_save(self, share: float, tokens: int) -> int | None:
+        """Fewest units that save ``share`` of the K,V bytes of ``tokens`` tokens.
+
+        None if all that can be saved is less.
+        """
+        each = self.unit_share(tokens)
+        if self.most * each < share * (1 - 1e-9):
+            return None
+        return min(self.most, math.ceil(share / each * (1 - 1e-9)))
+
+    def units_within(self, max_loss: float) -> int:
+        """Most units whose predicted rise of perplexity is at most ``max_loss``."""
+        costs = self._plan.costs
+        return int(np.searchsorted(costs, 2 * math.log1p(max_loss) * (1 + 1e-12), "right")) - 1
+
+
+def best_recent(
+    splits: Mapping[int, HeadSplits],
+    tokens: int,
+    *,
+    save: float | None = None,
+    max_loss: float | None = None,
+) -> int:
+    """Return the w that serves best at ``tokens`` tokens of context, by what costs predict.
+
+    A wide window loses less with every head, and saves less: its rings hold more.
+
+    Args:
+        splits: by w.
+        tokens: length of the context that bytes are counted for.
+        save: share of its K,V bytes not to keep: the w of the lowest cost wins.
+        max_loss: relative rise of perplexity: the w that saves most wins.
+
+    Raises:
+        CalibrationError: no window can save as much.
+        ValueError: not exactly one of ``save`` and ``max_loss``.
+    """
+    if (save is None) == (max_loss is None):
+        raise ValueError("the best window is told by either a saving or a loss")
+    ordered = sorted(splits)
+    if max_loss is not None:
+        saved = [splits[w].units_within(max_loss) * splits[w].unit_share(tokens) for w in ordered]
+        return ordered[int(np.argmax(saved))]
+    assert save is not None
+    rises = []
+    for w in ordered:
+        units = splits[w].units_to_save(save, tokens)
+        rises.append(math.inf if units is None else splits[w].rise(units))
+    if not math.isfinite(min(rises)):
+        most = max(splits[w].most * splits[w].unit_share(tokens) for w in ordered)
+        raise CalibrationError(
+            f"save {save:.1%} of the K,V bytes of {tokens} tokens is more than this model can: "
+            f"{most:.1%} with an exact window of {ordered[0]} tokens; name a longer context or "
+            "save less"
+        )
+    return ordered[int(np.argmin(rises))]

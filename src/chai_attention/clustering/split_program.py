@@ -1,0 +1,113 @@
+"""Who keeps K for the cheapest split of a layer's heads, as a linear or integer program.
+
+The p-median problem with a third choice for every head. Its linear relaxation is nearly always
+integral, and costs less to solve than the integer program; what costs more than an answer that is
+known already cannot be part of a better one and is left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import csr_array
+
+TIME_LIMIT = 10.0  # seconds for one integer program
+GAP = 1e-6  # relative to the best known cost
+
+
+class Program:
+    """Searches the cheapest way to save units in one layer.
+
+    Args:
+        nearest: ``[H, G]``, what head h pays for the cheapest scores of K/V head g.
+        stream: ``[H]``, what head h pays for seeing near keys only; infinite if none may.
+        own: ``[H]``, the K/V head of each head.
+    """
+
+    def __init__(self, nearest: np.ndarray, stream: np.ndarray, own: np.ndarray):
+        self._nearest = nearest
+        self._stream = stream
+        self._own = own
+
+    def kept(self, units: int, known: float) -> np.ndarray | None:
+        """Return who keeps K, ``[G]`` bool, if ``units`` can be saved for less than ``known``.
+
+        Args:
+            units: to save, at least.
+            known: cost of a split that saves as many.
+
+        Returns:
+            None if nothing is cheaper, or nothing was found in time.
+        """
+        if known <= 0:
+            return None
+        heads, groups = self._nearest.shape
+        useful = self._nearest < np.minimum(self._stream, known)[:, None]
+        useful[np.arange(heads), self._own] = False
+        head, group = np.nonzero(useful)
+        pairs = len(head)
+        # x: head uses group; y: group keeps K; z: head streams; n: group streams whole
+        y, z, n = pairs, pairs + groups, pairs + groups + heads
+        size = n + groups
+        index, each = np.arange(pairs), np.arange(heads)
+        does_one = _matrix(
+            size,
+            heads,
+            (head, index, 1.0),
+            (each, y + self._own, 1.0),
+            (each, z + each, 1.0),
+        )
+        only_kept = _matrix(size, pairs, (index, index, 1.0), (index, y + group, -1.0))
+        all_stream = _matrix(size, heads, (each, n + self._own, 1.0), (each, z + each, -1.0))
+        saves = np.zeros(size)
+        saves[y:z], saves[n:] = -1.0, 1.0
+        able = self._stream <= known
+        cost = np.concatenate(
+            [self._nearest[head, group], np.zeros(groups), np.where(able, self._stream, 0.0)]
+        )
+        upper = np.ones(size)
+        upper[z:n] = able
+        constraints = [
+            LinearConstraint(does_one, 1, 1),
+            LinearConstraint(all_stream, -np.inf, 0),
+            LinearConstraint(saves[None], units - groups, np.inf),
+        ]
+        if pairs:
+            constraints.append(LinearConstraint(only_kept, -np.inf, 0))
+        problem = {
+            "c": np.concatenate([cost / known, np.zeros(groups)]),
+            "bounds": Bounds(0, upper),
+            "constraints": constraints,
+        }
+        answer = _solved(problem)
+        if answer is None or answer.fun >= 1 - GAP:
+            return None
+        whole = np.concatenate([answer.x[y:z], answer.x[n:]])
+        if np.abs(whole - whole.round()).max() > GAP:
+            whole_numbers = np.zeros(size)
+            whole_numbers[y:z] = whole_numbers[n:] = 1
+            options = {"time_limit": TIME_LIMIT, "mip_rel_gap": GAP}
+            answer = _solved(problem | {"integrality": whole_numbers, "options": options})
+            if answer is None:
+                return None
+        kept: np.ndarray = answer.x[y:z] > 0.5
+        return kept
+
+
+def _matrix(columns: int, rows: int, *entries: tuple[np.ndarray, np.ndarray, float]) -> csr_array:
+    """Sparse ``[rows, columns]`` from (rows, columns, value)."""
+    place = np.concatenate([row for row, _, _ in entries])
+    column = np.concatenate([column for _, column, _ in entries])
+    value = np.concatenate([np.full(len(row), value) for row, _, value in entries])
+    return csr_array((value, (place, column)), shape=(rows, columns))
+
+
+def _solved(problem: dict[str, Any]) -> OptimizeResult | None:
+    """The answer of HiGHS; None if there is none, or none in time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = milp(**problem)
+    return found if found.x is not None else None

@@ -1,0 +1,107 @@
+"""What heads do, over layers, against trying everything; which window serves best."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chai_attention.calibration.evidence import Evidence
+from chai_attention.calibration.head_splits import HeadSplits, best_recent
+from chai_attention.errors import CalibrationError
+
+HEADS = 4
+
+
+def shape_of(layers=3, kv_heads=HEADS, clusterable=None):
+    return SimpleNamespace(
+        layers=layers, heads=HEADS, kv_heads=kv_heads, clusterable=clusterable or (True,) * layers
+    )
+
+
+def evidence_of(layers=3, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    sharing = scale * torch.rand(layers, HEADS, HEADS, generator=generator, dtype=torch.float64)
+    streaming = scale * torch.rand(layers, HEADS, generator=generator, dtype=torch.float64)
+    sharing.diagonal(dim1=1, dim2=2).zero_()
+    return Evidence(torch.eye(HEADS).expand(layers, -1, -1), sharing, None, streaming)
+
+
+@pytest.mark.parametrize("recipe", ["share", "stream", "both"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_other_splits_of_the_layers_are_cheaper(kv_heads, recipe):
+    splits = HeadSplits(
+        shape_of(kv_heads=kv_heads),
+        evidence_of(),
+        8,
+        4,
+        share=recipe != "stream",
+        stream=recipe != "share",
+    )
+    assert splits.most == 3 * (kv_heads - 1 if recipe == "share" else 2 * kv_heads)
+    for units in range(splits.most + 1):
+        found = splits.at(units)
+        assert sum(split.saved for split in found) >= units
+        best = min(
+            sum(split.cost for split in chosen)
+            for chosen in itertools.product(*splits.layers)
+            if sum(split.saved for split in chosen) >= units
+        )
+        assert sum(split.cost for split in found) == pytest.approx(best)
+        assert splits.rise(units) == pytest.approx(torch.tensor(best / 2).expm1().item())
+
+
+def test_a_layer_that_cannot_be_clustered_is_left_alone():
+    splits = HeadSplits(shape_of(clusterable=(True, False, True)), evidence_of(), 8, 4)
+    assert splits.most == 16
+    assert splits.at(16)[1].representatives == (0, 1, 2, 3)
+    assert splits.at(16)[1].saved == 0
+
+
+def test_rings_count_in_what_is_saved():
+    """100 tokens, 16 + 4 of which stay: every unit saves 80% of its tokens."""
+    splits = HeadSplits(shape_of(), evidence_of(), 16, 4)
+    assert splits.units == 24
+    assert splits.saved(splits.at(24), 100) == pytest.approx(0.8)
+    assert splits.saved(splits.at(24), 10) == 0.0
+    for share in (0.1, 0.4, 0.8):
+        units = splits.units_to_save(share, 100)
+        assert units * splits.unit_share(100) >= share - 1e-9
+        assert (units - 1) * splits.unit_share(100) < share
+    assert splits.units_to_save(0.81, 100) is None
+
+
+def test_the_most_units_within_a_predicted_loss():
+    splits = HeadSplits(shape_of(), evidence_of(scale=0.1), 16, 4)
+    for max_loss in (0.0, 0.01, 0.1, 9.0):
+        units = splits.units_within(max_loss)
+        assert splits.rise(units) <= max_loss
+        assert units == splits.most or splits.rise(units + 1) > max_loss
+
+
+def windows(cheap):
+    """w = 16 and 64 with these costs."""
+    return {
+        w: HeadSplits(shape_of(), evidence_of(scale=scale), w, 4)
+        for w, scale in zip((16, 64), cheap, strict=True)
+    }
+
+
+def test_a_wide_window_serves_long_contexts_and_a_narrow_one_short():
+    both = windows((0.4, 0.04))
+    assert best_recent(both, 4096, save=0.3) == 64
+    assert best_recent(both, 80, save=0.3) == 16
+    assert best_recent(both, 4096, max_loss=0.01) == 64
+    assert best_recent(both, 80, max_loss=0.01) == 16
+
+
+def test_of_equal_windows_the_narrow_one_serves():
+    assert best_recent(windows((0.0, 0.0)), 4096, save=0.3) == 16
+    assert best_recent(windows((0.1, 0.1)), 4096, max_loss=0.01) == 16
+
+
+def test_more_than_any_window_can_save_is_refused():
+    with pytest.raises(CalibrationError, match=r"save 90.0%.*80.0% with an exact window of 16"):
+        best_recent(windows((1.0, 1.0)), 100, save=0.9)
+    with pytest.raises(ValueError, match="either"):
+        best_recent(windows((1.0, 1.0)), 100)
