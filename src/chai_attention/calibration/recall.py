@@ -1,0 +1,258 @@
+"""Text in which something has to be recalled: facts hidden in other text, asked for at its end.
+
+Perplexity hardly notices heads that look far back for one thing. Here only the answers' loss
+counts. Everything is drawn at random by a seed; nothing has to be downloaded.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, Phrasing, Wording
+from chai_attention.errors import CalibrationError
+
+MOST_FACTS = 8  # in a window of calibration text
+MOST_SHARE = 0.5  # of a window, that is not the other text
+# parts of a rendered chat, which no template changes
+_MARKS = ("first7question", "first7answer", "second7question")
+
+
+@dataclass(frozen=True)
+class RecallWindows:
+    """Windows of calibration text.
+
+    Attributes:
+        tokens: ``[N, S]`` int64.
+        counted: ``[N, S]`` bool, True for the tokens of answers: the only ones whose loss counts.
+    """
+
+    tokens: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True)
+class RecallCase:
+    """One question about a text.
+
+    Attributes:
+        prompt: ``[P]`` int64, up to the opening of the answer.
+        answer: ``[A]`` int64.
+    """
+
+    prompt: Tensor
+    answer: Tensor
+
+
+def recall_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Tensor,
+    samples: int,
+    length: int,
+    *,
+    seed: int = 0,
+    wording: Wording = CALIBRATION,
+    chat: bool | None = None,
+) -> RecallWindows:
+    """Hide facts in windows of text and ask for all of them at the end, with their answers.
+
+    Args:
+        tokenizer: of the model.
+        text: ``[M, T]`` tokens of other text, T of at least ``length``; window i uses a piece of
+            row i modulo M.
+        samples: N windows.
+        length: S tokens per window.
+        seed: of everything that is drawn. A window depends on its number, not on ``samples``.
+        wording: words to draw from.
+        chat: whether to put the text and the questions into the tokenizer's chat template; None
+            for yes if it has one.
+
+    Raises:
+        CalibrationError: windows too short for a fact and its question, too little text, or a
+            chat template that cannot be used.
+    """
+    _check(text, samples, length)
+    writer = _Writer(tokenizer, wording, chat)
+    tokens = torch.empty(samples, length, dtype=torch.long)
+    counted = torch.zeros(samples, length, dtype=torch.bool)
+    for number in range(samples):
+        draw = random.Random(f"recall window {seed} {number}")
+        facts = draw.randint(2, MOST_FACTS)
+        row = text[number % len(text)].tolist()
+        parts = writer.parts(draw, row, length, facts, facts, fewer=True)
+        tokens[number] = torch.tensor([token for part in parts for token in part.tokens])
+        counted[number] = torch.tensor([part.answer for part in parts for _ in part.tokens])
+    return RecallWindows(tokens, counted)
+
+
+def recall_cases(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Tensor,
+    cases: int,
+    length: int,
+    *,
+    facts: int = 1,
+    seed: int = 0,
+    wording: Wording = EVALUATION,
+    chat: bool | None = None,
+) -> list[RecallCase]:
+    """Make questions of evaluation: ``facts`` hidden in a text, one of them asked for.
+
+    Prompt and answer have ``length`` tokens together. Arguments and errors as `recall_windows`.
+    """
+    _check(text, cases, length)
+    if not 1 <= facts <= len(wording.names):
+        raise CalibrationError(f"a text can hide 1 to {len(wording.names)} facts, not {facts}")
+    writer = _Writer(tokenizer, wording, chat)
+    found = []
+    for number in range(cases):
+        draw = random.Random(f"recall case {seed} {number}")
+        row = text[number % len(text)].tolist()
+        *prompt, answer = writer.parts(draw, row, length, facts, 1, fewer=False)
+        found.append(
+            RecallCase(
+                torch.tensor([token for part in prompt for token in part.tokens]),
+                torch.tensor(answer.tokens),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens that are answers, or that are none."""
+
+    tokens: Sequence[int]
+    answer: bool = False
+
+
+class _Writer:
+    """Puts windows together, token by token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wording: Wording, chat: bool | None):
+        self._tokenizer = tokenizer
+        self._wording = wording
+        chat = bool(tokenizer.chat_template) if chat is None else chat
+        # before the first message, from a question to its answer, on to the next question
+        frame = _chat_frame(tokenizer) if chat else ("", "\n", "\n\n")
+        self._head, self._to_answer, self._to_question = frame
+
+    def parts(
+        self,
+        draw: random.Random,
+        text: list[int],
+        length: int,
+        facts: int,
+        asked: int,
+        *,
+        fewer: bool,
+    ) -> list[_Part]:
+        """Parts of ``length`` tokens in all; the last one is an answer.
+
+        With ``fewer``, there may be fewer facts if the window is too short for as many.
+        """
+        wording = self._wording
+        phrasing = draw.choice(wording.phrasings)
+        names = draw.sample(wording.names, facts)
+        values = self._values(draw, facts)
+        places = [draw.random() for _ in names]
+        start = draw.random()
+        order = draw.sample(range(facts), facts)
+        while True:
+            told = [
+                self._tokens(f" {phrasing.fact.format(name=name, value=value)} ")
+                for name, value in zip(names, values, strict=True)
+            ]
+            before = self._tokens(f"{self._head}{wording.instruction}\n\n")
+            after: list[_Part] = []
+            for fact in [fact for fact in order if fact < len(names)][:asked]:
+                lead = self._to_question if after else "\n\n"
+                after += self._question(lead, phrasing, names[fact], values[fact])
+            size = len(before) + sum(map(len, told)) + sum(len(part.tokens) for part in after)
+            if size <= MOST_SHARE * length:
+                break
+            if not fewer or len(names) == 1:
+                raise CalibrationError(
+                    f"{length} tokens are too few for text with {len(names)} fact"
+                    f"{'s' * (len(names) > 1)} to recall, which needs {int(size / MOST_SHARE)}: "
+                    "take a larger length"
+                )
+            names, values, places = names[:-1], values[:-1], places[:-1]
+        room = length - size
+        first = int(start * (len(text) - room + 1))
+        rest = text[first : first + room]
+        parts = [_Part(before)]
+        done = 0
+        for place, fact_tokens in sorted(zip(places, told, strict=True)):
+            at = int(place * (room + 1))
+            parts += [_Part(rest[done:at]), _Part(fact_tokens)]
+            done = at
+        return [*parts, _Part(rest[done:]), *after]
+
+    def _question(self, lead: str, phrasing: Phrasing, name: str, value: str) -> list[_Part]:
+        """A question with the opening of its answer, and the answer."""
+        question = phrasing.question.format(name=name)
+        asked = f"{lead}{question}{self._to_answer}{phrasing.opening.format(name=name)}"
+        bare, whole = self._tokens(asked), self._tokens(f"{asked} {value}")
+        # the last token of the opening may be another one with the value behind it
+        same = next(
+            (i for i, pair in enumerate(zip(bare, whole, strict=False)) if pair[0] != pair[1]),
+            min(len(bare), len(whole)),
+        )
+        return [_Part(whole[:same]), _Part(whole[same:], answer=True)]
+
+    def _values(self, draw: random.Random, count: int) -> list[str]:
+        """Answers, all different."""
+        found: dict[str, None] = {}
+        while len(found) < count:
+            pattern = draw.choice(self._wording.values)
+            value = "".join(
+                draw.choice(string.digits if sign == "0" else string.ascii_uppercase)
+                if sign in "0A"
+                else sign
+                for sign in pattern
+            )
+            found[value] = None
+        return list(found)
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a chat template puts before a question, from it to an answer, and on from there."""
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+    try:
+        rest = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception as error:  # a template is a program, which fails in ways of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(
+            f"the chat template of this tokenizer cannot render a chat of two questions: {reason}"
+        ) from error
+    frame = []
+    for mark in _MARKS:
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise CalibrationError(
+                "the chat template of this tokenizer leaves out what is said in a chat of two "
+                "questions"
+            )
+        frame.append(before)
+    return frame[0], frame[1], frame[2]
+
+
+def _check(text: Tensor, count: int, length: int) -> None:
+    if count < 1:
+        raise CalibrationError(f"at least 1 text to recall from is needed, not {count}")
+    if text.ndim != 2 or text.dtype != torch.long or not len(text) or text.shape[1] < length:
+        raise CalibrationError(
+            f"text to recall from needs other text of at least {length} tokens in a row: "
+            "[M, length] int64"
+        )

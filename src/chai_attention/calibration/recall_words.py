@@ -1,0 +1,127 @@
+"""What facts to recall are made of; evaluation shares no name and no phrasing with calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """How a fact is told and asked for; ``{name}`` and ``{value}`` stand for what it is about.
+
+    Attributes:
+        fact: hidden in the text.
+        question: asked at the end.
+        opening: of the answer; a space and the value follow.
+    """
+
+    fact: str
+    question: str
+    opening: str
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Words to draw from.
+
+    Attributes:
+        instruction: before the text.
+        phrasings: one is drawn for every window.
+        names: what facts are about.
+        values: patterns of answers: ``0`` stands for a digit, ``A`` for a capital letter.
+    """
+
+    instruction: str
+    phrasings: tuple[Phrasing, ...]
+    names: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+_CALIBRATION_NAMES = (
+    "window bottle garden silver rocket candle basket monkey button ladder cotton island "
+    "blanket compass dolphin engine feather guitar hammer jacket kettle lemon mirror needle "
+    "onion pencil quilt ribbon saucer teapot umbrella violin wagon anchor barrel cabinet "
+    "drawer easel fiddle goblet helmet insect jewel kitchen locket magnet napkin oven"
+)
+_EVALUATION_NAMES = (
+    "river copper lantern maple falcon harbor velvet thunder pepper granite orchid saddle "
+    "amber birch canyon desert ember forest glacier horizon ivory juniper kestrel lagoon "
+    "meadow nectar ocean prairie quartz raven summit tundra urchin valley willow zephyr "
+    "badger cobalt dahlia eagle fossil ginger heron indigo jasmine koala lotus marble"
+)
+
+CALIBRATION = Wording(
+    instruction="Read the text and remember every note in it.",
+    phrasings=(
+        Phrasing(
+            "Note: the access code of the {name} is {value}.",
+            "Tell me the access code of the {name}.",
+            "The access code of the {name} is",
+        ),
+        Phrasing(
+            "Please keep in mind that the {name} was registered as {value}.",
+            "As what was the {name} registered?",
+            "The {name} was registered as",
+        ),
+        Phrasing(
+            "The ticket for the {name} carries the label {value}.",
+            "Which label does the ticket for the {name} carry?",
+            "The ticket for the {name} carries the label",
+        ),
+        Phrasing(
+            "Somebody wrote {value} on the back of the {name}.",
+            "What is written on the back of the {name}?",
+            "On the back of the {name} is written",
+        ),
+        Phrasing(
+            "To open the {name}, enter {value} and wait.",
+            "What do I enter to open the {name}?",
+            "To open the {name}, enter",
+        ),
+        Phrasing(
+            "Inventory: {name}, shelf mark {value}.",
+            "Give the shelf mark of the {name}.",
+            "Inventory: {name}, shelf mark",
+        ),
+        Phrasing(
+            "The serial of this {name} reads {value}, as far as we know.",
+            "How does the serial of the {name} read?",
+            "The serial of the {name} reads",
+        ),
+        Phrasing(
+            "Call extension {value} to ask about the {name}.",
+            "Which extension answers questions about the {name}?",
+            "To ask about the {name}, call extension",
+        ),
+    ),
+    names=tuple(_CALIBRATION_NAMES.split()),
+    values=("0000", "00000", "000000", "0000000", "AA000", "A00A0", "AAA"),
+)
+
+EVALUATION = Wording(
+    instruction="Memorize the special magic numbers hidden in this text.",
+    phrasings=(
+        Phrasing(
+            "The special magic number for {name} is {value}.",
+            "What is the special magic number for {name}?",
+            "The special magic number for {name} is",
+        ),
+        Phrasing(
+            "Among all secrets, {name} hides the magic number {value}.",
+            "Which magic number does {name} hide?",
+            "The magic number that {name} hides is",
+        ),
+        Phrasing(
+            "It is told that {value} is the lucky number of {name}.",
+            "What lucky number does {name} have?",
+            "The lucky number of {name} is",
+        ),
+        Phrasing(
+            "Whoever asks for {name} has to say the number {value}.",
+            "What number has to be said by whoever asks for {name}?",
+            "Whoever asks for {name} has to say the number",
+        ),
+    ),
+    names=tuple(_EVALUATION_NAMES.split()),
+    values=("0000000",),
+)
