@@ -186,7 +186,9 @@ def test_value_costs_know_no_loss():
         collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", counted=counted)
 
 
-@pytest.mark.parametrize("nears", [[Near(4, 2), Near(8, 4)], [Near(), Near(4)], [Near(4), Near(4)], []])
+@pytest.mark.parametrize(
+    "nears", [[Near(4, 2), Near(8, 4)], [Near(), Near(4)], [Near(4), Near(4)], []]
+)
 def test_windows_that_cannot_be_told_together_are_refused(nears):
     with pytest.raises(ValueError, match="equal sinks"):
         collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", nears=nears)

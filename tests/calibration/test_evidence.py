@@ -14,8 +14,9 @@ def settings_of(model, **options):
 
 
 def counting(model):
+    """Windows of every forward pass from now on."""
     runs = []
-    model.base_model.register_forward_hook(lambda *args: runs.append(1))
+    model.base_model.register_forward_hook(lambda module, args, out: runs.append(len(out[0])))
     return runs
 
 
@@ -27,7 +28,7 @@ def test_all_windows_come_from_one_run_of_each_kind(cost):
     runs = counting(model)
     store = EvidenceStore(model, ids)
     found = store.get_all(settings, [12, 4, 8])
-    assert len(runs) == 2  # maps with offsets, then costs
+    assert runs == [1, 2, 2]  # a look at the loss, maps with offsets, costs
     for name in ("grams", "costs", "offsets", "streaming"):
         torch.testing.assert_close(
             getattr(found[4], name), getattr(alone, name), rtol=1e-4, atol=1e-9
@@ -36,8 +37,11 @@ def test_all_windows_come_from_one_run_of_each_kind(cost):
     assert not torch.equal(found[4].offsets, found[12].offsets)
     again = store.get(settings)
     assert torch.equal(again.costs, found[4].costs)
+    assert store.missing(settings) == []
+    assert len(runs) == 3
+    assert store.missing(settings, [4, 16]) == ["attention maps", f"{cost} costs"]
     store.get_all(settings, [4, 16, 8])  # one is new
-    assert len(runs) == 4
+    assert runs[3:] == [1, 2, 2]
     assert found[4].streaming.shape == (3, 6)
 
 
