@@ -106,6 +106,9 @@ class Clustered(Plain):
         return {"window": self.profile.window}
 
 
+MADE = {"mha": Plain, "own": OwnCache, "clustered": Clustered}
+
+
 class Failing(Plain):
     """Fails where it is scored, in one of several ways."""
 

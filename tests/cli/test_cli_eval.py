@@ -111,6 +111,25 @@ def test_comparators_get_text_profile_and_saving(chai, asked, place):
     assert [names for names, _ in asked] == [("own",)]
 
 
+def test_recall_takes_its_lengths_and_cases_and_python_carries_its_text(chai, asked, place):
+    config = place / "model" / "config.json"
+    given = json.loads(config.read_text())
+    config.write_text(json.dumps({**given, "max_position_embeddings": 1600}))
+    arguments = options(place, "--tasks", "recall,arc_easy", "--recall-cases", 2)
+    code, out, _ = chai(*arguments, "--recall-lengths", "1k,1500")
+    assert code == 0
+    assert "recall from 1,500 tokens" in out
+    table = json.loads((place / "out" / "results.json").read_text())
+    assert table["tasks"] == [
+        "arc_easy", "recall-1-1024", "recall-4-1024", "recall-1-1500", "recall-4-1500"
+    ]  # fmt: skip
+    assert table["rows"][0]["tasks"]["recall-4-1500"]["items"] == 2
+    shutil.rmtree(place / "out")
+    code, _, _ = chai(*arguments)
+    table = json.loads((place / "out" / "results.json").read_text())
+    assert table["tasks"] == ["arc_easy", "recall-1-1024", "recall-4-1024"]
+
+
 def test_a_damaged_file_is_said_and_measured_anew(chai, asked, place):
     chai(*options(place, "--compare", "own"))
     path = place / "out" / "own" / "arc_easy.json"
@@ -129,6 +148,9 @@ def test_mistakes_are_one_line(chai, asked, place):
         (["--compare", "profile"], "--profile FILE"),
         (["--tasks", "piqa"], "piqa.jsonl is missing"),
         (["--save", "some"], "--save"),
+        (["--tasks", "recall", "--recall-lengths", "1k,some"], "--recall-lengths"),
+        (["--tasks", "recall", "--recall-lengths", "1k"], "reads 512 tokens"),
+        (["--tasks", "recall"], "too few"),
         (["--calibration-text", place / "none.txt", "--compare", "own"], "none.txt"),
     ):
         code, _, err = chai(*options(place, *more))

@@ -10,10 +10,9 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.scorer import weights_digest
 from chai_attention.evaluation.tasks import PAPER, TaskSource, task_names, task_sources
-from eval_methods import Clustered, OwnCache, Plain, arc_rows, eval_model, files
+from eval_methods import MADE, Clustered, arc_rows, eval_model, files
 from tiny_tokenizer import tiny_tokenizer
 
-MADE = {"mha": Plain, "own": OwnCache, "clustered": Clustered}
 TEXT = tuple({"text": f"{n} " + "some words, again and again. " * 40} for n in range(3))
 
 

@@ -6,6 +6,7 @@ counts. Everything is drawn at random by a seed; nothing has to be downloaded.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import string
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, Phrasing, Wording
+from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError
 
 MOST_FACTS = 8  # in a window of calibration text
@@ -48,6 +50,12 @@ class RecallCase:
 
     prompt: Tensor
     answer: Tensor
+
+    @property
+    def digest(self) -> str:
+        """Of prompt and answer."""
+        tokens = torch.cat([torch.tensor([len(self.prompt)]), self.prompt, self.answer])
+        return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def recall_windows(
@@ -141,6 +149,8 @@ class _Writer:
         chat = bool(tokenizer.chat_template) if chat is None else chat
         # before the first message, from a question to its answer, on to the next question
         frame = _chat_frame(tokenizer) if chat else ("", "\n", "\n\n")
+        self._begins = beginning(tokenizer)  # there are models that cannot read without
+        self._begin = [] if chat else self._begins  # a chat template writes it out
         self._head, self._to_answer, self._to_question = frame
 
     def parts(
@@ -158,6 +168,8 @@ class _Writer:
         With ``fewer``, there may be fewer facts if the window is too short for as many.
         """
         wording = self._wording
+        if text[: len(self._begins)] == self._begins:
+            text = text[len(self._begins) :]
         phrasing = draw.choice(wording.phrasings)
         names = draw.sample(wording.names, facts)
         values = self._values(draw, facts)
@@ -169,7 +181,7 @@ class _Writer:
                 self._tokens(f" {phrasing.fact.format(name=name, value=value)} ")
                 for name, value in zip(names, values, strict=True)
             ]
-            before = self._tokens(f"{self._head}{wording.instruction}\n\n")
+            before = self._begin + self._tokens(f"{self._head}{wording.instruction}\n\n")
             after: list[_Part] = []
             for fact in [fact for fact in order if fact < len(names)][:asked]:
                 lead = self._to_question if after else "\n\n"

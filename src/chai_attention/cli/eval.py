@@ -20,7 +20,8 @@ def eval_command(
         str,
         typer.Option(
             help="paper (piqa, hellaswag, arc_challenge, arc_easy, boolq), lambada, names of "
-            "lm-eval's tasks, or last_word and perplexity, which need --text; separated by commas."
+            "lm-eval's tasks, recall (facts hidden in text, asked for at its end), or last_word "
+            "and perplexity, which need --text; separated by commas."
         ),
     ] = "paper",
     profile: Annotated[
@@ -43,12 +44,24 @@ def eval_command(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Plain text for last_word and perplexity, which no method was fitted to."
+            help="Plain text for last_word, perplexity and recall, which no method was fitted to. "
+            "Without it recall takes recall.jsonl of --data, or else English prose that every "
+            "Python installation carries."
         ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Items of each task, from the front.", min=1)
     ] = None,
+    recall_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of recall's questions with their texts, such as 1k,2k,4k.",
+            show_default="1k and its doubles up to the model's context, at most 32k",
+        ),
+    ] = None,
+    recall_cases: Annotated[
+        int, typer.Option(help="Questions of recall, for each length and number of facts.", min=1)
+    ] = 100,
     out: Annotated[
         Path,
         typer.Option(
@@ -111,9 +124,10 @@ def eval_command(
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
+    from chai_attention.evaluation.recall_tasks import parse_lengths, recall_sources, recall_text
     from chai_attention.evaluation.side_by_side import Processes
     from chai_attention.evaluation.table import LEGEND, rich_tables
-    from chai_attention.evaluation.tasks import task_names, task_sources
+    from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.profile import ClusterProfile
 
@@ -130,10 +144,15 @@ def eval_command(
         [out / "results.json", out / "table.md"],
         [model, profile, text, data, *(source.name for source in calibration.sources)],
     )
-    sources = task_sources(task_names(tasks), data, text, seed)
+    names = task_names(tasks)
+    sources = task_sources(names, data, text, seed)
+    lengths = None if recall_lengths is None else parse_lengths(recall_lengths)
+    documents = recall_text(data, text) if RECALL in names else []
     load = partial(load_model, model, dtype, device, trust_remote_code=trust_remote_code)
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load()
+    if RECALL in names:
+        sources += recall_sources(loaded, tokenizer, documents, lengths, recall_cases, seed)
     what = Evaluation(
         model=Path(model).name,
         names=comparator_names(compare, chosen, loaded, note),

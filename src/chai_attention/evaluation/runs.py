@@ -20,7 +20,8 @@ No file holds a time or a text, so two runs with the same settings write the sam
                       "settings": {...}}  of `Comparator.settings`
      },
      "source": str,                    where the method is defined
-     "kind": "choice" (multiple choice), "continuation" (last words) or "text" (perplexity),
+     "kind": "choice" (multiple choice), "continuation" (last words), "text" (perplexity) or
+             "recall" (facts hidden in a text),
      "kv_share": {"length": tokens of the task's mean request, "share": of MHA's K,V bytes,
                   "long_length": min(2048, the model's maximum), "long_share": the share there},
      "items": [{"doc": int, "digest": str, "gold": int or null, "chosen": int or null,
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item, read_item
+from chai_attention.evaluation.scores import KINDS, Item, read_item
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import require_folder, write_whole
 
@@ -177,7 +178,7 @@ def load_result(path: Path) -> Result:
             raise EvaluationError("another release wrote it")
         items = tuple(map(read_item, body.pop("items")))
         result = Result(items=items, **body)
-        if result.kind not in (CHOICE, CONTINUATION, TEXT):
+        if result.kind not in KINDS:
             raise EvaluationError(f"its kind is {result.kind!r}")
         if not items or not all(isinstance(result.settings[name], dict) for name in _SETTINGS):
             raise ValueError("it has no items, or no settings")

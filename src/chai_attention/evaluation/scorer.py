@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.texts import windows_of
 from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.runs import Result
 from chai_attention.evaluation.tasks import LAMBADA, LAST_WORD, PERPLEXITY, TaskSource
 from chai_attention.integrations.transformers.digest import weights_digest
+
+if TYPE_CHECKING:
+    from chai_attention.calibration.recall import RecallCase
+    from chai_attention.integrations.lm_eval.scoring import Scored
 
 MHA = "mha"
 LONG = 2048  # tokens at which K,V shares are stated beside those of the items
@@ -54,7 +59,9 @@ class Scorer:
 
     def items(self, source: TaskSource) -> int:
         """How many items of a task are scored."""
-        if source.name == PERPLEXITY or source.rows is None:
+        if source.cases:
+            count = len(source.cases)
+        elif source.name == PERPLEXITY or source.rows is None:
             loaded = self._load(source)
             count = len(loaded) if source.name == PERPLEXITY else len(loaded.eval_docs)
         else:
@@ -80,17 +87,11 @@ class Scorer:
             EvaluationError: lm-eval cannot run the task, or a likelihood is not a number.
             CalibrationError: a text with less than a window of tokens.
         """
-        from chai_attention.integrations.lm_eval.scoring import score_task, score_text
-
-        loaded = self._load(source)
         torch.manual_seed(self._run["seed"])
-        self._lm.progress = report
-        # plain MHA is lm-eval's own path, batches and all
-        with self._lm.using(None if method.name == MHA else method):
-            if source.name == PERPLEXITY:
-                scored = score_text(self._lm, loaded[: self._limit])
-            else:
-                scored = score_task(self._lm, loaded, self._limit)
+        if source.cases:
+            scored = self._recall(method, source.cases[: self._limit], report)
+        else:
+            scored = self._task(method, source, report)
         long = min(LONG, self._lm.max_length)
         return Result(
             settings={
@@ -109,6 +110,39 @@ class Scorer:
             items=scored.items,
             metrics=scored.metrics,
         )
+
+    def _task(
+        self, method: Comparator, source: TaskSource, report: Callable[[int, int], None]
+    ) -> Scored:
+        """A task of lm-eval's, or perplexity."""
+        from chai_attention.integrations.lm_eval.scoring import score_task, score_text
+
+        loaded = self._load(source)
+        self._lm.progress = report
+        # plain MHA is lm-eval's own path, batches and all
+        with self._lm.using(None if method.name == MHA else method):
+            if source.name == PERPLEXITY:
+                return score_text(self._lm, loaded[: self._limit])
+            return score_task(self._lm, loaded, self._limit)
+
+    def _recall(
+        self,
+        method: Comparator,
+        cases: Sequence[RecallCase],
+        report: Callable[[int, int], None],
+    ) -> Scored:
+        """Questions about texts."""
+        from chai_attention.integrations.lm_eval.scoring import recalled
+
+        with method.attached(self._model):
+            correct, nll = recall_score(
+                self._model,
+                cases,
+                method=method if method.needs_cache else None,
+                batch_size=self._run["batch_size"],
+                progress=report,
+            )
+        return recalled(cases, correct, nll)
 
     def _load(self, source: TaskSource) -> Any:
         """lm-eval's task, or the windows ``[N, S]`` of a text."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CHOICE, CONTINUATION, TEXT = "choice", "continuation", "text"
+CHOICE, CONTINUATION, TEXT, RECALLED = "choice", "continuation", "text", "recall"
+KINDS = (CHOICE, CONTINUATION, TEXT, RECALLED)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,16 @@ from rich.table import Table
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.runs import SCHEMA_VERSION, Result, write_text
-from chai_attention.evaluation.scores import TEXT, Item, Mean, average, mean_of, paired
-from chai_attention.evaluation.tasks import PAPER
+from chai_attention.evaluation.scores import (
+    RECALLED,
+    TEXT,
+    Item,
+    Mean,
+    average,
+    mean_of,
+    paired,
+)
+from chai_attention.evaluation.tasks import PAPER, facts_and_length
 
 MEASURES: dict[str, Callable[[Item], float | None]] = {
     "acc": lambda item: item.acc,
@@ -52,7 +60,8 @@ def build_table(
                        "kv_share", "kv_length", "kv_long_share", "kv_long_length": means over tasks
                       }, ...]}
 
-        where measures are, for x of acc, acc_norm and nll: "x", "x_se" (standard error),
+        Means over tasks leave out recall, whose tasks state their lengths, unless there is nothing
+        else. Measures are, for x of acc, acc_norm and nll: "x", "x_se" (standard error),
         "x_diff" (minus the first comparator's) and "x_diff_se" (paired item by item), null where
         a task has no such measure; and of a task also "kind", "items", "perplexity" (of a text)
         and the K,V shares of `Result`. The standard error of an average takes tasks as
@@ -62,12 +71,13 @@ def build_table(
         EvaluationError: two results of one task are not about the same items.
     """
     averaged = [task for task in tasks if task in PAPER]
+    others = [task for task in tasks if facts_and_length(task) is None] or tasks
     rows = []
     for name in names:
         cells = {task: _cell(results[name, task], results[names[0], task]) for task in tasks}
         first = results[name, tasks[0]]
         shares = {
-            key: sum(cell["plain"][key] for cell in cells.values()) / len(cells) for key in SHARES
+            key: sum(cells[task]["plain"][key] for task in others) / len(others) for key in SHARES
         }
         rows.append(
             {
@@ -131,8 +141,9 @@ def rich_tables(table: Mapping[str, Any]) -> list[Table]:
 LEGEND = (
     "± is one standard error; in brackets the difference to the first row, paired item by item. "
     "The average is that of the paper's tasks that were run. NLL: negative log-likelihood of the "
-    "right answer, nats. K,V kept: share of MHA's bytes that a serving implementation of the "
-    "method keeps, at the tasks' own mean length and at a long one."
+    "right answer, nats. Exact: greedy decoding writes the answer. K,V kept: share of MHA's bytes "
+    "that a serving implementation of the method keeps, at the tasks' own mean length and at a "
+    "long one."
 )
 
 
@@ -148,7 +159,11 @@ def _blocks(table: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         ("accuracy by length-normalised likelihood, %", "acc_norm", 100.0, 2),
         ("NLL of the right answer", "nll", 1.0, 4),
     ):
-        shown = [task for task in tasks if some[task][measure] is not None]
+        shown = [
+            task
+            for task in tasks
+            if some[task][measure] is not None and some[task]["kind"] != RECALLED
+        ]
         if not shown:
             continue
         summed = rows[0]["average"] is not None and rows[0]["average"][measure] is not None
@@ -173,6 +188,35 @@ def _blocks(table: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
             for row in rows
         ]
         blocks.append(("perplexity", ["", *(counts[task] for task in texts)], body))
+    return blocks + _recall_blocks(rows, [task for task in tasks if some[task]["kind"] == RECALLED])
+
+
+def _recall_blocks(
+    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table for every length: exact answers and their likelihood, by numbers of facts."""
+    by_length: dict[int, list[tuple[int, str]]] = {}
+    for task in tasks:
+        facts, length = facts_and_length(task) or (0, 0)
+        by_length.setdefault(length, []).append((facts, task))
+    blocks = []
+    for length, found in by_length.items():
+        header = ["", "K,V kept"]
+        for facts, task in found:
+            name = f"{facts} fact{'s' * (facts > 1)}"
+            count = rows[0]["tasks"][task]["items"]
+            header += [f"{name}: exact, % ({count})", f"{name}: NLL"]
+        body = []
+        for number, row in enumerate(rows):
+            cells = [row["tasks"][task] for _, task in found]
+            line = [row["comparator"], f"{cells[0]['kv_share']:.1%}"]
+            for cell in cells:
+                line += [
+                    _words(cell, "acc", 100.0, 1, number > 0),
+                    _words(cell, "nll", 1.0, 4, number > 0),
+                ]
+            body.append(line)
+        blocks.append((f"recall from {length:,} tokens", header, body))
     return blocks
 
 

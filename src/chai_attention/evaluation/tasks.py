@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chai_attention.calibration.texts import load_texts
 from chai_attention.errors import EvaluationError
@@ -15,12 +16,17 @@ from chai_attention.evaluation.passages import last_word_items
 from chai_attention.strict_json import MOST_BYTES, parse_json
 from chai_attention.whole_files import read_whole
 
+if TYPE_CHECKING:
+    from chai_attention.calibration.recall import RecallCase
+
 # the five of the paper (section 4.1), by their names in lm-eval
 PAPER = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
 LAMBADA = "lambada_openai"
 LAST_WORD, PERPLEXITY = "last_word", "perplexity"
 FROM_TEXT = (LAST_WORD, PERPLEXITY)
+RECALL = "recall"  # stands for tasks that `recall_sources` makes for a model
 SETS = {"paper": PAPER, "lambada": (LAMBADA,)}
+_RECALL_NAME = re.compile(rf"{RECALL}-(?P<facts>\d+)-(?P<length>\d+)")
 TEXT_ITEMS = 1000  # passages of last_word
 TEXT_TOKENS = 400_000  # roughly what is read of a data set of the hub
 
@@ -30,15 +36,17 @@ class TaskSource:
     """A task and its items.
 
     Attributes:
-        name: its name in lm-eval, or "last_word" or "perplexity".
+        name: its name in lm-eval, or "last_word", "perplexity" or "recall-<facts>-<length>".
         rows: the items in the columns of the task's data set; None: lm-eval loads them from the
             hub. For "perplexity" rows are documents, ``{"text": ...}``.
-        digest: of the rows, or "hub".
+        digest: of the rows or cases, or "hub".
+        cases: questions of a recall task, which has no rows; else empty.
     """
 
     name: str
     rows: tuple[dict[str, Any], ...] | None
     digest: str
+    cases: tuple[RecallCase, ...] = ()
 
     def settings(self, limit: int | None) -> dict[str, Any]:
         """What identifies its results, with so many items of it."""
@@ -64,7 +72,7 @@ def task_sources(
     """Find the items of every task.
 
     Args:
-        names: from `task_names`.
+        names: from `task_names`; "recall" is left to `recall_sources`.
         data: a folder with ``<task>.jsonl``, one item a line in the columns of the task's data
             set on the hub (BoolQ's of google/boolq, or of SuperGLUE); None: the hub.
         text: a plain text, a ``.jsonl`` or a data set of the hub (see `load_texts`) for the tasks
@@ -78,6 +86,8 @@ def task_sources(
     sources = []
     documents: list[str] | None = None
     for name in names:
+        if name == RECALL:
+            continue
         rows: list[dict[str, Any]] | None = None
         if name in FROM_TEXT:
             if text is None:
@@ -96,6 +106,17 @@ def task_sources(
         digest = "hub" if rows is None else _digest(rows)
         sources.append(TaskSource(name, None if rows is None else tuple(rows), digest))
     return sources
+
+
+def recall_name(facts: int, length: int) -> str:
+    """Name of the recall task with so many facts in texts of so many tokens."""
+    return f"{RECALL}-{facts}-{length}"
+
+
+def facts_and_length(task: str) -> tuple[int, int] | None:
+    """The facts and tokens of a recall task, by its name; None for other tasks."""
+    found = _RECALL_NAME.fullmatch(task)
+    return None if found is None else (int(found["facts"]), int(found["length"]))
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import numpy as np
@@ -12,9 +13,12 @@ from lm_eval.api.task import Task
 from torch import Tensor
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import CHOICE, CONTINUATION, TEXT, Item
+from chai_attention.evaluation.scores import CHOICE, CONTINUATION, RECALLED, TEXT, Item
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.tasks import quiet
+
+if TYPE_CHECKING:
+    from chai_attention.calibration.recall import RecallCase
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Scored:
     """All items of one task.
 
     Attributes:
-        kind: "choice", "continuation" or "text".
+        kind: "choice", "continuation", "text" or "recall".
         items: in the order of the task.
         metrics: lm-eval's own aggregates; of a text its perplexity.
         length: mean tokens of a request, context and answer.
@@ -87,6 +91,26 @@ def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
     )  # fmt: skip
     perplexity = float(np.exp(np.mean([item.nll for item in items])))
     return Scored(TEXT, items, {"perplexity": perplexity}, windows.shape[1])
+
+
+def recalled(cases: Sequence[RecallCase], correct: Tensor, nll: Tensor) -> Scored:
+    """Items of questions about texts that `recall_score` has scored.
+
+    Raises:
+        EvaluationError: a log-likelihood that is not a number.
+    """
+    items = tuple(
+        Item(
+            doc=index, digest=case.digest, gold=None, chosen=None, chosen_norm=None,
+            loglikelihoods=(-_number(value, index),), acc=right, acc_norm=None, nll=value,
+            tokens=len(case.answer),
+        )
+        for index, (case, right, value) in enumerate(
+            zip(cases, correct.double().tolist(), nll.tolist(), strict=True)
+        )
+    )  # fmt: skip
+    length = round(float(np.mean([len(case.prompt) + len(case.answer) for case in cases])))
+    return Scored(RECALLED, items, {"acc": float(correct.double().mean())}, length)
 
 
 def _item(lm: ChaiLM, task: Task, sample: dict[str, Any], kind: str) -> Item:

@@ -1,0 +1,95 @@
+"""Questions about a text, scored: is the whole answer right, and how likely is it."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.modes import evaluating
+
+if TYPE_CHECKING:
+    from chai_attention.calibration.recall import RecallCase
+    from chai_attention.evaluation.comparators.base import Comparator
+
+MOST_TOKENS = 1 << 14  # of a forward, unless one case has more
+
+
+@torch.no_grad()
+def recall_score(
+    model: PreTrainedModel,
+    cases: Sequence[RecallCase],
+    *,
+    method: Comparator | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score the answers to questions about texts.
+
+    An answer is right if each of its tokens is the likeliest one behind those before it: then
+    greedy decoding writes it, so nothing has to be generated. The model runs in eval mode, and is
+    left in the mode it was in.
+
+    Args:
+        model: a causal language model, clustered heads enabled or not.
+        cases: N questions, from `recall_cases`.
+        method: attached to the model, and acts on its cache: prompts are then read by one call,
+            answers by a second, one case at a time. None: everything in one call.
+        batch_size: cases of a forward, at most; fewer where they are long.
+        progress: called with (cases done, cases in all).
+
+    Returns:
+        ``(correct [N] bool, nll [N] float32)`` on the CPU; ``nll`` is the negative log-likelihood
+        of the whole answer in nats.
+
+    Raises:
+        EvaluationError: with ``method``, the model returns no cache.
+    """
+    correct = torch.zeros(len(cases), dtype=torch.bool)
+    nll = torch.zeros(len(cases))
+    done = 0
+    with evaluating(model):
+        for chosen in _batches(cases, 1 if method is not None else batch_size):
+            answers = [cases[index].answer for index in chosen]
+            rows = [torch.cat([cases[index].prompt, cases[index].answer])[:-1] for index in chosen]
+            longest = max(map(len, answers))
+            tokens = torch.stack(rows).to(model.device)
+            if method is None:
+                logits = _logits(model, tokens, longest)
+            else:
+                logits = cached_logits(model, method, tokens, longest)
+            for index, answer, row in zip(chosen, answers, logits, strict=True):
+                scores = row[-len(answer) :].float().log_softmax(-1).cpu()  # [A, vocabulary]
+                correct[index] = bool((scores.argmax(-1) == answer).all())
+                nll[index] = -scores.gather(1, answer[:, None]).sum()
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(cases))
+    return correct, nll
+
+
+def _batches(cases: Sequence[RecallCase], batch_size: int) -> list[list[int]]:
+    """Numbers of cases that go through the model together: all of one length, without padding."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, case in enumerate(cases):
+        groups[len(case.prompt) + len(case.answer)].append(index)
+    found = []
+    for length, group in groups.items():
+        rows = max(1, min(batch_size, MOST_TOKENS // length))
+        found += [group[start : start + rows] for start in range(0, len(group), rows)]
+    return found
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, count: int) -> Tensor:
+    """Predictions at the last ``count`` tokens of ``tokens [B, S]``: ``[B, count, vocabulary]``."""
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = count  # those of all tokens would fill the memory
+    logits: Tensor = model(tokens, **options).logits[:, -count:]
+    return logits
