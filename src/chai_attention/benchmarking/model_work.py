@@ -39,7 +39,7 @@ def model_work(
         shape: of the model.
         weights: as `weight_bytes` counts them, without those that are not computed.
         element_size: bytes of a number.
-        profile: clusters; None for the plain model.
+        profile: clusters and streaming heads; None for the plain model.
         window: tokens that a sliding-window layer sees.
     """
     total, last = weights
@@ -50,12 +50,17 @@ def model_work(
     one = AttentionShape("", shape.heads, shape.kv_heads, shape.head_dim)
     for layer, full in enumerate(shape.clusterable):
         clusters, kept, near, size = shape.heads, shape.kv_heads, 0, case
+        streaming, values = 0, shape.kv_heads
         if profile is not None:
             clusters, kept = profile.clusters[layer], profile.kept_keys(layer, shape)
             near = profile.recent + profile.sinks if profile.recent else 0
+            streaming = len(profile.streaming_heads(layer))
+            values = profile.kept_values(layer, shape)
         if not full and window is not None and case.kind == DECODE:
             size = Case(DECODE, case.batch, min(case.tokens, window))
-        part = attention_work(size, one, clusters, kept, element_size, near)
+        part = attention_work(
+            size, one, clusters, kept, element_size, near, streaming=streaming, kept_values=values
+        )
         flops, moved = flops + part.flops, moved + part.bytes
     return Work(moved, flops)
 

@@ -35,12 +35,12 @@ class Profiled(Comparator):
         return enabled(model, self._profile)
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of the K,V bytes at ``length`` tokens, K of recent windows included."""
+        """Share of the K,V bytes at ``length`` tokens, near K and V included."""
         return 1 - self._profile.saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
-        """The profile's digest and its clusters per layer."""
-        return {"profile": profile_digest(self._profile), "clusters": list(self._profile.clusters)}
+        """The profile's digest, and its clusters and streaming heads per layer."""
+        return {"profile": profile_digest(self._profile), **head_counts(self._profile)}
 
 
 def decides_late(profile: ClusterProfile, context: int) -> bool:
@@ -53,12 +53,20 @@ def narrowed_share(
 ) -> float:
     """Share of MHA's K,V bytes where what clustered heads keep takes ``share`` of its bytes.
 
-    But for K in the recent window, which stays as it is.
+    But for near K and V of heads that share or stream, which stay as they are.
     """
     shape = describe(model)
     full, kept = profile.bytes_per_token(shape, 1)
     window = 1 - profile.saved(shape, length) - kept / full
     return kept / full * share + window
+
+
+def head_counts(profile: ClusterProfile) -> dict[str, Any]:
+    """Clusters per layer, and streaming heads where there are any, for the record."""
+    counts: dict[str, Any] = {"clusters": list(profile.clusters)}
+    if profile.streaming is not None:
+        counts["streaming"] = [len(heads) for heads in profile.streaming]
+    return counts
 
 
 def profile_digest(profile: ClusterProfile) -> str:

@@ -14,7 +14,7 @@ from chai_attention.calibration.calibrate import calibrate
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.profiled import profile_digest
+from chai_attention.evaluation.profiled import head_counts, profile_digest
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
@@ -102,7 +102,7 @@ class Chai(Comparator):
         return enabled(model, self.profile)
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share at ``length`` tokens, K of recent windows included."""
+        """Share at ``length`` tokens, near K and V included."""
         return 1 - self.profile.saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
@@ -112,7 +112,7 @@ class Chai(Comparator):
             "save": self._save,
             "seed": self._seed,
             "profile": profile_digest(self.profile),
-            "clusters": list(self.profile.clusters),
+            **head_counts(self.profile),
         }
 
 

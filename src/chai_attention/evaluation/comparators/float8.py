@@ -72,7 +72,7 @@ class Float8(Comparator):
 
 
 class ClusteredFloat8(Float8):
-    """What the cache of clustered heads holds in 8 bits; K of a recent window stays in 16.
+    """What the cache of clustered heads holds in 8 bits; near K and V stay in 16.
 
     Args:
         profile: the clusters.
@@ -97,7 +97,7 @@ class ClusteredFloat8(Float8):
         return decides_late(self._profile, context)
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Half of what clustered heads keep, and all of K in the recent window.
+        """Half of what clustered heads keep, and all of near K and V.
 
         Args:
             model: the model, unchanged.

@@ -127,7 +127,7 @@ class ClusteredQuantised(Quantised):
         return decides_late(self._profile, context)
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of representatives' K and all V, quantised, and of the recent window, which is not.
+        """Share of the K and V that all tokens keep, quantised, and of near ones, which are not.
 
         Args:
             model: the model, unchanged.

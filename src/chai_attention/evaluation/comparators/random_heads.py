@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.clustering.assign import K_BYTES
@@ -19,13 +20,13 @@ from chai_attention.profile import STATIC, ClusterProfile
 
 
 class RandomHeads(Comparator):
-    """As many clusters per layer as a profile has, with random members and representatives.
+    """As many clusters and streaming heads per layer as a profile has, of random heads.
 
     What the profile has beside its memberships stays: how many heads go in which layer, the recent
     window, the offsets of far scores. So this row says what the choice of heads adds to those, and
     may well be ahead of recipes without them. A refit goes, as it was fitted to those
-    memberships. With target "k-bytes" the K/V
-    heads that keep their K are random, as many as in the profile. With target "scores" in a
+    memberships. With target "k-bytes" the K/V heads that keep their K are random, as many as in
+    the profile. With target "scores" in a
     grouped-query model the K heads that are kept follow from the clusters, so that bytes may
     differ from the profile's.
 
@@ -45,7 +46,7 @@ class RandomHeads(Comparator):
         return enabled(model, self.profile_for(model))
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share at ``length`` tokens, K of recent windows included."""
+        """Share at ``length`` tokens, near K and V included."""
         return 1 - self.profile_for(model).saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
@@ -62,19 +63,26 @@ class RandomHeads(Comparator):
 def random_profile(profile: ClusterProfile, shape: ModelShape, seed: int) -> ClusterProfile:
     """Replace a profile's memberships by random static ones of the same sizes."""
     generator = torch.Generator().manual_seed(seed)
-    group = shape.group_size if profile.target == K_BYTES else 1
-    layers = []
-    for k in profile.clusters:
-        units, kept = shape.heads // group, k // group
-        chosen = torch.randperm(units, generator=generator)[:kept].sort().values
-        representatives = (chosen[:, None] * group + torch.arange(group)).flatten()  # [k]
-        rep = representatives[torch.randint(k, (shape.heads,), generator=generator)]
-        rep[representatives] = representatives
+    unit = shape.group_size if profile.target == K_BYTES else 1
+    layers, streaming = [], []
+    for layer, k in enumerate(profile.clusters):
+        streams = _shuffled(profile.streaming_heads(layer), shape, generator)  # [H] bool
+        free = ~streams.view(-1, unit).any(1)  # units that can represent others
+        units = free.nonzero().flatten()
+        chosen = units[torch.randperm(len(units), generator=generator)[: k // unit]].sort().values
+        representatives = (chosen[:, None] * unit + torch.arange(unit)).flatten()  # [k]
+        rep = torch.arange(shape.heads)
+        if k:
+            rep = representatives[torch.randint(k, (shape.heads,), generator=generator)]
+            rep[representatives] = representatives
+        rep[streams] = streams.nonzero().flatten()
         layers.append(tuple(rep.tolist()))
+        streaming.append(tuple(streams.nonzero().flatten().tolist()))
     return replace(
         profile,
         membership=STATIC,
         representatives=tuple(layers),
+        streaming=None if profile.streaming is None else tuple(streaming),
         features="scores",
         blend=0.0,
         costs=None,
@@ -83,3 +91,15 @@ def random_profile(profile: ClusterProfile, shape: ModelShape, seed: int) -> Clu
         promise=None,
         provenance={"method": "random", "seed": seed},
     )
+
+
+def _shuffled(streaming: Sequence[int], shape: ModelShape, generator: torch.Generator) -> Tensor:
+    """Streaming heads at random, ``[H]`` bool: as many of them in each K/V head, so V goes too."""
+    streams = torch.zeros(shape.heads, dtype=torch.bool)
+    if not streaming:
+        return streams
+    streams[list(streaming)] = True
+    by_group = streams.view(shape.kv_heads, -1)
+    by_group = by_group[torch.randperm(shape.kv_heads, generator=generator)]
+    order = torch.rand(by_group.shape, generator=generator).argsort(1)
+    return by_group.gather(1, order).flatten()

@@ -18,6 +18,7 @@ from chai_attention.evaluation.comparators.head_predictor import HeadPredictors
 from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
 from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
+from chai_attention.evaluation.comparators.streaming import MassStream, RandomStream
 from chai_attention.evaluation.profiled import PROFILE, Profiled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
@@ -26,17 +27,18 @@ from chai_attention.progress import Progress, quiet
 # percent of heads that DejaVu leaves out
 _DEJAVU = {f"dejavu-{percent}": percent / 100 for percent in (10, 30, 50)}
 _ORACLE = {name.replace("-", "-oracle-"): share for name, share in _DEJAVU.items()}
-_KVPRESS = ("think", "snapkv")
+_STREAM = ("random-stream", "mass-stream")
+_KVPRESS, _DUO = ("think", "snapkv"), "duo"
 _QUANTISED = ("quant8", "quant4", "chai+quant8", "chai+quant4")
 _PACKAGE = "chai_attention.evaluation.comparators"
 
-RIVALS: tuple[str, ...] = (*_KVPRESS, *_QUANTISED)
+RIVALS: tuple[str, ...] = (*_KVPRESS, _DUO, *_QUANTISED)
 """Comparators by libraries of the extra ``rivals``."""
 
 _FLOAT8 = ("float8", "chai+float8")
 
 NAMES: tuple[str, ...] = (
-    *("mha", *RECIPES, "random", *_DEJAVU, *_ORACLE, *VARIANTS, *_FLOAT8),
+    *("mha", *RECIPES, "random", *_STREAM, *_DEJAVU, *_ORACLE, *VARIANTS, *_FLOAT8),
     *RIVALS,
 )
 """Comparators that need nothing but a model and text; "profile" is one more, given a profile."""
@@ -84,8 +86,9 @@ def comparators(
         names: some of `NAMES`, or "profile"; the single name "all" stands for those `available`.
         model: a causal language model, not enabled.
         tokens: calibration windows, each ``[S]`` int64 and of one length.
-        profile: of the comparator "profile"; "random" takes its numbers of clusters, and CHAI
-            beside a quantised cache its clusters. Without one, both take that of "default".
+        profile: of the comparator "profile"; "random" takes its numbers of heads, streaming heads
+            its bytes and window, and CHAI beside a quantised cache its clusters. Without one, all
+            take that of "default".
         save: share of the K,V bytes per token to save, for all that have such a budget. None: what
             the profile saves; without a profile either, each method's own default.
         seed: of everything random.
@@ -149,6 +152,8 @@ class _Workshop:
             return Chai(name, self._save, self._seed)
         if name == "random":
             return RandomHeads(self._profile, self._seed)
+        if name in _STREAM:
+            return self._streaming(name)
         if name in _DEJAVU:
             return DejaVu(_DEJAVU[name], self._predictors)
         if name in _ORACLE:
@@ -158,6 +163,17 @@ class _Workshop:
         if name in _FLOAT8:
             return ClusteredFloat8(self._profile) if name.startswith("chai+") else Float8()
         return _rival(name, self._save, self._profile if name.startswith("chai+") else None)
+
+    def _streaming(self, name: str) -> Comparator:
+        """Streaming heads at the bytes and with the window of the profile, where there is one."""
+        profile = self._given if self._given is not None or self._save else self._profile
+        save = self._save or (profile and profile.saved(describe(self._model), 10**9))
+        if not save:
+            raise EvaluationError(f"{name} takes what the profile saves, which is nothing: --save")
+        near = (profile.recent, profile.sinks) if profile and profile.recent else None
+        if name == "mass-stream":
+            return MassStream(save, near)
+        return RandomStream(save, near, self._seed)
 
     @cached_property
     def _default(self) -> Chai:
@@ -180,6 +196,8 @@ def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Com
         made: Comparator
         if name in _KVPRESS:
             made = import_module(f"{_PACKAGE}.kvpress").kvpress_comparator(name, save)
+        elif name == _DUO:
+            made = import_module(f"{_PACKAGE}.duo").Duo(save)
         else:
             made = import_module(f"{_PACKAGE}.quantised").quantised_comparator(name, profile)
     except ImportError as error:
