@@ -93,7 +93,8 @@ def test_inspect_plots(chai, tmp_path):
     assert code == 0
     assert (tmp_path / "plots" / "elbow.png").exists()
     assert (tmp_path / "plots" / "similarity.png").exists()
-    assert text.count("plot written to") == 2
+    assert (tmp_path / "plots" / "heads.png").exists()
+    assert text.count("plot written to") == 3
 
 
 OUT = ("--out", "never.json")

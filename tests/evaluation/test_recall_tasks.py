@@ -18,6 +18,7 @@ from chai_attention.evaluation.recall_tasks import (
     recall_text,
 )
 from chai_attention.evaluation.tasks import RECALL, facts_and_length, task_names, task_sources
+from chai_attention.reports.result_files import load_sections
 from eval_methods import MADE, arc_rows, files
 from tiny_models import CONFIGS
 from tiny_tokenizer import tiny_tokenizer
@@ -137,6 +138,11 @@ def test_recall_stands_beside_other_tasks_and_a_second_run_measures_nothing(mode
     assert "4 facts: exact, % (3)" in text
     assert f"{cell['nll']:.4f} ±{cell['nll_se']:.4f} ({cell['nll_diff']:+.4f}" in text
     assert "recall-" not in text
+    (section,) = load_sections([tmp_path / "out" / "results.json"])
+    recall, kept = section.charts
+    assert [panel.title for panel in recall.panels] == ["1 fact in the text", "4 facts in the text"]
+    assert "clustered: " in recall.panels[1].svg
+    assert kept.panels[0].title == "accuracy, average of arc_easy"
 
 
 def test_a_limit_takes_the_first_cases(model, tmp_path):

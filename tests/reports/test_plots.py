@@ -7,7 +7,10 @@ import pytest
 
 from chai_attention.errors import ChaiError, ProfileError
 from chai_attention.profile import ClusterProfile
-from chai_attention.reports.plots import profile_plots
+from chai_attention.reports.head_kinds import head_kinds, kind_numbers
+from chai_attention.reports.plots import KIND_COLORS, profile_plots
+
+image = pytest.importorskip("matplotlib.image", reason="needs the extra plots")
 
 CURVE = (1.0, 0.4, 0.2, 0.1, 0.05, 0.0)
 TABLE = tuple(tuple(1.0 if i == j else 0.3 for j in range(6)) for i in range(6))
@@ -56,6 +59,35 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProfileError, match="cannot write plots"):
         profile_plots(profile(), tmp_path / "file" / "folder")
+
+
+def test_three_kinds_of_heads_are_drawn_with_or_without_curves(tmp_path):
+    bare = ClusterProfile(
+        (2, 6), membership="static", recent=4, sinks=1, streaming=((1, 5), ()),
+        representatives=((0, 1, 0, 3, 3, 5), tuple(range(6))),
+    )  # fmt: skip
+    assert head_kinds(bare) == [
+        ["keep", "forget", "share", "keep", "share", "forget"], ["keep"] * 6
+    ]  # fmt: skip
+    assert kind_numbers(bare, 6)[0] == {"keep": 2, "share": 2, "forget": 2}
+    (path,) = profile_plots(bare, tmp_path / "a")
+    assert path.name == "heads.png"
+    pixels = {tuple(color) for color in (image.imread(path)[:, :, :3] * 255).round().reshape(-1, 3)}
+    for color in KIND_COLORS.values():
+        assert tuple(int(color[at : at + 2], 16) for at in (1, 3, 5)) in pixels
+    curves = replace(bare, error=(CURVE,) * 2, similarity=(TABLE,) * 2)
+    names = [path.name for path in profile_plots(curves, tmp_path / "b")]
+    assert names == ["elbow.png", "similarity.png", "heads.png"]
+
+
+def test_an_online_profile_counts_its_kinds_and_draws_no_heads(tmp_path):
+    online = replace(profile(), recent=4, streaming=((2,),) * 8)
+    assert head_kinds(online) is None
+    assert kind_numbers(online, 6)[3] == {"keep": 3, "share": 2, "forget": 1}
+    assert [path.name for path in profile_plots(online, tmp_path)] == [
+        "elbow.png",
+        "similarity.png",
+    ]
 
 
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):

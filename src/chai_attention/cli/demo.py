@@ -31,7 +31,9 @@ def demo_command(
         Path,
         typer.Option(
             help="Folder for the profile and the plots.",
-            callback=options.output_folder("profile.json", "elbow.png", "similarity.png"),
+            callback=options.output_folder(
+                "profile.json", "elbow.png", "similarity.png", "heads.png"
+            ),
         ),
     ] = Path("demo-output"),
     dtype: options.DType = "auto",

@@ -30,8 +30,9 @@ def inspect_command(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Write elbow curves and head similarity as PNG into this folder.",
-            callback=options.output_folder("elbow.png", "similarity.png"),
+            help="Write what each head does, elbow curves and head similarity as PNG into this "
+            "folder.",
+            callback=options.output_folder("elbow.png", "similarity.png", "heads.png"),
         ),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,

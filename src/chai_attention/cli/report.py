@@ -16,7 +16,7 @@ def report_command(
         typer.Argument(
             metavar="RUN...",
             help="Result files, or folders of them: of chai eval, frontier, bench --out and "
-            "redundancy. Other files in a folder are left out and named.",
+            "redundancy, and profiles. Other files in a folder are left out and named.",
         ),
     ],
     out: Annotated[

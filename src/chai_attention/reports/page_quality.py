@@ -8,7 +8,9 @@ from typing import Any
 
 from chai_attention.evaluation.points import Point
 from chai_attention.evaluation.table import LEGEND, rich_tables
+from chai_attention.evaluation.tasks import facts_and_length
 from chai_attention.reports.frontier import LINEAR_BELOW, PAPER, axis_ticks, frontier_table
+from chai_attention.reports.page_recall import recall_charts
 from chai_attention.reports.sections import (
     Charts,
     Grid,
@@ -113,17 +115,9 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
             "standard error of that difference.",
         ],
         charts=[
-            Charts(
-                "Quality against K,V bytes kept",
-                [panel for panel, _ in drawn],
-                legend_of(drawn[0][1]),
-                "Upper left is better in accuracy, lower left in NLL (negative log-likelihood of "
-                f"the right answer). Bytes kept: at {rows[0]['kv_length']:.0f} tokens, the mean "
-                "length of the tasks' requests.",
-            )
-        ]
-        if drawn
-        else [],
+            *recall_charts(table),
+            *_kept_charts(rows, drawn),
+        ],
         tables=[
             *(grid_of(part) for part in tables),
             Grid(
@@ -135,20 +129,43 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
     )
 
 
+def _kept_charts(
+    rows: Sequence[Mapping[str, Any]], drawn: Sequence[tuple[Panel, list[Series]]]
+) -> list[Charts]:
+    if not drawn:
+        return []
+    return [
+        Charts(
+            "Quality against K,V bytes kept",
+            [panel for panel, _ in drawn],
+            legend_of(drawn[0][1]),
+            "Upper left is better in accuracy, lower left in NLL (negative log-likelihood of "
+            f"the right answer). Bytes kept: at {rows[0]['kv_length']:.0f} tokens, the mean "
+            "length of the tasks' requests.",
+        )
+    ]
+
+
 def _against_kept(
     table: Mapping[str, Any], measure: str, label: str, scale: float
 ) -> tuple[Panel, list[Series]] | None:
-    """Difference to the full model against K,V bytes kept, over the average or the only task."""
+    """Difference to the full model against K,V bytes kept, over the average or the first task.
+
+    None without one that is no recall, which has charts of its own.
+    """
+    others = [task for task in table["tasks"] if facts_and_length(task) is None]
+    if not others:
+        return None
     cells = []
     for row in table["rows"]:
-        cell = row["average"] if row["average"] is not None else row["tasks"][table["tasks"][0]]
+        cell = row["average"] if row["average"] is not None else row["tasks"][others[0]]
         if cell[f"{measure}_diff"] is None:
             return None
         cells.append(cell)
     of = (
         f"average of {', '.join(table['average_of'])}"
         if table["rows"][0]["average"] is not None
-        else str(table["tasks"][0])
+        else str(others[0])
     )
     series = [
         Series(

@@ -206,6 +206,7 @@ def _explorer(study: Redundancy) -> Mapping[str, Any]:
     """What the page's script needs, and no more."""
     return {
         "heads": study.model["heads"],
+        "profiles": [],
         "layers": [
             {
                 "layer": layer.layer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from chai_attention.errors import ChaiError, ProfileError
 from chai_attention.profile import ClusterProfile
+from chai_attention.reports.head_kinds import FORGET, KEEP, KINDS, SHARE, count_kinds, head_kinds
 from chai_attention.whole_files import require_folder, write_whole
 
 if TYPE_CHECKING:
@@ -18,28 +20,62 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 6
-PROFILE_PLOTS = ("elbow.png", "similarity.png")
+PROFILE_PLOTS = ("elbow.png", "similarity.png", "heads.png")
+KIND_COLORS = {KEEP: "#2b6cb0", SHARE: "#c3cfdd", FORGET: "#c05621"}
 
 
 def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
-    """Draw the elbow curve and the similarity of heads of every layer.
+    """Draw the elbow curve and the similarity of heads of every layer, and what its heads do.
 
     Args:
         profile: one that calibration wrote.
         folder: where the files go; made if missing.
 
     Returns:
-        Paths of ``elbow.png`` and ``similarity.png``.
+        Paths of ``elbow.png`` and ``similarity.png``, of a profile with curves, and of
+        ``heads.png``, of one that says what each head does.
 
     Raises:
-        ProfileError: the profile has no curves, or the folder cannot be written.
+        ProfileError: the profile has neither, or the folder cannot be written.
         ChaiError: matplotlib is not installed.
     """
-    if profile.error is None or profile.similarity is None:
+    kinds = head_kinds(profile)
+    curves = profile.error is not None and profile.similarity is not None
+    if not curves and kinds is None:
         raise ProfileError("this profile has no error curves to plot: make one with chai calibrate")
     require_matplotlib()
     require_folder(folder, ProfileError, PROFILE_PLOTS, "plots")
-    return [_elbows(profile, folder), _similarities(profile, folder)]
+    paths = [_elbows(profile, folder), _similarities(profile, folder)] if curves else []
+    return paths if kinds is None else [*paths, _heads(kinds, folder)]
+
+
+def _heads(kinds: Sequence[Sequence[str]], folder: Path) -> Path:
+    """What every head does with its far keys: a square per layer and head."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    layers, heads = len(kinds), len(kinds[0])
+    figure = Figure(figsize=(max(4.5, 0.16 * heads + 1), 0.16 * layers + 1.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    numbers = [[KINDS.index(kind) for kind in row] for row in kinds]
+    colors = ListedColormap([KIND_COLORS[kind] for kind in KINDS])
+    axes.imshow(numbers, vmin=0, vmax=len(KINDS) - 1, cmap=colors, aspect="equal")
+    axes.set_xlabel("head", fontsize=8)
+    axes.set_ylabel("layer", fontsize=8)
+    axes.tick_params(labelsize=6)
+    # white lines between the squares
+    axes.set_xticks([head - 0.5 for head in range(1, heads)], minor=True)
+    axes.set_yticks([layer - 0.5 for layer in range(1, layers)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.6)
+    axes.tick_params(which="minor", length=0)
+    counts = count_kinds(kinds)
+    patches = [Patch(color=KIND_COLORS[kind], label=f"{kind} ({counts[kind]})") for kind in KINDS]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(KINDS), fontsize=7)
+    figure.suptitle("What each head does with its far keys", fontsize=10)
+    return save_figure(figure, folder / "heads.png", ProfileError)
 
 
 def _elbows(profile: ClusterProfile, folder: Path) -> Path:
@@ -53,7 +89,9 @@ def _elbows(profile: ClusterProfile, folder: Path) -> Path:
         counts = [step * (i + 1) for i in range(len(curve))]
         axes.plot(counts, curve, marker="o", markersize=2.5, linewidth=1, color="#2b6cb0")
         axes.axvline(chosen, color="#c05621", linewidth=1)
-        axes.set_title(f"layer {layer}: {chosen} clusters", fontsize=8)
+        forget = len(profile.streaming_heads(layer))
+        rest = f", {forget} stream" if forget else ""
+        axes.set_title(f"layer {layer}: {chosen} clusters{rest}", fontsize=8)
         axes.set_ylim(0, 1.05)
 
     return small_multiples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from chai_attention.evaluation.points import load_points
 from chai_attention.evaluation.redundancy_files import KIND as REDUNDANCY
 from chai_attention.evaluation.redundancy_files import parse_redundancy
 from chai_attention.evaluation.runs import SCHEMA_VERSION as EVAL_VERSION
+from chai_attention.profile import ClusterProfile
 from chai_attention.reports.page_bench import attention_section, model_section
+from chai_attention.reports.page_profile import explorer_profile, profile_section
 from chai_attention.reports.page_quality import eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import place_of
 
-_COMMANDS = "chai eval, chai frontier, chai bench --out or chai redundancy"
+_COMMANDS = "chai calibrate, chai eval, chai frontier, chai bench --out or chai redundancy"
 
 Skipped = Callable[[Path], None]
 
@@ -65,7 +68,20 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
             on_skipped(path)
     if not sections:
         raise ReportError(f"there is nothing to report: give what {_COMMANDS} wrote")
-    return list(sections.values())
+    return with_profiles(list(sections.values()))
+
+
+def with_profiles(sections: Sequence[Section]) -> list[Section]:
+    """Let explorers of heads offer the memberships of profiles of the same model."""
+    found = []
+    for section in sections:
+        if (explorer := section.explorer) is not None:
+            layers = [info["layer"] for info in explorer["layers"]]
+            made = [explorer_profile(other, explorer["heads"], layers) for other in sections]
+            profiles = [one for one in made if one is not None]
+            section = replace(section, explorer={**explorer, "profiles": profiles})
+        found.append(section)
+    return found
 
 
 def files_of(runs: Sequence[Path]) -> list[Path]:
@@ -119,6 +135,8 @@ Maker = Callable[[Any, Path, str], Section]
 def _maker(data: Any, path: Path) -> Maker:
     """How a section is made of a file's contents."""
     names = set(data) if isinstance(data, dict) else set()
+    if {"clusters", "provenance"} <= names:
+        return lambda data, path, source: profile_section(ClusterProfile.load(path), source)
     version = data.get("schema_version") if names else None
     if names and data.get("kind") == REDUNDANCY:
         return lambda data, path, source: redundancy_section(parse_redundancy(data, path), source)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from rich.table import Table
 
 from chai_attention.errors import ChaiError
+from chai_attention.profile import ClusterProfile
 from chai_attention.reports.svg import Series, swatch
 
 
@@ -85,6 +86,7 @@ class Section:
         charts: groups of charts.
         tables: tables.
         explorer: data of the head-similarity explorer, None without one.
+        profile: whose memberships explorers of the same model offer too.
     """
 
     kind: str
@@ -95,6 +97,7 @@ class Section:
     charts: Sequence[Charts] = ()
     tables: Sequence[Grid] = ()
     explorer: Mapping[str, Any] | None = field(default=None, repr=False)
+    profile: ClusterProfile | None = field(default=None, repr=False)
 
 
 def grid_of(table: Table, title: str | None = None) -> Grid:

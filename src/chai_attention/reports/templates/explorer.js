@@ -50,15 +50,25 @@
     }
 
     function members(text) {
-      const stage = from.selectedIndex;
+      const stage = from.selectedIndex, profile = profileOf(text);
+      if (profile) return profile.representatives[layer.selectedIndex];
       return stage < text.lengths.length
         ? text.representatives[layer.selectedIndex][stage]
         : data.layers[layer.selectedIndex].representatives;
     }
 
-    function groups(representatives) {
+    // behind the stages of a text and "all requests"
+    const profileOf = (text) => data.profiles[from.selectedIndex - text.lengths.length - 1];
+    const forgetful = (text) => {
+      const profile = profileOf(text);
+      return profile ? profile.streaming[layer.selectedIndex] : [];
+    };
+
+    function groups(representatives, forgets) {
       const found = new Map();
-      representatives.forEach((rep, head) => found.set(rep, [...(found.get(rep) || []), head]));
+      representatives.forEach((rep, head) => {
+        if (!forgets.includes(head)) found.set(rep, [...(found.get(rep) || []), head]);
+      });
       // the largest first, its representative in front
       return [...found].map(([rep, heads]) => [rep, [rep, ...heads.filter((head) => head !== rep)]])
         .sort((a, b) => b[1].length - a[1].length || a[0] - b[0]);
@@ -68,29 +78,39 @@
       const text = data.prompts[prompt.selectedIndex], cells = cellsOf(text);
       const info = data.layers[layer.selectedIndex];
       maps = bytesOf(text.maps[layer.selectedIndex]);
-      const representatives = members(text), clusters = groups(representatives);
+      const representatives = members(text), forgets = forgetful(text);
+      const clusters = groups(representatives, forgets);
       const pooled = text.block > 1 ? `, ${text.block} tokens per cell` : "";
-      part("summary").textContent = `Layer ${info.layer}: ${data.heads} heads in ${clusters.length} clusters; ${text.tokens.length} tokens${pooled}.`;
-      part("clusters").replaceChildren(...clusters.map(([rep, heads]) => {
-        const list = make("div", { className: "maps" }, ...heads.map((head) => {
-          const canvas = make("canvas");
-          draw(canvas, head, cells);
-          const like = info.correlation[rep][head].toFixed(2);
-          const name = head === rep
-            ? make("span", { className: "rep", textContent: `★ head ${head}` })
-            : make("span", { textContent: `head ${head}, r ${like}` });
-          const button = make("button", { type: "button", className: "map" }, canvas, name);
-          const label = head === rep ? "the representative" : `correlation with head ${rep} ${like}`;
-          button.setAttribute("aria-label", `Head ${head}, ${label}: read its map`);
-          button.dataset.head = head;
-          button.addEventListener("click", () => { chosen = chosen === head ? null : head; read(true); });
-          return button;
-        }));
-        const title = heads.length === 1 ? `Head ${rep} alone` : `${heads.length} heads use head ${rep}`;
-        return make("section", { className: "cluster" }, make("h4", { textContent: title }), list);
-      }));
+      const shares = data.heads - clusters.length - forgets.length;
+      const kinds = profileOf(text)
+        ? `${clusters.length} of ${data.heads} heads keep their far keys, ${shares} share, ${forgets.length} forget`
+        : `${data.heads} heads in ${clusters.length} clusters`;
+      part("summary").textContent = `Layer ${info.layer}: ${kinds}; ${text.tokens.length} tokens${pooled}.`;
+      const map = (head, rep) => {
+        const canvas = make("canvas");
+        draw(canvas, head, cells);
+        const like = info.correlation[rep][head].toFixed(2), forget = forgets.includes(head);
+        const name = forget || head !== rep
+          ? make("span", { textContent: forget ? `head ${head}` : `head ${head}, r ${like}` })
+          : make("span", { className: "rep", textContent: `★ head ${head}` });
+        const button = make("button", { type: "button", className: "map" }, canvas, name);
+        const role = head === rep ? "the representative" : `correlation with head ${rep} ${like}`;
+        button.setAttribute("aria-label", `Head ${head}, ${forget ? "forgets its far keys" : role}: read its map`);
+        button.dataset.head = head;
+        button.addEventListener("click", () => { chosen = chosen === head ? null : head; read(true); });
+        return button;
+      };
+      const box = (title, maps) => make("section", { className: "cluster" },
+        make("h4", { textContent: title }), make("div", { className: "maps" }, ...maps));
+      const boxes = clusters.map(([rep, heads]) =>
+        box(heads.length === 1 ? `Head ${rep} alone` : `${heads.length} heads use head ${rep}`, heads.map((head) => map(head, rep))));
+      if (forgets.length) {
+        const title = forgets.length === 1 ? "1 head forgets its far keys" : `${forgets.length} heads forget their far keys`;
+        boxes.push(box(title, forgets.map((head) => map(head, head))));
+      }
+      part("clusters").replaceChildren(...boxes);
       read(false);
-      matrix(info, clusters.flatMap(([, heads]) => heads), representatives);
+      matrix(info, [...clusters.flatMap(([, heads]) => heads), ...forgets], representatives);
     }
 
     function read(scroll) {
@@ -135,7 +155,7 @@
           make("b", { textContent: JSON.stringify(words(column)) }), `: ${shares.join(", ")}`);
       }
       part("pair").replaceChildren(...canvases.map((canvas, i) =>
-        make("figure", {}, make("figcaption", { textContent: `Head ${heads[i]}${heads[i] === rep ? ", the representative" : ""}` }), canvas)));
+        make("figure", {}, make("figcaption", { textContent: `Head ${heads[i]}${forgetful(text).includes(heads[i]) ? ", which forgets its far keys" : heads[i] === rep ? ", the representative" : ""}` }), canvas)));
       report();
       if (scroll) box.scrollIntoView({ block: "nearest" });
     }
@@ -163,7 +183,7 @@
     function stages() {
       const text = data.prompts[prompt.selectedIndex], last = text.lengths.length - 1, kept = from.value;
       const names = text.lengths.map((n, i) => (i === last ? `the whole text (${n} tokens)` : `its first ${n} tokens`));
-      from.replaceChildren(...[...names, "all requests (static)"].map((name) => make("option", { textContent: name })));
+      from.replaceChildren(...[...names, "all requests (static)", ...data.profiles.map((one) => one.name)].map((name) => make("option", { textContent: name })));
       from.value = kept;
       if (from.selectedIndex < 0) from.selectedIndex = last;
     }

@@ -1,0 +1,51 @@
+"""What every head of a profile does with its far keys, in words that all reports use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from chai_attention.profile import ClusterProfile
+
+KEEP, SHARE, FORGET = "keep", "share", "forget"
+KINDS = (KEEP, SHARE, FORGET)
+MEANING = {
+    KEEP: "its own scores for all keys",
+    SHARE: "another head's scores for far keys",
+    FORGET: "near keys only (streaming)",
+}
+
+
+def head_kinds(profile: ClusterProfile) -> list[list[str]] | None:
+    """Return "keep", "share" or "forget" for every layer and head.
+
+    None where each request decides which heads keep and which share.
+    """
+    if profile.representatives is None:
+        return None
+    return [
+        [
+            FORGET if head in profile.streaming_heads(layer) else KEEP if rep == head else SHARE
+            for head, rep in enumerate(row)
+        ]
+        for layer, row in enumerate(profile.representatives)
+    ]
+
+
+def kind_numbers(profile: ClusterProfile, heads: int) -> list[dict[str, int]]:
+    """How many heads of each layer keep, share and forget, of any profile.
+
+    Args:
+        profile: online ones too, whose numbers do not depend on the request.
+        heads: H of the model.
+    """
+    found = []
+    for layer, clusters in enumerate(profile.clusters):
+        forget = len(profile.streaming_heads(layer))
+        found.append({KEEP: clusters, SHARE: heads - clusters - forget, FORGET: forget})
+    return found
+
+
+def count_kinds(kinds: Sequence[Sequence[str]]) -> Counter[str]:
+    """How many heads of all layers do what."""
+    return Counter(kind for row in kinds for kind in row)
