@@ -3,6 +3,7 @@
 Compiling takes longer than running; each process compiles other configurations than the rest.
 
     python benchmarks/gpu_random.py --cases 1000
+    python benchmarks/gpu_random.py --cases 1000 --streaming
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--streaming", action="store_true", help="exact windows, streaming heads")
     options = parser.parse_args()
     start = time.perf_counter()
     running = []
@@ -31,6 +33,7 @@ def main() -> None:
             **os.environ,
             "CHAI_RANDOM_CASES": str(options.cases),
             "CHAI_RANDOM_SHARD": f"{part}/{options.processes}",
+            "CHAI_RANDOM_STREAMING": str(int(options.streaming)),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops import triton as kernels
 from chai_attention.ops import windowed
+from chai_attention.ops.near import NearKeys
 from chai_attention.ops.paged_prefill import Probe
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import launch_decode, paged_prefill
@@ -35,9 +36,11 @@ class Config:
     recent: int
     sinks: int
     probe_end: int
+    streaming: int = 0
 
     def __str__(self) -> str:
-        sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.dim}/{self.value_dim}"
+        sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.streaming} streaming, "
+        sizes += f"{self.dim}/{self.value_dim}"
         flags = [name for name in ("softcap", "padded", "spare") if getattr(self, name)]
         return ", ".join([self.kind, sizes, str(self.dtype).removeprefix("torch."), *flags])
 
@@ -110,21 +113,27 @@ def _dense(config, member, sequences, scale):
 
 
 def _near_of(config: Config, member: Membership, sequences: list[Sequence]) -> NearRing:
-    """K of removed heads as a cache remembers it behind these tokens."""
-    batch, removed = len(sequences), member.kv_heads - member.kept_keys
-    room = config.recent + 2
-    shape = (batch, removed, room, config.dim)
-    ring = torch.full(shape, torch.nan, dtype=config.dtype, device=DEVICE)
-    sinks = ring.new_full((batch, removed, config.sinks, config.dim), torch.nan)
+    """K and V of removed heads as a cache remembers them behind these tokens."""
+    batch, room = len(sequences), config.recent + 2
     positions = torch.full((batch, config.sinks), -1, dtype=torch.int32, device=DEVICE)
-    for row, one in enumerate(sequences):
-        key, size = one.key[member.removed_key_heads[row]], one.key.shape[1]
-        last = torch.arange(max(0, size - room), size, device=DEVICE)
-        ring[row, :, last % room] = key[:, last]
-        first = torch.arange(one.first, min(size, one.first + config.sinks), device=DEVICE)
-        sinks[row, :, : len(first)] = key[:, first]
-        positions[row, : len(first)] = first.int()
-    return NearRing(ring, sinks, positions, config.recent)
+
+    def memories(states: list[Tensor], heads: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (batch, heads.shape[1], room, states[0].shape[2])
+        ring = torch.full(shape, torch.nan, dtype=config.dtype, device=DEVICE)
+        sinks = ring.new_full((batch, heads.shape[1], config.sinks, shape[3]), torch.nan)
+        for row, one in enumerate(sequences):
+            held, size = states[row][heads[row]], states[row].shape[1]
+            last = torch.arange(max(0, size - room), size, device=DEVICE)
+            ring[row, :, last % room] = held[:, last]
+            first = torch.arange(one.first, min(size, one.first + config.sinks), device=DEVICE)
+            sinks[row, :, : len(first)] = held[:, first]
+            positions[row, : len(first)] = first.int()
+        return ring, sinks
+
+    keys = memories([one.key for one in sequences], member.removed_key_heads)
+    values = [one.value for one in sequences]
+    streams = memories(values, member.removed_value_heads) if member.streaming else (None, None)
+    return NearRing(*keys, positions, config.recent, 0, *streams)
 
 
 def _near(config, member, sequences, scale):
@@ -135,6 +144,32 @@ def _near(config, member, sequences, scale):
         _stack(values, size, token_major=True), member, _near_of(config, member, sequences),
         lengths=_lengths(sequences), scale=scale, offset=offsets_of(config, member)[1],
         valid=_valid(config, sequences, size), softcap=config.softcap,
+    )  # fmt: skip
+    return out, None
+
+
+def _window(config, member, sequences, scale):
+    """Prefill with an exact window: `windowed.attention`, by the kernels on any device."""
+    query, key, value = (
+        torch.stack([getattr(one, name) for one in sequences]) for name in ("query", "key", "value")
+    )
+    queries, size = query.shape[2], key.shape[2]
+    valid = _valid(config, sequences, size)
+    tables = windowed.window_tables(size, queries, config.recent, config.sinks, valid, query.device)
+    real = torch.ones(len(sequences), size, dtype=torch.bool, device=DEVICE)
+    real = real if valid is None else valid
+    first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : tables.sinks]
+    band = slice(max(0, size - queries - config.recent + 1), size)
+
+    def near_of(states: Tensor) -> Tensor:
+        index = first[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return torch.cat([states.gather(2, index), states[:, :, band]], 2)
+
+    keys, values = _stored(member, sequences)
+    out = windowed.attention(
+        query, _stack(keys, size), _stack(values, size, token_major=True), member,
+        NearKeys(near_of(key), near_of(value)), tables, scale=scale,
+        offset=offsets_of(config, member)[1], softcap=config.softcap,
     )  # fmt: skip
     return out, None
 
@@ -230,6 +265,7 @@ RUN = {
     "decode": _dense,
     "prefill": _dense,
     "near": _near,
+    "window": _window,
     "paged": _paged,
     "paged near": _paged,
     "paged prefill": _paged_prefill,

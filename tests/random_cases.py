@@ -6,6 +6,7 @@ modulo `CONFIGURATIONS`, its sizes and contents from the number itself.
 
 from __future__ import annotations
 
+import os
 import random
 
 import torch
@@ -19,10 +20,15 @@ from kernel_calls import DEVICE, RUN, Config, Sequence, offsets_of
 
 CONFIGURATIONS = 48
 KINDS = ("decode", "prefill", "near", "paged", "paged near", "paged prefill", "varlen", "prefill")
+# with CHAI_RANDOM_STREAMING=1: an exact window alone, and heads that stream
+STREAMING = os.environ.get("CHAI_RANDOM_STREAMING") == "1"
+STREAMING_KINDS = ("near", "window")
 
 
 def config_of(number: int) -> Config:
     """The configuration of a case."""
+    if STREAMING:
+        return _streaming_config(number)
     draw = random.Random(number % CONFIGURATIONS)
     kind = KINDS[number % len(KINDS)]
     heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (52, 52), (9, 3), (8, 1)])
@@ -49,6 +55,34 @@ def config_of(number: int) -> Config:
     )  # fmt: skip
 
 
+def _streaming_config(number: int) -> Config:
+    draw = random.Random(f"streaming {number % CONFIGURATIONS}")
+    kind = STREAMING_KINDS[number % len(STREAMING_KINDS)]
+    heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (9, 3), (12, 4), (8, 1)])
+    hopper = kind == "window" and draw.random() < 0.7  # as the kernel for Hopper takes it
+    dim = draw.choice([64, 128, 128]) if hopper else draw.choice([48, 64, 80, 96, 128, 256])
+    dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (not hopper)
+    if DEVICE == "cpu":
+        dtypes = [torch.float16, torch.float32]
+    streaming = draw.choice([0, 1, heads // 3, heads // 2, heads - 1, heads])
+    left = heads - streaming
+    return Config(
+        kind, heads, kv_heads,
+        clusters=draw.choice([1, max(1, left // 2), left]) if left else 0,
+        dim=dim,
+        value_dim=dim if hopper else draw.choice([dim, dim, 40]),
+        dtype=draw.choice(dtypes),
+        softcap=None if hopper else draw.choice([None, 5.0]),
+        padded=not hopper and draw.random() < 0.4,
+        spare=kind == "near",
+        page=16,
+        recent=draw.choice([1, 5, 32, 128, 200]),
+        sinks=draw.choice([0, 1, 4, 16]),
+        probe_end=0,
+        streaming=streaming,
+    )  # fmt: skip
+
+
 def run_case(number: int, most: int) -> None:
     """Run one case of up to ``most`` tokens a sequence; raises AssertionError with its name."""
     check_case(config_of(number), number, most)
@@ -63,7 +97,9 @@ def check_case(config: Config, number: int, most: int, full: bool = False) -> No
     draw = random.Random(number)
     torch.manual_seed(number)
     batch = draw.choice([1, 2, 3, 5])
-    member = random_membership(config.heads, config.clusters, batch, config.kv_heads).to(DEVICE)
+    member = random_membership(
+        config.heads, config.clusters, batch, config.kv_heads, config.streaming
+    ).to(DEVICE)
     sequences = _sequences(config, batch, draw, most, full)
     scale = config.dim**-0.5
     results, lse = RUN[config.kind](config, member, sequences, scale)

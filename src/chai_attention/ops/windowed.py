@@ -146,6 +146,15 @@ def attention(
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of ``value``.
     """
+    if query.device.type == "cuda" and query.shape[2] > 1:
+        from chai_attention.ops.triton import window
+
+        fused = window.attention(
+            query, key, value, membership, near, tables,
+            scale=scale, offset=offset, softcap=softcap,
+        )  # fmt: skip
+        if fused is not None:
+            return fused
     out = lse = None
     if tables.far is not None and membership.far is not None:
         # Without its last w keys, the causal rule of clustered attention hides just what is near.

@@ -2,6 +2,7 @@
 
 CHAI_RANDOM_CASES says how many, CHAI_RANDOM_SHARD=i/n takes one of n parts by configuration, so
 that no two parts compile the same: benchmarks/gpu_random.py runs all parts at a time.
+CHAI_RANDOM_STREAMING=1 takes cases with an exact window and streaming heads.
 """
 
 import os

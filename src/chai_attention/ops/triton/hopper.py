@@ -97,9 +97,12 @@ def _step(
     HALF: gl.constexpr, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, lap,
     first_key, position, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    DTYPE: gl.constexpr,
+    DTYPE: gl.constexpr, EACH: gl.constexpr = 1,
 ):  # fmt: skip
-    """Scores of one block, and the product of the one before with its V."""
+    """Scores of one block, and the product of the one before with its V.
+
+    A stage of ``v_all`` is every ``EACH``-th of its parts.
+    """
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     weights: gl.constexpr = p16.type.layout
     out_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -108,7 +111,7 @@ def _step(
     # the halves take turns at the tensor cores
     mbarrier.wait(turns.index(HALF), (laps & 1) ^ (1 - HALF))
     k = k_all.index(stage).permute([1, 0])
-    v = v_all.index(stage)
+    v = v_all.index(stage * EACH)
     at = first_key + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores))
     # both are computed together
     s_later = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)

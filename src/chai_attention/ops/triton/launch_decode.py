@@ -148,6 +148,10 @@ def _run(
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
     at_a_time = next(count for least, count in resident.items() if columns >= least)
+    if near is not None and 2 * columns == COLUMNS and not is_narrow and not small_pages:
+        # the merge needs room beside: whole contexts in large blocks, or more programs in small
+        many = programs >= 3 * processors(query.device)
+        block, at_a_time = (2 * block, 2) if many else (block, 4)
     splits = splits_of(programs, at_a_time, size, query.device)
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
@@ -169,7 +173,8 @@ def _run(
         # keys of different warps: with half the bytes to wait for, adding them up in every block
         # would be most of the time; in 16 bits it costs nothing that could be measured
         lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
-        early=int(capability(query.device) >= (9, 0)),
+        # a merge that attends to near keys has work before the parts are done
+        early=(1 if near is None else 2) if capability(query.device) >= (9, 0) else 0,
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
         **options,
     )  # fmt: skip

@@ -10,9 +10,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.hopper import prefill_hopper
+from chai_attention.ops.triton.hopper_near import SINKS_MOST
+from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan
 from chai_attention.ops.triton.prefill import group_of
 
@@ -21,6 +24,7 @@ LEAST_QUERIES = 65  # that are worth tiles of 128
 WIDTHS = (128, 256)  # columns of V a program can hold, of all its members
 BLOCK = 64  # keys of a step
 STAGES = 3  # blocks in shared memory
+SINKS = SINKS_MOST.value  # sinks that a window can have
 
 
 def prefill(
@@ -81,6 +85,56 @@ def prefill_packed(
         0 if table is None else table.stride(0), 0 if chunks.slot.shape[0] == 1 else 1,
         RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
         HAS_LENGTH=lengths is not None,
+    )  # fmt: skip
+
+
+def prefill_window(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    chunks: Chunks,
+    near: NearKeys,
+    out: Tensor,
+    *,
+    scale: float,
+    offset: Tensor | None,
+    past: int,
+    recent: int,
+    sinks: int,
+) -> None:
+    """Write ``out [B, Q, H, Dv]`` of attention with an exact window; see `window.attention`.
+
+    Args:
+        query: ``[B, H, Q, D]``, all heads.
+        key: ``[B, kept, S, D]``, the far keys alone; None if there are none.
+        value: ``[B, kept values, S, D]``, of the same tokens.
+        chunks: the work, streaming heads' too.
+        near: K and V of the near keys.
+        out: any strides but the last.
+        scale: factor on the scores.
+        offset: ``[B, H]`` float32 or None.
+        past: tokens before the queries.
+        recent: w.
+        sinks: s, no more than `SINKS`.
+    """
+    batch, heads, queries, dim = query.shape
+    tiles = triton.cdiv(queries, 2 * ROWS)
+    work, count = chunks.used
+    band = near.key.shape[2] - sinks
+    size = 0 if key is None else key.shape[2]
+    if key is None or value is None:
+        key, value = near  # described to the kernel, and not read
+    box = [1, 1, BLOCK, dim]
+    _prefill_window[(min(processors(query.device), tiles * chunks.count * batch),)](
+        _tiles(query, [1, 1, ROWS, dim]), _tiles(key, box), _tiles(value, box),
+        _tiles(near.key, box), _tiles(near.value, box),
+        torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
+        work, count, chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
+        scale, queries, size, past, recent, triton.cdiv(ROWS - 1 + recent, BLOCK) + 1,
+        sinks - (past + queries - band), chunks.count, tiles, group_of(tiles),
+        *out.stride()[:3], 0 if offset is None else offset.stride(0),
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
+        SHARED=heads // near.key.shape[1], HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from chai_attention.ops.triton.decode import _scores_base2
 
-ELEMENTS = 8192  # numbers of K that a step holds; more spill
+ELEMENTS = 4096  # numbers of K that a step holds; with more, fewer programs run at a time
 
 
 def near_block(keys: int, dim: int) -> int:
@@ -31,6 +31,43 @@ def _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, seen,
         page = tl.load(table_ptr + row * stride_table + position // PAGE, mask=seen, other=0)
         at = page.to(tl.int64) * stride_b + (position % PAGE).to(tl.int64) * stride_s
     return at
+
+
+@triton.jit
+def _held(
+    ptr, ring_ptr, first_ptr, place, kept, row, slot_row, position, at, j, d, inside, is_sink,
+    table_ptr, stride_table, stride_b, stride_h, stride_s, stride_rb, stride_rh, stride_rs,
+    stride_fb, stride_fh, stride_fs,
+    D: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_RING: tl.constexpr,
+):  # fmt: skip
+    """K or V of some tokens and one head, which the cache holds if its ``place`` is below ``kept``.
+
+    What is masked out adds nothing.
+    """
+    in_head = d[None, :] < D
+    stored = inside
+    if HAS_RING:
+        stored = inside & (place + tl.zeros_like(at) < kept)
+    token = _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, stored, PAGE)
+    states = tl.load(
+        ptr + place * stride_h + token[:, None] + d[None, :],
+        mask=stored[:, None] & in_head, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    if HAS_RING:  # noqa: SIM102 - known when compiled
+        if place >= kept:
+            removed = place - kept
+            states = tl.load(
+                ring_ptr + slot_row * stride_rb + removed * stride_rh
+                + at[:, None] * stride_rs + d[None, :],
+                mask=(inside & (j >= SINKS))[:, None] & in_head, other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            if SINKS > 0:
+                states += tl.load(
+                    first_ptr + slot_row * stride_fb + removed * stride_fh
+                    + j.to(tl.int64)[:, None] * stride_fs + d[None, :],
+                    mask=(inside & is_sink)[:, None] & in_head, other=0.0,
+                ).to(tl.float32)  # fmt: skip
+    return states
 
 
 @triton.jit
@@ -60,51 +97,18 @@ def _step(
         inside = inside & (
             tl.load(valid_ptr + row * stride_mb + position, mask=inside, other=0) != 0
         )
-    in_key = d[None, :] < D
-    stored = inside & (where + tl.zeros([NEAR], tl.int64) < kept)
-    absent = inside & (where + tl.zeros([NEAR], tl.int64) >= kept)
-    # K stands in one of three memories; what is masked out of the other two adds nothing
-    at = _token_at(position, row, table_ptr, stride_table, stride_kb, stride_ks, inside, PAGE)
-    k = tl.load(
-        k_ptr + where * stride_kh + at[:, None] + d[None, :],
-        mask=stored[:, None] & in_key, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    removed = where - kept
-    k += tl.load(
-        ring_ptr + slot_row * stride_rb + removed * stride_rh
-        + ((position + ring_shift) % ring_size).to(tl.int64)[:, None] * stride_rs + d[None, :],
-        mask=(absent & (j >= SINKS))[:, None] & in_key, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    if SINKS > 0:
-        k += tl.load(
-            first_ptr + slot_row * stride_fb + removed * stride_fh
-            + j.to(tl.int64)[:, None] * stride_fs + d[None, :],
-            mask=(absent & is_sink)[:, None] & in_key, other=0.0,
-        ).to(tl.float32)  # fmt: skip
-    at = _token_at(position, row, table_ptr, stride_table, stride_vb, stride_vs, inside, PAGE)
-    in_value = dv[None, :] < DV
-    stored, absent = inside, inside
-    if HAS_VALUE_RING:  # V of streaming heads stands as K of removed heads does
-        stored = inside & (place + tl.zeros([NEAR], tl.int64) < kept_values)
-        absent = inside & (place + tl.zeros([NEAR], tl.int64) >= kept_values)
-    v = tl.load(
-        v_ptr + place * stride_vh + at[:, None] + dv[None, :],
-        mask=stored[:, None] & in_value, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    if HAS_VALUE_RING:
-        removed = place - kept_values
-        v += tl.load(
-            v_ring_ptr + slot_row * stride_vrb + removed * stride_vrh
-            + ((position + ring_shift) % ring_size).to(tl.int64)[:, None] * stride_vrs
-            + dv[None, :],
-            mask=(absent & (j >= SINKS))[:, None] & in_value, other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        if SINKS > 0:
-            v += tl.load(
-                v_first_ptr + slot_row * stride_vfb + removed * stride_vfh
-                + j.to(tl.int64)[:, None] * stride_vfs + dv[None, :],
-                mask=(absent & is_sink)[:, None] & in_value, other=0.0,
-            ).to(tl.float32)  # fmt: skip
+    # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
+    at = ((position + ring_shift) % ring_size).to(tl.int64)
+    k = _held(
+        k_ptr, ring_ptr, first_ptr, where, kept, row, slot_row, position, at, j, d, inside, is_sink,
+        table_ptr, stride_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh, stride_rs,
+        stride_fb, stride_fh, stride_fs, D, PAGE, SINKS, True,
+    )  # fmt: skip
+    v = _held(
+        v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, slot_row, position, at, j, dv,
+        inside, is_sink, table_ptr, stride_table, stride_vb, stride_vh, stride_vs, stride_vrb,
+        stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, DV, PAGE, SINKS, HAS_VALUE_RING,
+    )  # fmt: skip
     s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
     return tl.where(inside, s, float("-inf")), v
 
