@@ -277,9 +277,32 @@ def test_a_cache_goes_on_after_a_forward_that_was_refused(model):
 
 
 @torch.no_grad()
-def test_a_forward_that_stopped_midway_is_noticed(model):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cache_of_other_sequences_is_refused_and_goes_on(model, batch):
     cache = ClusteredCache(model, PROFILE)
-    model(prompt(20), past_key_values=cache)
+    ids = prompt(23, batch=2)
+    for part in ids.split([20, 1, 1, 1], 1)[:3]:
+        model(part, past_key_values=cache)
+    with pytest.raises(CacheError, match="holds 2 sequences, and this forward brings"):
+        model(prompt(1, batch), past_key_values=cache)
+    got = model(ids[:, 22:], past_key_values=cache).logits
+    want = model(ids, use_cache=False).logits[:, 22:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "batch"), [(1, 2), (2, 1)])
+def test_a_mask_of_other_sequences_is_refused(model, rows, batch):
+    with pytest.raises(CacheError, match="attention_mask is for"):
+        model(prompt(20, batch), attention_mask=torch.ones(rows, 20))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_a_forward_that_stopped_midway_is_noticed(model, tokens):
+    cache = ClusteredCache(model, PROFILE)
+    if tokens:
+        model(prompt(tokens), past_key_values=cache)
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(prompt(4), past_key_values=cache)

@@ -204,3 +204,45 @@ def test_generate_may_make_a_config_of_the_same_kind() -> None:
         assert other._attn_implementation == "eager"
         assert model.config._attn_implementation == "chai"
         assert "attn_implementation" not in other.to_diff_dict()
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_a_copy_of_an_enabled_models_config_makes_a_plain_model(name):
+    model = tiny_model("llama") if name == "llama" else llava()[0].eval()
+    plain = copy.deepcopy(model)
+    enable(model, WHOLE)
+    for config in (copy.deepcopy(model.config), plain.config):
+        torch.manual_seed(0)
+        other = type(model)(config).eval()
+        assert other.config._attn_implementation == plain.config._attn_implementation
+        assert not isinstance(other(IDS).past_key_values, ClusteredCache)
+    disable(model)
+
+
+def test_a_model_on_the_very_config_of_an_enabled_one_is_refused():
+    model = tiny_model("llama")
+    enable(model, WHOLE)
+    with pytest.raises(UnsupportedModelError, match=r"copy\.deepcopy\(model\.config\)"):
+        type(model)(model.config).eval()(IDS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["forward", "whole"])
+def test_a_compiled_model_runs_with_clustered_heads(how):
+    model = tiny_model("llama")
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    profile = ClusterProfile((2, 6, 3), window=5, recent=4, sinks=1)
+    plain = model.generate(IDS, **greedy)
+    with enabled(model, profile):
+        want = model.generate(IDS, **greedy)
+    assert not torch.equal(want, plain)
+    torch._dynamo.reset()
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        model.compile(backend="eager")
+    assert torch.equal(model.generate(IDS, **greedy), plain)
+    with enabled(model, profile):
+        assert torch.equal(model.generate(IDS, **greedy), want)
+    assert torch.equal(model.generate(IDS, **greedy), plain)
+    torch._dynamo.reset()

@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
+from chai_attention.integrations.transformers.eager import eager
 from chai_attention.integrations.transformers.gradients import without_gradients
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import LAYER_TAG
@@ -45,6 +46,7 @@ def unregister() -> None:
     AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
+@eager
 def padding_mask(
     *args: Any,
     mask_function: Any = causal_mask_function,
@@ -69,6 +71,7 @@ def padding_mask(
     return mask
 
 
+@eager
 def clustered_attention(
     module: nn.Module,
     query: Tensor,
@@ -100,7 +103,12 @@ def clustered_attention(
         UnsupportedModelError: a feature that clustered heads do not have.
         CacheError: a cache that is not a `ClusteredCache`.
     """
-    plan: LayerPlan = getattr(module, PLAN_ATTRIBUTE)
+    plan: LayerPlan | None = getattr(module, PLAN_ATTRIBUTE, None)
+    if plan is None:
+        raise UnsupportedModelError(
+            "this model was made with the very config of one that has clustered heads enabled: "
+            "make it with a copy, copy.deepcopy(model.config)"
+        )
     _refuse_features(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = getattr(key, LAYER_TAG, None)
@@ -166,6 +174,11 @@ def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
     """Return the padding tables of a forward; made once for all layers if the mask is ours."""
     if mask is None:
         return Padding(None, query.shape[0], length, query.device)
+    if mask.shape[0] != query.shape[0]:
+        raise CacheError(
+            f"attention_mask is for {mask.shape[0]} sequences, but the input has "
+            f"{query.shape[0]}: give a row for each"
+        )
     if mask.shape[1] < length:
         raise CacheError(
             f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {length}: "

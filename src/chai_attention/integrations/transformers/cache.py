@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
@@ -101,13 +102,15 @@ class ClusteredCache(DynamicCache):
         """Report the bytes held and what a full cache would hold."""
         return memory_of(self)
 
-    def begin(self, mask: Any) -> None:
-        """Hear of a forward that begins; attention itself looks at its mask.
+    def begin(self, mask: Any, layers: int) -> None:
+        """Hear of a forward of the first ``layers``; attention itself looks at its mask.
 
         Raises:
-            CacheError: layers hold different tokens; those that a model leaves out hold none.
+            CacheError: these layers hold different tokens. Later ones, which a draft that exits
+                early leaves out, do not matter.
         """
-        if len({layer.get_seq_length() for layer in self.layers} - {0}) > 1:
+        holding = [x for x in self.layers[:layers] if isinstance(x, CacheLayerMixin)]
+        if len({layer.get_seq_length() for layer in holding}) > 1:
             raise CacheError(
                 "an earlier forward with this cache stopped midway, so its layers hold different "
                 "tokens: call cache.reset() and run the prompt again"

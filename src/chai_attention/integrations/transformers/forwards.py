@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from chai_attention.integrations.transformers.adopt import adopt
+from chai_attention.integrations.transformers.eager import eager
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.seal import Seal
@@ -65,6 +66,7 @@ class _BeforeForward:
         self._plans = plans
         self._seal = seal
 
+    @eager
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         places = self._places
 
@@ -79,7 +81,7 @@ class _BeforeForward:
         if cache is None and not (self._config.use_cache if use_cache is None else use_cache):
             return args, kwargs
         cache = adopt(cache, self._plans, self._config)
-        cache.begin(given("attention_mask"))
+        cache.begin(given("attention_mask"), self._config.num_hidden_layers)
         if not by_position(_CACHE):
             return args, {**kwargs, _CACHE: cache}
         place = places[_CACHE]

@@ -46,12 +46,21 @@ class ClusteredLayer(LayerMemory):
 
         Returns:
             ``[B, Q, H, Dv]``.
+
+        Raises:
+            CacheError: other sequences than those held, or no update before.
         """
         if self._incoming is None:
             raise CacheError("attend() needs the K and V of an update() just before")
         states = (query, *self._incoming)
         self._incoming = None
         dtype, held = query.dtype, self._memory
+        if self.get_seq_length() and self.batch_size != query.shape[0]:
+            raise CacheError(
+                f"this cache holds {self.batch_size} sequences, and this forward brings "
+                f"{query.shape[0]}: use another cache, or call cache.batch_select_indices() or "
+                "cache.batch_repeat_interleave() first"
+            )
         # autocast may be in force for some forwards and not for others: the wider dtype is kept
         wide = dtype if held is None else torch.promote_types(dtype, held.dtype)
         if held is not None and held.dtype != wide:

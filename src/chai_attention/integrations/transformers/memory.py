@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer, pick_heads
+from chai_attention.integrations.transformers.eager import eager
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.precision import as_attended
 from chai_attention.integrations.transformers.recent import RecentWindow
@@ -79,6 +80,7 @@ class LayerMemory(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @eager
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,8 @@ class StaticClusteredCache(Cache):
         tables = sum(tensor.untyped_storage().nbytes() for tensor in self.tokens.tensors())
         return replace(memory_of(self), table_bytes=tables)
 
-    def begin(self, mask: Any) -> None:
-        """Hear of a forward that begins, and of its attention mask."""
+    def begin(self, mask: Any, layers: int) -> None:
+        """Hear of a forward of the first ``layers``, and of its attention mask."""
         self.tokens.offer(None if self.keeps_padding else self.padding_of(mask))
         for layer in self._clustered():
             layer.expect()

@@ -8,6 +8,7 @@ and a name of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,11 +73,12 @@ def _view(
     """``config`` under the attention function ``name``, with views in place of some parts."""
     kind = type(config)
 
+    # by identity: torch.compile takes vars(view) and vars(config) for two
     def chosen(self: PreTrainedConfig) -> Any:
-        return name if vars(self) is vars(config) else vars(self).get(_FIELD)
+        return name if self is view else vars(self).get(_FIELD)
 
     def refuse(self: PreTrainedConfig, value: Any) -> None:
-        if vars(self) is not vars(config):
+        if self is not view:
             # a config of its own: generate() of some releases makes one to compare with
             vars(self)[_FIELD] = value
         elif value != name:
@@ -85,9 +87,16 @@ def _view(
                 "heads are enabled: call chai_attention.disable(model) first"
             )
 
+    def copied(self: PreTrainedConfig, memo: dict[int, Any]) -> PreTrainedConfig:
+        # alone, such as for a new model, it is a config; with its model it stays a view
+        if not memo:
+            return copy.deepcopy(config)
+        return _view(*copy.deepcopy((config, name, parts), memo))
+
     members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
+        "__deepcopy__": copied,
         "__reduce__": lambda self: (_view, (config, name, parts)),
         _FIELD: property(chosen, refuse),
     }

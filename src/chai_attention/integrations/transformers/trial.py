@@ -96,7 +96,7 @@ def _runs(model: PreTrainedModel, modules: Mapping[int, nn.Module], shape: Model
     switch = Switch(model, modules.values(), _NAME)
     try:
         cache = ClusteredCache(model, whole)
-        cache.begin(real)
+        cache.begin(real, shape.layers)
         model(**inputs, past_key_values=cache)
     except _DifferentError:
         raise
