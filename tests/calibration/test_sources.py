@@ -232,3 +232,12 @@ def test_when_two_rises_are_uneven(first, second, uneven):
 
 def test_one_source_is_never_uneven():
     assert warn_uneven({"a": PairedRise(0.5, 0.01)}) is None
+
+
+def test_the_same_file_by_another_name_is_there_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    for other in ("./a.txt", str(tmp_path / "a.txt"), "b.txt"):
+        with pytest.raises(CalibrationError, match="is there twice"):
+            parse_sources(["a.txt", other])

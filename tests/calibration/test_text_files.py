@@ -184,3 +184,63 @@ def test_records_across_the_ends_of_what_is_read_at_a_time(tmp_path, monkeypatch
     for chunk in (1, 2, 7, 100):
         monkeypatch.setattr(text_files, "CHUNK", chunk)
         assert load_texts(str(path), tokens=10) == [row["text"] for row in rows]
+
+
+def test_a_table_of_a_spreadsheet_may_be_separated_by_semicolons(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('\ufeffid;text\n1;"one; and\nmore"\n2;two, three\n')
+    assert load_texts(str(path), tokens=10) == ["one; and\nmore", "two, three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "id,text\n1,one\n2,two, three\n",
+            "row 2 has more fields than .* in double quotes",
+        ),
+        ("text,text\none,two\n", "has two columns named 'text'"),
+        ("text\none\n\0two\n", "row 2 holds NUL"),
+    ],
+)
+def test_a_table_that_would_be_read_in_part_is_refused(content, message, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        load_texts(str(path), tokens=10)
+
+
+def test_columns_without_names_are_no_matter(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,,\none,,\n")
+    assert load_texts(str(path), tokens=10) == ["one"]
+
+
+def test_utf_16_without_a_mark_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("some text\n".encode("utf-16-le"))
+    with pytest.raises(CalibrationError, match="holds NUL: it is binary, or not UTF-8"):
+        load_texts(str(path), tokens=10)
+
+
+def test_a_link_that_leads_nowhere_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("gone", "text")
+    os.symlink("circle", "circle")
+    for name in ("text", "circle"):
+        with pytest.raises(CalibrationError, match="a link that leads to no file"):
+            load_texts(name, tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('[{"text": "one"}, {"text": "two"}]', r"a list, not an object \(one list .* is .json"),
+        ('{"text": 5}', "its 'text' is int, not a string"),
+    ],
+)
+def test_a_record_of_the_wrong_kind_says_what_it_is(line, message, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    with pytest.raises(CalibrationError, match=message):
+        load_texts(str(path), tokens=10)

@@ -70,7 +70,8 @@ class Records:
         if isinstance(record, list) and (messages := _messages(record)) is not None:
             return Chat(messages, where)
         if not isinstance(record, dict):
-            raise CalibrationError(f"{where} has no text field: it is no object")
+            kind = "a list, not an object" if isinstance(record, list) else "no object"
+            raise CalibrationError(f"{where} has no text field: it is {kind}{_advice(record)}")
         text = record.get(TEXT)
         if isinstance(text, str) and text.strip():
             return _encodable(text)
@@ -96,6 +97,9 @@ class Records:
                 f"records with a field text, or chats as messages of role and content"
             )
         if field is None or not strings[field].strip():
+            if record.get(TEXT) is not None:
+                kind = type(record[TEXT]).__name__
+                raise CalibrationError(f"{where}: its {TEXT!r} is {kind}, not a string")
             raise CalibrationError(f"{where} has no text field: it has {_listed(record)}")
         text = strings[field]
         if _IDENTIFIER.fullmatch(text):
@@ -184,6 +188,12 @@ def _characters(value: Any) -> int:
 def _encodable(text: str) -> str:
     """A JSON string may hold half of a surrogate pair, which is no character."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _advice(record: Any) -> str:
+    """What to do about a list of records where one record is expected."""
+    records = isinstance(record, list) and all(isinstance(item, dict) for item in record)
+    return " (one list of all records is .json, not .jsonl)" if records else ""
 
 
 def _listed(record: Mapping[str, Any]) -> str:

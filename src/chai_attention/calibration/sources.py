@@ -26,6 +26,7 @@ from chai_attention.calibration.texts import (
 )
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.progress import Progress, quiet
+from chai_attention.whole_files import place_of
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 MOST_WEIGHT = 1e9  # and its inverse the least: shares of them stay numbers
@@ -89,12 +90,13 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
         weighted += match is not None
     if weighted not in (0, len(sources)):
         raise CalibrationError("give every source of text a weight (name:weight), or none")
-    names = [source.name for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CalibrationError(
-            f"{', '.join(twice)} is there twice: give it once, with a larger weight"
-        )
+    # the same text by two names would be held out and calibrated on
+    places = [place_of(s.name) if _is_file(s.name) else s.name for s in sources]
+    for source, place in zip(sources, places, strict=True):
+        if places.count(place) > 1:
+            raise CalibrationError(
+                f"{source.name} is there twice: give it once, with a larger weight"
+            )
     return sources
 
 

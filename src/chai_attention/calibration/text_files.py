@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import CalibrationError
 
 JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
+_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 DELIMITERS, PARQUET = {".csv": ",", ".tsv": "\t"}, (".parquet",)
 TABLES = (*DELIMITERS, *PARQUET)
 PLAIN = (".txt", ".md", ".raw", ".gz")
 FILE_SUFFIXES = (*PLAIN, *JSON_LINES, *JSON, *TABLES)
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 LARGEST_RECORD = 1 << 26  # characters
+PIECE = 1 << 16  # characters of a table's first row that are looked at for what separates it
 ROWS = 64  # of a Parquet file that are read at a time
 
 # a record's place, for error messages, and the record
@@ -37,6 +39,8 @@ def local_file(source: str) -> Path | None:
             raise CalibrationError(f"{source} is a folder: give a text file or a .jsonl in it")
         if path.exists():
             raise CalibrationError(f"{source} is no regular file: give a file of text")
+        if path.is_symlink():
+            raise CalibrationError(f"cannot read {source}: it is a link that leads to no file")
     except OSError as error:  # a name too long, links in a circle
         raise CalibrationError(f"cannot read {source}: {error.strerror}") from error
     if path.suffix.lower() in FILE_SUFFIXES or source.startswith((".", "/", "~")):
@@ -58,9 +62,11 @@ def plain_text(path: Path, most: int) -> tuple[str, bool]:
     try:
         # the signature that Windows writes is no text
         with path.open(encoding="utf-8-sig") as file:
-            return file.read(most), bool(file.read(1))
+            text, more = file.read(most), bool(file.read(1))
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
+    _require_text(str(path), [text])
+    return text, more
 
 
 def records_of(path: Path) -> Iterator[Record]:
@@ -147,13 +153,36 @@ def _rows_of_text(path: Path, delimiter: str) -> Iterator[Record]:
     before = csv.field_size_limit(LARGEST_RECORD)  # of the whole process
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = _delimiter(file.readline(PIECE), delimiter)
+            file.seek(0)
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            names = rows.fieldnames or ()
+            if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                raise CalibrationError(f"{path} has two columns named {twice[0][:80]!r}")
             for number, row in enumerate(rows, start=1):
-                yield f"{path}, row {number}", row
+                where = f"{path}, row {number}"
+                if None in row:  # most often a text with a comma in it: only its beginning was read
+                    raise CalibrationError(
+                        f"{where} has more fields than there are names in the first row: put texts "
+                        f"that hold {_NAMES[delimiter]} in double quotes"
+                    )
+                _require_text(where, (value for value in row.values() if value))
+                yield where, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"cannot read {path} as csv: {reason_of(error)}") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _delimiter(names: str, usual: str) -> str:
+    """What separates the names of a table: spreadsheets of many countries write semicolons."""
+    return next((mark for mark in (usual, ";", "\t", "|") if mark in names), usual)
+
+
+def _require_text(where: str, texts: Iterable[str]) -> None:
+    """Refuse NUL, which is in binary files and, in every other place, in UTF-16 without a mark."""
+    if any("\0" in text for text in texts):
+        raise CalibrationError(f"{where} holds NUL: it is binary, or not UTF-8; convert it")
 
 
 def _rows_of_parquet(path: Path) -> Iterator[Record]:
