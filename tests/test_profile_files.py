@@ -143,3 +143,22 @@ def test_a_fifo_in_place_of_the_tensors_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x")
     with pytest.raises(ProfileError, match="a FIFO"):
         ClusterProfile.load(path)
+
+
+def test_a_profile_written_through_a_link_can_be_read_by_both_names(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link.json").symlink_to("far/p.json")
+    PROFILE.save(tmp_path / "link.json")
+    assert len(list((tmp_path / "far").iterdir())) == 2
+    for name in ("link.json", "far/p.json"):
+        assert set(ClusterProfile.load(tmp_path / name).corrections) == set(TENSORS)
+
+
+def test_both_files_may_be_links(tmp_path):
+    """As in a cache of the hub, where a snapshot's files are links to blobs of other names."""
+    (tmp_path / "blobs").mkdir()
+    PROFILE.save(tmp_path / "p.json")
+    for path in [*tmp_path.glob("*.json"), *tmp_path.glob("*.safetensors")]:
+        path.rename(tmp_path / "blobs" / path.suffix[1:])
+        path.symlink_to(tmp_path / "blobs" / path.suffix[1:])
+    assert set(ClusterProfile.load(tmp_path / "p.json").corrections) == set(TENSORS)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import tensor_problems
-from chai_attention.whole_files import read_whole, write_whole
+from chai_attention.whole_files import place_of, read_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_BYTES = 2**36  # of a refit: the output weights of the largest models are a third of that
+
+
+def corrections_file(profile: Path, digest: str = "0" * 8) -> Path:
+    """Where a profile's refit is written: beside the file, not beside a link to it.
+
+    It is named by its contents, so that the profile that was there before keeps its own; without
+    their digest this is a name of the same length.
+    """
+    real = Path(place_of(profile))
+    return real.with_name(f"{real.stem}-{digest[:8]}.safetensors")
 
 
 def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]) -> dict[str, str]:
@@ -29,8 +40,7 @@ def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]
         raise ProfileError("; ".join(problems))
     content = save({name: tensor.contiguous() for name, tensor in corrections.items()})
     digest = hashlib.sha256(content).hexdigest()
-    # named by its contents: the profile that was there before keeps its own
-    file = profile.with_name(f"{profile.stem}-{digest[:8]}.safetensors")
+    file = corrections_file(profile, digest)
     write_whole(file, content, ProfileError)
     return {"kind": kind, "file": file.name, "sha256": digest}
 
@@ -47,7 +57,9 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
     name = refit["file"]
     if name in ("", "..") or Path(name).name != name:
         raise ProfileError(f"{profile}: the refit's file {name!r} must be one beside the profile")
-    file = profile.with_name(name)
+    # links may lead to a profile alone, or to each of two files whose own names are others
+    places = (profile.with_name(name), Path(place_of(profile)).with_name(name))
+    file = next((place for place in places if os.path.exists(place)), places[0])
     try:
         content = read_whole(file, MOST_BYTES)
     except OSError as error:

@@ -124,3 +124,21 @@ def test_an_export_that_cannot_be_written_is_told_before_the_work(chai, tmp_path
     for place in ("file", "file/x", "n" * 300):
         refused(chai, "export", "llama", "--profile", "counts.json", "--out", tmp_path / place)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_refit_s_name_that_is_too_long_is_told_before_the_work(chai, tmp_path):
+    out = tmp_path / f"{'x' * 235}.json"
+    command = ("calibrate", "llama", *TEXT, "--recipe", "default", "--recent", 0)
+    message = refused(chai, *command, "--refit", "output", "--out", out)
+    assert message.endswith(".safetensors: File name too long\n")
+
+
+def test_evidence_s_name_that_is_too_long_is_told_before_the_work(chai, tmp_path):
+    message = refused(chai, "calibrate", "llama", *TEXT, "--out", tmp_path / f"{'x' * 250}.json")
+    assert "cannot write" in message
+    assert message.endswith("keeps what it has found so far: File name too long\n")
+
+
+def test_plots_that_cannot_be_drawn_are_told_before_anything_is_printed(chai, tmp_path):
+    message = refused(chai, "inspect", "counts.json", "--json", "--plot", tmp_path)
+    assert "no error curves" in message

@@ -122,8 +122,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors and metadata of a file of ours; None if there is no file."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists() and not path.is_symlink():
-        return None
+    try:
+        if not path.exists() and not path.is_symlink():
+            return None
+    except OSError as error:  # the name that was asked for may be as long as a name can be
+        raise CalibrationError(
+            f"cannot write {path}, where a calibration keeps what it has found so far: "
+            f"{error.strerror}"
+        ) from error
     metadata: dict[str, str] = {}
     try:
         if path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.whole_files import file_digest
 
 START, CONTENT = "start", "content"
 
@@ -237,7 +237,4 @@ def rises_by_source(
 
 def _digest(path: Path) -> str | None:
     """Digest of a file's bytes; None for what is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path) if path.is_file() else None

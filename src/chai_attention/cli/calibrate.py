@@ -10,6 +10,8 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
+from chai_attention.errors import FileError
+from chai_attention.whole_files import require_file
 
 EVIDENCE = ".evidence"  # beside the profile: what an interrupted calibration has found
 _BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
@@ -196,6 +198,7 @@ def calibrate_command(
     from chai_attention.cli.tables import estimate_lines, profile_table, promise_line, summary_line
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
+    from chai_attention.profile_files import corrections_file
 
     settings = Settings(
         recipe=recipe,
@@ -221,6 +224,8 @@ def calibrate_command(
     # a missing file, or one in the way, should not wait for the model to load
     request.check()
     check_place(evidence)
+    if settings.refit not in (None, "none"):
+        require_file(corrections_file(out), FileError)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
         if dry_run:

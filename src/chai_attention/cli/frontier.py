@@ -91,7 +91,7 @@ def frontier_command(
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
-    from chai_attention.whole_files import write_whole
+    from chai_attention.whole_files import place_of, write_whole
 
     asked = {"bytes": "save", "heads": "removed"}.get(of)
     if asked is None:
@@ -103,9 +103,9 @@ def frontier_command(
     names = {Path(name).name: name for name in test}
     if len(names) < len(test):
         raise FrontierError("two test texts have the same name: give each once, or rename one")
-    seen = {Path(source.name).resolve() for source in sources}
+    seen = {place_of(source.name) for source in sources}
     for path in names.values():
-        if Path(path).resolve() in seen:
+        if place_of(path) in seen:
             raise FrontierError(f"{path} is calibration text: measure on another")
     options.keep_inputs(
         [out / name for name in _FILES],

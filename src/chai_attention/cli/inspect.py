@@ -52,6 +52,11 @@ def inspect_command(
 
         shape = describe(load_config(model, trust_remote_code=trust_remote_code))
         profile.check(shape)
+    plots = []
+    if plot is not None:  # what cannot be drawn is told before anything is printed
+        from chai_attention.reports.plots import profile_plots
+
+        plots = profile_plots(profile, plot)
     shown.give(lambda: profile_record(profile, shape))
     shown.say(profile_table(profile, shape))
     if profile.promise is not None:
@@ -62,8 +67,5 @@ def inspect_command(
         shown.say(summary_line(profile, shape, 2) + " (16-bit)")
     else:
         shown.say("K,V bytes depend on the model: add --model to see them")
-    if plot is not None:
-        from chai_attention.reports.plots import profile_plots
-
-        for path in profile_plots(profile, plot):
-            shown.say(f"plot written to {path}")
+    for path in plots:
+        shown.say(f"plot written to {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
 from chai_attention.evaluation.scorer import MHA
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
+from chai_attention.whole_files import file_digest
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Calibration:
                 {
                     "name": Path(source.name).name,
                     "weight": source.weight,
-                    "digest": _digest(Path(source.name).read_bytes())
+                    "digest": file_digest(source.name)[:16]
                     if Path(source.name).is_file()
                     else None,
                 }
@@ -134,7 +134,3 @@ def prepare(
         return made
 
     return make
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
