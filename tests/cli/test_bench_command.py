@@ -178,3 +178,28 @@ def test_model_refuses(chai, arguments, message):
     code, text, error = chai(*MODEL, *arguments)
     assert (code, text) == (2, "")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: the weights need 27.0 GB in float32, 16.0 are free: use --layers"),
+        (("--layers", 1, "--case", "99999999x8"), "K and V of 99999999x8 need"),
+        (("--layers", 1, "--case", "1x99999999"), "K and V of 1x99999999 need"),
+        (("llama", "--profile", "counts.json", "--case", "9999999x64"), "use a smaller case"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_a_model_is_built(chai, monkeypatch, arguments, message):
+    from chai_attention.benchmarking import model
+    from chai_attention.integrations.transformers import loading
+
+    def build(*arguments, **options):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(model, "random_model", build)
+    monkeypatch.setattr(loading, "load_model", build)
+    monkeypatch.setattr(model, "free_bytes", lambda device: 16 * 10**9)
+    code, out, err = chai("bench", "model", "--device", "cpu", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1

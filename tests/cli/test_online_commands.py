@@ -11,6 +11,8 @@ import pytest
 from chai_attention.evaluation.demo import built_in_text
 from chai_attention.profile import ClusterProfile
 
+PROMPT = ("generate", "llama", "--profile", "counts.json", "--prompt")
+
 
 def test_generate_writes_text_and_counts_bytes(chai):
     code, out, _ = chai(
@@ -158,3 +160,22 @@ def test_the_demo_s_own_text_is_prose():
     texts = built_in_text()
     assert len(texts) > 20
     assert sum(map(len, texts)) > 200_000
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(chai):
+    code, out, err = chai(*PROMPT, "a" * 300)
+    assert (code, out) == (2, "")
+    assert "the prompt has 300 tokens, and this model reads at most 256: shorten it" in err
+
+
+def test_no_more_is_written_than_the_model_reads(chai):
+    code, out, err = chai(*PROMPT, "a" * 200, "--json")
+    assert code == 0
+    assert json.loads(out)["runs"]["CHAI"]["tokens"] <= 56
+    assert err == "warning: this model reads at most 256 tokens: at most 56 new ones are written\n"
+
+
+def test_a_temperature_that_nothing_can_be_divided_by_is_refused(chai):
+    code, out, err = chai(*PROMPT, "a", "--temperature", "1e-320")
+    assert (code, out) == (2, "")
+    assert "a temperature is 0 (greedy) or at least 1e-06" in err

@@ -85,6 +85,53 @@ def random_model(
         ) from error
 
 
+def require_memory(
+    config: PreTrainedConfig,
+    sizes: Sequence[tuple[int, int]],
+    new_tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    random: bool,
+) -> None:
+    """Refuse, before anything is built, a model and cases that do not fit the memory.
+
+    Args:
+        config: of the model.
+        sizes: batch and prompt tokens of the cases.
+        new_tokens: tokens behind the prompt.
+        dtype: of weights, K and V.
+        device: where they will be.
+        random: weights are counted, as `random_model` makes them; of a checkpoint, which may be
+            quantised, they are not.
+
+    Raises:
+        BenchmarkError: says what needs how much.
+    """
+    free = free_bytes(torch.device(device).type)
+    if free is None:
+        return
+    weights = 0
+    if random:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if weights > free:
+        raise BenchmarkError(
+            f"the weights need {weights / 1e9:,.1f} GB in {name_of(dtype)}, {free / 1e9:,.1f} are "
+            "free: use --layers for a part of the model"
+        )
+    shape = describe(config)
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+    for batch, tokens in sizes:
+        needed = batch * (tokens + new_tokens) * token
+        if weights + needed > free:
+            raise BenchmarkError(
+                f"K and V of {batch}x{tokens} need {needed / 1e9:,.1f} GB, "
+                f"{max(0, free - weights) / 1e9:,.1f} are left for them: use a smaller case"
+            )
+
+
 def bench_model(
     model: PreTrainedModel, request: ModelRequest, progress: Progress
 ) -> dict[str, Any]:

@@ -207,7 +207,12 @@ def model_command(
     import_libraries(quiet=quiet)
     from chai_attention.benchmarking.cases import default_seconds, parse_size, resolve_device
     from chai_attention.benchmarking.files import require_writable
-    from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
+    from chai_attention.benchmarking.model import (
+        ModelRequest,
+        bench_model,
+        random_model,
+        require_memory,
+    )
     from chai_attention.benchmarking.presets import resolve_model
     from chai_attention.integrations.transformers.loading import (
         load_config,
@@ -223,11 +228,14 @@ def model_command(
     longest = max(tokens for _, tokens in sizes) + new_tokens + 1
     read_config = partial(load_config, trust_remote_code=trust_remote_code)
     plan = resolve_model(model, profile, layers, longest, read_config)
+    kind = resolve_dtype(dtype, device)
+    config = read_config(str(model)) if plan.config is None else plan.config
+    require_memory(config, sizes, new_tokens, kind, device, random=plan.config is not None)
     if plan.config is None:
         with progress_bar(f"loading {model}", quiet=quiet):
             loaded, _ = load_model(str(model), dtype, device, trust_remote_code=trust_remote_code)
     else:
-        loaded = random_model(plan.config, resolve_dtype(dtype, device), device, seed)
+        loaded = random_model(config, kind, device, seed)
     request = ModelRequest(
         name=plan.name,
         profile=plan.profile,

@@ -82,7 +82,7 @@ def resolve_device(device: str) -> str:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every kind of device is missing in its own way
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0][:200]  # torch lists all that it knows
         raise LoadError(f"--device {device} cannot be used here: {reason}") from error
     return device
 

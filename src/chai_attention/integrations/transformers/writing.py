@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from chai_attention.errors import ChaiError
+from chai_attention.errors import ChaiError, ChaiWarning
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
+
+LEAST_TEMPERATURE = 1e-6  # scores of 1e30 divided by it are still numbers of float32
 
 
 class PromptError(ChaiError):
@@ -84,6 +87,42 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     return encoded["input_ids"]
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that makes infinity of what is divided by it.
+
+    Raises:
+        PromptError: names the least that works.
+    """
+    if temperature != 0 and not temperature >= LEAST_TEMPERATURE:
+        raise PromptError(
+            f"a temperature is 0 (greedy) or at least {LEAST_TEMPERATURE}, not {temperature:g}"
+        )
+
+
+def room_behind(model: PreTrainedModel, ids: Tensor, wanted: int) -> int:
+    """How many tokens may follow a prompt ``[1, S]``; a `ChaiWarning` if that is less than wanted.
+
+    Behind its last position a model with learned ones fails, and others write nonsense.
+
+    Raises:
+        PromptError: none.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = ids.shape[1]
+    if not isinstance(most, int) or most < 1 or tokens + wanted <= most:
+        return wanted
+    if tokens >= most:
+        raise PromptError(
+            f"the prompt has {tokens:,} tokens, and this model reads at most {most:,}: shorten it"
+        )
+    warnings.warn(
+        f"this model reads at most {most:,} tokens: at most {most - tokens:,} new ones are written",
+        ChaiWarning,
+        stacklevel=3,
+    )
+    return most - tokens
+
+
 @torch.no_grad()
 def write(
     model: PreTrainedModel,
@@ -105,8 +144,11 @@ def write(
         on_text: called with each new piece of text.
 
     Raises:
-        PromptError: a token that the model has no embedding for.
+        PromptError: a token that the model has no embedding for, a prompt that leaves no room for
+            another token, or a temperature that no number can be divided by.
     """
+    check_temperature(temperature)
+    max_new_tokens = min(max_new_tokens, room_behind(model, ids, max_new_tokens))
     rows = model.get_input_embeddings().weight.shape[0]
     if bool((ids >= rows).any()):
         raise PromptError(
