@@ -7,6 +7,7 @@ import re
 import pytest
 from transformers import LlamaConfig
 
+from chai_attention import hub
 from chai_attention.integrations.vllm import serving
 
 
@@ -68,6 +69,11 @@ def test_estimate_heeds_the_options_of_vllm(chai, seven) -> None:
         (("--profile", "llama-33b"), "layers is 60 in the profile, 32 in the model"),
         (("--profile", "llama-7b", "--gpu-memory", "10"), "no room for K and V"),
         (("--profile", "llama-7b", "--max-num-seqs", "x"), "--max-num-seqs is a number"),
+        (("--profile", "llama-7b", "--max-num-seqs"), "--max-num-seqs needs a value"),
+        (("--profile", "llama-7b", "--kv-cache-dtype", "int4"), "a K,V cache of int4"),
+        (("--profile", "llama-7b", "--dtype", "float64"), "--dtype is one of auto, float32"),
+        (("--profile", "llama-7b", "--config", "."), "it is a folder, not a regular file"),
+        (("--profile", ""), "the name of a profile is empty"),
     ],
 )
 def test_estimate_says_in_one_line_what_is_wrong(chai, seven, options, message) -> None:
@@ -77,14 +83,14 @@ def test_estimate_says_in_one_line_what_is_wrong(chai, seven, options, message) 
     assert len(err.strip().splitlines()) == 1
 
 
-def test_everything_else_goes_to_vllm(chai, monkeypatch) -> None:
+def test_everything_else_goes_to_vllm(chai, seven, monkeypatch) -> None:
     monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
     run: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda file, command: run.append(command))
-    code, _, _ = chai("serve", "model", "--profile", "llama-7b", "--port", "1", "-tp", "2")
+    code, _, _ = chai("serve", seven, "--profile", "llama-7b", "--port", "1", "-tp", "2")
     assert code == 0
     command = run[0]
-    assert command[2:5] == ["vllm.entrypoints.cli.main", "serve", "model"]
+    assert command[2:5] == ["vllm.entrypoints.cli.main", "serve", seven]
     assert command[command.index("--port") :][:2] == ["--port", "1"]
     assert command[command.index("-tp") :][:2] == ["-tp", "2"]
 
@@ -94,3 +100,36 @@ def test_without_vllm(chai, monkeypatch) -> None:
     code, _, err = chai("serve", "model", "--profile", "llama-7b")
     assert code == 2
     assert "pip install 'chai-attention[vllm]'" in err
+
+
+def test_a_short_option_with_an_h_in_it_does_not_ask_for_help(chai, seven, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    run: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda file, command: run.append(command))
+    code, out, _ = chai("serve", seven, "--profile", "llama-7b", "-sc.method", "ngram")
+    assert (code, out) == (0, "")
+    assert run[0][run[0].index("-sc.method") :][:2] == ["-sc.method", "ngram"]
+    assert chai("serve", "-h")[0] == 0
+
+
+@pytest.mark.parametrize("first", [("--max-num-seqs", "4"), ("-sc.method", "ngram")])
+def test_an_option_of_vllm_before_the_model_is_not_taken_for_it(chai, seven, first) -> None:
+    code, _, err = chai("serve", *first, seven, "--profile", "llama-7b")
+    assert code == 2
+    assert f"MODEL comes first, before {first[0]}" in err
+
+
+def test_a_model_that_is_nowhere_is_told_before_vllm_starts(chai, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(hub, "_answer", lambda kind, name: (False, "none is public there"))
+    code, _, err = chai("serve", "no/model", "--profile", "llama-7b")
+    assert code == 2
+    assert "no model 'no/model'" in err
+
+
+@pytest.mark.parametrize("given", [("--model", "other"), ("--model=other",)])
+def test_a_second_model_is_refused(chai, seven, monkeypatch, given) -> None:
+    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    code, _, err = chai("serve", seven, "--profile", "llama-7b", *given)
+    assert code == 2
+    assert f"leave out --model: {seven} is the model" in err

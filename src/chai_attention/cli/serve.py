@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+
+_WHOLE = "\0"  # in front of a word that the parser is to leave alone; no argument can hold it
+
+
+class ServeCommand(TyperCommand):
+    """Leaves vLLM's short options whole.
+
+    To a parser of combined letters ``-sc.method`` is ``-s -c ... -h``, and asks for the help.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a command line."""
+        joined = [w[:1] == "-" and w[:2] != "--" and len(w) > 2 for w in args]
+        words = [_WHOLE * mark + word for mark, word in zip(joined, args, strict=True)]
+        super().parse_args(ctx, words)
+        for name, value in ctx.params.items():
+            if isinstance(value, str):
+                ctx.params[name] = value.removeprefix(_WHOLE)
+        ctx.args = [word.removeprefix(_WHOLE) for word in ctx.args]
+        return ctx.args
+
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -20,7 +42,11 @@ def serve_command(
     ],
     profile: Annotated[
         str | None,
-        typer.Option(help="A profile, or a published schedule; default: the one in MODEL."),
+        typer.Option(
+            help="A profile, or the name of a published schedule.",
+            show_default="chai_profile.json of the folder MODEL",
+            autocompletion=options.complete_profile,
+        ),
     ] = None,
     estimate: Annotated[
         bool,
@@ -38,6 +64,8 @@ def serve_command(
     as_json: options.Json = False,
 ) -> None:
     """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
+    if model.startswith("-"):
+        raise typer.BadParameter(f"MODEL comes first, before {model}")
     if as_json and not estimate:
         raise typer.BadParameter("--json goes with --estimate: a server prints no results")
     if estimate:

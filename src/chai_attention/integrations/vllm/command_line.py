@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chai_attention.errors import ProfileError
+from chai_attention.whole_files import read_whole
 
 # what is looked at: by its long name, with the short one that it may have
 KNOWN = {
@@ -36,6 +37,7 @@ KNOWN = {
     "--max-model-len": None,
     "--max-num-batched-tokens": None,
     "--max-num-seqs": None,
+    "--model": None,
     "--no-enable-dbo": None,
     "--no-enable-prefix-caching": None,
     "--performance-mode": None,
@@ -47,6 +49,7 @@ KNOWN = {
     "--tensor-parallel-size": "-tp",
     "--trust-remote-code": None,
 }
+_MOST_BYTES = 2**24  # of the file that --config names
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -85,10 +88,16 @@ class Options:
             self._items = [*_items(_words_of(Path(file))), *self._items]
 
     def text(self, name: str) -> str | None:
-        """The value of ``name``; None without one."""
+        """The value of ``name``; None where it is not given.
+
+        Raises:
+            OptionError: it is given without a value.
+        """
         found = None
         for item in self._items:
             if item.name == name and not item.key:
+                if item.value is None:
+                    raise OptionError(f"{name} needs a value")
                 found = item.value
         return found
 
@@ -154,9 +163,7 @@ class Options:
             return parts
         if not self.is_given(name):
             return {}
-        text = self.text(name)
-        if text is None:
-            raise OptionError(f"{name} needs a value")
+        text = self.text(name) or ""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -209,7 +216,7 @@ def _words_of(file: Path) -> list[str]:
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_whole(file, _MOST_BYTES).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OptionError(f"cannot read {file}, which --config names: {reason}") from error

@@ -53,7 +53,7 @@ def named_profile(name: str) -> ClusterProfile:
         ProfileError: none of them.
     """
     folder = Path(name)
-    if folder.is_dir() and not (folder / EXPORTED).is_file():
+    if name and folder.is_dir() and not (folder / EXPORTED).is_file():
         raise ProfileError(
             f"the folder {name} holds no {EXPORTED}: give the file of a profile (chai calibrate "
             "--out FILE), the name of a published schedule, or a folder that chai export wrote"
@@ -151,10 +151,8 @@ class Asked:
                 "streaming heads in vLLM yet: calibrate a profile without (chai calibrate --recipe "
                 "share), or run this one by transformers (chai generate, enable())"
             )
-        if self.cache_dtype not in ("auto", *EIGHT_BITS) and (
-            self.cache_dtype not in CACHE_DTYPES or self.dtype not in (None, self.cache_dtype)
-        ):
-            yield f"a K,V cache of {self.cache_dtype}: use --kv-cache-dtype auto or fp8"
+        if (problem := cache_problem(self.cache_dtype, self.dtype)) is not None:
+            yield problem
         if self.skips_layers:
             yield (
                 "a K,V cache of 8 bits in some layers only: leave out --kv-cache-dtype-skip-layers"
@@ -189,6 +187,15 @@ class Asked:
                 "an exact recent window in a pipeline of ranks where --scheduling-policy priority "
                 "lets requests in ahead of preempted ones: use the policy fcfs"
             )
+
+
+def cache_problem(cache_dtype: str, dtype: str | None) -> str | None:
+    """Why K and V cannot be kept so, of a model in ``dtype``; None if they can."""
+    if cache_dtype in ("auto", *EIGHT_BITS):
+        return None
+    if cache_dtype in CACHE_DTYPES and dtype in (None, cache_dtype):
+        return None
+    return f"a K,V cache of {cache_dtype}: use --kv-cache-dtype auto or fp8"
 
 
 def refuse(asked: Asked, profile: ClusterProfile) -> None:

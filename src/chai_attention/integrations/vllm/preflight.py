@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
+from chai_attention.hub import find_model
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.options import (
     Asked,
@@ -57,9 +59,9 @@ def check(model: str, profile: str, options: Options, page: int | None) -> Clust
         asked = replace(asked, caches_prefixes=False)  # as `vllm_command` does
     refuse(asked, chosen)
     backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
-        "backend", "CUSTOM"
+        "backend"
     )
-    if str(backend).upper() != "CUSTOM":
+    if backend is not None and str(backend).upper() != "CUSTOM":
         raise UnsupportedModelError(
             f"clustered heads are an attention backend of their own: leave out {backend} "
             "(--attention-backend, --attention-config)"
@@ -110,6 +112,8 @@ def _local_config(model: str) -> PreTrainedConfig | None:
 
     if Path(model).exists():
         return load_config(model)
+    if "://" not in model and "VLLM_USE_MODELSCOPE" not in os.environ:  # then it is not of the hub
+        find_model(model)
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError):

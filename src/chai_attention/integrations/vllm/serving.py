@@ -12,6 +12,7 @@ from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.preflight import check, profile_path
 
 _ADDITIONAL = "--additional-config"
+_MODEL = "--model"
 _PAGE = "--block-size"
 PAGE = "64"  # tokens; with fewer the kernels look up pages more often than they read them
 # the CPU package's `vllm serve` asks for the version of the package "vllm", and fails
@@ -39,6 +40,8 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
     if problem is not None:
         raise UnsupportedModelError(problem)
     given = Options(options)
+    if given.without(_MODEL) != list(options):  # of two models vLLM would take the second
+        raise UnsupportedModelError(f"leave out {_MODEL}: {model} is the model")
     additional = given.mapping(_ADDITIONAL)
     if "chai" in additional:
         raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.command_line import OptionError, Options
 from chai_attention.integrations.vllm.estimate import BLOCK, Estimate, batch_defaults, estimate
-from chai_attention.integrations.vllm.options import EIGHT_BITS, named_profile
+from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
 
 _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
@@ -32,6 +32,9 @@ def estimate_config(
     text, given = config.get_text_config(decoder=True), Options(options)
     size = element_size(text, given)
     longest = _longest(given, text.max_position_embeddings)
+    cache = given.text("--kv-cache-dtype") or "auto"
+    if (problem := cache_problem(cache, None)) is not None:
+        raise OptionError(f"clustered heads do not support {problem}")
     requests, batch_tokens = _batch(given, gpu_bytes, longest)
     return estimate(
         describe(config),
@@ -44,7 +47,7 @@ def estimate_config(
         batch_tokens=batch_tokens,
         longest=longest,
         element_size=size,
-        cache_element_size=1 if given.text("--kv-cache-dtype") in EIGHT_BITS else size,
+        cache_element_size=1 if cache in EIGHT_BITS else size,
         block=given.count("--block-size", BLOCK),
         ranks=given.count("--tensor-parallel-size", 1),
     )
@@ -55,6 +58,8 @@ def element_size(config: PreTrainedConfig, options: Options) -> int:
     saved = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     named = options.text("--dtype") or "auto"
     # vLLM runs checkpoints in float32 as float16 unless it is told otherwise
+    if named not in ("auto", *_SIZES):
+        raise OptionError(f"--dtype is one of auto, {', '.join(_SIZES)}, not {named!r}")
     dtype = saved if named == "auto" and saved != "float32" else named
     return _SIZES.get(dtype, 2)
 
