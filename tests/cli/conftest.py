@@ -48,6 +48,8 @@ def chai(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(progress, "SECONDS", 3600)  # what is printed must not depend on speed
 
+    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)  # this process is pytest
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["chai", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

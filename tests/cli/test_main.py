@@ -56,3 +56,34 @@ def test_the_shell_completes(chai, monkeypatch, capsys, words, offered):
     code, out, err = chai()
     assert (code, err) == (0, "")
     assert set(out.split()) == offered
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_outputs_break_nothing(folder, closed):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *CHAI, "inspect", "counts.json"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_standard_error_an_error_is_not_among_the_results(folder):
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *CHAI, "inspect", "nothing", "--json"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_second_interrupt_prints_no_trace():
+    """Libraries do things when Python ends, and impatient people interrupt those too."""
+    code = (
+        "import atexit, os, signal\n"
+        "from chai_attention import cli\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "def interrupted(*arguments, **options): raise KeyboardInterrupt\n"
+        "cli.app = interrupted\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, NoReturn
@@ -23,7 +24,7 @@ from chai_attention.cli.inspect import inspect_command
 from chai_attention.cli.output import warnings_as_notes
 from chai_attention.cli.redundancy import redundancy_command
 from chai_attention.cli.report import report_command
-from chai_attention.cli.serve import PASSED_ON, serve_command
+from chai_attention.cli.serve import PASSED_ON, ServeCommand, serve_command
 
 app = typer.Typer(
     help="Clustered Head Attention: cheaper LLM inference by sharing attention between heads.",
@@ -58,7 +59,7 @@ app.command("frontier")(frontier_command)
 app.command("eval")(eval_command)
 app.command("redundancy")(redundancy_command)
 app.command("report")(report_command)
-app.command("serve", context_settings=PASSED_ON)(serve_command)
+app.command("serve", cls=ServeCommand, context_settings=PASSED_ON)(serve_command)
 app.add_typer(bench_app, name="bench")
 
 
@@ -74,10 +75,13 @@ def main() -> None:
         require_text(sys.argv[1:])
         with warnings_as_notes():
             code = app(sys.argv[1:], prog_name="chai", standalone_mode=False)
-        sys.stdout.flush()  # a full disk is told here, not when Python ends
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()  # a full disk is told here, not when Python ends
     except _UsageError as error:
         _fail(f"{error.format_message()} (see chai --help)")  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
+        # a second one would only break into what libraries do when Python ends, which prints traces
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(130)
     except Exception as error:
         if (reason := explain(error)) is not None:
@@ -97,5 +101,6 @@ def _let_go_of_stdout() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    if sys.stderr is not None:  # None would print it among the results
+        print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
