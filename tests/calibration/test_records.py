@@ -1,5 +1,6 @@
 """Texts and chats of records: what is known, what is guessed aloud, what is refused."""
 
+import json
 import warnings
 
 import pytest
@@ -103,3 +104,15 @@ def test_half_a_surrogate_pair_is_no_character():
 
 def test_a_sample_is_one_printable_line():
     assert shown("a\x1b[2J\nb\u2028c" + "d" * 99) == repr("a [2J b c" + "d" * 51 + "...")
+
+
+def test_a_chat_that_a_table_holds_as_json_is_a_chat():
+    found = content({"id": "x" * 999, "messages": json.dumps(OPENAI)})
+    assert isinstance(found, Chat)
+    assert [message["content"] for message in found.messages] == [text for _, text in TURNS]
+
+
+@pytest.mark.parametrize("field", ["messages", "tools"])
+def test_objects_in_a_string_are_no_text(field):
+    with pytest.raises(CalibrationError, match=f"'{field}' does not look like text"):
+        content({field: repr(OPENAI)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ ROLES = {
     "function_response": "tool",
 }  # fmt: skip
 SAMPLE = 60  # characters of a guess that are shown
+_LITERAL = re.compile(r"\s*\[?\s*\{\s*['\"]")  # objects of JSON or Python, whose names are no text
 _IDENTIFIER = re.compile(r"[!-~]+")  # one word of ASCII: a key, a link, a hash
 
 
@@ -102,7 +104,7 @@ class Records:
                 raise CalibrationError(f"{where}: its {TEXT!r} is {kind}, not a string")
             raise CalibrationError(f"{where} has no text field: it has {_listed(record)}")
         text = strings[field]
-        if _IDENTIFIER.fullmatch(text):
+        if _IDENTIFIER.fullmatch(text) or _LITERAL.match(text):
             raise CalibrationError(
                 f"{where} has no text field, and {field!r} does not look like text "
                 f"({shown(text)}): name the field text"
@@ -125,16 +127,26 @@ def shown(text: str) -> str:
 
 def _chats(record: Mapping[str, Any]) -> list[Any]:
     """What of a record may be a chat."""
-    found = [record.get(name) for name in CHATS]
-    prompt = record.get(PROMPT)
+    found = [_decoded(record.get(name)) for name in CHATS]
+    prompt = _decoded(record.get(PROMPT))
     for name in ANSWERS:
-        answer = record.get(name)
+        answer = _decoded(record.get(name))
         if isinstance(prompt, list) and isinstance(answer, list):
             begins = answer[: len(prompt)] == prompt  # some sets repeat the prompt
             found.append(answer if begins else [*prompt, *answer])
         else:
             found.append(answer)
     return found
+
+
+def _decoded(value: Any) -> Any:
+    """A list that a table holds as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _messages(value: Any) -> tuple[dict[str, Any], ...] | None:
