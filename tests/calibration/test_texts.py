@@ -226,3 +226,13 @@ def test_a_model_without_a_token_to_begin_with():
     model.generation_config.bos_token_id = model.generation_config.eos_token_id = None
     with pytest.raises(CalibrationError, match="no token to begin with"):
         self_text(model, 2, 4)
+
+
+def test_the_name_of_a_file_is_not_calibrated_on(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text " * 100)
+    with pytest.raises(CalibrationError, match="is the name of a file, not text: load_texts"):
+        windows_of(str(path), tiny_tokenizer(), 1, 4, 0)
+    for other in (path, None, [1], {"text": "a"}):
+        with pytest.raises(CalibrationError, match="text is a string, a list of strings"):
+            windows_of(other, tiny_tokenizer(), 1, 4, 0)

@@ -140,13 +140,16 @@ def _divided(
     check = held_out if isinstance(held_out, Tensor) and holds else None
     if holds and check is None:
         windows, check = spread(windows, held_out_count(len(windows), samples, extra, length))
+    if check is not None and (
+        check.ndim != 2 or len(check) < 2 or check.shape[1] < 2 or check.dtype != torch.long
+    ):
+        raise CalibrationError(
+            "held_out is how many windows to keep back, or at least 2 windows of tokens "
+            "[N, S], int64"
+        )
     for part in (windows, check):
         if part is not None:
             require_tokens(model, part)
-    if check is not None and (check.ndim != 2 or len(check) < 2 or check.shape[1] < 2):
-        raise CalibrationError(
-            "held_out is how many windows to keep back, or at least 2 windows of tokens [N, S]"
-        )
     # a tensor that was made in inference mode cannot be part of a backward pass
     windows = windows.clone() if windows.is_inference() else windows
     return _Text(windows, check, measured)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -34,6 +35,7 @@ CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds wha
 LEAST_READ = 1 << 22  # characters that are read at least, so that windows are spread over a text
 PIECE = 1 << 20  # characters that are turned into tokens at a time
 MOST_SAMPLES = 10**7
+MOST_NAME = 1024  # characters of a text that may be a file's name by mistake
 
 
 def load_texts(
@@ -163,7 +165,7 @@ def windows_of(
     else:
         before = beginning(tokenizer)
         room = length - len(before)
-        tokens = _tokens([texts] if isinstance(texts, str) else texts, tokenizer, before)
+        tokens = _tokens(_documents(texts), tokenizer, before)
         if room < 1 or len(tokens) < room:
             raise CalibrationError(
                 f"calibration needs at least {max(room, 1)} tokens of text (--length), "
@@ -175,6 +177,25 @@ def windows_of(
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)[:samples].sort().values]
     return windows
+
+
+def _documents(texts: str | Iterable[str]) -> list[str]:
+    """Documents as a list; an error for what people pass instead."""
+    if isinstance(texts, str):
+        if len(texts) < MOST_NAME and os.path.isfile(texts):
+            raise CalibrationError(
+                f"{texts} is the name of a file, not text: load_texts() of "
+                "chai_attention.calibration reads it"
+            )
+        return [texts]
+    listed = isinstance(texts, Iterable) and not isinstance(texts, Mapping)
+    found: list[Any] = list(texts) if listed else [None]
+    if not all(isinstance(text, str) for text in found):
+        raise CalibrationError(
+            "text is a string, a list of strings or ready windows; load_texts() of "
+            "chai_attention.calibration reads a file"
+        )
+    return found
 
 
 @torch.no_grad()
