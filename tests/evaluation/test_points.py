@@ -117,3 +117,18 @@ def test_a_file_stays_whole_when_writing_fails(tmp_path, monkeypatch):
         file.add(replace(POINT, budget=0.3))
     assert load_points(path) == [POINT]
     assert [item.name for item in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_two_runs_at_once_keep_each_other_s_points(tmp_path):
+    path = tmp_path / "f.json"
+    other = replace(POINT, budget=0.3)
+    first, second = PointFile(path, ABOUT), PointFile(path, ABOUT)
+    first.add(POINT)
+    second.add(other)
+    assert load_points(path) == [POINT, other]
+    # a file about something else came meanwhile: it stays
+    third = PointFile(tmp_path / "g.json", ABOUT)
+    PointFile(tmp_path / "g.json", {"model": "large"}).add(POINT)
+    with pytest.raises(FrontierError, match="was measured with another"):
+        third.add(other)
+    assert load_points(tmp_path / "g.json") == [POINT]

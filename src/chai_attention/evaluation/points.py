@@ -81,6 +81,8 @@ def key_of(*asked: Any) -> str:
 class PointFile:
     """The points that were measured so far, written whenever one comes.
 
+    Two runs at once into one file keep each other's points.
+
     Args:
         path: the JSON file, made with the first point; None keeps the points in memory only.
         about: what all its points have in common, such as the model and the calibration text.
@@ -94,19 +96,23 @@ class PointFile:
         # as it will be read again: tuples become lists
         self._about: dict[str, Any] = json.loads(json.dumps(dict(about)))
         self._points: dict[str, Point] = {}
-        if path is not None and os.path.lexists(path):
-            earlier, points = _read(path)
-            differing = sorted(
-                name
-                for name in {*earlier, *self._about}
-                if earlier.get(name) != self._about.get(name)
+        self._read_in()
+
+    def _read_in(self) -> None:
+        """Take over the points of the file, which another run may have written meanwhile."""
+        path = self._path
+        if path is None or not os.path.lexists(path):
+            return
+        earlier, points = _read(path)
+        differing = sorted(
+            name for name in {*earlier, *self._about} if earlier.get(name) != self._about.get(name)
+        )
+        if differing:
+            raise FrontierError(
+                f"{path} was measured with another {', '.join(differing)}: "
+                "write to another folder, or move it away"
             )
-            if differing:
-                raise FrontierError(
-                    f"{path} was measured with another {', '.join(differing)}: "
-                    "write to another folder, or move it away"
-                )
-            self._points = {point.key: point for point in points}
+        self._points |= {point.key: point for point in points}
 
     def get(self, key: str) -> Point | None:
         """Return the point with this key if it was measured."""
@@ -116,8 +122,9 @@ class PointFile:
         """Keep a point; the file stays whole whatever happens while it is written.
 
         Raises:
-            FrontierError: the file cannot be written.
+            FrontierError: the file cannot be written, or another run made one about something else.
         """
+        self._read_in()
         self._points[point.key] = point
         if self._path is None:
             return
