@@ -23,6 +23,7 @@ SCHEMA_VERSION = 2  # 1: without streaming heads, and written where there are no
 ONLINE, STATIC, BLEND = "online", "static", "blend"
 MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
+FOR_EVER = 10**9  # tokens of a context in which a recent window counts for nothing
 EXPORTED = "chai_profile.json"  # in the folder of an exported model
 _TABLES = ("representatives", "streaming", "error", "similarity", "costs", "offsets")
 

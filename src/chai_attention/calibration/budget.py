@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from chai_attention.evaluation.perplexity import PairedRise
@@ -16,35 +16,47 @@ class Kept:
 
     Attributes:
         units: removed; 0 if not even one can be.
-        rise: measured with them removed; that of one unit if none can be.
-        tried: measurements made.
+        rises: measured with them removed; those of one unit if none can be.
+        tried: profiles measured.
     """
 
     units: int
-    rise: PairedRise
+    rises: Sequence[PairedRise]
     tried: int
 
 
 def largest_within(
-    measure: Callable[[int], PairedRise], most: int, max_loss: float, guess: int
+    measure: Callable[[int], Sequence[PairedRise]],
+    most: int,
+    max_loss: float,
+    guess: int,
+    resolution: int = 1,
 ) -> Kept:
     """Search the most units whose removal raises perplexity by at most ``max_loss``.
 
     A rise counts with `CONFIDENCE` standard errors on top. From the guess the step doubles or
-    halves until the answer is enclosed, then the middle is tried, down to single units. Losses
-    need not rise with every unit: what is returned was measured itself.
+    halves until the answer is enclosed, then the middle is tried. Losses need not rise with every
+    unit: what is returned was measured itself.
+
+    Args:
+        measure: returns the rises, all of which have to keep to the loss, without so many units.
+        most: units that can be removed.
+        max_loss: relative rise of perplexity.
+        guess: units to begin with.
+        resolution: units that the answer may fall short by.
     """
-    measured: dict[int, PairedRise] = {}
+    measured: dict[int, Sequence[PairedRise]] = {}
 
     def holds(units: int) -> bool:
         if units not in measured:
             measured[units] = measure(units)
-        rise = measured[units]
-        return rise.rise + CONFIDENCE * rise.standard_error <= max_loss
+        return all(
+            rise.rise + CONFIDENCE * rise.standard_error <= max_loss for rise in measured[units]
+        )
 
     low, high = 0, most + 1  # removing low keeps the promise, removing high does not
     units = min(max(guess, 1), most)
-    while high - low > 1:
+    while high - low > (resolution if low else 1):
         if holds(units):
             low = units
             units = min(2 * units, most) if high > most else (low + high) // 2
@@ -56,11 +68,15 @@ def largest_within(
     return Kept(low, measured[low or 1], len(measured))
 
 
-def most_tries(most: int, guess: int) -> int:
-    """How many measurements `largest_within` makes at most."""
+def most_tries(most: int, guess: int, resolution: int = 1) -> int:
+    """How many profiles `largest_within` measures at most."""
 
-    def between(low: int, high: int) -> int:
-        return (high - low - 1).bit_length()  # the middle, again and again
+    def between(low: int, high: int) -> int:  # the middle, again and again
+        tries = 0
+        while high - low > resolution:
+            low += (high - low) // 2
+            tries += 1
+        return tries
 
     first = min(max(guess, 1), most)
     tries, worst = 1, 1

@@ -5,19 +5,19 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from chai_attention.calibration.costs import GRADIENT
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.statistics import cosine_similarity
+from chai_attention.calibration.statistics import cosine_similarity, rounded
 from chai_attention.clustering.allocation import Allocation, Level
 from chai_attention.clustering.assign import K_BYTES, assign
 from chai_attention.clustering.elbow import elbow, error_curve
 from chai_attention.clustering.exact import best_assignment
+from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.support import ModelShape
-from chai_attention.profile import BLEND, STATIC, ClusterProfile
+from chai_attention.profile import BLEND, FOR_EVER, STATIC, ClusterProfile
 
 
 class Candidates:
@@ -108,6 +108,34 @@ class Candidates:
         return self.shape.layers * len(self.counts)
 
     @property
+    def unit(self) -> str:
+        """What a unit is called."""
+        return "K/V heads" if self.target == K_BYTES else "heads"
+
+    @property
+    def resolution(self) -> int:
+        """The search for the largest saving goes down to single units."""
+        return 1
+
+    def units_asked(self) -> int:
+        """Units that do what the budget asks, a saving or a share of the heads.
+
+        Raises:
+            CalibrationError: more than this model can.
+        """
+        if self.settings.save is None:
+            assert self.settings.removed is not None
+            return self.units_for(self.settings.removed)
+        units = self.units_to_save(self.settings.save)
+        if units == self.most < 2 * self.settings.save * self.units:
+            most = self.remove(units).saved(self.shape, FOR_EVER)
+            raise CalibrationError(
+                f"save {self.settings.save:.1%} is more than this model can: K of all but one head "
+                f"a layer is {most:.1%} of its K,V bytes"
+            )
+        return units
+
+    @property
     def guess(self) -> int:
         """Units that the search for the largest saving begins with."""
         return self.units // 20
@@ -149,10 +177,10 @@ class Candidates:
             probe_start=settings.probe_start,
             features=settings.features or "scores",
             blend=settings.blend or 0.0,
-            costs=_rounded(evidence.costs, 5) if settings.membership == BLEND else None,
-            recent=settings.recent or 0,
+            costs=rounded(evidence.costs, 5) if settings.membership == BLEND else None,
+            recent=int(settings.recent or 0),
             sinks=settings.sinks or 0,
-            offsets=_rounded(evidence.offsets, 4),
+            offsets=rounded(evidence.offsets, 4),
             model={name: getattr(self.shape, name) for name in names},
             provenance=self._provenance,
             error=tuple(tuple(round(e, 6) for e in curve) for curve in self.curves),
@@ -173,18 +201,3 @@ class Candidates:
                 for gram, k in zip(self._grams, clusters, strict=True)
             ]
         return tuple(tuple(rep.tolist()) for rep in found)
-
-
-def _rounded(table: Tensor | None, digits: int) -> tuple[tuple[tuple[float, ...], ...], ...] | None:
-    """``[L, H, H]`` as tuples of numbers with so many significant digits."""
-    if table is None:
-        return None
-    return tuple(
-        tuple(tuple(float(f"{x:.{digits}g}") for x in row) for row in layer)
-        for layer in torch.as_tensor(table).tolist()
-    )
-
-
-def units_name(target: str) -> str:
-    """What a unit is called."""
-    return "K/V heads" if target == K_BYTES else "heads"

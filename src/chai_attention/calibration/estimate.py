@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.calibrate import BATCH_SIZE, steps_of, window_length
-from chai_attention.calibration.candidates import Candidates
+from chai_attention.calibration.calibrate import BATCH_SIZE, candidates_of, steps_of, window_length
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.refit import PASSES, windows_needed
 from chai_attention.calibration.request import TextRequest, prepare
@@ -77,7 +76,7 @@ def estimate(
     """
     shape, seconds = describe(model), dict[str, float]()
     chosen = settings.resolve(shape)
-    samples, length = request.samples_for(chosen), window_length(model, request.length)
+    samples, length = request.samples_for(chosen), window_length(model, chosen, request.length)
     measured = chosen.measurable or chosen.refit != "none"
     held_out = request.held_out if measured else 0
     if any(source.name == SELF for source in request.sources):
@@ -94,12 +93,14 @@ def estimate(
     clock = _Clock(progress)
     for part in (windows[:1], windows):  # the first pays for one-time set-up
         clock.reset()
-        evidence = EvidenceStore(model, part, BATCH_SIZE).get(chosen, Steps(clock, 2))
+        recents = chosen.recents(length) if chosen.streams else None
+        store = EvidenceStore(model, part, BATCH_SIZE)
+        evidence = store.get_all(chosen, recents, Steps(clock, 2))
     for name, spent in clock.seconds.items():
         seconds[name] = spent * samples / len(windows)
     per_try, tries = 0.0, 0
     if measured:
-        candidates = Candidates(shape, chosen, evidence)
+        candidates = candidates_of(shape, chosen, evidence)
         plain = _loss_seconds(model, windows)
         with enabled(model, candidates.remove(max(1, candidates.guess))):
             per_try = _loss_seconds(model, windows) * held_out

@@ -205,10 +205,11 @@ class EvidenceStore:
 
 
 def _nears(settings: Settings, recents: Sequence[int] | None) -> list[tuple[int, int]]:
-    assert settings.recent is not None
     assert settings.sinks is not None
-    wanted = [settings.recent] if recents is None else recents
-    return [(recent, settings.sinks) for recent in dict.fromkeys(wanted)]
+    if recents is None:
+        assert isinstance(settings.recent, int)
+        recents = [settings.recent]
+    return [(recent, settings.sinks) for recent in dict.fromkeys(recents)]
 
 
 def _both(first: Report, second: Report) -> Report:

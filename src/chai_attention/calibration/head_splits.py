@@ -14,8 +14,6 @@ from chai_attention.clustering.split import Split, best_splits
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.support import ModelShape
 
-RECENTS = (32, 64, 128, 256, 512)  # w among which the best is chosen
-
 
 class HeadSplits:
     """The cheapest ways to keep, share and stream heads with one exact recent window.

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import (
     BATCH_SIZE,
-    DEFAULT_SAMPLES,
     calibrate,
+    check_window,
+    default_samples,
+    stretched,
     window_length,
 )
 from chai_attention.calibration.evidence import EvidenceStore
@@ -30,7 +32,13 @@ from chai_attention.calibration.sources import (
     warn_uneven,
 )
 from chai_attention.calibration.template import template_tokens
-from chai_attention.calibration.texts import check_numbers, check_source
+from chai_attention.calibration.texts import (
+    SELF,
+    beginning,
+    check_numbers,
+    check_source,
+    cut_windows,
+)
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers.digest import weights_digest
@@ -51,7 +59,7 @@ class TextRequest:
         sources: where it comes from, with weights.
         samples: windows to learn from; None for the cost's usual number.
         held_out: further windows to measure a loss on.
-        length: tokens per window; None for 256 or the model's maximum.
+        length: tokens per window; None for what the settings and the model make of it.
         seed: which windows.
         probe_from: where the probe window begins: "start", or "content" after a chat template.
     """
@@ -74,7 +82,7 @@ class TextRequest:
     def samples_for(self, settings: Settings) -> int:
         """Windows to learn from, with these resolved settings."""
         if self.samples is None:
-            return DEFAULT_SAMPLES[settings.differentiated]
+            return default_samples(settings)
         return self.samples
 
     def about(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -111,12 +119,14 @@ class Prepared:
         windows: ``[N, S]`` tokens to learn from.
         held: ``[M, S]`` tokens to measure on, None if nothing is measured.
         held_sources: ``[M]``, the index of each one's source.
+        longer: ``[L, T]`` tokens to measure on, too, of the same text; None for none.
     """
 
     settings: Settings
     windows: Tensor
     held: Tensor | None
     held_sources: Tensor | None
+    longer: Tensor | None = None
 
 
 def prepare(
@@ -139,23 +149,39 @@ def prepare(
         settings = replace(settings, probe_start=template_tokens(tokenizer))
     samples = request.samples_for(resolved)
     measured = resolved.measurable or resolved.refit != "none"
-    length = window_length(model, request.length)
-    wanted = samples + (request.held_out if measured else 0)
-    windows, source = mixed_windows(
-        request.sources,
-        model,
-        tokenizer,
-        wanted,
-        length,
-        request.seed,
-        kept=kept,
-        progress=progress,
-    )
+    length = window_length(model, resolved, request.length)
+    check_window(resolved, length)
+    found: dict[int, Tensor] = {}
+
+    def read(samples: int, length: int) -> Tensor:
+        windows, found[length] = mixed_windows(
+            request.sources, model, tokenizer, samples, length, request.seed,
+            kept=kept, progress=progress,
+        )  # fmt: skip
+        return windows
+
     if not measured:
-        return Prepared(settings, windows, None, None)
-    count = held_out_count(len(windows), samples, request.held_out, length)
+        return Prepared(settings, read(samples, length), None, None)
+    if any(source.name == SELF for source in request.sources):
+        windows, times = read(samples + request.held_out, length), 1  # long texts cost too much
+    else:
+        windows, times = stretched(model, resolved, read, samples, request.held_out, length)
+    source = found[times * length]
+    count = held_out_count(
+        len(windows), -(-samples // times), -(-request.held_out // times), times * length
+    )
     (windows, source), (held, held_source) = split_windows(windows, source, count)
-    return Prepared(settings, windows, held, held_source)
+    if times == 1:
+        return Prepared(settings, windows, held, held_source)
+    before = beginning(tokenizer)
+    short = cut_windows(held, length, before)
+    return Prepared(
+        settings,
+        cut_windows(windows, length, before),
+        short,
+        held_source.repeat_interleave(len(short) // len(held)),
+        held,
+    )
 
 
 def calibrate_on(
@@ -194,6 +220,7 @@ def calibrate_on(
             samples=len(ready.windows),
             length=ready.windows.shape[1],
             held_out=0 if ready.held is None else ready.held,
+            longer=ready.longer,
             seed=request.seed,
             batch_size=BATCH_SIZE,
             source=request.label,

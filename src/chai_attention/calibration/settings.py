@@ -18,7 +18,11 @@ PAPER_WINDOW = 5
 DEFAULT_RECENT, DEFAULT_SINKS = 32, 4
 DEFAULT_BLEND = 1.0
 DEFAULT_MAX_LOSS = 0.01
-RECIPES = ("default", "elbow", "paper")
+DEFAULT, SHARE, STREAM, ELBOW, PAPER = RECIPES = ("default", "share", "stream", "elbow", "paper")
+AUTO = "auto"
+RECENTS = (32, 64, 128, 256, 512)  # w among which AUTO chooses
+DEFAULT_CONTEXT = 2048
+MOST_CONTEXT = 2**24
 REFITS = ("none", "output", "bias")
 # the bare elbow removes far too much where heads have little in common (docs/decisions.md)
 DEFAULT_MAX_ERROR = {"scores": 0.1, K_BYTES: 0.3}
@@ -31,8 +35,10 @@ class Settings:
     None stands for what the recipe and the model make of it (see `resolve`).
 
     Attributes:
-        recipe: "default" finds the smallest cache within a measured loss; "elbow" takes the elbow
-            of the k-means error, bounded by ``max_error``; "paper" is CHAI as published.
+        recipe: "default" finds the smallest cache within a measured loss: every head keeps its far
+            keys, shares another's or forgets them, which "share" and "stream" have one of only;
+            "elbow" takes the elbow of the k-means error, bounded by ``max_error``; "paper" is CHAI
+            as published.
         cost: what merging heads is judged by: "scores" (distance of attention maps), "value"
             (error of the layer's output) or "gradient" (change of the loss).
         membership: "online", "static" or "blend".
@@ -41,13 +47,16 @@ class Settings:
         probe_start: tokens before that window.
         features: "scores" or "value", of a blended membership.
         blend: weight of the static cost in a blended membership.
-        recent: w, last keys that every head attends to with its own scores; 0 for none.
+        recent: w, last keys that every head attends to with its own scores; 0 for none; "auto"
+            for the one of `RECENTS` that serves the budget best at ``context``.
         sinks: s, first keys that it does.
         refit: "none", "output" or "bias".
         clusters: "elbow", one number for all layers, or one per layer.
         max_error: with the elbow, bound on the relative clustering error.
         max_loss: budget: the perplexity rise on held-out text, 0.01 for 1%.
-        save: budget: the share of K,V bytes per token not to keep.
+        save: budget: the share of K,V bytes not to keep, per token, or with streaming heads of
+            those of ``context`` tokens, exact windows counted.
+        context: tokens of the contexts that are meant to be served; with streaming heads.
         removed: budget: the share of heads (or of K/V heads) to remove.
     """
 
@@ -59,7 +68,7 @@ class Settings:
     probe_start: int = 0
     features: str | None = None
     blend: float | None = None
-    recent: int | None = None
+    recent: int | str | None = None
     sinks: int | None = None
     refit: str | None = None
     clusters: str | int | Sequence[int] | None = None
@@ -67,6 +76,37 @@ class Settings:
     max_loss: float | None = None
     save: float | None = None
     removed: float | None = None
+    context: int | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether heads may forget their far keys, of resolved settings."""
+        return self.context is not None
+
+    def _may_stream(self, target: str) -> bool:
+        """Whether heads may forget their far keys, where ``target`` is the model's own.
+
+        So it is with recipes "default" and "stream", unless another option says how heads are to
+        share: streaming heads are chosen by gradient costs, for all requests, and by a budget.
+        """
+        return (
+            self.recipe in (DEFAULT, STREAM)
+            and self.cost in (None, GRADIENT)
+            and self.membership in (None, STATIC)
+            and self.target in (None, target)
+            and self.recent != 0
+            and self.clusters is None
+            and self.max_error is None
+        )
+
+    def recents(self, length: int) -> list[int]:
+        """Every w that is tried on windows of ``length`` tokens, of resolved settings."""
+        assert self.sinks is not None
+        if self.recent != AUTO:
+            assert isinstance(self.recent, int)
+            return [self.recent]
+        most = min(length, self.context or length) - self.sinks
+        return [w for w in RECENTS if w < most] or [RECENTS[0]]
 
     @property
     def differentiated(self) -> bool:
@@ -117,24 +157,36 @@ class Settings:
             "cost": SCORES,
             "membership": ONLINE,
         }
-        if self.recipe == "paper":
+        if self.recipe == PAPER:
             found |= {"target": "scores", "window": PAPER_WINDOW}
-        if self.recipe == "default":
+        budgeted = self.recipe in (DEFAULT, SHARE, STREAM)
+        if budgeted:
             found |= {"cost": GRADIENT, "membership": STATIC, "recent": DEFAULT_RECENT}
-        if (found["recent"] if self.recent is None else self.recent) > 0:
+        streams = self._may_stream(found["target"])
+        if streams:
+            found |= {"recent": AUTO, "context": DEFAULT_CONTEXT}
+        if self.recipe == STREAM and not streams:
+            raise CalibrationError(
+                "recipe stream chooses heads by gradient costs, with an exact window, a static "
+                "membership and a budget: leave out the options that say otherwise, or take recipe "
+                "share"
+            )
+        if self.context is not None and not streams:
+            raise CalibrationError("context is for recipes with streaming heads: leave it out")
+        if (found["recent"] if self.recent is None else self.recent) != 0:
             found["sinks"] = DEFAULT_SINKS
         blended = (self.membership or found["membership"]) == BLEND
         found["blend"] = DEFAULT_BLEND if blended else 0.0
         budgets = (self.clusters, self.max_error, self.max_loss, self.save, self.removed)
         if all(budget is None for budget in budgets):
-            if self.recipe == "default":
+            if budgeted:
                 found["max_loss"] = DEFAULT_MAX_LOSS
             else:
                 found["clusters"] = "elbow"
         if self.max_error is not None:
             found["clusters"] = "elbow"
         elif (self.clusters or found.get("clusters")) == "elbow":
-            paper = self.recipe == "paper"
+            paper = self.recipe == PAPER
             target = self.target or found["target"]
             found["max_error"] = 1.0 if paper else DEFAULT_MAX_ERROR.get(target, 1.0)
         return found
@@ -145,7 +197,7 @@ class Settings:
         _one_of("target", self.target, TARGETS)
         _one_of("features", self.features, ("scores", "value"))
         _one_of("refit", self.refit, REFITS)
-        if self.recipe == "paper" and (
+        if self.recipe == PAPER and (
             (self.cost, self.membership, self.refit) != (SCORES, ONLINE, "none") or self.recent
         ):
             raise CalibrationError(
@@ -165,7 +217,17 @@ class Settings:
             raise CalibrationError("membership blend needs cost gradient or value")
         if self.blend is not None and not 0 <= self.blend < math.inf:
             raise CalibrationError(f"blend is a weight of at least 0, not {self.blend}")
-        if (self.recent or 0) < 0 or (self.sinks or 0) < 0 or (self.sinks and not self.recent):
+        if isinstance(self.recent, str) and not (self.recent == AUTO and self.context is not None):
+            raise CalibrationError(
+                f"recent is a number of tokens, or {AUTO} in recipes with streaming heads, not "
+                f"{self.recent!r}"
+            )
+        if self.context is not None and not 1 <= self.context <= MOST_CONTEXT:
+            raise CalibrationError(
+                f"context is a number of tokens, 1 to {MOST_CONTEXT}, not {self.context}"
+            )
+        recent = 1 if isinstance(self.recent, str) else self.recent or 0
+        if recent < 0 or (self.sinks or 0) < 0 or (self.sinks and not recent):
             raise CalibrationError(
                 "recent and sinks are numbers of tokens, and sinks need a recent window of at "
                 "least 1"

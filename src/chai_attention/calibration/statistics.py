@@ -69,3 +69,13 @@ def cosine_similarity(gram: Tensor) -> Tensor:
     """``[..., H, H]`` cosine similarity of the points of a Gram matrix."""
     norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).sqrt()
     return gram / (norm[..., :, None] * norm[..., None, :])
+
+
+def rounded(table: Tensor | None, digits: int) -> tuple[tuple[tuple[float, ...], ...], ...] | None:
+    """``[L, H, H]`` as tuples of numbers with so many significant digits."""
+    if table is None:
+        return None
+    return tuple(
+        tuple(tuple(float(f"{x:.{digits}g}") for x in row) for row in layer)
+        for layer in torch.as_tensor(table).tolist()
+    )

@@ -198,6 +198,24 @@ def _documents(texts: str | Iterable[str]) -> list[str]:
     return found
 
 
+def cut_windows(windows: Tensor, length: int, before: Sequence[int] = ()) -> Tensor:
+    """Cut windows ``[N, S]`` to ``[M, length]``, each beginning with the tokens ``before``.
+
+    Raises:
+        CalibrationError: windows that do not begin with them, or no room behind them.
+    """
+    if windows.shape[1] == length or not before:
+        return windows.unfold(1, length, length).reshape(-1, length)
+    start, room = torch.tensor(before), length - len(before)
+    if room < 2 or not (windows[:, : len(before)] == start).all():
+        raise CalibrationError(
+            f"windows of {length} tokens cannot begin with the {len(before)} tokens that every "
+            "text begins with"
+        )
+    rest = windows[:, len(before) :].unfold(1, room, room).reshape(-1, room)
+    return torch.cat([start.expand(len(rest), -1), rest], dim=1)
+
+
 @torch.no_grad()
 def self_text(
     model: PreTrainedModel,

@@ -38,7 +38,7 @@ def calibrate_command(
         int | None,
         typer.Option(
             help="Windows of text to use.",
-            show_default="256 with cost gradient, else 1024",
+            show_default="64 with streaming heads, 256 with cost gradient, else 1024",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def calibrate_command(
         int | None,
         typer.Option(
             help="Tokens per window.",
-            show_default="256, or the model's maximum",
+            show_default="1024 with streaming heads, else 256, or the model's maximum",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -59,13 +59,16 @@ def calibrate_command(
         str | None,
         typer.Option(
             help="Perplexity rise on held-out text that may not be exceeded, such as 1%.",
-            show_default="1% with recipe default",
+            show_default="1% with recipes default, share and stream",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(help="K,V bytes per token to save, such as 20%.", rich_help_panel=_BUDGET),
+        typer.Option(
+            help="K,V bytes to save, such as 20%: per token, or with streaming heads at --context.",
+            rich_help_panel=_BUDGET,
+        ),
     ] = None,
     removed: Annotated[
         str | None,
@@ -92,8 +95,9 @@ def calibrate_command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="default: gradient costs, static membership, exact recent window; elbow: k-means "
-            "on attention maps; paper: as in CHAI.",
+            help="default: every head keeps its far keys, shares another's or forgets them, by "
+            "gradient costs, with an exact recent window; share, stream: only one of the last two; "
+            "elbow: k-means on attention maps; paper: as in CHAI.",
             rich_help_panel=_RECIPE,
         ),
     ] = "default",
@@ -120,10 +124,19 @@ def calibrate_command(
         ),
     ] = None,
     recent: Annotated[
+        str | None,
+        typer.Option(
+            help="Last tokens that every head attends to with its own scores; 0 for none; auto for "
+            "what serves the budget best at --context.",
+            show_default="auto with recipes default and stream, 32 with share, else 0",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    context: Annotated[
         int | None,
         typer.Option(
-            help="Last tokens that every head attends to with its own scores; 0 for none.",
-            show_default="32 with recipe default, else 0",
+            help="Tokens of the contexts that will be served; with streaming heads.",
+            show_default="2048",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
@@ -185,7 +198,7 @@ def calibrate_command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find which heads of MODEL can share their scores, at a loss you choose."""
+    """Find which heads of MODEL can share their scores or forget far keys, at a loss you choose."""
     from chai_attention.cli.progress import import_libraries, progress_bar
 
     import_libraries(quiet=quiet)
@@ -208,7 +221,7 @@ def calibrate_command(
         window=window,
         features=features,
         blend=blend,
-        recent=recent,
+        recent=None if recent is None else _recent(recent),
         sinks=sinks,
         refit=refit,
         clusters=None if clusters is None else _counts(clusters),
@@ -216,6 +229,7 @@ def calibrate_command(
         max_loss=options.share("--max-loss", max_loss, bare=0.2),
         save=options.share("--save", save),
         removed=options.share("--removed", removed),
+        context=context,
     )
     sources = parse_sources(text or ["self"])
     options.keep_inputs([out], [model, *(source.name for source in sources)])
@@ -250,6 +264,18 @@ def calibrate_command(
     if profile.promise is not None:
         shown.say(promise_line(profile))
     shown.say(f"profile written to {out}")
+
+
+def _recent(recent: str) -> int | str:
+    """``auto`` or a number of tokens."""
+    from chai_attention.errors import CalibrationError
+
+    if recent == "auto":
+        return recent
+    try:
+        return int(recent)
+    except ValueError:
+        raise CalibrationError(f"--recent is a number of tokens, or auto, not {recent!r}") from None
 
 
 def _counts(clusters: str) -> str | int | list[int]:

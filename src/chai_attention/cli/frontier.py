@@ -45,11 +45,19 @@ def frontier_command(
     recipes: Annotated[
         str,
         typer.Option(
-            help="all, or some of paper, online, scores, value, gradient, blend, gradient+recent, "
-            "gradient+recent+refit, blend+recent, and files of ready profiles (.json)."
+            help="all, or some of default, stream, share, paper, online, scores, value, gradient, "
+            "blend, gradient+recent, gradient+recent+refit, blend+recent, and files of ready "
+            "profiles (.json)."
         ),
     ] = "all",
     contexts: Annotated[str, typer.Option(help="Tokens per test window.")] = "256,1024",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the context that recipes with streaming heads are to save bytes of.",
+            show_default="the longest of --contexts",
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +94,13 @@ def frontier_command(
     from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
-    from chai_attention.evaluation.frontier import digest_of, for_bytes, frontier, recipes_named
+    from chai_attention.evaluation.frontier import (
+        digest_of,
+        for_bytes,
+        for_context,
+        frontier,
+        recipes_named,
+    )
     from chai_attention.evaluation.points import FrontierError
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.support import describe
@@ -123,7 +137,8 @@ def frontier_command(
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
-    length, longest = window_length(loaded, length), window_length(loaded, longest)
+    chosen = for_context(chosen, context or max(lengths))
+    length, longest = window_length(loaded, length=length), window_length(loaded, length=longest)
     tests = {}
     for name, path in names.items():
         documents = load_texts(path, tokens=windows * longest, tokenizer=tokenizer)

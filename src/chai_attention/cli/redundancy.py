@@ -95,7 +95,7 @@ def redundancy_command(
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
         bar.describe("reading text")
-        length = window_length(loaded, length)
+        length = window_length(loaded, length=length)
         windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
 
         found = study(

@@ -86,8 +86,17 @@ def promise_line(profile: ClusterProfile) -> str:
     for name, what in (("save", "of the K,V bytes"), ("removed", "of the heads")):
         if name in found:
             line += f" (asked: {_percent(found, name, digits=1)} {what})"
-    saved = _percent(found, "saved", digits=1)
-    return f"{line}, {saved} of the K,V bytes saved at {_counted(found, 'length')} tokens"
+    line += _saved(found)
+    longer = found.get("longer")
+    if isinstance(longer, Mapping):
+        line += f"; on {_counted(longer, 'windows')} longer ones {_percent(longer, 'rise', '+')} "
+        line += f"±{_percent(longer, 'standard_error')}{_saved(longer)}"
+    return line
+
+
+def _saved(found: Mapping[str, Any]) -> str:
+    saved, length = _percent(found, "saved", digits=1), _counted(found, "length")
+    return f", {saved} of the K,V bytes saved at {length} tokens"
 
 
 def estimate_lines(found: Estimate) -> str:

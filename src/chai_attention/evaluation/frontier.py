@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.texts import cut_windows
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import Loss, paired_rise, token_loss
 from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
@@ -26,9 +27,12 @@ SAVE, REMOVED = "save", "removed"
 TOKENS_PER_BATCH = 2048
 PAPER = "paper"
 
-_RECENT = {"recent": 32, "sinks": 4, "cost": "gradient"}
+_RECENT = {"recipe": "share", "recent": 32, "sinks": 4, "cost": "gradient"}
 # name -> arguments of `calibrate`; each says what it needs, whatever calibration's defaults are
 RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"recipe": "default"},
+    "stream": {"recipe": "stream"},
+    "share": {"recipe": "share"},
     PAPER: {"recipe": "paper", "target": "scores"},
     "online": {"cost": "scores", "membership": "online", "recent": 0},
     "scores": {"cost": "scores", "membership": "static", "recent": 0},
@@ -76,6 +80,17 @@ def for_bytes(recipes: Mapping[str, Recipe], shape: ModelShape) -> dict[str, Rec
     if PAPER not in recipes or not 1 < shape.kv_heads < shape.heads:
         return dict(recipes)
     return {**recipes, PAPER: {"recipe": "paper", "target": "k-bytes"}}
+
+
+def for_context(recipes: Mapping[str, Recipe], tokens: int) -> dict[str, Recipe]:
+    """Return the recipes, those with streaming heads made to save bytes of so many tokens."""
+    streaming = ("default", "stream")
+    return {
+        name: {"context": tokens, **recipe}
+        if isinstance(recipe, Mapping) and recipe.get("recipe") in streaming
+        else recipe
+        for name, recipe in recipes.items()
+    }
 
 
 def frontier(
@@ -250,7 +265,10 @@ def _tests(
                     f"test text {name}: a context is 2 to {width} tokens, the width of its "
                     f"windows, not {context}"
                 )
-            cut = _cut(windows, context, before)
+            try:
+                cut = cut_windows(windows, context, before)
+            except CalibrationError as error:
+                raise FrontierError(str(error)) from error
             if len(cut) < 2:
                 raise FrontierError(
                     f"test text {name} has one window of {context} tokens: the error of a "
@@ -258,20 +276,6 @@ def _tests(
                 )
             tests.append(_Test(name, context, cut, digest_of(cut)))
     return tests
-
-
-def _cut(windows: Tensor, context: int, before: tuple[int, ...]) -> Tensor:
-    """Windows ``[N, S]`` as ``[M, context]``, each beginning with the tokens ``before``."""
-    if windows.shape[1] == context or not before:
-        return windows.unfold(1, context, context).reshape(-1, context)
-    start, room = torch.tensor(before), context - len(before)
-    if room < 2 or not (windows[:, : len(before)] == start).all():
-        raise FrontierError(
-            f"windows of {context} tokens cannot begin with the {len(before)} tokens that every "
-            "text begins with"
-        )
-    rest = windows[:, len(before) :].unfold(1, room, room).reshape(-1, room)
-    return torch.cat([start.expand(len(rest), -1), rest], dim=1)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

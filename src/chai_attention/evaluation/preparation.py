@@ -117,7 +117,7 @@ def prepare(
         others = [name for name in names if name != PROFILE]
         tokens: list[Tensor] = []
         if set(others) - {MHA}:
-            length = window_length(model, calibration.length)
+            length = window_length(model, length=calibration.length)
             windows, _ = mixed_windows(
                 calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
             )

@@ -1,0 +1,159 @@
+"""From evidence to profiles whose heads keep, share or forget their far keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from chai_attention.calibration.evidence import Evidence
+from chai_attention.calibration.head_splits import HeadSplits, best_recent
+from chai_attention.calibration.settings import STREAM, Settings
+from chai_attention.calibration.statistics import cosine_similarity, rounded
+from chai_attention.clustering.elbow import error_curve
+from chai_attention.clustering.split import Split
+from chai_attention.errors import CalibrationError
+from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.profile import STATIC, ClusterProfile
+
+USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told with this w
+
+
+class SplitCandidates:
+    """Profiles of one model, recipe and text, by the number of units saved.
+
+    A unit is K or V of the far keys of one K/V head. With several windows the one is taken that
+    serves the budget best by what the costs predict (`best_recent`).
+
+    Args:
+        shape: of the model.
+        settings: resolved settings, of a recipe with streaming heads.
+        evidence: of the text, by w.
+        provenance: what every profile remembers of its making.
+
+    Raises:
+        CalibrationError: a saving that no window can give.
+    """
+
+    unit = "units (K or V of a K/V head)"
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        settings: Settings,
+        evidence: Mapping[int, Evidence],
+        provenance: dict[str, Any] | None = None,
+    ):
+        self.shape = shape
+        self.settings = settings
+        self._provenance = provenance or {}
+        assert settings.sinks is not None
+        share = settings.recipe != STREAM
+        self._splits = {
+            w: HeadSplits(shape, found, w, settings.sinks, share=share)
+            for w, found in evidence.items()
+        }
+
+    @property
+    def context(self) -> int:
+        """Tokens of the context that bytes are counted for."""
+        assert self.settings.context is not None
+        return self.settings.context
+
+    @cached_property
+    def best(self) -> HeadSplits:
+        """The splits of the window that serves the budget best."""
+        settings = self.settings
+        if len(self._splits) == 1:
+            return next(iter(self._splits.values()))
+        save = settings.save
+        if settings.removed is not None:
+            usual = min(self._splits, key=lambda w: abs(w - USUAL_RECENT))
+            splits = self._splits[usual]
+            save = splits.saved(splits.at(self._units_without(splits)), self.context)
+        return self._splits[
+            best_recent(self._splits, self.context, save=save, max_loss=settings.max_loss)
+        ]
+
+    @property
+    def most(self) -> int:
+        """Units that can be saved."""
+        return self.best.most
+
+    @property
+    def guess(self) -> int:
+        """Units whose predicted loss is what may be lost."""
+        max_loss = self.settings.max_loss
+        return self.best.units_within(max_loss) if max_loss is not None else self.most // 2
+
+    @property
+    def resolution(self) -> int:
+        """Units that are not worth another measurement: 1% of all."""
+        return max(1, self.best.units // 100)
+
+    def units_asked(self) -> int:
+        """Units that do what the budget asks, a saving or a share of the heads.
+
+        Raises:
+            CalibrationError: more than this model can.
+        """
+        if self.settings.save is None:
+            return self._units_without(self.best)
+        units = self.best.units_to_save(self.settings.save, self.context)
+        if units is None:
+            most = self.best.saved(self.best.at(self.most), self.context)
+            raise CalibrationError(
+                f"save {self.settings.save:.1%} of the K,V bytes of {self.context} tokens is more "
+                f"than an exact window of {self.best.recent} tokens leaves: {most:.1%}"
+            )
+        return units
+
+    def _units_without(self, splits: HeadSplits) -> int:
+        """Fewest units so that the share of the heads that was asked for gives up its far K."""
+        assert self.settings.removed is not None
+        heads = self.shape.layers * self.shape.heads
+        wanted = self.settings.removed * heads * (1 - 1e-9)
+        for units in range(1, splits.most + 1):
+            kept = sum(_clusters(split) for split in splits.at(units))
+            if heads - kept >= wanted:
+                return units
+        raise CalibrationError(
+            f"removed {self.settings.removed:.1%} is more heads than this model can do without"
+        )
+
+    def remove(self, units: int) -> ClusterProfile:
+        """Return the profile that saves at least ``units`` units where they cost least."""
+        splits, best = self.best.at(units), self.best
+        names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
+        grams, target = best.evidence.grams, self.settings.target
+        assert target is not None
+        curves = (error_curve(gram, self.shape.kv_heads, target) for gram in grams)
+        shares = any(_shares(split) for split in splits)
+        return ClusterProfile(
+            clusters=tuple(_clusters(split) for split in splits),
+            membership=STATIC,
+            window=self.settings.window or 1,
+            target=target,
+            representatives=tuple(split.representatives for split in splits),
+            streaming=tuple(split.streaming for split in splits),
+            recent=best.recent,
+            sinks=best.sinks,
+            offsets=rounded(best.evidence.offsets, 4) if shares else None,
+            model={name: getattr(self.shape, name) for name in names},
+            provenance=self._provenance,
+            error=tuple(tuple(round(error, 6) for error in curve) for curve in curves),
+            similarity=tuple(
+                tuple(tuple(round(s, 3) for s in row) for row in layer)
+                for layer in cosine_similarity(grams).tolist()
+            ),
+        )
+
+
+def _clusters(split: Split) -> int:
+    """Representatives that see far keys."""
+    return len(set(split.representatives) - set(split.streaming))
+
+
+def _shares(split: Split) -> bool:
+    """Whether some head uses another's scores."""
+    return any(rep != head for head, rep in enumerate(split.representatives))
