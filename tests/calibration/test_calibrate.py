@@ -198,7 +198,18 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama", {"max_loss": 0}, "such as 0.01 for 1%"),
         ("llama", {"save": 1.0}, "save is a share"),
         ("llama", {"removed": 0.0}, "removed is a share"),
-        ("llama", {"save": 0.45, "recent": 4}, "save 45.0% is more than this model can"),
+        (
+            "llama",
+            {"save": 0.45, "recent": 4, "recipe": "share"},
+            "save 45.0% is more than this model can",
+        ),
+        ("llama", {"save": 0.95, "recent": 4, "context": 20}, "more than an exact window of 4"),
+        ("llama", {"recipe": "stream", "membership": "online"}, "recipe stream chooses heads by"),
+        ("llama", {"recipe": "share", "context": 100}, "context is for recipes with streaming"),
+        ("llama", {"recent": "auto", "recipe": "share"}, "recent is a number of tokens"),
+        ("llama", {"recent": "some"}, "recent is a number of tokens, or auto"),
+        ("llama", {"recent": 4, "context": 0}, "context is a number of tokens"),
+        ("llama", {"length": 36, "samples": 6}, "32 [+] 4 tokens covers all 36"),
         ("llama-grouped", {"save": 0.1, "target": "scores"}, "save needs target k-bytes"),
         ("llama", {"samples": 2, "held_out": 3, "length": 250, "recent": 4}, "at least 6 windows"),
     ],
@@ -279,6 +290,8 @@ def test_the_default_keeps_its_promise_on_the_windows_it_was_measured_on():
 def test_a_loss_that_cannot_be_kept_is_refused():
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="cannot be met: already the cheapest of all heads"):
+        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, recipe="share", **NEAR)
+    with pytest.raises(CalibrationError, match="cannot be met: already the cheapest of all units"):
         calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, **NEAR)
 
 
@@ -456,7 +469,13 @@ def test_steps_are_numbered_and_their_number_is_known():
         "step 4 of 4: perplexity with clusters",
     ]
     told.clear()
-    calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **NEAR)
+    calibrate(
+        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, recipe="share", progress=tell, **NEAR
+    )
     # of 15 heads: 1, 2, 4, 8, 15 and three more between
     assert told[0].startswith("step 1 of at most 11: ")
     assert all(int(what.split()[1]) <= 11 for what in told)
+    told.clear()
+    calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **NEAR)
+    most = int(told[0].split()[5].rstrip(":"))
+    assert all(int(what.split()[1]) <= most for what in told)

@@ -109,7 +109,9 @@ def calibrate(
         chosen = Settings(**settings).resolve(describe(model))
         if chosen.refit != "none":  # found now, not after the evidence
             Corrections.require_plain(attention_modules(model))
-        text = _divided(model, tokenizer, texts, chosen, samples, length, held_out, measure, seed)
+        text = _divided(
+            model, tokenizer, texts, chosen, samples, length, held_out, longer, measure, seed
+        )
         if store is None or not _serves(store, model, text.windows):
             store = EvidenceStore(model, text.windows, batch_size)
         return _calibrated(model, text, chosen, store, batch_size, source, seed, progress)
@@ -277,7 +279,9 @@ def steps_of(passes: int, chosen: Settings, measured: bool, shape: ModelShape) -
             units = 2 * shape.layers * shape.kv_heads
             # the guess is known with the costs only: the worst of all
             most = 2 * free * shape.kv_heads
-            tries = max(most_tries(most, 1 << n, units // 100) for n in range(most.bit_length()))
+            tries = max(
+                most_tries(most, 1 << n, max(1, units // 100)) for n in range(most.bit_length())
+            )
         else:
             counts = chosen.layer_counts(shape)
             tries = most_tries(free * (len(counts) - 1), shape.layers * len(counts) // 20)
