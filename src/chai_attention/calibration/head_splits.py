@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
+from torch import Tensor
 
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.clustering.allocation import Allocation
@@ -57,7 +58,7 @@ class HeadSplits:
         assert evidence.costs is not None
         assert evidence.streaming is not None
         return [
-            best_splits(
+            _splits(
                 costs if self._share and free else None,
                 streaming if self._stream and free else None,
                 shape.kv_heads,
@@ -119,6 +120,23 @@ class HeadSplits:
         """Most units whose predicted rise of perplexity is at most ``max_loss``."""
         costs = self._plan.costs
         return int(np.searchsorted(costs, 2 * math.log1p(max_loss) * (1 + 1e-12), "right")) - 1
+
+
+_made: dict[tuple[bytes | None, bytes | None, int, int], list[Split]] = {}
+MOST_MADE = 4096  # layers whose splits are remembered
+
+
+def _splits(
+    sharing: Tensor | None, streaming: Tensor | None, kv_heads: int, heads: int
+) -> list[Split]:
+    """`best_splits`, remembered: a frontier asks for them once a budget, of the same costs."""
+    parts = (None if x is None else x.numpy().tobytes() for x in (sharing, streaming))
+    key = (next(parts), next(parts), kv_heads, heads)
+    if key not in _made:
+        if len(_made) >= MOST_MADE:
+            _made.clear()
+        _made[key] = best_splits(sharing, streaming, kv_heads, heads)
+    return _made[key]
 
 
 def best_recent(
