@@ -148,6 +148,7 @@ def test_a_file_in_the_way_of_the_evidence_stays(chai, tmp_path):
 @pytest.mark.parametrize("options", [("--text", "text.txt"), ("--text", "self"), ()])
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(chai, tmp_path, options):
     out = tmp_path / "p.json"
+    options = (*options, "--recipe", "share")
     code, text, err = chai("calibrate", "llama", "--out", out, *options, *ASKED, "--dry-run")
     assert (code, err) == (0, "")
     assert "24 windows of 24 tokens to learn from, 16 to measure on" in text
@@ -229,7 +230,8 @@ def test_chats_are_calibrated_on_what_they_say_not_on_their_identifiers(
     assert "user: What is" in text
     assert "abcdef" not in text
     # without a template there is no telling how the model reads a chat
-    code, _, err = chai("calibrate", "llama", "--out", "never", "--text", tmp_path / "c.jsonl")
+    never = tmp_path / "never"
+    code, _, err = chai("calibrate", "llama", "--out", never, "--text", tmp_path / "c.jsonl")
     assert (code, err.count("\n")) == (2, 1)
     assert "no chat template" in err
 

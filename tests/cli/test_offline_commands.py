@@ -21,11 +21,12 @@ def test_calibrate_writes_a_profile_and_a_table(chai, tmp_path):
     assert profile.provenance["text"] == "text.txt"
     assert profile.promise["max_loss"] == 0.5
     assert "held-out windows" in text
-    full, kept = 2 * 3 * 6 * 8 * 4, (sum(profile.clusters) + 18) * 8 * 4
+    values = sum(6 - len(streaming) for streaming in profile.streaming)
+    full, kept = 2 * 3 * 6 * 8 * 4, (sum(profile.clusters) + values) * 8 * 4
     assert f"{full:,} bytes per token, {kept:,} with clusters" in text
     assert str(out) in text.replace("\n", "")
     for layer, k in enumerate(profile.clusters):
-        assert f"│     {layer} │   {k} of 6 │" in text
+        assert f"│     {layer} │   {k} of {6 - len(profile.streaming[layer])} │" in text
 
 
 def test_all_options_reach_the_calibration(chai, tmp_path):

@@ -22,7 +22,7 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
 from chai_attention.calibration.texts import beginning, check_numbers, cut_windows, windows_of
-from chai_attention.errors import CalibrationError, ChaiWarning
+from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.support import (
     ModelShape,
