@@ -20,13 +20,13 @@ def demo_command(
             show_default="the language reference that Python carries",
         ),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What both generations answer.")] = (
-        "Explain in a few sentences why the sky is blue during the day and red at sunset."
-    ),
+    prompt: Annotated[
+        str, typer.Option(help="What both generations answer, about a passage of the text.")
+    ] = ("Say in a few sentences what the text above is about."),
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=2)] = 96,
     save: Annotated[
-        str, typer.Option(help="K,V bytes per token to save; the loss is measured.")
-    ] = "10%",
+        str, typer.Option(help="K,V bytes of 1,024 tokens to save; the loss is measured.")
+    ] = "28%",
     out: Annotated[
         Path,
         typer.Option(

@@ -231,5 +231,5 @@ def _verdict(result: DemoResult) -> str:
         return "Quality cost: none that this amount of text can show."
     return (
         f"Quality cost: {saved:.1%} of the K,V cache is paid for with {rise.rise:.1%} higher "
-        "perplexity. A small model with few heads has little to share; see docs/results/."
+        "perplexity; see docs/results/."
     )

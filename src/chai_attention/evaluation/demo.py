@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration import calibrate, windows_of
+from chai_attention.calibration.calibrate import longest_text
 from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.modes import evaluating
@@ -15,9 +16,12 @@ from chai_attention.integrations.transformers.writing import Written, encode_pro
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 
-LENGTH = 256
-CALIBRATION_WINDOWS = 32
-TEST_WINDOWS = 32
+LENGTH = 512  # tokens per window of calibration, or half of what the model reads
+CONTEXT = 1024  # tokens per test window, or what the model reads
+CALIBRATION_WINDOWS = 16
+TEST_WINDOWS = 16
+HELD_OUT = 16
+PASSAGE = 768  # tokens of the test text that the prompt is about, where the model reads as many
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def run_demo(
     *,
     source: str,
     max_new_tokens: int = 96,
-    save: float | None = 0.1,
+    save: float | None = 0.28,
     progress: Progress = quiet,
 ) -> DemoResult:
     """Calibrate on one half of ``texts``, measure on the other, and generate twice.
@@ -64,24 +68,28 @@ def run_demo(
         tokenizer: its tokenizer; its chat template is used if it has one.
         texts: documents; the even ones calibrate, the odd ones test. A single document is cut in
             the middle.
-        prompt: what both generations answer.
+        prompt: what both generations answer, behind a passage of the test text.
         source: what to call the text in the profile.
         max_new_tokens: tokens of each generation.
-        save: share of the K,V bytes per token to save; None for the largest with a perplexity
-            rise of at most 1%.
+        save: share of the K,V bytes of a test window to save; None for the largest with a
+            perplexity rise of at most 1%.
         progress: called with (what is going on, done, in all).
     """
     if len(texts) == 1:
         middle = len(texts[0]) // 2
         texts = [texts[0][:middle], texts[0][middle:]]
-    test = windows_of(texts[1::2], tokenizer, TEST_WINDOWS, LENGTH, seed=0)
+    limit = longest_text(model) or CONTEXT
+    context = min(CONTEXT, limit)
+    test = windows_of(texts[1::2], tokenizer, TEST_WINDOWS, context, seed=0)
     start = time.perf_counter()
     profile = calibrate(
         model,
         tokenizer,
         texts[::2],
         samples=CALIBRATION_WINDOWS,
-        length=LENGTH,
+        length=min(LENGTH, limit // 2),
+        held_out=HELD_OUT,
+        context=context,
         source=source,
         save=save,
         measure=False,  # the test text measures it
@@ -94,7 +102,13 @@ def run_demo(
             model, test, progress=lambda done, total: progress(f"perplexity {name}", done, total)
         )
 
-    ids = encode_prompt(tokenizer, prompt, chat=bool(tokenizer.chat_template)).to(model.device)
+    chat = bool(tokenizer.chat_template)
+    ids = encode_prompt(tokenizer, prompt, chat=chat)
+    room = min(PASSAGE, limit - max_new_tokens - 2 * ids.shape[1])
+    if room > 0:  # far keys need a context; what is decoded may be a few tokens more
+        passage = tokenizer.decode(test[0, :room], skip_special_tokens=True).strip()
+        ids = encode_prompt(tokenizer, f"{passage}\n\n{prompt}", chat=chat)
+    ids = ids[:, -(limit - max_new_tokens) :].to(model.device)
     with evaluating(model):
         write(model, tokenizer, ids, max_new_tokens=2)  # the first call pays for one-time set-up
         plain = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
