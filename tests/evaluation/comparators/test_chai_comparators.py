@@ -74,7 +74,7 @@ def test_a_comparator_that_is_not_prepared_says_so():
 @pytest.mark.parametrize("family", ["llama", "llama-grouped"])
 def test_random_heads_have_the_profiles_sizes_and_other_members(family):
     model = tiny_model(family)
-    fitted = Chai("default", save=0.2)
+    fitted = Chai("share", save=0.2)
     fitted.prepare(model, text())
     profile = fitted.profile
     random, other = (RandomHeads(profile, seed).profile_for(model) for seed in (0, 1))

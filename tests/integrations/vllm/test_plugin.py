@@ -5,7 +5,7 @@ import json
 import pytest
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.vllm import serving
+from chai_attention.integrations.vllm import preflight, serving
 from chai_attention.integrations.vllm.plugin import version_problem
 from chai_attention.integrations.vllm.serving import vllm_command
 from chai_attention.profile import ClusterProfile
@@ -14,6 +14,7 @@ from chai_attention.profile import ClusterProfile
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(preflight, "_local_config", lambda model: None)  # a model of the hub
 
 
 @pytest.mark.parametrize(

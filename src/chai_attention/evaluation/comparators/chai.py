@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "chai": {"recipe": "paper"},
     "chai-static": {"recipe": "elbow", "cost": "scores", "membership": "static", "max_error": 1.0},
     "default": {},
+    "share": {"recipe": "share"},
 }
 
 
@@ -35,7 +36,9 @@ class Chai(Comparator):
       memberships of every request from the attention maps of its first 5 tokens (3.3).
     - "chai-static": the same clusters per layer, but one membership for all requests, from the
       maps of the calibration text (CHAI-static of the paper's evaluation).
-    - "default": what ``chai calibrate`` does without options.
+    - "default": what ``chai calibrate`` does without options; its ``save`` counts the exact
+      windows in a context of 2,048 tokens.
+    - "share": the same without streaming heads.
 
     In a grouped-query model clusters of query heads free K by chance only. There all of them
     choose whole K/V heads (target "k-bytes"), the first two by the paper's features, window and
