@@ -198,12 +198,11 @@ class Membership:
             return self
         if not self.far_heads:
             return None
-        device, group = self.representatives.device, self.group_size
+        group = self.group_size
         number = {head: place for place, head in enumerate(self.far_heads)}
         leader = {h // group: h for h in reversed(self.far_heads) if h not in self.streaming}
         follows = [h if h not in self.streaming else leader[h // group] for h in self.far_heads]
-        place = torch.tensor([number.get(h, 0) for h in range(self.heads)], device=device)
-        rep = place[self.representatives[:, follows]]
+        rep = self.far_place[self.representatives[:, follows]]
         far = Membership(rep, self.clusters, len(self.far_kv_heads), self.kept_keys)
         if self.known_rows is not None:
             far.__dict__["host_rows"] = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -166,8 +167,6 @@ class Candidates:
     def profile(self, clusters: list[int]) -> ClusterProfile:
         """Return the profile with these numbers of clusters."""
         settings, evidence = self.settings, self.evidence
-        names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
-        similarity = cosine_similarity(evidence.grams)
         return ClusterProfile(
             clusters=tuple(clusters),
             membership=settings.membership or STATIC,
@@ -181,14 +180,13 @@ class Candidates:
             recent=int(settings.recent or 0),
             sinks=settings.sinks or 0,
             offsets=rounded(evidence.offsets, 4),
-            model={name: getattr(self.shape, name) for name in names},
             provenance=self._provenance,
-            error=tuple(tuple(round(e, 6) for e in curve) for curve in self.curves),
-            similarity=tuple(
-                tuple(tuple(round(s, 3) for s in row) for row in layer)
-                for layer in similarity.tolist()
-            ),
+            **self._facts,
         )
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return facts_of(self.shape, self.evidence.grams, self.curves)
 
     def _static(self, clusters: list[int]) -> tuple[tuple[int, ...], ...]:
         """Memberships for these numbers of clusters, per layer."""
@@ -201,3 +199,22 @@ class Candidates:
                 for gram, k in zip(self._grams, clusters, strict=True)
             ]
         return tuple(tuple(rep.tolist()) for rep in found)
+
+
+def facts_of(shape: ModelShape, grams: Tensor, curves: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What every profile of a model and text says, whatever it removes.
+
+    Args:
+        shape: of the model.
+        grams: ``[L, H, H]``, inner products of the heads' attention maps.
+        curves: per layer, the relative clustering error (`ClusterProfile.error`).
+    """
+    names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
+    return {
+        "model": {name: getattr(shape, name) for name in names},
+        "error": tuple(tuple(round(error, 6) for error in curve) for curve in curves),
+        "similarity": tuple(
+            tuple(tuple(round(s, 3) for s in row) for row in layer)
+            for layer in cosine_similarity(grams).tolist()
+        ),
+    }

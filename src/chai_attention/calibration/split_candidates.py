@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from chai_attention.calibration.candidates import facts_of
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.head_splits import HeadSplits, best_recent
 from chai_attention.calibration.settings import STREAM, Settings
-from chai_attention.calibration.statistics import cosine_similarity, rounded
+from chai_attention.calibration.statistics import rounded
 from chai_attention.clustering.elbow import error_curve
 from chai_attention.clustering.split import Split
 from chai_attention.errors import CalibrationError
@@ -124,29 +125,32 @@ class SplitCandidates:
     def remove(self, units: int) -> ClusterProfile:
         """Return the profile that saves at least ``units`` units where they cost least."""
         splits, best = self.best.at(units), self.best
-        names = ("architecture", "layers", "heads", "kv_heads", "head_dim")
-        grams, target = best.evidence.grams, self.settings.target
-        assert target is not None
-        curves = (error_curve(gram, self.shape.kv_heads, target) for gram in grams)
         shares = any(_shares(split) for split in splits)
         return ClusterProfile(
             clusters=tuple(_clusters(split) for split in splits),
             membership=STATIC,
             window=self.settings.window or 1,
-            target=target,
+            target=self._target,
             representatives=tuple(split.representatives for split in splits),
             streaming=tuple(split.streaming for split in splits),
             recent=best.recent,
             sinks=best.sinks,
             offsets=rounded(best.evidence.offsets, 4) if shares else None,
-            model={name: getattr(self.shape, name) for name in names},
             provenance=self._provenance,
-            error=tuple(tuple(round(error, 6) for error in curve) for curve in curves),
-            similarity=tuple(
-                tuple(tuple(round(s, 3) for s in row) for row in layer)
-                for layer in cosine_similarity(grams).tolist()
-            ),
+            **self._facts,
         )
+
+    @property
+    def _target(self) -> str:
+        assert self.settings.target is not None
+        return self.settings.target
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """The same for every profile: found once, not for every try of a search."""
+        grams = self.best.evidence.grams
+        curves = [error_curve(gram, self.shape.kv_heads, self._target) for gram in grams]
+        return facts_of(self.shape, grams, curves)
 
 
 def _clusters(split: Split) -> int:
