@@ -134,9 +134,11 @@ BASE = ("frontier", "llama", "--out", "never", *SMALL)
         (("frontier", "llama", "--out", "never", "--text", "text.txt"), "--test"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, chai, asked):
+def test_mistakes_are_one_line_and_leave_no_folder(arguments, message, chai, asked, folder):
+    before = sorted(folder.iterdir())
     code, _, error = chai(*arguments)
     assert code == 2
+    assert sorted(folder.iterdir()) == before
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last

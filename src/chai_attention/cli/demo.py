@@ -12,6 +12,7 @@ from chai_attention.cli.output import Output
 
 
 def demo_command(
+    command: typer.Context,
     model: options.ModelOption = "smollm2-135m",
     text: Annotated[
         str | None,
@@ -60,10 +61,7 @@ def demo_command(
     if text is not None:
         check_source(text)
     source = "the Python language reference" if text is None else Path(text).name
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProfileError(f"cannot write to {out}: {error.strerror}") from error
+    options.make_folder(command, out, ProfileError)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
         texts = (

@@ -18,6 +18,7 @@ Number = TypeVar("Number", int, float)
 
 
 def frontier_command(
+    command: typer.Context,
     model: options.Model,
     text: Annotated[
         list[str],
@@ -129,10 +130,7 @@ def frontier_command(
     longest = max(lengths)
     for name in {*names.values(), *(source.name for source in sources)}:
         check_source(name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FrontierError(f"cannot write to {out}: {error.strerror}") from error
+    options.make_folder(command, out, FrontierError)
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if asked == "save":

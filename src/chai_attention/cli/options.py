@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from chai_attention.errors import FileError
+from chai_attention.errors import ChaiError, FileError
 from chai_attention.profile import EXPORTED
 from chai_attention.whole_files import require_file, require_folder, require_other
 
@@ -162,3 +163,28 @@ def keep_inputs(outputs: Sequence[Path], inputs: Sequence[str | Path | None]) ->
             # a profile beside its model is what calibrate is asked for
             read += [path for path in Path(given).iterdir() if path.name != EXPORTED]
     require_other(outputs, read, FileError)
+
+
+def make_folder(command: typer.Context, folder: Path, error: type[ChaiError]) -> None:
+    """Make a folder for results now; a command that ends without any takes it away again.
+
+    Args:
+        command: whose results these are.
+        folder: with those above it.
+        error: raised if it cannot be made.
+
+    Raises:
+        ChaiError: ``error``.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise error(f"cannot write to {folder}: {problem.strerror}") from problem
+
+    def tidy() -> None:
+        with suppress(OSError):  # somebody else may have put something there
+            for path in made:
+                path.rmdir()
+
+    command.call_on_close(tidy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,11 +12,9 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.calibrate import calibrate
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.comparators.with_profile import WithProfile
 from chai_attention.evaluation.profiled import head_counts, profile_digest
-from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
-from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 
 # name -> arguments of `calibrate`
@@ -29,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Chai(Comparator):
+class Chai(WithProfile):
     """Clustered heads, run by the library itself as they are served.
 
     - "chai": the paper's recipe. Clusters per layer by the elbow of the k-means error (3.2),
@@ -56,18 +53,6 @@ class Chai(Comparator):
     def __init__(self, name: str, save: float | None = None, seed: int = 0):
         self.name = name
         self._save, self._seed = save, seed
-        self._profile: ClusterProfile | None = None
-
-    @property
-    def profile(self) -> ClusterProfile:
-        """What `prepare` found.
-
-        Raises:
-            EvaluationError: it has not been called.
-        """
-        if self._profile is None:
-            raise EvaluationError(f"prepare the comparator {self.name} first: it needs a profile")
-        return self._profile
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -99,14 +84,6 @@ class Chai(Comparator):
         if 1 < shape.kv_heads < shape.heads:
             found["target"] = K_BYTES
         return found
-
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Enable the profile."""
-        return enabled(model, self.profile)
-
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share at ``length`` tokens, near K and V included."""
-        return 1 - self.profile.saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
         """Recipe, budget, and the profile that came of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from math import ceil
 from typing import Any
 
@@ -15,10 +14,9 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.pairs import maps_of
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import stacked
+from chai_attention.evaluation.comparators.with_profile import WithProfile
 from chai_attention.evaluation.profiled import profile_digest
-from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.capture import AttentionCall
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import STATIC, ClusterProfile
@@ -27,7 +25,7 @@ from chai_attention.progress import Progress, quiet
 RECENT, SINKS = 128, 4  # without a profile that has an exact window
 
 
-class StreamingHeads(Comparator):
+class StreamingHeads(WithProfile):
     """K/V heads whose query heads see near keys only; all others stay as they are.
 
     Run by the library itself, as a profile. K and V of a streaming K/V head go together, so that
@@ -42,18 +40,6 @@ class StreamingHeads(Comparator):
         if not 0 < save <= 1:
             raise EvaluationError(f"save is a share above 0 and at most 1, not {save:g}")
         self._save, self._near = save, near
-        self._profile: ClusterProfile | None = None
-
-    @property
-    def profile(self) -> ClusterProfile:
-        """What `prepare` found.
-
-        Raises:
-            EvaluationError: it has not been called.
-        """
-        if self._profile is None:
-            raise EvaluationError(f"prepare the comparator {self.name} first: it chooses heads")
-        return self._profile
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -75,14 +61,6 @@ class StreamingHeads(Comparator):
         Returns:
             ``[L, G]``, of which the smallest stream, and the last and first keys that those see.
         """
-
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Enable the profile."""
-        return enabled(model, self.profile)
-
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share at ``length`` tokens, near K and V included."""
-        return 1 - self.profile.saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
         """The budget, the window, and the profile that came of them."""
