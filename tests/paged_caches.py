@@ -13,7 +13,7 @@ class PagedCaches:
     """Pages and, for the independent computation, K and V of all heads of every sequence."""
 
     keys: Tensor  # [P, N, kept, D]
-    values: Tensor  # [P, N, G, Dv]
+    values: Tensor  # [P, N, kept values, Dv]
     table: Tensor  # [B, max_pages] int32
     lengths: Tensor  # [B] int32
     full_keys: list[Tensor]  # [G, S, D] each
@@ -38,10 +38,11 @@ def paged_caches(
     """
     stored = stored or dtype
     kept, groups = member.kept_keys, member.kv_heads
+    kept_values = member.kept_values
     needed = [-(-length // page) for length in lengths]
     count = sum(needed) + 3
     keys = torch.full((count, page, kept, dim), torch.nan, dtype=dtype)
-    values = torch.full((count, page, groups, value_dim), torch.nan, dtype=dtype)
+    values = torch.full((count, page, kept_values, value_dim), torch.nan, dtype=dtype)
     order = torch.randperm(count)
     table = torch.zeros(len(lengths), max(needed) + 1, dtype=torch.int32)
     full_keys, full_values = [], []
@@ -60,7 +61,7 @@ def paged_caches(
     if one_buffer:
         line = torch.cat([keys.flatten(1), values.flatten(1)], 1).to(device)
         keys = line[:, : page * kept * dim].view(count, page, kept, dim)
-        values = line[:, page * kept * dim :].view(count, page, groups, value_dim)
+        values = line[:, page * kept * dim :].view(count, page, kept_values, value_dim)
     return PagedCaches(
         keys.to(device), values.to(device), table.to(device),
         torch.tensor(lengths, dtype=torch.int32, device=device), full_keys, full_values,

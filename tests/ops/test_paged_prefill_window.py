@@ -1,0 +1,153 @@
+"""Prefill of packed sequences with an exact window against the definition, head by head."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from chai_attention.membership import Membership
+from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
+from chai_attention.ops.windowed import head_offsets
+from helpers import random_membership
+from near_cases import near_pages, packed_recent_definition
+from packed_cases import packed_case
+
+# heads, K/V heads, clusters, streaming heads
+SHAPES = [(5, 5, 2, 0), (6, 6, 2, 3), (4, 4, 0, 4), (6, 3, 2, 2), (8, 2, 3, 5), (6, 3, 0, 6)]
+QUERIES, CONTEXTS = [5, 1, 0, 9, 3, 1], [0, 20, 0, 17, 40, 3]
+
+
+def run(
+    member, queries, contexts, *, recent=6, sinks=2, near_page=16, page=16, probe_end=0,
+    softcap=None, rows=None, tables=None, dtype=torch.float64, stored=None,
+):  # fmt: skip
+    """What `paged_prefill` gives and what it should; ``tables[rows]`` is ``member``, if given."""
+    case = packed_case(
+        member, queries, contexts, page, 8, 12, dtype, "cpu", tail=2, stored_dtype=stored
+    )
+    near = near_pages(member, case.caches, queries, near_page, recent, sinks)
+    table = torch.randn(member.heads, member.heads)
+    probe = Probe(case.query, case.key, case.value, probe_end) if probe_end else None
+    got, lse = paged_prefill(
+        case.query, case.caches.keys, case.caches.values, case.caches.table, tables or member,
+        query_starts=case.starts, lengths=case.caches.lengths, most_queries=max(queries),
+        scale=0.3, softcap=softcap, probe=probe, rows=rows, near=near,
+        offset=head_offsets(table, member),
+    )  # fmt: skip
+    assert lse is None
+    want = packed_recent_definition(case, member, 0.3, recent, sinks, table, softcap, probe_end)
+    return got[: sum(queries)], want
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters", "streaming"), SHAPES)
+@pytest.mark.parametrize("near_page", [1, 5, 16, 48])
+def test_pages_are_the_definition(heads, kv_heads, clusters, streaming, near_page):
+    member = random_membership(heads, clusters, len(QUERIES), kv_heads, streaming)
+    assert_close(*run(member, QUERIES, CONTEXTS, near_page=near_page, softcap=5.0))
+
+
+@pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (1, 4), (30, 4), (100, 1), (7, 9)])
+def test_windows_shorter_and_longer_than_prompts(recent, sinks):
+    member = random_membership(6, 2, len(QUERIES), streaming=2)
+    assert_close(*run(member, QUERIES, CONTEXTS, recent=recent, sinks=sinks))
+
+
+@pytest.mark.parametrize("probe_end", [1, 4, 30])
+def test_first_tokens_of_fresh_prompts_see_everything(probe_end):
+    member = random_membership(6, 2, 4, streaming=1)
+    got, want = run(
+        member, [30, 3, 12, 20], [0, 0, 0, 9], recent=4, sinks=1, probe_end=probe_end
+    )  # fmt: skip
+    assert_close(got, want)
+
+
+def test_rows_of_tables():
+    tables = random_membership(6, 2, 4, streaming=2)
+    rows = torch.tensor([3, 0, 3, 1, 1, 2], dtype=torch.int32)
+    got, want = run(tables.select(rows.long()), QUERIES, CONTEXTS, tables=tables, rows=rows)
+    assert_close(got, want)
+
+
+def test_pages_of_8_bits():
+    member = random_membership(6, 2, len(QUERIES), 3, streaming=2)
+    got, want = run(member, QUERIES, CONTEXTS, dtype=torch.float32, stored=FLOAT8)
+    assert_close(got.double(), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "clusters", "streaming"), SHAPES)
+@pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (6, 2), (40, 4)])
+def test_packed_prompts_are_the_definition(heads, kv_heads, clusters, streaming, recent, sinks):
+    tables = random_membership(heads, clusters, 3, kv_heads, streaming)
+    rows = torch.tensor([2, 0, 2, 2, 1], dtype=torch.int32)
+    member = tables.select(rows.long())
+    queries = [5, 1, 0, 23, 3]
+    case = packed_case(member, queries, [0] * 5, 16, 8, 12, torch.float64, "cpu", tail=2)
+    table = torch.randn(heads, heads)
+    got, _ = varlen_prefill(
+        case.query, case.key, case.value, tables, query_starts=case.starts, most_queries=23,
+        scale=0.3, rows=rows, natural_order=True, recent=recent, sinks=sinks, softcap=4.0,
+        offset=head_offsets(table, member), probe=Probe(case.query, case.key, case.value, 3),
+    )  # fmt: skip
+    want = packed_recent_definition(case, member, 0.3, recent, sinks, table, 4.0, 3)
+    assert_close(got[:32], want)
+
+
+def test_sequences_without_tokens_get_zeros():
+    """Rows of padding in a batch of fixed size: no pages, length 0."""
+    member = random_membership(4, 2, 2, streaming=1)
+    case = packed_case(member, [1, 3], [20, 0], 16, 8, 8, torch.float64, "cpu")
+    near = near_pages(member, case.caches, [1, 3], 16, 4, 1)
+    lengths = case.caches.lengths.clone()
+    lengths[0] = 0
+    got, _ = paged_prefill(
+        case.query, case.caches.keys, case.caches.values, case.caches.table, member,
+        query_starts=case.starts, lengths=lengths, most_queries=3, scale=0.3, near=near,
+        offset=head_offsets(None, member),
+    )  # fmt: skip
+    assert torch.equal(got[0], torch.zeros(4, 8, dtype=torch.float64))
+    assert_close(got[1:], packed_recent_definition(case, member, 0.3, 4, 1)[1:])
+
+
+def test_a_window_that_does_not_fit_is_refused():
+    member = random_membership(4, 2, 1, streaming=1)
+    case = packed_case(member, [3], [5], 16, 8, 8, torch.float32, "cpu")
+    caches, near = case.caches, near_pages(member, case.caches, [3], 16, 4, 1)
+    offset = head_offsets(None, member)
+    options = {
+        "query_starts": case.starts, "lengths": caches.lengths, "most_queries": 3, "scale": 1.0,
+    }  # fmt: skip
+
+    def call(query=case.query, near=near, offset=offset, member=member, **more):
+        paged_prefill(
+            query, caches.keys, caches.values, caches.table, member, near=near, offset=offset,
+            **options, **more,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="stream need a recent window"):
+        call(near=None)
+    with pytest.raises(ValueError, match="stream need an offset"):
+        call(offset=None)
+    with pytest.raises(ValueError, match="query of all heads"):
+        call(query=case.query[:, :2])
+    with pytest.raises(ValueError, match="no log-sum-exp"):
+        call(return_lse=True)
+    with pytest.raises(ValueError, match=r"offset has shape \[4\]"):
+        call(offset=offset[0])
+    for name in ("key", "value"):
+        wrong = {**vars(near), name: getattr(near, name)[:, :, :0]}
+        with pytest.raises(ValueError, match=f"near.{name} has shape"):
+            call(near=NearPages(**wrong))
+    with pytest.raises(ValueError, match="near pages are of"):
+        call(near=NearPages(**{**vars(near), "key": near.key.half(), "value": near.value.half()}))
+    plain = Membership.identity(4)
+    with pytest.raises(ValueError, match="offset belongs"):
+        varlen_prefill(
+            case.query, case.key, case.value, plain, query_starts=case.starts, most_queries=3,
+            scale=1.0, offset=offset,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="natural order"):
+        varlen_prefill(
+            case.query, case.key, case.value, plain, query_starts=case.starts, most_queries=3,
+            scale=1.0, recent=4,
+        )  # fmt: skip
