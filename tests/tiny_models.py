@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
 ATTENTION = {"num_attention_heads": 6, "num_key_value_heads": 6}
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2}
+ONE = {"num_attention_heads": 6, "num_key_value_heads": 1}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 COMMON = {**SIZES, "intermediate_size": 40, "max_position_embeddings": 256, **TOKENS}
 SLIDING = ["sliding_attention", "full_attention", "full_attention"]
@@ -42,6 +43,14 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "gemma3": lambda: tf.Gemma3TextConfig(
         **COMMON, **GROUPED, head_dim=16, sliding_window=8, layer_types=SLIDING
     ),
+    "cohere": lambda: tf.CohereConfig(**COMMON, **ATTENTION),  # Command R
+    "cohere-norms": lambda: tf.CohereConfig(**COMMON, **GROUPED, use_qk_norm=True),  # Command R+
+    "gemma": lambda: tf.GemmaConfig(**COMMON, **ATTENTION, head_dim=16),
+    "gemma-one": lambda: tf.GemmaConfig(**COMMON, **ONE, head_dim=16),
+    "olmo": lambda: tf.OlmoConfig(**COMMON, **ATTENTION, clip_qkv=1.5),
+    "olmo3": lambda: tf.Olmo3Config(**COMMON, **ATTENTION, sliding_window=8, layer_types=SLIDING),
+    "granite": lambda: tf.GraniteConfig(**COMMON, **GROUPED, attention_multiplier=0.2),
+    "starcoder2": lambda: tf.Starcoder2Config(**COMMON, **GROUPED, sliding_window=None),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_every_family_gets_a_profile_it_can_run(family):
     profile = calibrate(model, TOKENIZER, TEXT, **ELBOW)
     shape = describe(model)
     profile.check(shape)
-    grouped = shape.kv_heads < shape.heads
+    grouped = 1 < shape.kv_heads < shape.heads  # one K/V head cannot be chosen among
     assert profile.target == ("k-bytes" if grouped else "scores")
     assert profile.membership == "online"
     assert profile.window == 8
@@ -211,6 +211,7 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama", {"recent": 4, "context": 0}, "context is a number of tokens"),
         ("llama", {"length": 36, "samples": 6}, "32 [+] 4 tokens covers all 36"),
         ("llama-grouped", {"save": 0.1, "target": "scores"}, "save needs target k-bytes"),
+        ("gemma-one", {"save": 0.1, "recipe": "share"}, "save needs recipe default or stream"),
         ("llama", {"samples": 2, "held_out": 3, "length": 250, "recent": 4}, "at least 6 windows"),
     ],
 )

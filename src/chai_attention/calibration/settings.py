@@ -256,10 +256,14 @@ class Settings:
                 raise CalibrationError(
                     f"{name} is a share, more than 0 and less than 1, not {share}"
                 )
-        if self.save is not None and self.target != K_BYTES and shape.kv_heads < shape.heads:
+        grouped = shape.kv_heads < shape.heads
+        if self.save is not None and self.target != K_BYTES and grouped and not self.streams:
             raise CalibrationError(
                 "save needs target k-bytes in a grouped-query model: what clusters of query heads "
                 "save cannot be chosen"
+                if shape.kv_heads > 1
+                else "save needs recipe default or stream in a model with one K/V head per layer: "
+                "heads that share save none of its K,V bytes"
             )
 
     def layer_counts(self, shape: ModelShape) -> list[int]:

@@ -12,10 +12,13 @@ from chai_attention.integrations.transformers.support import (
     attention_modules,
     describe,
 )
-from tiny_models import COMMON, CONFIGS, GROUPED, SIZES, tiny_model
+from tiny_models import ATTENTION, COMMON, CONFIGS, GROUPED, SIZES, tiny_model
 
-HEADS = {"qwen3": 16, "gemma2": 16, "gemma3": 16}
-KV_HEADS = {"llama-grouped", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"}
+WIDE = {"qwen3", "gemma", "gemma-one", "gemma2", "gemma3"}
+KV_HEADS = {"gemma-one": 1} | dict.fromkeys(
+    ("llama-grouped", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "cohere-norms",
+     "granite", "starcoder2"), 2,
+)  # fmt: skip
 
 
 def on_meta(config):
@@ -26,13 +29,13 @@ def on_meta(config):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_is_described_from_model_and_config(family):
     model = tiny_model(family)
-    slides = family in ("gemma2", "gemma3")
+    slides = family in ("gemma2", "gemma3", "olmo3")
     want = ModelShape(
         architecture=model.config.model_type,
         layers=3,
         heads=6,
-        kv_heads=2 if family in KV_HEADS else 6,
-        head_dim=HEADS.get(family, 8),
+        kv_heads=KV_HEADS.get(family, 6),
+        head_dim=16 if family in WIDE else 8,
         clusterable=(not slides, True, True),
         hidden_size=48,
     )
@@ -78,6 +81,9 @@ def test_composite_configs_are_read_through_their_text_part():
         (tf.Qwen2Config(**COMMON, **GROUPED, use_sliding_window=True, sliding_window=8,
                         max_window_layers=2), (True, True, False)),
         (tf.Phi3Config(**COMMON, **GROUPED, sliding_window=8), (False,) * 3),
+        (tf.Starcoder2Config(**COMMON, **GROUPED, sliding_window=8), (False,) * 3),
+        (tf.Olmo3Config(**{**COMMON, "num_hidden_layers": 4}, **ATTENTION),
+         (False, False, False, True)),
     ],
 )  # fmt: skip
 def test_sliding_window_layers_are_left_alone(config, clusterable):

@@ -19,23 +19,19 @@ MASK[1, :3] = 0
 RUN = {
     "arcee": lambda: tf.ArceeConfig(**COMMON, **GROUPED),
     "biogpt": lambda: tf.BioGptConfig(**COMMON, num_attention_heads=6),
-    "cohere": lambda: tf.CohereConfig(**COMMON, **GROUPED),
     "cohere2": lambda: tf.Cohere2Config(**COMMON, **GROUPED, layer_types=SLIDING, sliding_window=8),
     "ernie4_5": lambda: tf.Ernie4_5Config(**COMMON, **GROUPED),
-    "gemma": lambda: tf.GemmaConfig(**COMMON, **GROUPED, head_dim=8),
     "glm": lambda: tf.GlmConfig(**COMMON, **GROUPED, head_dim=8),
     "glm4": lambda: tf.Glm4Config(**COMMON, **GROUPED, head_dim=8),
     "gpt_bigcode": lambda: tf.GPTBigCodeConfig(
         n_embd=48, n_layer=3, n_head=6, vocab_size=97, n_positions=256
     ),
-    "granite": lambda: tf.GraniteConfig(**COMMON, **GROUPED),
     "granitemoe": lambda: tf.GraniteMoeConfig(**COMMON, **GROUPED, num_local_experts=4),
     "helium": lambda: tf.HeliumConfig(**COMMON, **GROUPED, head_dim=8),
     "mixtral": lambda: tf.MixtralConfig(
         **COMMON, **GROUPED, num_local_experts=4, sliding_window=None
     ),
     "nemotron": lambda: tf.NemotronConfig(**COMMON, **GROUPED),
-    "olmo": lambda: tf.OlmoConfig(**COMMON, **GROUPED),
     "olmoe": lambda: tf.OlmoeConfig(**COMMON, **GROUPED, num_experts=4, num_experts_per_tok=2),
     "persimmon": lambda: tf.PersimmonConfig(**COMMON, num_attention_heads=6),
     "qwen2_moe": lambda: tf.Qwen2MoeConfig(
@@ -43,7 +39,6 @@ RUN = {
     ),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**COMMON, **GROUPED, **MOE, head_dim=8),
     "smollm3": lambda: tf.SmolLM3Config(**COMMON, **GROUPED),
-    "starcoder2": lambda: tf.Starcoder2Config(**COMMON, **GROUPED, sliding_window=None),
 }
 
 REFUSED = {
@@ -214,20 +209,20 @@ def test_tested_families_run_nothing_and_others_once():
     calls = forwards(model)
     enable(model, ClusterProfile((6, 6, 6)))
     assert not calls
-    model = model_of(RUN["granite"]())
+    model = model_of(RUN["arcee"]())
     calls = forwards(model)
     for _ in range(3):
         with enabled(model, ClusterProfile((6, 6, 6))):
             pass
     assert len(calls) == 1
-    again = model_of(RUN["granite"]())
+    again = model_of(RUN["arcee"]())
     calls = forwards(again)
     enable(again, ClusterProfile((6, 6, 6)))
     assert not calls, "the same class and config"
 
 
 def test_the_mode_and_the_random_numbers_stay():
-    config = RUN["granite"]()
+    config = RUN["arcee"]()
     config.attention_dropout = 0.5
     model = model_of(config).train()
     model.model.layers[1].eval()
@@ -239,7 +234,7 @@ def test_the_mode_and_the_random_numbers_stay():
 
 
 def test_a_profile_that_does_not_fit_is_refused_before_anything_runs():
-    model = model_of(RUN["granite"]())
+    model = model_of(RUN["arcee"]())
     calls = forwards(model)
     with pytest.raises(ProfileError):
         enable(model, ClusterProfile((6, 6)))
@@ -247,14 +242,14 @@ def test_a_profile_that_does_not_fit_is_refused_before_anything_runs():
 
 
 def test_broken_weights_are_not_taken_for_another_attention():
-    model = model_of(RUN["granite"]())
+    model = model_of(RUN["arcee"]())
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
     enable(model, ClusterProfile((6, 6, 6)))
 
 
 def test_a_model_that_needs_other_inputs_is_not_refused():
-    model = model_of(RUN["granite"]())
+    model = model_of(RUN["arcee"]())
     forward = model.forward
 
     def wants_more(*args, image=None, **kwargs):
@@ -268,7 +263,7 @@ def test_a_model_that_needs_other_inputs_is_not_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["granite", "cohere2", "nemotron", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["arcee", "cohere2", "nemotron", "qwen3_moe"])
 def test_rounding_is_not_taken_for_another_attention(family, dtype):
     model = model_of(RUN[family]()).to(dtype)
     enable(model, ClusterProfile((6, 6, 6)))

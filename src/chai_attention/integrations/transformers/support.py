@@ -23,7 +23,8 @@ from chai_attention.errors import UnsupportedModelError
 # model types whose every release is tested against the definition
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "opt", "gpt2", "gpt_neox", "olmo2",
-    "stablelm", "gemma2", "gemma3", "gemma3_text",
+    "stablelm", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "olmo", "olmo3", "granite",
+    "starcoder2",
 )  # fmt: skip
 
 # what the code of a model calls transformers' attention interface
