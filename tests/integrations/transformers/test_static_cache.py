@@ -17,7 +17,7 @@ from chai_attention.integrations.transformers import (
 )
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
-from tiny_models import tiny_model
+from tiny_models import CONFIGS, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(3)
 RECENT, SINKS, ROOM = 5, 3, 80
@@ -120,6 +120,19 @@ def test_logits_equal_those_of_the_growing_cache(family, kind, window, cuts):
     want = logits_of(model, ClusteredCache(model, profile), ids, mask, cuts)
     got = logits_of(model, StaticClusteredCache(model, profile, ROOM), ids, mask, cuts)
     close(got, want)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_family_has_the_logits_of_the_growing_cache(family):
+    """Longer than a sliding window of 8 tokens, which slides in steps of one and of many."""
+    model = tiny_model(family)
+    clusters = tuple(3 if free else 6 for free in describe(model).clusterable)
+    profile = ClusterProfile(clusters, window=6, recent=RECENT, sinks=SINKS)
+    enable(model, profile)
+    ids = prompt(40, batch=2)
+    mask, cuts = torch.ones_like(ids), [30, 1, 1, 8]
+    want = logits_of(model, ClusteredCache(model, profile), ids, mask, cuts)
+    close(logits_of(model, StaticClusteredCache(model, profile, ROOM), ids, mask, cuts), want)
 
 
 @pytest.mark.parametrize("cuts", [[60, 1, 1, 8], [20, 40, 1, 1, 1]], ids=str)
