@@ -90,7 +90,7 @@ def test_full_attention_of_the_first_tokens() -> None:
 
 
 def test_pages_are_one_run_of_memory() -> None:
-    layout = PageLayout(kept=2, kv_heads=3, head_dim=4, value_dim=5)
+    layout = PageLayout(key_heads=2, value_heads=3, head_dim=4, value_dim=5)
     cache = torch.arange(2.0 * PAGE * layout.numbers_per_token).view(2, 1, PAGE, -1)
     keys, values = layout.split(cache)
     assert keys.shape == (2, PAGE, 2, 4)

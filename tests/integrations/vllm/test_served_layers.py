@@ -1,11 +1,15 @@
 """Profiles as ranks serve them: pages and heads of every layer; no vLLM needed."""
 
+import math
+import random
+
 import pytest
 import torch
 
 from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers.support import ModelShape
-from chai_attention.integrations.vllm.layers import served_layers
+from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
+from chai_attention.integrations.vllm.pages import PageLayout, near_page
 from chai_attention.profile import ClusterProfile
 
 
@@ -106,3 +110,166 @@ def test_costs_and_offsets_are_cut_to_the_rank() -> None:
 def test_ranks_that_do_not_fit() -> None:
     with pytest.raises(ProfileError, match="cannot be dealt to 4 ranks"):
         served_layers(shape_of(9, 3), ClusterProfile((9,)), 4)
+
+
+# ---- streaming heads
+
+
+def random_layer(seed: int, heads: int, kv_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Representatives and streaming heads of a static layer."""
+    chosen = random.Random(seed)
+    streaming = {head for head in range(heads) if chosen.random() < chosen.choice([0, 0.3, 0.7])}
+    if seed % 5 == 0:  # all of them on the first half
+        streaming = set(range(heads // 2))
+    far = [head for head in range(heads) if head not in streaming]
+    reps = chosen.sample(far, chosen.randint(1, len(far))) if far else []
+    rep = [
+        head if head in streaming or head in reps else chosen.choice(reps) for head in range(heads)
+    ]
+    return tuple(rep), tuple(sorted(streaming))
+
+
+def sees(layer: ServedLayer) -> list[str]:
+    """What each head does with far keys."""
+    rep = layer.membership().representatives[0].tolist()
+    return [
+        "near" if head in layer.streaming else "own" if rep[head] == head else "other's"
+        for head in range(len(rep))
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (32, 8), (16, 4)])
+@pytest.mark.parametrize("seed", range(20))
+def test_streaming_heads_are_dealt_to_ranks_with_pages_of_one_size(
+    seed, heads, kv_heads, ranks
+) -> None:
+    rep, streaming = random_layer(seed, heads, kv_heads)
+    k = len(set(rep)) - len(streaming)
+    profile = ClusterProfile(
+        (k,), "static", representatives=(rep,), streaming=(streaming,), recent=8, sinks=2
+    )
+    shape = shape_of(heads, kv_heads)
+    whole = served_layers(shape, profile)[0]
+    shares = [served_layers(shape, profile, ranks, rank)[0] for rank in range(ranks)]
+    assert len({share.layout(64, 64) for share in shares}) == 1
+    assert len({share.near_layout(64, 64) for share in shares}) == 1
+    assert len({share.plan.is_identity for share in shares}) == 1
+    before = sees(whole)
+    for rank, share in enumerate(shares):
+        first = rank * heads // ranks
+        member = share.membership()
+        assert member.streaming == share.streaming == share.plan.streaming
+        assert (member.kept_keys, member.kept_values) == (share.kept, share.kept_values)
+        assert member.key_heads.shape == (1, share.kept)
+        assert member.value_heads.shape == (1, share.kept_values)
+        for head, now in enumerate(sees(share)):
+            was = before[first + head]
+            # what was exact stays so; nobody shares or forgets who did not
+            assert now in (was, "own")
+            chosen = int(member.representatives[0, head])
+            assert chosen == head or rep[first + chosen] == rep[first + head]
+    if ranks == 1:
+        assert whole.membership().representatives[0].tolist() == list(rep)
+        assert whole.streaming == streaming
+        assert whole.kept == profile.kept_keys(0, shape)
+        assert whole.kept_values == profile.kept_values(0, shape)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (32, 8)])
+@pytest.mark.parametrize("target", ["scores", "k-bytes"])
+@pytest.mark.parametrize("streams", ["even", "first", "alternate", "most", "a rank"])
+def test_streaming_heads_of_online_profiles_are_dealt_to_ranks(
+    streams, target, heads, kv_heads, ranks
+) -> None:
+    group = heads // kv_heads
+    if target == "k-bytes" and group == 1:
+        pytest.skip("grouped queries only")
+    groups = {
+        "even": [g for g in range(kv_heads) if g % (kv_heads // ranks) == 0],
+        "first": [0],
+        "alternate": list(range(0, kv_heads, 2)),
+        "most": list(range(kv_heads - 2)),
+        "a rank": list(range(kv_heads // ranks)),
+    }[streams]
+    streaming = tuple(g * group + i for g in groups for i in range(group))
+    far = heads - len(streaming)
+    clusters = far // 2 // group * group or group
+    profile = ClusterProfile(
+        (clusters,), target=target, window=8, streaming=(streaming,), recent=8, sinks=2
+    )
+    shape = shape_of(heads, kv_heads)
+    shares = [served_layers(shape, profile, ranks, rank)[0] for rank in range(ranks)]
+    assert len({share.layout(64, 64) for share in shares}) == 1
+    assert len({share.near_layout(64, 64) for share in shares}) == 1
+    assert len({share.plan.is_identity for share in shares}) == 1
+    whole = served_layers(shape, profile)[0]
+    assert whole.streaming == streaming
+    assert whole.plan.clusters == clusters
+    torch.manual_seed(0)
+    for rank, share in enumerate(shares):
+        first, own = rank * heads // ranks, heads // ranks
+        if share.plan.is_identity:
+            continue
+        states = (torch.randn(2, n, 8, 16) for n in (own, own // group, own // group))
+        member = share.membership()
+        if share.plan.needs_probe:
+            found = share.plan.online_membership(*states, 1.0, None)
+            member = share.membership_of(found.representatives)
+        assert member.streaming == share.streaming
+        assert set(share.streaming) <= {h - first for h in streaming}
+        assert member.key_heads.shape[1] == share.kept
+        assert member.value_heads.shape[1] == share.kept_values
+        rep = member.representatives
+        # a head that streams in the profile streams, or attends to everything by itself
+        for head in (h - first for h in streaming if first <= h < first + own):
+            assert bool((rep[:, head] == head).all())
+            assert not bool((rep == head).sum(1).gt(1).any())
+        ranks_far = own - len([h for h in streaming if first <= h < first + own])
+        assert share.plan.clusters * far >= clusters * ranks_far
+
+
+def test_heads_of_the_default_recipe_make_these_pages() -> None:
+    # 8 keep, 12 share, 12 stream in every layer of 32
+    rep = [head if head < 8 or head >= 20 else head % 8 for head in range(32)]
+    profile = ClusterProfile(
+        (8,) * 32, "static", representatives=[rep] * 32, streaming=[tuple(range(20, 32))] * 32,
+        recent=128, sinks=4,
+    )  # fmt: skip
+    layers = served_layers(shape_of(32, 32, 32), profile)
+    far, near = layers[0].layout(128, 128), layers[0].near_layout(128, 128)
+    assert near is not None
+    assert (far.key_heads, far.value_heads) == (8, 20)
+    assert (near.key_heads, near.value_heads) == (24, 12)
+    assert near_page_tokens(layers, 64, 128, 128) == 48
+
+
+def test_a_layer_whose_heads_all_stream_has_pages_of_next_to_nothing() -> None:
+    every = tuple(range(8))
+    profile = ClusterProfile(
+        (0, 8), "static", representatives=[every] * 2, streaming=[every, ()], recent=8, sinks=2
+    )
+    for ranks in (1, 2):
+        layer, plain = served_layers(shape_of(8, 8, 2), profile, ranks)
+        assert plain.plan.is_identity
+        assert plain.near_layout(64, 64) is None
+        assert (layer.kept, layer.kept_values) == (0, 0)
+        layout = layer.layout(64, 64)
+        assert layout.page_bytes(16, 2) == 32
+        key, value = layout.split(torch.zeros(3, 1, 16, layout.numbers_per_token))
+        assert key.shape == value.shape == (3, 16, 0, 64)
+        assert layer.near_layout(64, 64) == PageLayout(8 // ranks, 8 // ranks, 64, 64)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("near", [1, 4, 20, 24, 36, 60])
+def test_near_pages_fill_a_block_and_prefixes_are_found_again(page: int, near: int) -> None:
+    far = 64 - near
+    tokens = near_page(page, far, near)
+    assert tokens % 16 == 0
+    assert math.lcm(tokens, page) <= 4 * page
+    if tokens > 16:
+        assert tokens * near <= page * far
+    larger = [n for n in range(tokens + 16, 4 * page + 1, 16) if math.lcm(n, page) <= 4 * page]
+    assert all(n * near > page * far for n in larger)

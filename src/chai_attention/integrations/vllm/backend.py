@@ -113,4 +113,4 @@ def backend_of(
 ) -> type[ChaiBackend]:
     """The backend class of layers with such pages, in caches of these layouts."""
     known = {"layout": layout, "layouts": layouts, "probe_end": probe_end}
-    return type(f"ChaiBackend{layout.kept}", (ChaiBackend,), known)
+    return type(f"ChaiBackend{layout.key_heads}", (ChaiBackend,), known)

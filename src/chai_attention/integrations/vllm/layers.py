@@ -1,13 +1,14 @@
 """A profile as vLLM runs it: one plan per layer, for the heads that one rank holds.
 
 With tensor parallelism every rank holds some of the heads, and probabilities never cross ranks.
-Every rank must have pages of the same size.
+Every rank must have pages of the same size (see `shares`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -15,7 +16,8 @@ from chai_attention.clustering.assign import K_BYTES, assign_by_cost
 from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.support import ModelShape
-from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.integrations.vllm.pages import PageLayout, near_page
+from chai_attention.integrations.vllm.shares import fixed_shares, online_shares
 from chai_attention.membership import Membership
 from chai_attention.profile import ClusterProfile
 
@@ -28,14 +30,27 @@ class ServedLayer:
 
     Attributes:
         plan: how they are clustered; heads count from the rank's first.
-        kept: K heads that pages hold, the same on every rank.
+        kept: K heads that far pages hold, the same on every rank.
         fallback: ``[H]`` representatives of requests whose first chunk of tokens is too short to
             tell, of layers with an online membership.
+        exact: streaming heads of the plan that attend to all keys nevertheless, as another rank has
+            fewer of them (online memberships only).
     """
 
     plan: LayerPlan
     kept: int
     fallback: tuple[int, ...]
+    exact: tuple[int, ...] = ()
+
+    @cached_property
+    def streaming(self) -> tuple[int, ...]:
+        """Heads that see near keys only."""
+        return tuple(head for head in self.plan.streaming if head not in self.exact)
+
+    @cached_property
+    def kept_values(self) -> int:
+        """V heads that far pages hold, the same on every rank."""
+        return replace(self.plan, streaming=self.streaming).kept_values
 
     def membership(self, device: torch.device | str | None = None) -> Membership:
         """The membership that does not depend on the request, of one row."""
@@ -45,21 +60,52 @@ class ServedLayer:
         return member if device is None else member.to(device)
 
     def membership_of(self, representatives: torch.Tensor) -> Membership:
-        """The membership of ``[B, H]`` representatives."""
+        """The membership of ``[B, H]`` representatives; a streaming head's is itself."""
         plan = self.plan
         return Membership.from_representatives(
-            representatives, plan.clusters, plan.kv_heads, self.kept
+            representatives,
+            plan.clusters + len(self.exact),
+            plan.kv_heads,
+            self.kept,
+            self.streaming,
         )
 
     @property
     def kind(self) -> Hashable:
         """Layers of one kind run the same kernels."""
         plan = self.plan
-        return plan.clusters, self.kept, plan.needs_probe, plan.has_recent_window
+        kept = self.kept, self.kept_values, len(self.streaming)
+        return plan.clusters, kept, plan.needs_probe, plan.has_recent_window
 
     def layout(self, head_dim: int, value_dim: int) -> PageLayout:
-        """Pages of this layer."""
-        return PageLayout(self.kept, self.plan.kv_heads, head_dim, value_dim)
+        """Far pages of this layer: K and V for all tokens."""
+        return PageLayout(self.kept, self.kept_values, head_dim, value_dim)
+
+    def near_layout(self, head_dim: int, value_dim: int) -> PageLayout | None:
+        """Near pages of this layer: what far pages lack, for the exact window; None without."""
+        keys, values = self.plan.kv_heads - self.kept, self.plan.kv_heads - self.kept_values
+        if not self.plan.has_recent_window or not keys + values:
+            return None
+        return PageLayout(keys, values, head_dim, value_dim)
+
+
+def near_page_tokens(
+    layers: Iterable[ServedLayer], page: int, head_dim: int, value_dim: int
+) -> int:
+    """Tokens of the near pages of a model, the same in all layers and on all ranks.
+
+    Args:
+        layers: all that the model has, of any tensor-parallel rank.
+        page: tokens of a far page.
+        head_dim: D.
+        value_dim: Dv.
+    """
+    far = near = 0
+    for layer in layers:
+        far += layer.layout(head_dim, value_dim).numbers_per_token
+        layout = layer.near_layout(head_dim, value_dim)
+        near += 0 if layout is None else layout.numbers_per_token
+    return near_page(page, far, near)
 
 
 def served_layers(
@@ -67,9 +113,10 @@ def served_layers(
 ) -> tuple[ServedLayer, ...]:
     """Return the layers of ``rank`` of ``ranks``.
 
-    Clusters that lie across ranks are taken apart, and ranks that need fewer heads' scores than
-    another keep spare ones, so a profile saves less with more ranks. An online membership finds
-    k / ranks clusters, rounded up, among each rank's heads.
+    Clusters that lie across ranks are taken apart, and ranks that need fewer heads' scores, or
+    fewer V heads, than another keep spare ones, so a profile saves less with more ranks. An online
+    membership finds k / ranks clusters, rounded up, among each rank's heads, or as its share of the
+    heads that do not stream demands.
 
     Raises:
         ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
@@ -90,7 +137,6 @@ def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> 
     """One rank's share of a layer."""
     heads, groups = plan.heads // ranks, plan.kv_heads // ranks
     first = rank * heads
-    unit = heads // groups if plan.target == K_BYTES else 1
     local = replace(
         plan,
         heads=heads,
@@ -98,20 +144,31 @@ def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> 
         costs=_part(plan.costs, first, heads),
         offsets=_part(plan.offsets, first, heads),
     )
-    if plan.is_identity or plan.representatives is not None:
+    every, whole = tuple(range(heads)), plan.target == K_BYTES
+    # a layer that keeps all its heads on every rank needs no tables
+    identity = replace(local, clusters=heads, representatives=None, streaming=())
+    if plan.is_identity:
+        return ServedLayer(identity, groups, every)
+    if not plan.needs_probe:
         rep = plan.representatives or tuple(range(plan.heads))
-        shares = _even_shares(rep, ranks, heads, unit)
-        kept = max(len({head * groups // heads for head in share}) for share in shares)
-        mine = shares[rank]
-        # a layer that keeps all its heads on every rank needs no tables
-        fixed = None if plan.is_identity else mine
-        local = replace(local, clusters=len(set(mine)), representatives=fixed)
-        return ServedLayer(local, kept if heads != groups else local.clusters, mine)
-    # a whole number of units of clusters on each rank
-    clusters = -(-plan.clusters // (ranks * unit)) * unit
-    local = replace(local, clusters=clusters)
-    kept = clusters // (heads // groups) if plan.target == K_BYTES else min(clusters, groups)
-    return ServedLayer(local, kept, _fallback(local, _part(similarity, first, heads)))
+        mine = fixed_shares(rep, plan.streaming, ranks, plan.kv_heads, whole)[rank]
+        if mine.is_identity:
+            return ServedLayer(identity, groups, every)
+        fixed = replace(
+            local,
+            clusters=len(set(mine.representatives)) - len(mine.streaming),
+            representatives=mine.representatives,
+            streaming=mine.streaming,
+        )
+        return ServedLayer(fixed, mine.kept, mine.representatives)
+    share = online_shares(plan.clusters, plan.heads, plan.streaming, ranks, plan.kv_heads, whole)[
+        rank
+    ]
+    if share.is_identity:
+        return ServedLayer(identity, groups, every)
+    local = replace(local, clusters=share.clusters, streaming=share.streaming)
+    fallback = _fallback(local, _part(similarity, first, heads))
+    return ServedLayer(local, share.kept, fallback, share.exact)
 
 
 def _part(table: Table | None, first: int, heads: int) -> Table | None:
@@ -119,33 +176,6 @@ def _part(table: Table | None, first: int, heads: int) -> Table | None:
     if table is None:
         return None
     return tuple(row[first : first + heads] for row in table[first : first + heads])
-
-
-def _even_shares(
-    representatives: tuple[int, ...], ranks: int, heads: int, unit: int
-) -> list[tuple[int, ...]]:
-    """Representatives on each rank, counted from its first head, equally many on all.
-
-    Heads whose representative is on another rank get a member of their cluster on their own, the
-    lowest. ``unit`` neighbouring heads become representatives together.
-    """
-    shares = []
-    for rank in range(ranks):
-        mine = range(rank * heads, (rank + 1) * heads)
-        chosen: dict[int, int] = {}  # cluster to its representative here
-        for head in mine:
-            cluster = representatives[head]
-            chosen.setdefault(cluster, cluster if cluster in mine else head)
-        share = [chosen[representatives[head]] - mine.start for head in mine]
-        for start in {rep // unit * unit for rep in share}:
-            share[start : start + unit] = range(start, start + unit)
-        shares.append(share)
-    most = max(len(set(share)) for share in shares)
-    for share in shares:
-        while len(set(share)) < most:
-            spare = next(head for head in range(0, heads, unit) if share[head] != head)
-            share[spare : spare + unit] = range(spare, spare + unit)
-    return [tuple(share) for share in shares]
 
 
 def _fallback(plan: LayerPlan, similarity: Table | None) -> tuple[int, ...]:
@@ -158,5 +188,11 @@ def _fallback(plan: LayerPlan, similarity: Table | None) -> tuple[int, ...]:
         # neighbouring heads together
         head = torch.arange(plan.heads, dtype=torch.float32)
         cost = (head[:, None] - head).abs()[None]
-    rep = assign_by_cost(cost, plan.clusters, plan.kv_heads, plan.target)
-    return tuple(int(head) for head in rep[0])
+    found = list(range(plan.heads))
+    far = [head for head in found if head not in plan.streaming]
+    if far:
+        kv_heads = len(far) * plan.kv_heads // plan.heads
+        rep = assign_by_cost(cost[:, far][:, :, far], plan.clusters, kv_heads, plan.target)
+        for number, chosen in zip(far, rep[0].tolist(), strict=True):
+            found[number] = far[chosen]
+    return tuple(found)

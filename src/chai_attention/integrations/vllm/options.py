@@ -10,12 +10,12 @@ from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE as PAGE_MULTIPLE
 from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
 
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
 _DIGEST = "sha256"
-PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
 EIGHT_BITS = ("fp8", "fp8_e4m3")  # names of K,V caches of float8_e4m3fn
 CACHE_DTYPES = ("float16", "bfloat16")  # that it may have if the model has them
 

@@ -1,35 +1,42 @@
-"""What lies in a page of the K,V cache: K of the kept heads, then V of all."""
+"""What lies in a page of the K,V cache, and how large the pages of the exact window are."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
+# Prefixes are found again at multiples of both kinds of pages: not more than so many far pages
+_MOST_ALIGNED = 4
+
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The pages of one layer.
+    """The pages of one layer, far or near.
 
-    A page of N tokens is one run of memory: ``[N, kept, D]`` of K and behind it ``[N, G, Dv]`` of
-    V. Both orders of heads are those of the request's membership.
+    A page of N tokens is one run of memory: ``[N, key_heads, D]`` of K and behind it
+    ``[N, value_heads, Dv]`` of V. Far pages hold the heads that a membership keeps, in the order of
+    its ``key_heads`` and ``value_heads``; near pages those that it removes, in the order of its
+    ``removed_key_heads`` and ``removed_value_heads``.
 
     Attributes:
-        kept: K heads that a page holds.
-        kv_heads: G.
+        key_heads: K heads that a page holds.
+        value_heads: V heads that a page holds.
         head_dim: D.
         value_dim: Dv.
     """
 
-    kept: int
-    kv_heads: int
+    key_heads: int
+    value_heads: int
     head_dim: int
     value_dim: int
 
     @property
     def numbers_per_token(self) -> int:
-        """Numbers that a page holds for every token."""
-        return self.kept * self.head_dim + self.kv_heads * self.value_dim
+        """Numbers that a page holds for every token; at least one, as vLLM has no empty pages."""
+        return max(1, self.key_heads * self.head_dim + self.value_heads * self.value_dim)
 
     def page_bytes(self, tokens: int, element_size: int) -> int:
         """Bytes of a page of ``tokens``."""
@@ -42,12 +49,34 @@ class PageLayout:
             cache: ``[P, 1, N, numbers_per_token]``, as vLLM hands it to attention.
 
         Returns:
-            ``[P, N, kept, D]`` and ``[P, N, G, Dv]``.
+            ``[P, N, key_heads, D]`` and ``[P, N, value_heads, Dv]``.
         """
         pages, tokens = cache.shape[0], cache.shape[2]
         line = cache.flatten(1)
-        middle = tokens * self.kept * self.head_dim
+        middle = tokens * self.key_heads * self.head_dim
+        end = middle + tokens * self.value_heads * self.value_dim
         return (
-            line[:, :middle].view(pages, tokens, self.kept, self.head_dim),
-            line[:, middle:].view(pages, tokens, self.kv_heads, self.value_dim),
+            line[:, :middle].view(pages, tokens, self.key_heads, self.head_dim),
+            line[:, middle:end].view(pages, tokens, self.value_heads, self.value_dim),
         )
+
+
+def near_page(page: int, far: int, near: int) -> int:
+    """Tokens of a near page beside far pages of ``page`` tokens.
+
+    vLLM takes both from one store of blocks, so every block is as large as the larger of the two.
+    Near pages are as long as they can be without being the larger ones; but 16 tokens at least,
+    and so that prefixes can be found again at every fourth far page or more often.
+
+    Args:
+        page: tokens of a far page, a multiple of 16.
+        far: numbers per token in the far pages of all layers together.
+        near: the same of near pages.
+    """
+    found = PAGE_MULTIPLE
+    for tokens in range(PAGE_MULTIPLE, page * far // max(1, near) + 1, PAGE_MULTIPLE):
+        if tokens > _MOST_ALIGNED * page:
+            break
+        if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
+            found = tokens
+    return found
