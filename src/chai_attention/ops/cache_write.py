@@ -8,6 +8,7 @@ from torch import Tensor
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import FLOAT8, narrow
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 
 
@@ -87,11 +88,12 @@ def write_paged(
     value_pages: Tensor,
     slot_mapping: Tensor,
     membership: Membership,
-    row_of_token: Tensor | None = None,
-    near: NearRing | None = None,
+    rows: Tensor | None = None,
+    near: NearPages | NearRing | None = None,
     positions: Tensor | None = None,
     near_rows: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    near_slot_mapping: Tensor | None = None,
 ) -> None:
     """Write T tokens of any sequences into pages.
 
@@ -100,33 +102,50 @@ def write_paged(
         value: ``[T, G, Dv]``.
         key_pages: ``[P, N, kept_keys, D]``, any strides but the last; of K's dtype or
             float8_e4m3fn (`ops.narrow`).
-        value_pages: ``[P, N, G, Dv]``, of the same.
+        value_pages: ``[P, N, kept_values, Dv]``, of the same.
         slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
-        membership: tables of one row for all, or of any number with ``row_of_token``.
-        row_of_token: ``[T]`` int32, each token's row of the membership's tables.
-        near: takes K of the removed heads of tokens that ``near_rows`` has a place for; rounded
+        membership: tables of one row for all, or of any number with ``rows``.
+        rows: ``[T]`` int32, each token's row of the membership's tables.
+        near: takes K, and V, of the heads that far pages do not hold. Of `NearPages` the block
+            table is not used. Of a `NearRing`, tokens that ``near_rows`` has a place for; rounded
             like the pages' K.
         positions: ``[T]`` int32, position of each token in its sequence; with ``near``.
         near_rows: ``[T]`` int32, row of ``near``'s memories; -1 for tokens to leave out, and
             ``-2 - row`` for those that are too old for the ring of ``row`` (R or more tokens
             before their sequence's last), which may still be sinks.
-        scales: what K and V are divided by in 8-bit pages.
+        scales: what K and V are divided by in 8-bit pages, far and near.
+        near_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the near pages; with `NearPages`.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
     """
     tokens, groups, dim = key.shape
     pages, page = key_pages.shape[:2]
+    kept, kept_values = membership.kept_keys, membership.kept_values
+    value_dim, is_narrow = value.shape[2], key_pages.dtype == value_pages.dtype == FLOAT8
     fits = (
-        key_pages.shape == (pages, page, membership.kept_keys, dim)
-        and value_pages.shape == (pages, page, groups, value.shape[2])
+        key_pages.shape == (pages, page, kept, dim)
+        and value_pages.shape == (pages, page, kept_values, value_dim)
         and value.shape[:2] == (tokens, groups)
-        and membership.kv_heads == groups == membership.kept_values
-        and (membership.batch == 1 or row_of_token is not None)
+        and membership.kv_heads == groups
+        and (membership.batch == 1 or rows is not None)
+        and (rows is None or rows.shape == (tokens,))
         and slot_mapping.shape == (tokens,)
-        and (near is None or (positions is not None and near_rows is not None))
     )
-    is_narrow = key_pages.dtype == value_pages.dtype == FLOAT8
+    if isinstance(near, NearPages):
+        count, size = near.key.shape[:2]
+        fits = (
+            fits
+            and near.key.shape == (count, size, groups - kept, dim)
+            and near.value.shape == (count, size, groups - kept_values, value_dim)
+            and {near.key.dtype, near.value.dtype} == {key_pages.dtype}
+            and near_slot_mapping is not None
+            and near_slot_mapping.shape == (tokens,)
+        )
+    elif near is not None:
+        fits = fits and kept_values == groups and positions is not None and near_rows is not None
+    else:
+        fits = fits and not membership.streaming
     _check(
         fits and (is_narrow or scales == (1.0, 1.0)), key, value, key_pages, value_pages,
         membership, is_narrow,
@@ -135,22 +154,24 @@ def write_paged(
         from chai_attention.ops.triton import write
 
         write.write_paged(
-            key, value, key_pages, value_pages, slot_mapping, membership, row_of_token,
-            near, positions, near_rows, scales,
+            key, value, key_pages, value_pages, slot_mapping, membership, rows,
+            near, positions, near_rows, scales, near_slot_mapping,
         )  # fmt: skip
         return
     new_key, new_value = key, value
     if is_narrow:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
         key = new_key.to(key.dtype)
-    token = (slot_mapping >= 0).nonzero()[:, 0]
-    slot = slot_mapping[token]
-    line = torch.zeros_like(slot) if row_of_token is None else row_of_token[token].long()
-    at = token[:, None]
-    key_pages[slot // page, slot % page] = new_key[at, membership.key_heads[line]]
-    value_pages[slot // page, slot % page] = new_value[at, membership.value_heads[line]]
-    if near is None or positions is None or near_rows is None:
+    line = torch.zeros(tokens, dtype=torch.long) if rows is None else rows.long()
+    _put(new_key, key_pages, membership.key_heads[line], slot_mapping)
+    _put(new_value, value_pages, membership.value_heads[line], slot_mapping)
+    if isinstance(near, NearPages) and near_slot_mapping is not None:
+        _put(new_key, near.key, membership.removed_key_heads[line], near_slot_mapping)
+        _put(new_value, near.value, membership.removed_value_heads[line], near_slot_mapping)
+    if not isinstance(near, NearRing) or positions is None or near_rows is None:
         return
+    token = (slot_mapping >= 0).nonzero()[:, 0]
+    at, line = token[:, None], line[token]
     removed = key[at, membership.removed_key_heads[line]]  # [T', G - kept, D]
     row, position = near_rows[token].long(), positions[token].long()
     in_ring = row >= 0
@@ -161,6 +182,15 @@ def write_paged(
     for index in range(near.sinks.shape[2]):
         here = known & (near.sink_positions[row.clamp_min(0), index] == position)
         near.sinks[row[here], :, index] = removed[here]
+
+
+def _put(states: Tensor, pages: Tensor, heads: Tensor, slots: Tensor) -> None:
+    """Write ``heads [T, n]`` of ``states [T, G, D]`` to ``slots [T]`` of ``pages [P, N, n, D]``."""
+    if not heads.shape[1]:
+        return
+    token = (slots >= 0).nonzero()[:, 0]
+    slot, page = slots[token], pages.shape[1]
+    pages[slot // page, slot % page] = states[token[:, None], heads[token]]
 
 
 def _check(
@@ -176,8 +206,9 @@ def _check(
         raise AttentionInputError(
             f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
             f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
-            f"with {membership.kept_keys} kept K heads, positions are missing, or scales are given "
-            "for pages that are not of 8 bits"
+            f"with {membership.kept_keys} kept K heads and {membership.kept_values} V heads, "
+            "near pages or places of the other heads are missing or do not fit, or scales are "
+            "given for pages that are not of 8 bits"
         )
     if not is_narrow and (key.dtype != keys.dtype or value.dtype != values.dtype):
         raise AttentionInputError(

@@ -1,7 +1,8 @@
 """Decode over paged caches, as servers keep them.
 
-K pages ``[P, N, kept, D]`` and V pages ``[P, N, G, Dv]`` hold N tokens each, and may be views
-into one buffer in which a page is a run of memory. A block table says which pages a sequence has.
+K pages ``[P, N, kept, D]`` and V pages ``[P, N, kept values, Dv]`` hold N tokens each, and may be
+views into one buffer in which a page is a run of memory. A block table says which pages a sequence
+has. What an exact recent window needs of the other heads stands in pages of its own (`near_pages`).
 Pages may be of 8-bit floats (`ops.narrow`), whatever the query is of.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
+from chai_attention.ops.near_pages import NearPages, reference_paged_decode
 from chai_attention.ops.ring import NearRing, decode_recent
 
 
@@ -29,7 +31,7 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    near: NearRing | None = None,
+    near: NearPages | NearRing | None = None,
     slots: Tensor | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
@@ -43,16 +45,19 @@ def paged_decode(
             in theirs, of which the representatives' are read in place.
         key_pages: ``[P, N, kept_keys, D]`` in the order of ``membership.key_heads``; any strides
             but the last; of the query's dtype or float8_e4m3fn.
-        value_pages: ``[P, N, G, Dv]`` in the order of ``membership.value_heads``, of the same.
+        value_pages: ``[P, N, kept_values, Dv]`` in the order of ``membership.value_heads``, of the
+            same.
         block_table: ``[B, max_pages]`` int32, the pages of each sequence.
         membership: tables of one row for all sequences, of B, or of any number with ``rows``.
         lengths: ``[B]`` int32, keys of each sequence, the new one included; 0 gives zeros.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         rows: ``[B]`` int32, each sequence's row of the membership's tables.
-        near: exact recent window; needs the query of all heads.
+        near: exact recent window; needs the query of all heads. A membership with streaming heads
+            needs one.
         slots: ``[B]`` int32, each sequence's row of ``near``'s memories; None for its own number.
-        offset: ``[B, H]`` float32 added to the far keys' log-sum-exp; with ``near``.
+        offset: ``[B, H]`` float32 added to the far keys' log-sum-exp (`windowed.head_offsets`);
+            with ``near``. Streaming heads need it.
         out: ``[B, H, Dv]`` to write to.
         return_lse: also return the log-sum-exp of each cluster; without ``near``.
         most_keys: bound of ``lengths`` that the context's splits are chosen for; None for what
@@ -80,9 +85,13 @@ def paged_decode(
             **options,
         )  # fmt: skip
     member = rows_of(membership, rows, query.shape[0])
-    key, value = (gather_pages(x, block_table, query.dtype) for x in (key_pages, value_pages))
+    size = int(lengths.max()) if len(lengths) else 0
+    used = block_table[:, : -(-size // key_pages.shape[1])]
+    key, value = (gather_pages(x, used, query.dtype)[:, :, :size] for x in (key_pages, value_pages))
     lse = None
-    if near is not None:
+    if isinstance(near, NearPages):
+        result = reference_paged_decode(query, key, value, member, near, offset=offset, **options)
+    elif near is not None:
         if slots is not None:
             near = near.select(slots.long())
         result = decode_recent(
@@ -110,7 +119,7 @@ def _check(
     membership: Membership,
     lengths: Tensor,
     rows: Tensor | None,
-    near: NearRing | None,
+    near: NearPages | NearRing | None,
     slots: Tensor | None,
     offset: Tensor | None,
     out: Tensor | None,
@@ -118,6 +127,7 @@ def _check(
 ) -> None:
     """Refuse what `paged_decode` cannot take; nothing is read on the host."""
     heads, kept, groups = membership.heads, membership.kept_keys, membership.kv_heads
+    values = membership.kept_values
     batch, count, dim = query.shape
     pages, page, value_dim = *key_pages.shape[:2], value_pages.shape[-1]
     if count not in (heads, membership.clusters):
@@ -131,11 +141,15 @@ def _check(
         )
     if near is None and (slots is not None or offset is not None):
         raise AttentionInputError("slots and offset belong to a recent window: give near, too")
+    if membership.streaming and (near is None or offset is None):
+        raise AttentionInputError(
+            "streaming heads need near and offset: a recent window, and `head_offsets`"
+        )
     if rows is None and membership.batch not in (1, batch):
         raise AttentionInputError(f"{membership.batch} memberships for {batch} sequences need rows")
     wanted = {
         "key_pages": (key_pages, (pages, page, kept, dim)),
-        "value_pages": (value_pages, (pages, page, groups, value_dim)),
+        "value_pages": (value_pages, (pages, page, values, value_dim)),
         "block_table": (block_table, (batch, *block_table.shape[1:2])),
         "lengths": (lengths, (batch,)),
         "rows": (rows, (batch,)),
@@ -143,7 +157,17 @@ def _check(
         "offset": (offset, (batch, heads)),
         "out": (out, (batch, heads, value_dim)),
     }
-    if near is not None:
+    if isinstance(near, NearPages):
+        count, size = near.key.shape[:2]
+        wanted["near.key"] = (near.key, (count, size, groups - kept, dim))
+        wanted["near.value"] = (near.value, (count, size, groups - values, value_dim))
+        wanted["near.block_table"] = (near.block_table, (batch, *near.block_table.shape[1:2]))
+        if {near.key.dtype, near.value.dtype} != {key_pages.dtype} or near.recent < 1:
+            raise AttentionInputError(
+                f"near pages of {near.key.dtype} beside far ones of {key_pages.dtype}, which need "
+                f"one dtype, or a window of {near.recent} tokens"
+            )
+    elif near is not None:
         memories = near.ring.shape[0] if slots is not None else batch
         wanted["near.ring"] = (near.ring, (memories, groups - kept, near.size, dim))
         sinks = near.sinks.shape[2]
@@ -169,6 +193,9 @@ def rows_of(membership: Membership, rows: Tensor | None, batch: int) -> Membersh
 
 def gather_pages(pages: Tensor, block_table: Tensor, dtype: torch.dtype) -> Tensor:
     """``[P, N, heads, D]`` of ``[B, max_pages]`` pages: ``[B, heads, max_pages * N, D]``."""
+    if not pages.shape[2]:  # all heads stream: there need not be any page
+        size = block_table.shape[1] * pages.shape[1]
+        return pages.new_zeros(len(block_table), 0, size, pages.shape[3]).to(dtype)
     return pages[block_table.long()].flatten(1, 2).transpose(1, 2).to(dtype)
 
 

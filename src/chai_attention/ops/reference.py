@@ -103,27 +103,61 @@ def recent_attention(
     Returns:
         ``[B, Q, H, Dv]``; zeros for a query that sees no key.
     """
-    batch, heads, queries, _ = query.shape
+    batch, _, queries, _ = query.shape
     size, device, rep = key.shape[2], key.device, membership.representatives
+    offset = None
+    if offsets is not None:
+        each = torch.arange(membership.heads, device=device)
+        offset = torch.where(rep == each, 0.0, offsets[each, rep])  # [B, H]
+    real = torch.ones(batch, size, dtype=torch.bool, device=device) if valid is None else valid
+    position = torch.arange(size - queries, size, device=device)[:, None]
+    near = torch.arange(size, device=device) > position - recent  # [Q, S]
+    near = near | (real.cumsum(1) <= sinks)[:, None, None]  # [B, 1, Q, S]
+    seen = visible(batch, queries, size, None, valid, device)
+    return near_and_far(
+        query, key, value, membership, near, seen, scale=scale, offset=offset, softcap=softcap
+    )
+
+
+def near_and_far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    offset: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention by own scores of near keys, and by the representative's of all others.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        key: ``[B, G, S, D]``; those that only stand far may be anything for removed heads.
+        value: ``[B, G, S, Dv]``, finite; the same.
+        membership: tables of B rows.
+        near: ``[B or 1, 1, Q, S]`` bool, which keys are near to each query.
+        seen: the same, which keys it sees at all.
+        scale: factor on the scores.
+        offset: ``[B, H]``, added to the scores of far keys; None for zeros.
+        softcap: as in `attention`.
+
+    Returns:
+        ``[B, Q, H, Dv]`` in the query's dtype; zeros for a query that sees no key.
+    """
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, value = (x.to(work).repeat_interleave(membership.group_size, 1) for x in (key, value))
     own = query.to(work) @ key.mT * scale  # [B, H, Q, S]
     if softcap is not None:
         own = softcap * torch.tanh(own / softcap)
-    shared = own.gather(1, rep[:, :, None, None].expand_as(own))
-    if offsets is not None:
-        each = torch.arange(heads, device=device)
-        offset = torch.where(rep == each, 0.0, offsets[each, rep])  # [B, H]
+    shared = own.gather(1, membership.representatives[:, :, None, None].expand_as(own))
+    if offset is not None:
         shared = shared + offset[:, :, None, None]
     if membership.streaming:
         shared = shared.masked_fill(membership.streams[:, None, None], -torch.inf)
-
-    real = torch.ones(batch, size, dtype=torch.bool, device=device) if valid is None else valid
-    position = torch.arange(size - queries, size, device=device)[:, None]
-    near = torch.arange(size, device=device) > position - recent  # [Q, S]
-    near = near | (real.cumsum(1) <= sinks)[:, None, None]  # [B, 1, Q, S]
-    scores = torch.where(near, own, shared)
-    scores = scores.masked_fill(~visible(batch, queries, size, None, valid, device), -torch.inf)
+    scores = torch.where(near, own, shared).masked_fill(~seen, -torch.inf)
     probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
     # one softmax over both kinds of scores is the merge by log-sum-exp
     return (probs @ value).transpose(1, 2).to(query.dtype)

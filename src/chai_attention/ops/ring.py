@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.reference import near_and_far
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,22 +154,10 @@ def reference_decode_recent(
         caches[index] = torch.cat([caches[index], removed], 1)
     every, values = caches  # [B, G, S, D], [B, G, S, Dv]
     every = every.gather(1, membership.key_place[:, :, None, None].expand(-1, -1, size, dim))
-
-    work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    group = membership.group_size
-    own = query.to(work) @ every.to(work).repeat_interleave(group, 1).mT * scale  # [B, H, 1, S]
-    if softcap is not None:
-        own = softcap * torch.tanh(own / softcap)
-    rep = membership.representatives
-    shared = own.gather(1, rep[:, :, None, None].expand_as(own))
-    if offset is not None:
-        shared = shared + offset[:, :, None, None]
-    if membership.streaming:
-        shared = shared.masked_fill(membership.streams[:, None, None], -torch.inf)
+    place = membership.value_place[:, :, None, None].expand(-1, -1, size, value.shape[3])
+    values = values.gather(1, place).masked_fill(~real[:, None, :, None], 0.0)
     is_near = (position >= last - near.recent) | is_sink
-    scores = torch.where(is_near[:, None, None], own, shared)
-    scores = scores.masked_fill(~real[:, None, None], -torch.inf)
-    probs = torch.softmax(scores, -1).nan_to_num(0.0)
-    slot = membership.value_slot[:, :, None, None].expand(-1, -1, size, value.shape[3])
-    values = values.gather(1, slot).to(work).masked_fill(~real[:, None, :, None], 0.0)
-    return (probs @ values).transpose(1, 2).to(value.dtype)
+    return near_and_far(
+        query, every, values, membership, is_near[:, None, None], real[:, None, None],
+        scale=scale, offset=offset, softcap=softcap,
+    ).to(value.dtype)  # fmt: skip

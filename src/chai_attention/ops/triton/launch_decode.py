@@ -9,8 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of, members_of
@@ -88,7 +90,7 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    near: NearRing | None = None,
+    near: NearPages | NearRing | None = None,
     slots: Tensor | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
@@ -96,6 +98,8 @@ def paged_decode(
     most_keys: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.paged.paged_decode` in two launches."""
+    if isinstance(near, NearPages):
+        raise AttentionInputError("there is no kernel for near pages yet: use the CPU")
     check(
         query,
         *(() if near is None else (memory for pair in near.memories for memory in pair)),

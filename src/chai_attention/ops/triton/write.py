@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import LARGEST
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import by_line
 
@@ -186,12 +188,15 @@ def write_paged(
     slot_mapping: Tensor,
     membership: Membership,
     row_of_token: Tensor | None = None,
-    near: NearRing | None = None,
+    near: NearPages | NearRing | None = None,
     positions: Tensor | None = None,
     near_rows: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    near_slot_mapping: Tensor | None = None,
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
+    if near_slot_mapping is not None or isinstance(near, NearPages):
+        raise AttentionInputError("there is no kernel for near pages yet: use the CPU")
 
     def token_last(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(2), x.stride(1)

@@ -1,0 +1,137 @@
+"""Sequences in far and near pages, written token by token or at once, with NaN everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.near_pages import NearPages
+from helpers import recent_definition
+
+NOWHERE = 2**31 - 1  # a page's number that must not be used
+
+
+@dataclass
+class NearCase:
+    """Pages, and K ``[G, S, D]`` and V ``[G, S, Dv]`` of every sequence, as pages hold them."""
+
+    pages: tuple[Tensor, Tensor]
+    table: Tensor
+    near: NearPages
+    lengths: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def shuffled_table(counts: list[int], spare: int = 2) -> tuple[Tensor, int]:
+    """A block table of so many pages for each sequence, in disorder, and how many pages there are.
+
+    What a sequence does not have is a page that nobody has.
+    """
+    total = sum(counts) + spare
+    order = torch.randperm(total)
+    table = torch.full((len(counts), max([1, *counts]) + 1), int(order[-1]), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        table[row, :count], order = order[:count], order[count:]
+    return table, total
+
+
+def near_case(
+    member: Membership,
+    lengths: list[int],
+    write: Callable[..., None],
+    *,
+    page: int,
+    near_page: int,
+    recent: int,
+    sinks: int,
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    stored: torch.dtype | None = None,
+    rows: Tensor | None = None,
+    steps: bool = False,
+) -> NearCase:
+    """Write sequences of ``lengths`` with ``write``, whose tables are ``member``'s ``rows``.
+
+    Near pages that lie wholly before the window, but for the sinks', are NaN afterwards and have
+    no number in the block table. ``steps``: one token of each sequence at a time.
+    """
+    stored = stored or dtype
+    kept, values = member.kept_keys, member.kept_values
+    groups = member.kv_heads
+    table, total = shuffled_table([-(-n // page) for n in lengths])
+    near_table, near_total = shuffled_table([-(-n // near_page) for n in lengths])
+
+    def room(*shape: int) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype).to(stored).to(device)
+
+    pages = room(total, page, kept, dim), room(total, page, values, value_dim)
+    near = NearPages(
+        room(near_total, near_page, groups - kept, dim),
+        room(near_total, near_page, groups - values, value_dim),
+        near_table, recent, sinks,
+    )  # fmt: skip
+    states = [
+        [torch.randn(groups, n, size).to(stored).to(dtype) for n in lengths]
+        for size in (dim, value_dim)
+    ]
+    tables = torch.arange(len(lengths)) if rows is None else rows
+    if member.batch == 1 and rows is None:
+        tables = torch.zeros(len(lengths), dtype=torch.long)
+    tokens = [(row, t) for row, n in enumerate(lengths) for t in range(n)]
+    rounds = [tokens]
+    if steps:
+        rounds = [[x for x in tokens if x[1] == t] for t in range(max(lengths))]
+    for some in rounds:
+        key, value = (
+            torch.stack([full[row][:, t] for row, t in some]).to(device) for full in states
+        )
+        slot, near_slot = (
+            torch.tensor([int(where[row, t // size]) * size + t % size for row, t in some])
+            for where, size in ((table, page), (near_table, near_page))
+        )
+        write(
+            key, value, *pages, slot.to(device), member,
+            tables[[row for row, _ in some]].int().to(device), near,
+            near_slot_mapping=near_slot.to(device),
+        )  # fmt: skip
+    for row, length in enumerate(lengths):
+        for index in range(-(-length // near_page)):
+            first, last = index * near_page, (index + 1) * near_page - 1
+            if first >= sinks and last < length - recent:
+                for held in (near.key, near.value):
+                    held[near_table[row, index]] = torch.nan
+                near_table[row, index] = NOWHERE
+    near = NearPages(near.key, near.value, near_table.to(device), recent, sinks)
+    sizes = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return NearCase(pages, table.to(device), near, sizes, *states)
+
+
+def case_definition(
+    case: NearCase,
+    query: Tensor,
+    member: Membership,
+    scale: float,
+    offsets: Tensor | None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``[B, H, Dv]`` by `helpers.recent_definition`; zeros for sequences without a token."""
+    rows = []
+    for row, (key, value) in enumerate(zip(case.keys, case.values, strict=True)):
+        if not key.shape[1]:
+            rows.append(torch.zeros(member.heads, value.shape[2], dtype=torch.float64))
+            continue
+        rows.append(
+            recent_definition(
+                query[row, None, :, None].cpu(), key[None], value[None],
+                member.representatives[row, None].cpu(), scale, case.near.recent, case.near.sinks,
+                offsets, softcap=softcap, streaming=member.streaming,
+            )[0, 0]
+        )  # fmt: skip
+    return torch.stack(rows)
