@@ -12,7 +12,7 @@ import pytest
 
 from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers.support import ModelShape
-from chai_attention.profile import PUBLISHED, ClusterProfile
+from chai_attention.profile import FOR_EVER, PUBLISHED, ClusterProfile, sliding_bytes
 
 SHAPE = ModelShape("llama", 3, 6, 6, 16, (True, True, True))
 GROUPED = ModelShape("llama", 3, 6, 2, 16, (True, True, True))
@@ -403,7 +403,7 @@ def test_a_profile_with_streaming_heads_is_of_schema_2_and_comes_back(tmp_path):
 
 
 def test_streaming_heads_save_k_and_v():
-    shape = SimpleNamespace(layers=2, heads=6, kv_heads=3, head_dim=4)
+    shape = ModelShape("x", 2, 6, 3, 4, (True, True))
     profile = ClusterProfile(
         (2, 4), "static", representatives=((0, 1, 0, 1, 4, 5), (0, 1, 2, 3, 4, 5)),
         streaming=((4, 5), (4, 5)), recent=8, sinks=2,
@@ -414,6 +414,21 @@ def test_streaming_heads_save_k_and_v():
     assert profile.bytes_per_token(shape, 2) == (2 * 2 * 3 * 4 * 2, (3 + 4) * 4 * 2)
     assert profile.window_bytes(shape, 2) == (12 - 7) * 10 * 4 * 2
     assert profile.saved(shape, 100) == pytest.approx(1 - (7 * 100 + 5 * 10) / (12 * 100))
+
+
+def test_layers_with_sliding_windows_do_not_grow_with_the_context():
+    """They hold 10 tokens at most, with any profile, and take no part in what a token adds."""
+    shape = ModelShape("x", 3, 6, 6, 4, (False, True, False), sliding_window=10)
+    profile = ClusterProfile((6, 2, 6), recent=3, sinks=1)
+    assert profile.bytes_per_token(shape, 2) == (12 * 4 * 2, 8 * 4 * 2)
+    assert profile.window_bytes(shape, 2) == 4 * 4 * 4 * 2
+    assert sliding_bytes(shape, 2) == sliding_bytes(shape, 2, 99) == 2 * 12 * 10 * 4 * 2
+    assert sliding_bytes(shape, 2, 7) == 2 * 12 * 7 * 4 * 2
+    assert profile.saved(shape, 100) == pytest.approx(4 * 96 / (12 * 100 + 24 * 10))
+    assert profile.saved(shape, 8) == pytest.approx(4 * 4 / (36 * 8))
+    assert profile.saved(shape, FOR_EVER) == pytest.approx(1 / 3)
+    everywhere = replace(shape, clusterable=(False,) * 3)
+    assert ClusterProfile((6, 6, 6)).saved(everywhere, 100) == 0
 
 
 @pytest.mark.parametrize(
@@ -428,7 +443,7 @@ def test_streaming_heads_save_k_and_v():
 def test_streaming_heads_that_a_model_cannot_have(clusters, streaming, message):
     shape = SimpleNamespace(
         architecture="x", layers=1, heads=6, kv_heads=3, head_dim=4, clusterable=(True,),
-        hidden_size=None,
+        hidden_size=None, sliding_window=None,
     )  # fmt: skip
     with pytest.raises(ProfileError, match=message):
         ClusterProfile(clusters, recent=4, streaming=streaming).check(shape)

@@ -54,6 +54,8 @@ class Shape(Protocol):
     def clusterable(self) -> tuple[bool, ...]: ...  # noqa: D102
     @property
     def hidden_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def sliding_window(self) -> int | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -346,15 +348,16 @@ class ClusterProfile:
         return curve[self.clusters[layer] * len(curve) // heads - 1]
 
     def bytes_per_token(self, shape: Shape, element_size: int) -> tuple[int, int]:
-        """K,V bytes per token in all layers: (of a full cache, with clusters).
+        """K,V bytes per token in all layers that hold every token: (full cache, with clusters).
 
-        The exact recent window comes on top, once per sequence: see `window_bytes`.
+        On top come, once per sequence, the exact recent window (`window_bytes`) and layers with
+        sliding windows (`sliding_bytes`).
         """
         head = shape.head_dim * element_size
-        full = 2 * shape.layers * shape.kv_heads * head
+        growing = [layer for layer, free in enumerate(shape.clusterable) if free]
+        full = 2 * len(growing) * shape.kv_heads * head
         kept = sum(
-            self.kept_keys(layer, shape) + self.kept_values(layer, shape)
-            for layer in range(shape.layers)
+            self.kept_keys(layer, shape) + self.kept_values(layer, shape) for layer in growing
         )
         return full, kept * head
 
@@ -370,7 +373,18 @@ class ClusterProfile:
         """Share of the K,V bytes of ``tokens`` tokens that a sequence does not hold."""
         full, kept = self.bytes_per_token(shape, 1)
         window = self.window_bytes(shape, 1) * min(1.0, tokens / max(1, self.recent + self.sinks))
-        return 1 - (kept * tokens + window) / (full * tokens)
+        sliding = sliding_bytes(shape, 1, tokens)
+        return 1 - (kept * tokens + window + sliding) / (full * tokens + sliding)
+
+
+def sliding_bytes(shape: Shape, element_size: int, tokens: int = FOR_EVER) -> int:
+    """K,V bytes of a sequence of ``tokens`` tokens in layers with sliding windows.
+
+    They hold the same with any profile: all heads of the last tokens, a window of them at most.
+    """
+    layers = shape.layers - sum(shape.clusterable)
+    held = min(tokens, shape.sliding_window or tokens)
+    return 2 * layers * shape.kv_heads * held * shape.head_dim * element_size
 
 
 def _listing(names: set[str]) -> str:

@@ -164,6 +164,18 @@ def test_work_of_a_model_by_counting():
     assert prompt.flops == 2 * (7 * linear + 97 * 48) + 3 * 2 * 28 * 48 * 2
 
 
+def test_the_work_of_sliding_windows_is_on_the_keys_that_they_see():
+    """Layer 0 of 3 sees the last 8 keys of 6 query heads of 16 numbers that share 2 K/V heads."""
+    shape = describe(tiny_model("gemma2"))
+    decode = model_work(Case("decode", 2, 50), shape, (0, 0), 4, None)
+    assert decode.flops == 2 * 2 * (8 + 50 + 50) * 6 * 16 * 2
+    assert decode.bytes == 2 * 4 * 16 * (4 * (8 + 50 + 50) + 3 * 2 * 6)
+    prompt = model_work(Case("prefill", 1, 50), shape, (0, 0), 4, None)
+    pairs = sum(min(8, query + 1) for query in range(50)) + 2 * 50 * 51 // 2
+    assert prompt.flops == 2 * pairs * 6 * 16 * 2
+    assert prompt.bytes == 4 * 16 * 50 * 3 * (4 + 2 * 6)
+
+
 def test_the_work_of_streaming_heads_is_near_k_and_v_only():
     shape = describe(tiny_model("llama"))
     profile = ClusterProfile(

@@ -13,10 +13,11 @@ from chai_attention.errors import CalibrationError
 HEADS = 4
 
 
-def shape_of(layers=3, kv_heads=HEADS, clusterable=None):
+def shape_of(layers=3, kv_heads=HEADS, clusterable=None, sliding_window=None):
     return SimpleNamespace(
-        layers=layers, heads=HEADS, kv_heads=kv_heads, clusterable=clusterable or (True,) * layers
-    )
+        layers=layers, heads=HEADS, kv_heads=kv_heads, clusterable=clusterable or (True,) * layers,
+        sliding_window=sliding_window,
+    )  # fmt: skip
 
 
 def evidence_of(layers=3, seed=0, scale=1.0):
@@ -69,6 +70,14 @@ def test_rings_count_in_what_is_saved():
         assert units * splits.unit_share(100) >= share - 1e-9
         assert (units - 1) * splits.unit_share(100) < share
     assert splits.units_to_save(0.81, 100) is None
+
+
+def test_layers_with_sliding_windows_count_as_many_tokens_as_they_hold():
+    """Of 100 tokens two layers hold 100, and the one in between 25."""
+    shape = shape_of(clusterable=(True, False, True), sliding_window=25)
+    splits = HeadSplits(shape, evidence_of(), 16, 4)
+    assert splits.saved(splits.at(16), 100) == pytest.approx(2 * 80 / 225)
+    assert splits.saved(splits.at(16), 22) == pytest.approx(2 * 2 / 66)
 
 
 def test_the_most_units_within_a_predicted_loss():

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from chai_attention.profile import ClusterProfile
+from tiny_models import CONFIGS
 
 PROMISE = {
     "max_loss": 0.01, "rise": 0.0042, "standard_error": 0.001, "windows": 64, "length": 256,
@@ -55,6 +56,22 @@ def test_inspect_as_json(chai, promised):
     found = json.loads(chai("inspect", promised, "--json", "--model", "llama")[1])
     assert found["kv_bytes_per_token"] == {"full": 576, "clustered": 464}
     assert [layer["kept_k_heads"] for layer in found["layers"]] == [2, 6, 3]
+
+
+def test_inspect_counts_sliding_windows_once_per_sequence(chai, folder, tmp_path):
+    """8 tokens of 6 heads of 8 numbers in layer 0; two other layers grow with every token."""
+    CONFIGS["olmo3"]().save_pretrained(tmp_path)
+    ClusterProfile((6, 2, 3)).save(tmp_path / "olmo3.json")
+    arguments = ("inspect", str(tmp_path / "olmo3.json"), "--model", str(tmp_path))
+    code, out, err = chai(*arguments)
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    assert "0, sliding window" in text
+    assert "384 bytes per token, 272 with clusters: 29.2% saved" in text
+    assert "layers with sliding windows hold at most 1,536 bytes of a sequence" in text
+    found = json.loads(chai(*arguments, "--json")[1])
+    assert found["kv_bytes_per_token"] == {"full": 384, "clustered": 272}
+    assert found["sliding_window_bytes"] == 1536
 
 
 def test_inspect_of_a_file_imports_no_torch(folder, promised):

@@ -18,7 +18,7 @@ def test_inspect_says_which_heads_stream_and_what_k_and_v_is_kept(tmp_path):
     file.write_text(json.dumps(profile))
     shape = SimpleNamespace(
         architecture="x", layers=2, heads=6, kv_heads=6, head_dim=4, clusterable=(True, True),
-        hidden_size=None,
+        hidden_size=None, sliding_window=None,
     )  # fmt: skip
     found = ClusterProfile.load(file)
     text = profile_table(found, shape)

@@ -81,6 +81,7 @@ def attention_work(
     stored_size: int | None = None,
     streaming: int = 0,
     kept_values: int | None = None,
+    sliding: int | None = None,
 ) -> Work:
     """Least work of causal attention with clusters.
 
@@ -99,14 +100,17 @@ def attention_work(
         stored_size: bytes of a number of K and V of all tokens; None for ``element_size``.
         streaming: heads that see near keys only.
         kept_values: V heads that are held; None for all.
+        sliding: last keys that a query sees; None for all.
     """
     tokens, heads, dim = case.tokens, shape.heads, shape.head_dim
+    seen = tokens if sliding is None else min(tokens, sliding)
     near = min(near, tokens) if clusters < heads else 0
     groups, kept_values = shape.kv_heads, shape.kv_heads if kept_values is None else kept_values
-    pairs = case.batch * (tokens if case.kind == DECODE else tokens * (tokens + 1) / 2)
+    whole = case.kind == DECODE
+    pairs = case.batch * (seen if whole else seen * (seen + 1) / 2 + seen * (tokens - seen))
     flops = 2 * pairs * dim * (clusters + heads - streaming)
     flops += 2 * case.batch * case.queries * near * dim * (heads - clusters + streaming)
-    stored = tokens * (kept_keys + kept_values)
+    stored = (seen if whole else tokens) * (kept_keys + kept_values)
     others = near * (2 * groups - kept_keys - kept_values)
     others += case.queries * (clusters + heads)
     size = stored * (stored_size or element_size) + others * element_size

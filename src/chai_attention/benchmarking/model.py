@@ -240,7 +240,6 @@ def _run(
             weights=(weights, last),
             element_size=model.dtype.itemsize,
             profile=profile,
-            window=getattr(model.config, "sliding_window", None),
         )
         middle = tokens + 1 + request.new_tokens // 2
         return {

@@ -30,7 +30,6 @@ def model_work(
     weights: tuple[int, int],
     element_size: int,
     profile: ClusterProfile | None,
-    window: int | None = None,
 ) -> Work:
     """Least work of a forward: one token per sequence over ``case.tokens``, or a whole prompt.
 
@@ -40,7 +39,6 @@ def model_work(
         weights: as `weight_bytes` counts them, without those that are not computed.
         element_size: bytes of a number.
         profile: clusters and streaming heads; None for the plain model.
-        window: tokens that a sliding-window layer sees.
     """
     total, last = weights
     tokens = case.batch * case.queries
@@ -49,18 +47,17 @@ def model_work(
     moved = float(total)
     one = AttentionShape("", shape.heads, shape.kv_heads, shape.head_dim)
     for layer, full in enumerate(shape.clusterable):
-        clusters, kept, near, size = shape.heads, shape.kv_heads, 0, case
+        clusters, kept, near = shape.heads, shape.kv_heads, 0
         streaming, values = 0, shape.kv_heads
         if profile is not None:
             clusters, kept = profile.clusters[layer], profile.kept_keys(layer, shape)
             near = profile.recent + profile.sinks if profile.recent else 0
             streaming = len(profile.streaming_heads(layer))
             values = profile.kept_values(layer, shape)
-        if not full and window is not None and case.kind == DECODE:
-            size = Case(DECODE, case.batch, min(case.tokens, window))
         part = attention_work(
-            size, one, clusters, kept, element_size, near, streaming=streaming, kept_values=values
-        )
+            case, one, clusters, kept, element_size, near, streaming=streaming, kept_values=values,
+            sliding=None if full else shape.sliding_window,
+        )  # fmt: skip
         flops, moved = flops + part.flops, moved + part.bytes
     return Work(moved, flops)
 

@@ -128,7 +128,7 @@ class Candidates:
             assert self.settings.removed is not None
             return self.units_for(self.settings.removed)
         units = self.units_to_save(self.settings.save)
-        if units == self.most < 2 * self.settings.save * self.units:
+        if units == self.most < 2 * self.settings.save * self._growing:
             most = self.remove(units).saved(self.shape, FOR_EVER)
             raise CalibrationError(
                 f"save {self.settings.save:.1%} is more than this model can: K of all but one head "
@@ -141,14 +141,21 @@ class Candidates:
         """Units that the search for the largest saving begins with."""
         return self.units // 20
 
+    @property
+    def _growing(self) -> int:
+        """Units of the layers whose K,V bytes grow with every token."""
+        return sum(self.shape.clusterable) * len(self.counts)
+
     def units_for(self, share: float) -> int:
         """Smallest number of units that is ``share`` of all of them."""
-        exact = share * self.units
-        return min(self.most, max(1, int(exact) + (exact > int(exact) + 1e-9)))
+        return self._at_least(share * self.units)
 
     def units_to_save(self, share: float) -> int:
         """Smallest number of units whose K is ``share`` of the K,V bytes per token."""
-        return self.units_for(2 * share)
+        return self._at_least(2 * share * self._growing)
+
+    def _at_least(self, exact: float) -> int:
+        return min(self.most, max(1, int(exact) + (exact > int(exact) + 1e-9)))
 
     def remove(self, units: int) -> ClusterProfile:
         """Return the profile with ``units`` units removed where they cost least."""

@@ -99,8 +99,15 @@ class HeadSplits:
         return math.expm1(self._plan.costs[units] / 2)
 
     def unit_share(self, tokens: int) -> float:
-        """Share of the K,V bytes of ``tokens`` tokens that one unit saves, its ring taken off."""
-        return (1 - min(1.0, (self.recent + self.sinks) / tokens)) / self.units
+        """Share of the K,V bytes of ``tokens`` tokens that one unit saves, its ring taken off.
+
+        A layer with a sliding window holds no more tokens than that.
+        """
+        shape = self.shape
+        sliding = min(1.0, (shape.sliding_window or tokens) / tokens)
+        layers = sum(1.0 if free else sliding for free in shape.clusterable)
+        units = 2 * shape.kv_heads * layers
+        return (1 - min(1.0, (self.recent + self.sinks) / tokens)) / units
 
     def saved(self, splits: list[Split], tokens: int) -> float:
         """Share of the K,V bytes of ``tokens`` tokens that these splits of all layers save."""

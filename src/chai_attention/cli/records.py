@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.cli.tables import is_bound
-from chai_attention.profile import ClusterProfile, Shape
+from chai_attention.profile import ClusterProfile, Shape, sliding_bytes
 
 if TYPE_CHECKING:
     from chai_attention.evaluation.demo import DemoResult
@@ -42,6 +42,8 @@ def profile_record(
         full, kept = profile.bytes_per_token(shape, element_size)
         record["kv_bytes_per_token"] = {"full": full, "clustered": kept}
         record["window_bytes"] = profile.window_bytes(shape, element_size)
+        if not all(shape.clusterable) and shape.sliding_window:
+            record["sliding_window_bytes"] = sliding_bytes(shape, element_size)
         record["kept_k_heads_are"] = "at most" if is_bound(profile, shape) else "exact"
         for layer, row in enumerate(record["layers"]):
             row["kept_k_heads"] = profile.kept_keys(layer, shape)

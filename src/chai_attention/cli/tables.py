@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from chai_attention.profile import ClusterProfile, Shape
+from chai_attention.profile import ClusterProfile, Shape, sliding_bytes
 
 if TYPE_CHECKING:  # they import torch, which chai inspect does without
     from chai_attention.calibration.estimate import Estimate
@@ -37,6 +37,8 @@ def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
         table.add_column(name, justify="right")
     for layer, k in enumerate(profile.clusters):
         row = {"layer": str(layer), "clusters": str(k), "error": _error(profile, layer)}
+        if shape is not None and not shape.clusterable[layer]:
+            row["layer"] += ", sliding window"
         row["streaming heads"] = _ranges(profile.streaming_heads(layer))
         if shape is not None:
             others = shape.heads - len(profile.streaming_heads(layer))
@@ -67,12 +69,15 @@ def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> st
     bound = "at least " if is_bound(profile, shape) else ""
     line = (
         f"K,V cache: {full:,} bytes per token, {kept:,} with clusters: "
-        f"{bound}{1 - kept / full:.1%} saved"
+        f"{bound}{1 - kept / max(1, full):.1%} saved"
     )
     window = profile.window_bytes(shape, element_size)
     if window:
         what = "near K and V" if any(profile.streaming or ()) else "near K"
         line += f"; and once per sequence {window:,} bytes of {what}"
+    if not all(shape.clusterable) and shape.sliding_window:
+        sliding = sliding_bytes(shape, element_size)
+        line += f"; layers with sliding windows hold at most {sliding:,} bytes of a sequence"
     return line
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
-from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.profile import STATIC, ClusterProfile, sliding_bytes
 
 PROFILE = "profile"
 
@@ -57,8 +57,10 @@ def narrowed_share(
     """
     shape = describe(model)
     full, kept = profile.bytes_per_token(shape, 1)
-    window = 1 - profile.saved(shape, length) - kept / full
-    return kept / full * share + window
+    sliding = sliding_bytes(shape, 1, length)
+    clustered = (kept * length + sliding) / (full * length + sliding)
+    window = 1 - profile.saved(shape, length) - clustered
+    return clustered * share + window
 
 
 def head_counts(profile: ClusterProfile) -> dict[str, Any]:

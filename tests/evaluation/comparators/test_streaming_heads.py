@@ -1,7 +1,7 @@
 """Controls of streaming heads: at random, by attention mass, and by published patterns."""
 
 import pickle
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from chai_attention.evaluation.comparators.streaming import (
 )
 from chai_attention.evaluation.profiled import narrowed_share
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
-from chai_attention.profile import ClusterProfile
+from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.profile import FOR_EVER, ClusterProfile
 from comparator_cases import batch, logits, text
 from tiny_models import tiny_model
 
@@ -94,12 +94,13 @@ def test_windows_without_far_keys_are_refused():
 
 
 def test_layers_with_sliding_windows_keep_their_heads():
-    shape = types.SimpleNamespace(layers=2, heads=4, kv_heads=2, clusterable=(False, True))
+    """A token adds nothing to what they hold: all that it adds can be saved."""
+    shape = ModelShape("x", 2, 4, 2, 8, (False, True), sliding_window=8)
     needs = torch.tensor([[0.0, 0.0], [2.0, 1.0]])
-    profile = streaming_profile(shape, needs, 0.25, NEAR, "some")
+    profile = streaming_profile(shape, needs, 0.5, NEAR, "some")
     assert profile.streaming == ((), (2, 3))
-    with pytest.raises(EvaluationError, match=r"some can save at most 50\.0%"):
-        streaming_profile(shape, needs, 0.6, NEAR, "some")
+    assert profile.saved(shape, FOR_EVER) == pytest.approx(0.5)
+    assert streaming_profile(shape, needs, 0.6, NEAR, "some").streaming == ((), (0, 1, 2, 3))
 
 
 def test_the_profile_gives_the_bytes_and_the_window():
@@ -164,7 +165,7 @@ class Patterns:
 
 
 def with_patterns(monkeypatch, **made):
-    library = types.SimpleNamespace(DuoAttentionPress=Patterns(**made))
+    library = SimpleNamespace(DuoAttentionPress=Patterns(**made))
     monkeypatch.setattr(duo, "load_kvpress", lambda: library)
 
 

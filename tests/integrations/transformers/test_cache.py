@@ -15,10 +15,12 @@ from chai_attention.integrations.transformers import (
     enabled,
 )
 from chai_attention.integrations.transformers.layer import ClusteredLayer
-from chai_attention.profile import ClusterProfile
+from chai_attention.integrations.transformers.support import describe
+from chai_attention.profile import ClusterProfile, sliding_bytes
 from tiny_models import tiny_model
 
 PROFILE = ClusterProfile(clusters=(2, 6, 3), window=8)
+SLIDING_MAPS = ((0, 1, 2, 3, 4, 5), (0, 1, 2, 0, 1, 2), (3, 4, 5, 3, 4, 5))
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
@@ -327,6 +329,27 @@ def test_sliding_layers_do_not_hide_that_a_cache_was_used_outside_its_model():
         model(prompt(1), past_key_values=cache)
     with enabled(model, profile), pytest.raises(CacheError, match="stopped midway"):
         model(prompt(1), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo3"])
+def test_sliding_layers_are_counted_for_the_tokens_that_they_hold(family):
+    """The bytes that are there, against those that a profile promises of a model's shape."""
+    model, tokens = tiny_model(family), 201
+    shape = describe(model)
+    profile = ClusterProfile((6, 3, 3), "static", representatives=SLIDING_MAPS)
+    cache = ClusteredCache(model, profile)
+    with enabled(model, profile):
+        model(prompt(tokens - 1), past_key_values=cache)
+        model(prompt(1), past_key_values=cache)  # until then the prompt's memory is held
+    slides = cache.layers[0]
+    held = slides.keys.untyped_storage().nbytes() + slides.values.untyped_storage().nbytes()
+    assert held == sliding_bytes(shape, 4, tokens) == 2 * shape.kv_heads * 8 * shape.head_dim * 4
+    full, _ = profile.bytes_per_token(shape, 4)
+    memory = cache.memory()
+    assert memory.full_bytes == pytest.approx(full * tokens + held, rel=0.08)  # spare room
+    assert memory.saved == pytest.approx(profile.saved(shape, tokens), abs=0.005)
+    assert memory.saved > 0.2
 
 
 @torch.no_grad()

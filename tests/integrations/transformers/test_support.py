@@ -38,6 +38,7 @@ def test_every_family_is_described_from_model_and_config(family):
         head_dim=16 if family in WIDE else 8,
         clusterable=(not slides, True, True),
         hidden_size=48,
+        sliding_window=8 if slides else None,
     )
     assert describe(model) == describe(model.config) == want
     assert want.architecture in FAMILIES

@@ -155,22 +155,21 @@ def streaming_profile(
 ) -> ClusterProfile:
     """A static profile in which the K/V heads with the smallest ``needs [L, G]`` stream.
 
-    Equal ones go by layer and head. Layers with sliding windows keep all of theirs.
+    Equal ones go by layer and head. Layers with sliding windows keep all of theirs, and hold no
+    more with every token.
 
-    Raises:
-        EvaluationError: fewer heads than are to go can stream.
+    Args:
+        shape: of the model.
+        needs: how much each K/V head needs its far keys.
+        save: share of the K,V bytes per token, above 0 and at most 1.
+        near: last and first keys that streaming heads see.
+        method: what the profile is called.
     """
-    heads, group = shape.layers * shape.kv_heads, shape.heads // shape.kv_heads
-    count = ceil(save * heads - 1e-9)
-    able = torch.tensor(shape.clusterable).sum().item() * shape.kv_heads
-    if count > able:
-        raise EvaluationError(
-            f"{method} can save at most {able / heads:.1%} of this model's K,V bytes, of layers "
-            f"without sliding windows, not {save:.1%}"
-        )
+    group = shape.heads // shape.kv_heads
+    count = ceil(save * sum(shape.clusterable) * shape.kv_heads - 1e-9)
     needs = needs.double().clone()
     needs[~torch.tensor(shape.clusterable)] = torch.inf
-    chosen = torch.zeros(heads, dtype=torch.bool)
+    chosen = torch.zeros(needs.numel(), dtype=torch.bool)
     chosen[torch.argsort(needs.flatten(), stable=True)[:count]] = True
     streams = chosen.view(shape.layers, shape.kv_heads).repeat_interleave(group, 1)  # [L, H]
     everyone = tuple(range(shape.heads))

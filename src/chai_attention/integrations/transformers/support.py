@@ -46,6 +46,7 @@ class ModelShape:
         head_dim: D.
         clusterable: per layer, False for sliding-window layers, which are left as they are.
         hidden_size: size of the hidden states, None if the config does not say.
+        sliding_window: tokens that a sliding-window layer holds at most, None if there is none.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class ModelShape:
     head_dim: int
     clusterable: tuple[bool, ...]
     hidden_size: int | None = None
+    sliding_window: int | None = None
 
     @property
     def group_size(self) -> int:
@@ -132,14 +134,16 @@ def _shape(config: PreTrainedConfig) -> ModelShape:
         raise UnsupportedModelError(
             f"{config.model_type} does not say how many layers and heads it has; {supported()}"
         )
+    clusterable = tuple(kind == _FULL for kind in _layer_types(config, layers))
     return ModelShape(
         architecture=config.model_type,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        clusterable=tuple(kind == _FULL for kind in _layer_types(config, layers)),
+        clusterable=clusterable,
         hidden_size=getattr(config, "hidden_size", None),
+        sliding_window=None if all(clusterable) else getattr(config, "sliding_window", None),
     )
 
 
