@@ -103,13 +103,14 @@ def paged_prefill(
     if near is not None:
         _check_near(near, key_pages, value_pages, membership, query_starts)
     out = _room(query, value_pages, membership) if out is None else out
-    if query.device.type == "cuda" and near is None:
+    if query.device.type == "cuda":
         from chai_attention.ops.triton import paged_prefill as kernels
 
         lse = kernels.paged_prefill(
             query, key_pages, value_pages, block_table, membership, out,
             query_starts=query_starts, lengths=lengths, most_queries=most_queries, scale=scale,
-            softcap=softcap, rows=rows, probe=probe, return_lse=return_lse,
+            softcap=softcap, rows=rows, probe=probe, near=near, offset=offset,
+            return_lse=return_lse,
         )  # fmt: skip
         return out, lse
     starts = query_starts.tolist()
@@ -187,13 +188,14 @@ def varlen_prefill(
     if key.shape[1] != kept:
         raise AttentionInputError(f"K has {key.shape[1]} heads, not {kept}")
     out = _room(query, value, membership) if out is None else out
-    if query.device.type == "cuda" and not recent:
+    if query.device.type == "cuda":
         from chai_attention.ops.triton import paged_prefill as kernels
 
         lse = kernels.varlen_prefill(
             query, key, value, membership, out,
             query_starts=query_starts, most_queries=most_queries, scale=scale, softcap=softcap,
-            rows=rows, natural_order=natural_order, probe=probe, return_lse=return_lse,
+            rows=rows, natural_order=natural_order, probe=probe, recent=recent, sinks=sinks,
+            offset=offset, return_lse=return_lse,
         )  # fmt: skip
         return out, lse
     starts = query_starts.tolist()

@@ -14,11 +14,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged_prefill import Probe
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import Chunks, chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
+from chai_attention.ops.triton.packed_window import prefill_packed_window
 from chai_attention.ops.triton.prefill import (
     COLUMNS,
     _prefill,
@@ -45,14 +47,24 @@ def paged_prefill(
     softcap: float | None = None,
     rows: Tensor | None = None,
     probe: Probe | None = None,
+    near: NearPages | None = None,
+    offset: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | None:
     """`ops.paged_prefill.paged_prefill` into ``out``; returns the log-sum-exp or None."""
-    lse = _run(
-        query, key_pages, value_pages, membership, out, query_starts, most_queries,
-        return_lse=return_lse, table=block_table, lengths=lengths, rows=rows, scale=scale,
-        softcap=softcap,
-    )  # fmt: skip
+    lse = None
+    if near is not None:
+        _run_window(
+            query, key_pages, value_pages, membership, out, query_starts, most_queries,
+            near=near, recent=near.recent, sinks=near.sinks, offset=offset, table=block_table,
+            lengths=lengths, rows=rows, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    else:
+        lse = _run(
+            query, key_pages, value_pages, membership, out, query_starts, most_queries,
+            return_lse=return_lse, table=block_table, lengths=lengths, rows=rows, scale=scale,
+            softcap=softcap,
+        )  # fmt: skip
     if probe is not None:
         _run_probe(probe, membership, out, query_starts, lengths, scale=scale, softcap=softcap)
     return lse
@@ -72,14 +84,24 @@ def varlen_prefill(
     rows: Tensor | None = None,
     natural_order: bool = False,
     probe: Probe | None = None,
+    recent: int = 0,
+    sinks: int = 0,
+    offset: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | None:
     """`ops.paged_prefill.varlen_prefill` into ``out``; returns the log-sum-exp or None."""
-    lse = _run(
-        query, key, value, membership, out, query_starts, most_queries,
-        return_lse=return_lse, rows=rows, natural_order=natural_order, scale=scale,
-        softcap=softcap,
-    )  # fmt: skip
+    lse = None
+    if recent:
+        _run_window(
+            query, key, value, membership, out, query_starts, most_queries, recent=recent,
+            sinks=sinks, offset=offset, rows=rows, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    else:
+        lse = _run(
+            query, key, value, membership, out, query_starts, most_queries,
+            return_lse=return_lse, rows=rows, natural_order=natural_order, scale=scale,
+            softcap=softcap,
+        )  # fmt: skip
     if probe is not None:
         _run_probe(probe, membership, out, query_starts, None, scale=scale, softcap=softcap)
     return lse
@@ -142,6 +164,44 @@ def _run(
         **options,
     )  # fmt: skip
     return lse
+
+
+def _run_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    out: Tensor,
+    query_starts: Tensor,
+    most_queries: int,
+    *,
+    near: NearPages | None = None,
+    **options: Any,
+) -> None:
+    """The same with an exact window; K and V without pages are in their natural order."""
+    pages = (key, value) if near is None else (key, value, near.key, near.value)
+    check(query, out, *(pages if near is None else ()), pages=() if near is None else pages)
+    if not query.shape[0]:
+        return
+    wide = padded(max(query.shape[-1], value.shape[-1]))
+    # a program holds the sums of one member beside those of all
+    members = min(2, members_of(len(membership.far_heads), membership.clusters, COLUMNS // wide))
+    chunks = (natural_chunks if near is None else chunks_of)(membership, members)
+    rows = _rows_of(query, most_queries)
+    logger.debug(
+        "packed prefill kernel with a window%s: %d members a program, tiles of %d queries",
+        "" if near is None else ", paged",
+        members,
+        rows,
+    )
+    prefill_packed_window(
+        query, key, value, chunks,
+        None if near is None else (membership.key_place, membership.value_place),
+        (membership.kept_keys, membership.kept_values), membership.kv_heads, out, query_starts,
+        near=near, rows_of_tile=rows, block=block_of(query, members * wide),
+        warps=8 if rows == 128 else 4, stages=3 if wide <= 128 else 2,
+        **options,
+    )  # fmt: skip
 
 
 def _run_probe(

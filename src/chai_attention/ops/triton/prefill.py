@@ -20,16 +20,19 @@ SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be m
 
 @triton.jit
 def _tile(
-    q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
+    q, k_base, v_base, valid_base, table_base, first, low, stop, position, best, weight, acc, d,
     in_value, k_tiles, v_tiles, tile_row, tile_begin, key, v_column,
     scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
     D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PAGE: tl.constexpr, MASKED: tl.constexpr, TILES: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: scores, running softmax, and the product with the members' V."""
+    """One block of keys: scores, running softmax, and the product with the members' V.
+
+    MASKED: queries see keys from ``low`` on, up to their position and before ``stop``.
+    """
     n = first + tl.arange(0, BLOCK)
-    inside = n < stop
+    inside = (n >= low) & (n < stop)
     if PAGE == 0:
         k_at = n.to(tl.int64) * stride_ks
         v_at = n.to(tl.int64) * stride_vs
@@ -96,6 +99,19 @@ def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr):
     return row, first_tile
 
 
+@triton.jit
+def _in_groups(item, tiles, group, pairs):
+    """The tile of an item, and which of the ``pairs`` of a sequence and a chunk it is of.
+
+    Groups of chunks come one after the other, so that tiles at work share K and V in the L2 cache;
+    within a group the last queries, which see the most keys, start first.
+    """
+    start = item // (group * tiles) * group
+    width = tl.minimum(group, pairs - start)
+    inside = item - start * tiles
+    return tiles - 1 - inside // width, start + inside % width
+
+
 @triton.jit(
     do_not_specialize=[
         "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit", "stride_table",
@@ -132,13 +148,7 @@ def _prefill(
         if item >= tiles * chunks:
             return
         group, pairs = tl.maximum(2, 128 // tiles), chunks
-    # groups of chunks one after the other, so that tiles at work share K and V in the L2 cache;
-    # within a group the last queries, which see the most keys, start first
-    start = item // (group * tiles) * group
-    width = tl.minimum(group, pairs - start)
-    inside = item - start * tiles
-    tile = tiles - 1 - inside // width
-    pair = start + inside % width
+    tile, pair = _in_groups(item, tiles, group, pairs)
     chunk = pair % chunks
     if LIMITED or not RAGGED:
         row = pair // chunks
@@ -201,15 +211,15 @@ def _prefill(
     whole = tl.maximum(length - queries + tile * ROWS + 1, 0) // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         best, weight, acc = _tile(
-            q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
-            in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
+            q, k_base, v_base, valid_base, table_base, first, 0, stop, position, best, weight, acc,
+            d, in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
             scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
             D, DP, M * DVP, BLOCK, PAGE, False, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     for first in range(whole, stop, BLOCK):
         best, weight, acc = _tile(
-            q, k_base, v_base, valid_base, table_base, first, stop, position, best, weight, acc, d,
-            in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
+            q, k_base, v_base, valid_base, table_base, first, 0, stop, position, best, weight, acc,
+            d, in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
             scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
             D, DP, M * DVP, BLOCK, PAGE, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip

@@ -1,0 +1,313 @@
+"""Prefill of packed sequences with an exact window, in one launch for all of them.
+
+A tile of queries attends to the far keys with the scores of a cluster's representative, for several
+members at once, as in `prefill`. The same online softmax then goes on for every member with its own
+Q and K: over the sinks, and over the band of its last keys. Streaming heads have no far part.
+"""
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
+from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile, precision_of
+
+BLOCK_NEAR = 32  # keys of a step among the near ones
+
+
+@triton.jit
+def _home(
+    head, place_ptr, line, kept, far_ptr, near_ptr, table_ptr, near_table_ptr, begin,
+    stride_page, stride_head, stride_token, near_page_stride, near_head_stride, near_token_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Where a query head's own K, or V, is: its start, its page table, page size and strides."""
+    group = head // GROUP
+    if PAGE == 0:
+        base = far_ptr + group * stride_head + begin * stride_token
+        table, page, across, along = table_ptr, 1, stride_page, stride_token
+    else:
+        place = tl.load(place_ptr + line * GROUPS + group).to(tl.int64)
+        away = place >= kept
+        base = tl.where(
+            away, near_ptr + (place - kept) * near_head_stride, far_ptr + place * stride_head
+        )
+        table = tl.where(away, near_table_ptr, table_ptr)
+        page = tl.where(away, NEAR_PAGE, PAGE)
+        across = tl.where(away, near_page_stride, stride_page)
+        along = tl.where(away, near_token_stride, stride_token)
+    return base, table, page, across, along
+
+
+@triton.jit
+def _tokens(n, there, table, page, across, along, PAGE: tl.constexpr):
+    """Where tokens ``n`` stand behind a home's start; looked up only for those ``there``."""
+    if PAGE == 0:
+        return n.to(tl.int64) * along
+    number = tl.load(table + n // page, mask=there, other=0).to(tl.int64)
+    return number * across + (n % page).to(tl.int64) * along
+
+
+@triton.jit
+def _attend(
+    q, k_base, v_base, k_at, v_at, there, seen, best, weight, acc, d, dv, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go on over some keys: those ``there`` are read, and each query sees those ``seen``."""
+    k = tl.load(
+        k_base + k_at[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
+    ).to(q.dtype)  # fmt: skip
+    v = tl.load(
+        v_base + v_at[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
+    ).to(q.dtype)  # fmt: skip
+    s = _scores_base2(tl.dot(q, k, input_precision=PRECISION) * scale, softcap, HAS_SOFTCAP)
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(best, tl.max(s, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
+    p = tl.exp2(s - base[:, None])
+    old = tl.exp2(best - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
+    return new, weight * old + tl.sum(p, axis=1), acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunks", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_near",
+        "stride_offset",
+    ],
+    do_not_specialize_on_alignment=[
+        "length_ptr", "start_ptr", "table_ptr", "near_table_ptr", "rows_ptr", "offset_ptr",
+    ],
+)  # fmt: skip
+def _prefill_window(
+    q_ptr, k_ptr, v_ptr, near_k_ptr, near_v_ptr, length_ptr, start_ptr, table_ptr, near_table_ptr,
+    rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr,
+    offset_ptr, out_ptr,
+    scale, softcap, chunks, batch, recent, kept_keys, kept_values,
+    stride_qk, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    near_kb, near_kh, near_ks, near_vb, near_vh, near_vs,
+    stride_table, stride_near, stride_t, stride_offset, stride_os, stride_oh,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NEAR: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr,
+    SINKS_P: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of up to two members, ROWS queries. PAGE is 0 where no keys are in pages."""
+    item = tl.program_id(0)
+    row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS)
+    item -= first_tile * chunks
+    begin = tl.load(start_ptr + row)
+    queries = tl.load(start_ptr + row + 1) - begin
+    tiles = tl.cdiv(queries, ROWS)
+    if item >= tiles * chunks:
+        return
+    tile, chunk = _in_groups(item, tiles, tl.maximum(2, 128 // tiles), chunks)
+    row = tl.cast(row, tl.int64)
+    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+    lane = (line * chunks + chunk) * M
+    if tl.load(head_ptr + lane) < 0:
+        return
+    length = queries
+    if PAGE > 0:
+        length = tl.load(length_ptr + row).to(tl.int32)
+        table = table_ptr + row * stride_table
+        near_table = near_table_ptr + row * stride_near
+    else:
+        table = start_ptr  # functions take no None
+        near_table = start_ptr
+    begin = tl.cast(begin, tl.int64)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    token = begin + i.to(tl.int64)
+    past = length - queries
+    position = past + i
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    q_base = q_ptr + token[:, None] * stride_qs + d[None, :]
+    q_mask = (i[:, None] < queries) & (d[None, :] < D)
+
+    # ---- far keys: scores and softmax once for all members
+    best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, M * DVP], dtype=tl.float32)
+    column = tl.arange(0, M * DVP)
+    stop = past + tl.minimum(queries, (tile + 1) * ROWS) - recent
+    if (tl.load(slot_ptr + line * chunks + chunk) >= 0) & (stop > SINKS):
+        query = tl.load(query_ptr + line * chunks + chunk)
+        key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
+        place = tl.load(value_ptr + lane + column // DVP).to(tl.int64)
+        in_value = (place >= 0) & (column % DVP < DV)
+        q = tl.load(q_base + query * stride_qk, mask=q_mask, other=0.0)
+        k_base = k_ptr + key * stride_kh + d
+        v_base = v_ptr + place * stride_vh + column % DVP
+        if PAGE == 0:
+            k_base += begin * stride_ks
+            v_base += begin * stride_vs
+        reach = position - recent
+        # blocks that every query of the tile sees whole need no mask, but the one with the sinks
+        whole = tl.maximum(past + tile * ROWS + 1 - recent, 0) // BLOCK * BLOCK
+        lead = 0
+        if SINKS > 0:
+            lead = tl.cdiv(tl.minimum(SINKS, whole), BLOCK)
+        for first in range(lead * BLOCK, whole, BLOCK):
+            best, weight, acc = _tile(
+                q, k_base, v_base, k_ptr, table, first, 0, stop, reach, best, weight, acc, d,
+                in_value, k_ptr, v_ptr, 0, 0, 0, 0,
+                scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
+                D, DP, M * DVP, BLOCK, PAGE, False, False, False, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+        for n in range(0, lead + tl.cdiv(stop - whole, BLOCK)):
+            first = tl.where(n < lead, n * BLOCK, whole + (n - lead) * BLOCK)
+            best, weight, acc = _tile(
+                q, k_base, v_base, k_ptr, table, first, SINKS, stop, reach, best, weight, acc, d,
+                in_value, k_ptr, v_ptr, 0, 0, 0, 0,
+                scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
+                D, DP, M * DVP, BLOCK, PAGE, True, False, False, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+
+    # ---- near keys, member by member
+    if M == 2:
+        part, other = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, DVP]), [0, 2, 1]))
+    else:
+        part = acc
+        other = acc
+    lanes = 1
+    for member in tl.static_range(1, M):
+        lanes += (tl.load(head_ptr + lane + member) >= 0).to(tl.int32)
+    stop = tl.minimum(length, past + (tile + 1) * ROWS)
+    for member in range(0, lanes):
+        head = tl.load(head_ptr + lane + member)
+        q = tl.load(q_base + head * stride_qk, mask=q_mask, other=0.0)
+        k_base, k_table, k_page, k_across, k_along = _home(
+            head, key_place_ptr, line, kept_keys, k_ptr, near_k_ptr, table, near_table, begin,
+            stride_kb, stride_kh, stride_ks, near_kb, near_kh, near_ks,
+            GROUP, GROUPS, PAGE, NEAR_PAGE,
+        )  # fmt: skip
+        v_base, v_table, v_page, v_across, v_along = _home(
+            head, value_place_ptr, line, kept_values, v_ptr, near_v_ptr, table, near_table, begin,
+            stride_vb, stride_vh, stride_vs, near_vb, near_vh, near_vs,
+            GROUP, GROUPS, PAGE, NEAR_PAGE,
+        )  # fmt: skip
+        top = best
+        share = weight
+        if HAS_OFFSET:
+            top += tl.load(offset_ptr + row * stride_offset + head) * LOG2_E
+            share = tl.where(top > float("-inf"), share, 0.0)
+        if SINKS > 0:
+            sink = tl.arange(0, SINKS_P)
+            has = sink < tl.minimum(SINKS, stop)
+            sees = has[None, :] & (sink[None, :] <= position[:, None])
+            top, share, part = _attend(
+                q, k_base, v_base, _tokens(sink, has, k_table, k_page, k_across, k_along, PAGE),
+                _tokens(sink, has, v_table, v_page, v_across, v_along, PAGE), has, sees,
+                top, share, part, d, dv, scale, softcap, D, DV, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+        for first in range(tl.maximum(past + tile * ROWS - recent + 1, SINKS), stop, NEAR):
+            n = first + tl.arange(0, NEAR)
+            there = n < stop
+            seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - recent)
+            top, share, part = _attend(
+                q, k_base, v_base, _tokens(n, there, k_table, k_page, k_across, k_along, PAGE),
+                _tokens(n, there, v_table, v_page, v_across, v_along, PAGE), there,
+                seen & there[None, :],
+                top, share, part, d, dv, scale, softcap, D, DV, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+        some = share > 0
+        result = tl.where(some[:, None], part / tl.where(some, share, 1.0)[:, None], 0.0)
+        tl.store(
+            out_ptr + token[:, None] * stride_os + head * stride_oh + dv[None, :],
+            result.to(out_ptr.dtype.element_ty),
+            mask=(i[:, None] < queries) & (dv[None, :] < DV),
+        )
+        part = other
+
+
+def prefill_packed_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunks: Chunks,
+    places: tuple[Tensor, Tensor] | None,
+    kept: tuple[int, int],
+    groups: int,
+    out: Tensor,
+    query_starts: Tensor,
+    *,
+    recent: int,
+    sinks: int,
+    offset: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    near: NearPages | None = None,
+    table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    rows: Tensor | None = None,
+    rows_of_tile: int,
+    block: int,
+    warps: int,
+    stages: int,
+) -> None:
+    """Write ``out [T, H, Dv]``.
+
+    Args:
+        query: ``[T, H, D]``.
+        key: ``[T, G, D]`` in natural order, or far pages ``[P, N, kept, D]`` with a ``table``.
+        value: ``[T, G, Dv]``, or far pages ``[P, N, kept values, Dv]``.
+        chunks: the work, of up to two members each, as in `paged_prefill.prefill_packed`.
+        places: with a table, ``[rows, G]`` int64: where each K and V head is among those of the far
+            pages and then of the near ones (`Membership.key_place`, `value_place`).
+        kept: K and V heads of the far pages.
+        groups: G.
+        out: any strides but the last.
+        query_starts: ``[B + 1]`` int32.
+        recent: w.
+        sinks: s.
+        offset: ``[B, H]`` float32 or None.
+        scale: factor on the scores.
+        softcap: as in the reference.
+        near: the near pages; with a table.
+        table: ``[B, max_pages]`` int32, the far pages' block table.
+        lengths: ``[B]`` int32 keys of each sequence; with a table.
+        rows: ``[B]`` int32, row of the tables of each sequence.
+        rows_of_tile: queries of a program.
+        block: far keys of a step.
+        warps: of a program.
+        stages: loads in flight.
+    """
+    total, heads, dim = query.shape
+    value_dim, members = value.shape[-1], chunks.head.shape[2]
+    batch = query_starts.shape[0] - 1
+    if table is None or near is None or places is None:
+        page = near_page = 0
+        near_key, near_value, near_table, places = key, value, None, (key, key)
+        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)]
+        strides += [0] * 6
+    else:
+        page, near_page = key.shape[1], near.key.shape[1]
+        near_key, near_value, near_table = near.key, near.value, near.block_table
+        strides = [
+            x.stride(axis) for x in (key, value, near.key, near.value) for axis in (0, 2, 1)
+        ]  # fmt: skip
+    count = total // rows_of_tile + batch  # enough for any lengths of sequences
+    _prefill_window[(count * chunks.count,)](
+        query, key, value, near_key, near_value, lengths, query_starts, table, near_table, rows,
+        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, *places, offset, out,
+        scale, softcap or 1.0, chunks.count, batch, recent, *kept,
+        query.stride(1), query.stride(0), *strides,
+        0 if table is None else table.stride(0), 0 if near_table is None else near_table.stride(0),
+        0 if chunks.slot.shape[0] == 1 else 1, 0 if offset is None else offset.stride(0),
+        out.stride(0), out.stride(1),
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=members,
+        GROUP=heads // groups, GROUPS=groups, ROWS=rows_of_tile, BLOCK=block, NEAR=BLOCK_NEAR,
+        PAGE=page, NEAR_PAGE=near_page, SINKS=sinks,
+        SINKS_P=max(16, triton.next_power_of_2(sinks)), HAS_ROWS=rows is not None,
+        HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
+        PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
