@@ -19,17 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from serving_jobs import (
-    STOCK,
-    Kinds,
-    capacity,
-    engine,
-    in_process,
-    jobs,
-    label,
-    params,
-    write_small,
-)
+from serving_jobs import STOCK, capacity, engine, in_process, label, params
+
+Kinds = dict[str, tuple[list[int], str, int]]  # name: clusters per layer, membership, recent window
 
 # 4 layers of 8 heads in 3 groups of equal heads
 GROUPS = [0, 1, 0, 2, 1, 0, 2, 0]
@@ -41,6 +33,7 @@ CHECKED: Kinds = {
     "online window": ([3, 3, 8, 3], "online", 16),
 }
 COMMON = {
+    "dtype": "bfloat16",
     "max_model_len": 2048,
     "max_num_seqs": 16,
     "gpu_memory_utilization": 0.05,
@@ -65,6 +58,58 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PRECISE = {"TRITON_F32_DEFAULT": "ieee"}
 
 
+def profile(clusters: list[int], membership: str, recent: int, groups: list[int]) -> dict[str, Any]:
+    """A profile; ``groups`` gives each head's cluster where a layer has fewer than heads."""
+    first = [groups.index(group) for group in groups]
+    heads = len(groups)
+    found: dict[str, Any] = {"clusters": clusters, "membership": membership}
+    if membership == "static":
+        found["representatives"] = [list(range(heads)) if k == heads else first for k in clusters]
+    else:
+        # what requests too short to tell fall back on
+        alike = [[float(a == b) for b in groups] for a in groups]
+        found["similarity"] = [alike] * len(clusters)
+    if recent:
+        found |= {"recent": recent, "sinks": 4}
+    return found
+
+
+def write_small(folder: Path, groups: list[int]) -> None:
+    """Write a random model of 4 layers in which heads of a group have the same W_Q and W_K.
+
+    Clustering them changes nothing, so its tokens must be those of the stock engine.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=512, num_hidden_layers=4, vocab_size=512,
+        num_attention_heads=len(groups), head_dim=64, initializer_range=0.06,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    first = [groups.index(group) for group in groups]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+                rows = weight.view(len(groups), 64, -1)
+                rows.copy_(rows[first].clone())
+        model.lm_head.weight *= 3
+    model.save_pretrained(folder)
+
+
+def jobs(
+    kinds: Kinds, groups: dict[str, list[int]], model: Path, options: dict[str, Any], work: Path
+) -> list[dict[str, Any]]:
+    """The stock engine's job and those of all profiles."""
+    made = [{"name": STOCK, "model": str(model), "profile": None, "options": options}]
+    for name, (clusters, membership, recent) in kinds.items():
+        path = work / f"profile-{label(name)}.json"
+        path.write_text(json.dumps(profile(clusters, membership, recent, groups[name])))
+        made.append({"name": name, "model": str(model), "profile": str(path), "options": options})
+    return made
+
+
 def run_job(job: dict[str, Any]) -> None:
     """Tokens and log-probabilities of prompts of many lengths, in two batches."""
     llm = engine(job)
@@ -81,7 +126,7 @@ def run_job(job: dict[str, Any]) -> None:
             out = request.outputs[0]
             chances = [next(iter(step.values())).logprob for step in out.logprobs]
             found.append({"ids": list(out.token_ids), "logprobs": chances})
-    Path(job["result"]).write_text(json.dumps({"requests": found, **capacity(llm)}))
+    Path(job["result"]).write_text(json.dumps({"requests": found, **capacity(llm, 2048)}))
 
 
 def kinds_of(ranks: int) -> Kinds:

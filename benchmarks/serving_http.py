@@ -1,10 +1,10 @@
 """``vllm bench serve`` at saturation: servers of LLaMA-7B's shape with and without clustered heads.
 
-Random weights, bfloat16, the settings of `serving.py`, and its loads: requests with the lengths of
-chats, and long prompts, all sent at once over HTTP. A prompt is a row of words, each of which is
-one token. Servers run one after the other, those with clusters by ``chai serve``.
+Random weights, bfloat16, the kinds and settings of `serving.py`, and its loads: requests with the
+lengths of chats, and long prompts, all sent at once over HTTP. A prompt is a row of words, each of
+which is one token. Servers run one after the other, those with clusters by ``chai serve``.
 
-    python benchmarks/serving_http.py --out docs/results/serving/http --only stock --only published
+    python benchmarks/serving_http.py --out docs/results/serving/http --only stock --only default
     python benchmarks/serving_http.py --out docs/results/serving/http --table
 """
 
@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving import LOADS, OPTIONS, TIMED, groups_of, loads
-from serving_jobs import STOCK, compile_caches, jobs, label, write_config
+from serving import engine_options
+from serving_jobs import compile_caches, kind_jobs, label
+from serving_kinds import KINDS, stock_of
+from serving_loads import FULL, LOADS, requests_of
 from serving_soak import running
 
 WORDS = 32000
@@ -52,7 +54,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_load(name: str, file: Path) -> int:
     """Write a load's requests as the benchmark reads them; how many they are."""
     chosen, rows = random.Random(3), []
-    for length, count in loads(name):
+    for length, count in requests_of(name, FULL):
         prompt = " ".join(f"w{n}" for n in chosen.choices(range(3, WORDS), k=length))
         rows.append(json.dumps({"prompt": prompt, "output_tokens": count}))
     file.write_text("\n".join(rows) + "\n")
@@ -99,7 +101,8 @@ def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> Non
     start = time.perf_counter()
     name = label(job["name"])
     with running(serve_command(job), work / f"serve-{name}.log", compile_caches(work)) as server:
-        found: dict[str, Any] = {"start_s": round(time.perf_counter() - start, 1), "loads": {}}
+        found: dict[str, Any] = {"kind": job["name"], "loads": {}}
+        found["start_s"] = round(time.perf_counter() - start, 1)
         for load in parts:
             file = work / f"{label(load)}.jsonl"
             count = write_load(load, file)
@@ -112,15 +115,18 @@ def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> Non
 
 def table(folder: Path) -> None:
     """Print all results in a folder, with what they gain on the stock server's."""
-    found = {path.stem.removeprefix("http-"): json.loads(path.read_text())["loads"]
-             for path in sorted(folder.glob("http-*.json"))}  # fmt: skip
+    found = {}
+    for path in sorted(folder.glob("http-*.json")):
+        result = json.loads(path.read_text())
+        found[result["kind"]] = result["loads"]
     for name, results in found.items():
         for load, values in results.items():
             parts = []
             for key, text in SHOWN.items():
-                base = found.get(STOCK, {}).get(load, {}).get(key)
+                stock = stock_of(name)
+                base = found.get(stock, {}).get(load, {}).get(key)
                 gain = ""
-                if base and name != STOCK:
+                if base and name != stock:
                     ratio = values[key] / base if key in MORE_IS_BETTER else base / values[key]
                     gain = f" ({ratio:.3f}x)"
                 parts.append(f"{text} {values[key]:,.0f}{gain}")
@@ -132,9 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
     parser.add_argument("--out", type=Path, default=Path("serving-http"), help="folder of results")
-    parser.add_argument("--only", action="append", choices=[STOCK, *TIMED], help="repeatable")
+    parser.add_argument("--only", action="append", choices=KINDS, help="repeatable")
     parser.add_argument("--part", action="append", choices=[*LOADS], help="default: all")
-    parser.add_argument("--cache-dtype", default="auto", help="of K and V; fp8 for 8 bits")
     parser.add_argument("--table", action="store_true", help="print what is there")
     options = parser.parse_args()
     for folder in (options.work, options.out):
@@ -142,15 +147,10 @@ def main() -> None:
     if options.table:
         table(options.out)
         return
-    model = options.work / "seven-words"
-    write_config(model)
-    write_tokenizer(model)
-    groups = {name: groups_of(kind[0], 1) for name, kind in TIMED.items()}
-    made = jobs(TIMED, groups, model, {**OPTIONS, "kv_cache_dtype": options.cache_dtype},
-                options.work)  # fmt: skip
+    made = kind_jobs(options.only or ["stock", "default"], engine_options(FULL), options.work)
     for job in made:
-        if job["name"] in (options.only or [STOCK, "published", "k=8"]):
-            run_job(job, options.work, options.out, options.part or [*LOADS])
+        write_tokenizer(Path(job["model"]))
+        run_job(job, options.work, options.out, options.part or [*LOADS])
 
 
 if __name__ == "__main__":

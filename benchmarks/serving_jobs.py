@@ -10,64 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from serving_kinds import KINDS, SHAPES, TINY
+
 STOCK = "stock"
-Kinds = dict[str, tuple[list[int], str, int]]  # name: clusters per layer, membership, recent window
-
-
-def profile(clusters: list[int], membership: str, recent: int, groups: list[int]) -> dict[str, Any]:
-    """A profile; ``groups`` gives each head's cluster where a layer has fewer than heads."""
-    first = [groups.index(group) for group in groups]
-    heads = len(groups)
-    found: dict[str, Any] = {"clusters": clusters, "membership": membership}
-    if membership == "static":
-        found["representatives"] = [list(range(heads)) if k == heads else first for k in clusters]
-    else:
-        # what requests too short to tell fall back on
-        alike = [[float(a == b) for b in groups] for a in groups]
-        found["similarity"] = [alike] * len(clusters)
-    if recent:
-        found |= {"recent": recent, "sinks": 4}
-    return found
-
-
-def write_config(folder: Path) -> None:
-    """Write the config of LLaMA-7B's shape, for random weights."""
-    from transformers import LlamaConfig
-
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", max_position_embeddings=16384
-    ).save_pretrained(folder)
-
-
-def write_small(folder: Path, groups: list[int]) -> None:
-    """Write a random model of 4 layers in which heads of a group have the same W_Q and W_K.
-
-    Clustering them changes nothing, so its tokens must be those of the stock engine.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=512, num_hidden_layers=4, vocab_size=512,
-        num_attention_heads=len(groups), head_dim=64, initializer_range=0.06,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    first = [groups.index(group) for group in groups]
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for weight in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
-                rows = weight.view(len(groups), 64, -1)
-                rows.copy_(rows[first].clone())
-        model.lm_head.weight *= 3
-    model.save_pretrained(folder)
 
 
 def engine(job: dict[str, Any]) -> Any:
@@ -86,7 +41,7 @@ def engine(job: dict[str, Any]) -> Any:
 
             stock.stock_backend = lambda *args: None
     start = time.perf_counter()
-    llm = LLM(job["model"], skip_tokenizer_init=True, **{"dtype": "bfloat16", **options})
+    llm = LLM(job["model"], skip_tokenizer_init=True, **options)
     progress(f"engine started in {time.perf_counter() - start:.0f} s")
     return llm
 
@@ -100,13 +55,32 @@ def params(count: int, **more: Any) -> Any:
     )
 
 
-def capacity(llm: Any) -> dict[str, int]:
-    """Pages and tokens of the K,V cache."""
-    cache = llm.llm_engine.vllm_config.cache_config
+def capacity(llm: Any, length: int) -> dict[str, Any]:
+    """The K,V cache in blocks, and how many tokens of requests of ``length`` it holds.
+
+    Where there are several groups of pages all take theirs from the same blocks: a request has far
+    pages for all its tokens and near pages for its window and its first tokens.
+    """
+    core = llm.llm_engine.engine_core.engine_core  # which is in this process
+    cache = core.scheduler.kv_cache_config
+    groups, taken = [], 0
+    for group in cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        spec = getattr(spec, "first_spec", spec)
+        window, sinks = getattr(spec, "sliding_window", None), getattr(spec, "sinks", 0)
+        pages = -(-length // spec.block_size)
+        if window:
+            held = -(-(window - 1) // spec.block_size) + 1 + -(-sinks // spec.block_size)
+            pages = min(pages, held)
+        groups.append({"page": spec.block_size, "window": window, "pages": pages})
+        taken += pages
+    requests = (cache.num_blocks - 1) / taken  # one block is nobody's
     return {
-        "page": cache.block_size,
-        "blocks": cache.num_gpu_blocks,
-        "tokens": cache.num_gpu_blocks * cache.block_size,
+        "blocks": cache.num_blocks,
+        "block_bytes": cache.kv_cache_tensors[0].size // cache.num_blocks,
+        "groups": groups,
+        "requests": round(requests, 2),
+        "tokens": int(requests * length),
     }
 
 
@@ -178,13 +152,64 @@ def label(name: str) -> str:
     return name.replace(" ", "-").replace("=", "").replace(",", "")
 
 
-def jobs(
-    kinds: Kinds, groups: dict[str, list[int]], model: Path, options: dict[str, Any], work: Path
+def kind_jobs(
+    names: Sequence[str], options: dict[str, Any], work: Path, tiny: bool = False, ranks: int = 1
 ) -> list[dict[str, Any]]:
-    """The stock engine's job and those of all profiles."""
-    made = [{"name": STOCK, "model": str(model), "profile": None, "options": options}]
-    for name, (clusters, membership, recent) in kinds.items():
-        path = work / f"profile-{label(name)}.json"
-        path.write_text(json.dumps(profile(clusters, membership, recent, groups[name])))
-        made.append({"name": name, "model": str(model), "profile": str(path), "options": options})
+    """The jobs of kinds of `serving_kinds`, in this order; their configs and profiles are written.
+
+    Args:
+        names: of the kinds.
+        options: of all engines.
+        work: folder for what is written.
+        tiny: models with a few layers and narrow ones, for CPUs.
+        ranks: GPUs of an engine.
+    """
+    made = []
+    for name in names:
+        kind = KINDS[name]
+        shape = (TINY if tiny else SHAPES)[kind.model]
+        model = work / (f"tiny-{kind.model}" if tiny else kind.model)
+        shape.write(model, "float32" if tiny else "bfloat16")
+        found, path = kind.profile(shape, ranks), None
+        if found is not None:
+            path = work / f"profile-{label(name)}.json"
+            path.write_text(json.dumps(found))
+        own = {"kv_cache_dtype": kind.cache_dtype} if kind.cache_dtype != "auto" else {}
+        made.append(
+            {
+                "name": name,
+                "model": str(model),
+                "profile": None if path is None else str(path),
+                "options": {**options, **own},
+            }
+        )
     return made
+
+
+def on_cards(
+    made: Sequence[dict[str, Any]], run: Callable[[dict[str, Any], dict[str, str]], bool],
+    cards: int,
+) -> bool:  # fmt: skip
+    """Run jobs on several cards at the same time, each on the next one that is free.
+
+    Args:
+        made: the jobs; those of several ranks take so many cards.
+        run: runs a job with these settings of the environment; whether all went well.
+        cards: that there are.
+    """
+    ranks = max([1, *(job["options"].get("tensor_parallel_size", 1) for job in made)])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards)))
+    names = visible.split(",")[:cards]
+    free: queue.Queue[str] = queue.Queue()
+    for start in range(0, cards - ranks + 1, ranks):
+        free.put(",".join(names[start : start + ranks]))
+
+    def one(job: dict[str, Any]) -> bool:
+        mine = free.get()
+        try:
+            return run(job, {"CUDA_VISIBLE_DEVICES": mine})
+        finally:
+            free.put(mine)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        return all(list(pool.map(one, made)))

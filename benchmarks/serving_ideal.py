@@ -1,0 +1,151 @@
+"""What a workload of the serving benchmark could gain at best: bytes of steps, work of prompts.
+
+A step of decoding reads all weights and the K and V of its requests once. A prompt is multiplied
+with the weights, and its attention multiplies Q, K, probabilities and V. Both sides of a comparison
+run at the same bytes and operations per second; nothing else takes time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving_kinds import Kind, Shape
+
+BANDWIDTH = 3.0e12  # bytes/s that an H100 reads; of which ratios depend little
+COMPUTE = 6.0e14  # operations/s of 16-bit products that kernels reach on it
+Lengths = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """Times of one engine if only bytes and operations took time."""
+
+    shape: Shape
+    kind: Kind
+
+    @property
+    def _clustered(self) -> int:
+        return self.shape.layers - self.kind.plain_layers(self.shape)
+
+    @property
+    def _element(self) -> int:
+        return 1 if self.kind.cache_dtype == "fp8" else 2
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads of a clustered layer with own scores, with others', and with near keys."""
+        own = self.shape.heads if self.kind.own is None else self.kind.own
+        return own, self.shape.heads - own - self.kind.streaming, self.kind.streaming
+
+    def kept(self) -> tuple[int, int]:
+        """K heads and V heads of a clustered layer that are kept for all tokens."""
+        own, shared, _ = self.heads()
+        group = self.shape.heads // self.shape.kv_heads
+        return own // group, (own + shared) // group
+
+    def cache_bytes(self, length: int) -> float:
+        """K and V of one request."""
+        one, shape = self.shape.head_dim * self._element, self.shape
+        full, far = 2 * shape.kv_heads, sum(self.kept())
+        near = min(length, self.kind.recent + self.kind.sinks)
+        plain = (shape.layers - self._clustered) * full * length
+        return one * (plain + self._clustered * (far * length + (full - far) * near))
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the weights that a step reads."""
+        return 2.0 * (self.shape.linear + self.shape.hidden * self.shape.vocabulary)
+
+    def step(self, lengths: Sequence[int]) -> float:
+        """Seconds of a step in which requests of these lengths get a token."""
+        read = self.weights + sum(map(self.cache_bytes, lengths))
+        return read / BANDWIDTH
+
+    def attention(self, tokens: int, context: int = 0) -> float:
+        """Operations of the attention of ``tokens`` behind ``context`` others."""
+        shape, (own, shared, streaming) = self.shape, self.heads()
+        pairs = tokens * (context + tokens / 2)
+        near = min(pairs, tokens * (self.kind.recent + self.kind.sinks))
+        plain = (shape.layers - self._clustered) * 2 * shape.heads * pairs
+        # own scores of near keys for those that share; scores and V for those that stream
+        each = (own + own + shared) * pairs + (shared + 2 * streaming) * near
+        return 2 * shape.head_dim * (plain + self._clustered * each)
+
+    def prompt(self, tokens: int, context: int = 0) -> float:
+        """Seconds of a prompt, or of a part of it."""
+        work = 2 * self.shape.linear * tokens + self.attention(tokens, context)
+        return work / COMPUTE
+
+    def load(
+        self, requests: Lengths, room: float, most: int, budget: int, shared: int = 0
+    ) -> float:
+        """Seconds of requests that come at once.
+
+        Args:
+            requests: tokens of each one's prompt and output.
+            room: bytes of the K,V cache.
+            most: requests that may run at a time.
+            budget: tokens of a step.
+            shared: first tokens of all prompts that are the same, read once and held once.
+        """
+        waiting = deque(_Request(prompt, output, shared) for prompt, output in requests)
+        if shared:
+            waiting[0].cached = 0
+        running: list[_Request] = []
+        common, seconds = self.cache_bytes(shared), 0.0
+        while waiting or running:
+            left, used = budget, common
+            scheduled: list[tuple[_Request, int]] = []
+            for place, request in enumerate(running):
+                count = min(left, request.tokens - request.cached)
+                size = self.cache_bytes(request.cached + count) - common
+                if used + size > room and place:  # these are preempted, and read all again
+                    for gone in running[place:]:
+                        gone.cached = shared
+                    waiting.extendleft(reversed(running[place:]))
+                    del running[place:]
+                    break
+                used, left = used + size, left - count
+                scheduled.append((request, count))
+            while waiting and left and len(running) < most:
+                request = waiting[0]
+                size = self.cache_bytes(request.tokens) - common
+                if used + size > room and running:
+                    break
+                count = min(left, request.tokens - request.cached)
+                used, left = used + size, left - count
+                running.append(waiting.popleft())
+                scheduled.append((request, count))
+            seconds += self._mixed(scheduled)
+            for request, count in scheduled:
+                request.cached += count
+                if request.cached == request.tokens:  # a token is written, to be read next
+                    request.tokens += 1
+                    request.left -= 1
+            running = [request for request in running if request.left]
+        return seconds
+
+    def _mixed(self, scheduled: Sequence[tuple[_Request, int]]) -> float:
+        """Seconds of a step that reads so many tokens of each request."""
+        tokens = sum(count for _, count in scheduled)
+        products = 2 * self.shape.linear * tokens / COMPUTE
+        seconds = max(products, self.weights / BANDWIDTH)
+        for request, count in scheduled:
+            if count == 1:
+                seconds += self.cache_bytes(request.cached) / BANDWIDTH
+            else:
+                seconds += self.attention(count, request.cached) / COMPUTE
+        return seconds
+
+
+@dataclass
+class _Request:
+    """A request under way: tokens that it has, of these in the cache, and yet to be written."""
+
+    tokens: int
+    left: int
+    cached: int
+
+    def __init__(self, prompt: int, output: int, cached: int):
+        self.tokens, self.left, self.cached = prompt, output, cached

@@ -1,0 +1,64 @@
+"""The serving benchmark's kinds of profiles, and the ideals it is compared with; no vLLM needed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.integrations.vllm.layers import served_layers
+from chai_attention.profile import ClusterProfile
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from serving_ideal import Ideal
+from serving_kinds import KINDS, SHAPES, TINY, stock_of
+from serving_loads import FULL, LOADS, requests_of
+
+CLUSTERED = [name for name, kind in KINDS.items() if kind.own is not None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("shapes", [SHAPES, TINY], ids=["full", "tiny"])
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_profiles_of_kinds_fit_their_models_and_keep_what_ideals_count(name, shapes, ranks) -> None:
+    kind = KINDS[name]
+    shape = shapes[kind.model]
+    model = ModelShape(
+        "llama", shape.layers, shape.heads, shape.kv_heads, shape.head_dim, (True,) * shape.layers,
+        shape.hidden,
+    )  # fmt: skip
+    profile = ClusterProfile.from_json(kind.profile(shape, ranks))
+    profile.check(model)
+    keys, values = Ideal(shape, kind).kept()
+    for layers in (served_layers(model, profile, ranks, rank) for rank in range(ranks)):
+        last = layers[-1]
+        assert (last.kept * ranks, last.kept_values * ranks) == (keys, values)
+
+
+def test_ideals_are_those_of_the_bytes() -> None:
+    def ideal(name: str) -> Ideal:
+        return Ideal(SHAPES[KINDS[name].model], KINDS[name])
+
+    full = ideal("stock").cache_bytes(8192)
+    assert full == 8192 * 524_288
+    # 28 of 64 heads, and 36 more in the window and the sinks
+    assert ideal("default").cache_bytes(8192) == full * 28 / 64 + 132 * 524_288 * 36 / 64
+    assert ideal("grouped streaming").cache_bytes(100) == ideal("grouped stock").cache_bytes(100)
+    assert full / ideal("published").cache_bytes(8192) == pytest.approx(1 / (1 - 0.1914), rel=1e-3)
+    for name in CLUSTERED:
+        other = ideal(stock_of(name))
+        assert ideal(name).step([8192] * 14) < other.step([8192] * 14)
+        assert ideal(name).prompt(8192) < other.prompt(8192)
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_ideal_loads_gain_by_capacity_and_by_prefixes(name: str) -> None:
+    requests = requests_of(name, FULL)[:60]
+    stock, ours = (Ideal(SHAPES["llama-7b"], KINDS[kind]) for kind in ("stock", "default"))
+    room = 40_000 * 524_288
+    times = [one.load(requests, room, 640, 8192) for one in (stock, ours)]
+    assert times[1] < times[0]
+    assert stock.load(requests, room / 5, 640, 8192) > times[0]
+    longer = [(prompt + 1000, output) for prompt, output in requests]
+    alone = stock.load(longer, room, 640, 8192)
+    assert times[0] * 0.9 < stock.load(longer, room, 640, 8192, shared=1000) < alone
