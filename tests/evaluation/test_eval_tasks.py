@@ -4,7 +4,7 @@ import pytest
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
-from chai_attention.evaluation.tasks import PAPER, task_names, task_sources
+from chai_attention.evaluation.tasks import PAPER, task_names, task_sources, text_length
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -69,3 +69,13 @@ def test_text_tasks_take_passages_or_documents(tmp_path):
     path.write_text(json.dumps("nothing to cut"))
     with pytest.raises(EvaluationError, match="no passage"):
         task_sources(["last_word"], text=str(path))
+
+
+def test_perplexity_may_name_the_tokens_of_its_windows(tmp_path):
+    assert [text_length(name) for name in ("perplexity", "perplexity-2048")] == [512, 2048]
+    for other in ("perplexity-0", "perplexity-", "perplexity-1k", "piqa", "last_word"):
+        assert text_length(other) is None
+    path = tmp_path / "text.txt"
+    path.write_text(paragraph("table."))
+    (found,) = task_sources(["perplexity-64"], text=str(path))
+    assert (found.name, len(found.rows)) == ("perplexity-64", 1)

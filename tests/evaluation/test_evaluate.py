@@ -95,6 +95,17 @@ def test_the_table_is_what_the_files_say(model, sources, tmp_path):
     assert f"{row['tasks']['perplexity']['perplexity']:.3f}" in text
 
 
+def test_windows_of_several_lengths_state_what_each_keeps(model, tmp_path):
+    asked = [TaskSource(f"perplexity{end}", TEXT * 20, "d") for end in ("", "-64", "-128")]
+    table, _ = run(model, asked[1:], tmp_path / "two")
+    kept = [table["rows"][2]["tasks"][one.name]["kv_share"] for one in asked[1:]]
+    assert kept == pytest.approx([0.5 + 1 / 64, 0.5 + 1 / 128])
+    text = (tmp_path / "two" / "table.md").read_text()
+    assert all(f"({share:.1%} kept)" in text for share in kept)
+    with pytest.raises(EvaluationError, match="perplexity-9999 needs windows of 9999 tokens"):
+        run(model, [TaskSource("perplexity-9999", TEXT * 20, "d")], tmp_path / "long")
+
+
 def test_two_runs_write_the_same_files_and_a_third_does_nothing(model, sources, tmp_path):
     first, second, again = Prepared(), Prepared(), Prepared()
     run(model, sources, tmp_path / "a", first)

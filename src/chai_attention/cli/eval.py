@@ -21,7 +21,8 @@ def eval_command(
         typer.Option(
             help="paper (piqa, hellaswag, arc_challenge, arc_easy, boolq), lambada, names of "
             "lm-eval's tasks, recall (facts hidden in text, asked for at its end), or last_word "
-            "and perplexity, which need --text; separated by commas."
+            "and perplexity (perplexity-2048: in windows of so many tokens), which need --text; "
+            "separated by commas."
         ),
     ] = "paper",
     profile: Annotated[

@@ -7,13 +7,21 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.texts import windows_of
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.runs import Result
-from chai_attention.evaluation.tasks import LAMBADA, LAST_WORD, PERPLEXITY, TaskSource
+from chai_attention.evaluation.tasks import (
+    LAMBADA,
+    LAST_WORD,
+    TEXT_LENGTH,
+    TaskSource,
+    text_length,
+)
 from chai_attention.integrations.transformers.digest import weights_digest
 
 if TYPE_CHECKING:
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
 MHA = "mha"
 LONG = 2048  # tokens at which K,V shares are stated beside those of the items
-TEXT_WINDOWS, TEXT_LENGTH = 128, 512  # of the task "perplexity"
+TEXT_TOKENS = 128 * TEXT_LENGTH  # that the windows of a perplexity task have together
 
 
 class Scorer:
@@ -61,9 +69,10 @@ class Scorer:
         """How many items of a task are scored."""
         if source.cases:
             count = len(source.cases)
-        elif source.name == PERPLEXITY or source.rows is None:
-            loaded = self._load(source)
-            count = len(loaded) if source.name == PERPLEXITY else len(loaded.eval_docs)
+        elif text_length(source.name) is not None:
+            count = len(self._load(source))
+        elif source.rows is None:
+            count = len(self._load(source).eval_docs)
         else:
             count = len(source.rows)
         return count if self._limit is None else min(count, self._limit)
@@ -121,7 +130,7 @@ class Scorer:
         self._lm.progress = report
         # plain MHA is lm-eval's own path, batches and all
         with self._lm.using(None if method.name == MHA else method):
-            if source.name == PERPLEXITY:
+            if text_length(source.name) is not None:
                 return score_text(self._lm, loaded[: self._limit])
             return score_task(self._lm, loaded, self._limit)
 
@@ -149,16 +158,24 @@ class Scorer:
         from chai_attention.integrations.lm_eval.tasks import load_task
 
         if source.name not in self._loaded:
-            if source.name == PERPLEXITY:
-                texts = [row["text"] for row in source.rows or ()]
-                length = min(TEXT_LENGTH, self._lm.max_length)
-                self._loaded[source.name] = windows_of(
-                    texts, self._tokenizer, TEXT_WINDOWS, length, self._run["seed"]
-                )
+            if (length := text_length(source.name)) is not None:
+                self._loaded[source.name] = self._windows(source, length)
             else:
                 base = LAMBADA if source.name == LAST_WORD else None
                 self._loaded[source.name] = load_task(source.name, source.rows, base)
         return self._loaded[source.name]
+
+    def _windows(self, source: TaskSource, length: int) -> Tensor:
+        """Windows of a text; of the usual length, or shorter where a model reads less."""
+        most = self._lm.max_length
+        if length > most and length != TEXT_LENGTH:
+            raise EvaluationError(
+                f"the task {source.name} needs windows of {length} tokens, the model reads at most "
+                f"{most}: name a shorter length"
+            )
+        texts = [row["text"] for row in source.rows or ()]
+        count = max(2, TEXT_TOKENS // length)
+        return windows_of(texts, self._tokenizer, count, min(length, most), self._run["seed"])
 
 
 def run_settings(model: PreTrainedModel, name: str, batch_size: int, seed: int) -> dict[str, Any]:

@@ -184,7 +184,10 @@ def _blocks(table: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     texts = [task for task in tasks if some[task]["kind"] == TEXT]
     if texts:
         body = [
-            [row["comparator"], *(f"{row['tasks'][task]['perplexity']:.3f}" for task in texts)]
+            [
+                row["comparator"],
+                *(_perplexity(row["tasks"][task], len(texts) > 1) for task in texts),
+            ]
             for row in rows
         ]
         blocks.append(("perplexity", ["", *(counts[task] for task in texts)], body))
@@ -218,6 +221,12 @@ def _recall_blocks(
             body.append(line)
         blocks.append((f"recall from {length:,} tokens", header, body))
     return blocks
+
+
+def _perplexity(cell: Mapping[str, Any], states_share: bool) -> str:
+    """A perplexity, and the K,V bytes kept at the length of its windows where there are several."""
+    words = f"{cell['perplexity']:.3f}"
+    return f"{words} ({cell['kv_share']:.1%} kept)" if states_share else words
 
 
 def _words(cell: Mapping[str, Any], measure: str, scale: float, digits: int, compared: bool) -> str:

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 PAPER = ("piqa", "hellaswag", "arc_challenge", "arc_easy", "boolq")
 LAMBADA = "lambada_openai"
 LAST_WORD, PERPLEXITY = "last_word", "perplexity"
-FROM_TEXT = (LAST_WORD, PERPLEXITY)
 RECALL = "recall"  # stands for tasks that `recall_sources` makes for a model
 SETS = {"paper": PAPER, "lambada": (LAMBADA,)}
+_TEXT_NAME = re.compile(rf"{PERPLEXITY}(?:-(?P<length>[1-9]\d*))?")
 _RECALL_NAME = re.compile(rf"{RECALL}-(?P<facts>\d+)-(?P<length>\d+)")
 TEXT_ITEMS = 1000  # passages of last_word
 TEXT_TOKENS = 400_000  # roughly what is read of a data set of the hub
+TEXT_LENGTH = 512  # tokens of a window of "perplexity"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class TaskSource:
     """A task and its items.
 
     Attributes:
-        name: its name in lm-eval, or "last_word", "perplexity" or "recall-<facts>-<length>".
+        name: its name in lm-eval, or "last_word", "perplexity", "perplexity-<length>" or
+            "recall-<facts>-<length>".
         rows: the items in the columns of the task's data set; None: lm-eval loads them from the
-            hub. For "perplexity" rows are documents, ``{"text": ...}``.
+            hub. For a perplexity task rows are documents, ``{"text": ...}``.
         digest: of the rows or cases, or "hub".
         cases: questions of a recall task, which has no rows; else empty.
     """
@@ -76,7 +78,7 @@ def task_sources(
         data: a folder with ``<task>.jsonl``, one item a line in the columns of the task's data
             set on the hub (BoolQ's of google/boolq, or of SuperGLUE); None: the hub.
         text: a plain text, a ``.jsonl`` or a data set of the hub (see `load_texts`) for the tasks
-            "last_word" and "perplexity".
+            "last_word" and "perplexity", with or without a length.
         seed: which passages of the text are used.
 
     Raises:
@@ -89,7 +91,7 @@ def task_sources(
         if name == RECALL:
             continue
         rows: list[dict[str, Any]] | None = None
-        if name in FROM_TEXT:
+        if name == LAST_WORD or text_length(name) is not None:
             if text is None:
                 raise EvaluationError(f"the task {name} needs a text: --text FILE")
             if documents is None:
@@ -117,6 +119,12 @@ def facts_and_length(task: str) -> tuple[int, int] | None:
     """The facts and tokens of a recall task, by its name; None for other tasks."""
     found = _RECALL_NAME.fullmatch(task)
     return None if found is None else (int(found["facts"]), int(found["length"]))
+
+
+def text_length(task: str) -> int | None:
+    """Tokens of a window of a perplexity task, by its name; None for other tasks."""
+    found = _TEXT_NAME.fullmatch(task)
+    return None if found is None else int(found["length"] or TEXT_LENGTH)
 
 
 def _file(folder: Path, name: str) -> Path:
