@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
@@ -99,12 +98,10 @@ def paged_decode(
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.paged.paged_decode` in two launches."""
     if isinstance(near, NearPages):
-        raise AttentionInputError("there is no kernel for near pages yet: use the CPU")
-    check(
-        query,
-        *(() if near is None else (memory for pair in near.memories for memory in pair)),
-        pages=(key_pages, value_pages),
-    )
+        check(query, pages=(key_pages, value_pages, near.key, near.value))
+    else:
+        memories = () if near is None else (memory for pair in near.memories for memory in pair)
+        check(query, *memories, pages=(key_pages, value_pages))
     lse = _lse(membership, query) if return_lse else None
     size = most_keys or block_table.shape[1] * key_pages.shape[1]
     result = _run(
@@ -129,7 +126,7 @@ def _run(
     size: int,
     *,
     out: Tensor | None = None,
-    near: NearRing | None = None,
+    near: NearPages | NearRing | None = None,
     **options: Any,
 ) -> Tensor:
     """Choose tiles for ``size`` keys and launch; ``[B, H, Dv]``."""
@@ -152,10 +149,6 @@ def _run(
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
     at_a_time = next(count for least, count in resident.items() if columns >= least)
-    if near is not None and 2 * columns == COLUMNS and not is_narrow and not small_pages:
-        # the merge needs room beside: whole contexts in large blocks, or more programs in small
-        many = programs >= 3 * processors(query.device)
-        block, at_a_time = (2 * block, 2) if many else (block, 4)
     splits = splits_of(programs, at_a_time, size, query.device)
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
@@ -177,8 +170,7 @@ def _run(
         # keys of different warps: with half the bytes to wait for, adding them up in every block
         # would be most of the time; in 16 bits it costs nothing that could be measured
         lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
-        # a merge that attends to near keys has work before the parts are done
-        early=(1 if near is None else 2) if capability(query.device) >= (9, 0) else 0,
+        early=capability(query.device) >= (9, 0),
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
         **options,
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """One query's exact attention to its nearest keys: the sinks and the last ones, by own scores.
 
-A function of the kernel that merges the parts of the far keys (`split_decode`).
+A function of the kernel that computes parts of the far keys (`decode_parts`): programs of their
+own, which start first. Kept heads find their near K and V in the cache, the others in rings and
+sinks beside a dense cache, or in near pages beside far ones.
 """
 
 from __future__ import annotations
@@ -13,12 +15,28 @@ import triton.language as tl
 
 from chai_attention.ops.triton.decode import _scores_base2
 
-ELEMENTS = 4096  # numbers of K that a step holds; with more, fewer programs run at a time
+ELEMENTS = 1024  # numbers of K that a step holds for each warp: more would need more registers
 
 
-def near_block(keys: int, dim: int) -> int:
+def near_block(keys: int, dim: int, warps: int) -> int:
     """How many of ``keys`` nearest keys a step takes, for heads of ``dim`` numbers."""
-    return int(min(triton.next_power_of_2(keys), max(16, ELEMENTS // dim)))
+    return int(min(triton.next_power_of_2(keys), max(16, warps * ELEMENTS // dim)))
+
+
+@triton.jit
+def _near_row(row, slots_ptr, HAS_SLOTS: tl.constexpr):
+    """Where the recent window's memories of a sequence are; a padded row may have slot -1."""
+    if HAS_SLOTS:
+        row = tl.maximum(tl.load(slots_ptr + row), 0).to(tl.int64)
+    return row
+
+
+@triton.jit
+def _sink_stop(sink_ptr, near_row, stride_sinks, SINKS: tl.constexpr, SINKS_P: tl.constexpr):
+    """The position behind the last sink: every real token before it is one."""
+    s = tl.arange(0, SINKS_P)
+    sinks = tl.load(sink_ptr + near_row * stride_sinks + s, mask=s < SINKS, other=-1)
+    return tl.max(sinks.to(tl.int32), axis=0) + 1
 
 
 @triton.jit
@@ -71,15 +89,38 @@ def _held(
 
 
 @triton.jit
+def _in_pages(
+    ptr, near_ptr, place, kept, row, position, d, inside, table_ptr, near_table_ptr,
+    stride_table, stride_near_table, stride_b, stride_h, stride_s, stride_nb, stride_nh, stride_ns,
+    D: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+):  # fmt: skip
+    """K or V of some tokens and one head, out of far pages if ``place`` is below ``kept``."""
+    is_far = place < kept
+    base = tl.where(is_far, ptr + place * stride_h, near_ptr + (place - kept) * stride_nh)
+    table = tl.where(
+        is_far, table_ptr + row * stride_table, near_table_ptr + row * stride_near_table
+    )
+    stride_b = tl.where(is_far, stride_b, stride_nb)
+    stride_s = tl.where(is_far, stride_s, stride_ns)
+    number = tl.where(is_far, position // PAGE, position // NEAR_PAGE)
+    within = tl.where(is_far, position % PAGE, position % NEAR_PAGE)
+    page = tl.load(table + number, mask=inside, other=0).to(tl.int64)
+    at = page * stride_b + within.to(tl.int64) * stride_s
+    return tl.load(
+        base + at[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0
+    )
+
+
+@triton.jit
 def _step(
     start, q, where, row, slot_row, length, place, d, dv,
-    k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr, v_first_ptr,
-    softcap, recent, ring_size, ring_shift, kept, kept_values,
+    k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
+    v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
-    stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
-    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, NEAR: tl.constexpr,
-    SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    stride_near_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
+    stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
+    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    NEAR: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
     """Scores of NEAR keys from ``start`` on, of the sinks and then the last ones, and their V."""
@@ -88,8 +129,10 @@ def _step(
     position = length - recent + j - SINKS
     inside = (j >= SINKS) & (position >= 0) & (position < length)
     if SINKS > 0:
-        sink = tl.load(sink_ptr + slot_row * stride_sinks + j, mask=is_sink, other=-1)
-        sink = sink.to(tl.int32)
+        sink = j  # of a sequence in pages: its first tokens
+        if NEAR_PAGE == 0:
+            sink = tl.load(sink_ptr + slot_row * stride_sinks + j, mask=is_sink, other=-1)
+            sink = sink.to(tl.int32)
         # a sink among the last keys counts once, there
         position = tl.where(is_sink, sink, position)
         inside = inside | (is_sink & (sink >= 0) & (sink < length - recent))
@@ -97,18 +140,32 @@ def _step(
         inside = inside & (
             tl.load(valid_ptr + row * stride_mb + position, mask=inside, other=0) != 0
         )
-    # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
-    at = ((position + ring_shift) % ring_size).to(tl.int64)
-    k = _held(
-        k_ptr, ring_ptr, first_ptr, where, kept, row, slot_row, position, at, j, d, inside, is_sink,
-        table_ptr, stride_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh, stride_rs,
-        stride_fb, stride_fh, stride_fs, D, PAGE, SINKS, True,
-    )  # fmt: skip
-    v = _held(
-        v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, slot_row, position, at, j, dv,
-        inside, is_sink, table_ptr, stride_table, stride_vb, stride_vh, stride_vs, stride_vrb,
-        stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, DV, PAGE, SINKS, HAS_VALUE_RING,
-    )  # fmt: skip
+    if NEAR_PAGE > 0:
+        k = _in_pages(
+            k_ptr, ring_ptr, where, kept, row, position, d, inside, table_ptr, near_table_ptr,
+            stride_table, stride_near_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh,
+            stride_rs, D, PAGE, NEAR_PAGE,
+        )  # fmt: skip
+        v = _in_pages(
+            v_ptr, v_ring_ptr, place, kept_values, row, position, dv, inside, table_ptr,
+            near_table_ptr, stride_table, stride_near_table, stride_vb, stride_vh, stride_vs,
+            stride_vrb, stride_vrh, stride_vrs, DV, PAGE, NEAR_PAGE,
+        )  # fmt: skip
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    else:
+        # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
+        at = ((position + ring_shift) % ring_size).to(tl.int64)
+        k = _held(
+            k_ptr, ring_ptr, first_ptr, where, kept, row, slot_row, position, at, j, d, inside,
+            is_sink, table_ptr, stride_table, stride_kb, stride_kh, stride_ks, stride_rb,
+            stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, D, PAGE, SINKS, True,
+        )  # fmt: skip
+        v = _held(
+            v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, slot_row, position, at, j, dv,
+            inside, is_sink, table_ptr, stride_table, stride_vb, stride_vh, stride_vs, stride_vrb,
+            stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, DV, PAGE, SINKS,
+            HAS_VALUE_RING,
+        )  # fmt: skip
     s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
     return tl.where(inside, s, float("-inf")), v
 
@@ -116,52 +173,44 @@ def _step(
 @triton.jit
 def _near(
     head, place, row, slot_row, line, length, dv,
-    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
-    v_first_ptr, key_place_ptr,
+    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
+    v_ring_ptr, v_first_ptr, key_place_ptr,
     scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-    stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, NEAR: tl.constexpr,
-    STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_VALUE_RING: tl.constexpr,
+    stride_mb, stride_table, stride_near_table, stride_rb, stride_rh, stride_rs,
+    stride_fb, stride_fh, stride_fs, stride_sinks,
+    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    NEAR: tl.constexpr, STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and weight of one head's own scores, and V weighted with them, columns ``dv``."""
+    """Maximum and weight of one head's own scores, and V weighted with them.
+
+    ``ring_ptr`` and ``v_ring_ptr`` are rings, or near pages if there is a ``NEAR_PAGE``.
+    """
     d = tl.arange(0, DP)
     q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
     q = q.to(tl.float32) * scale
     where = tl.load(key_place_ptr + line * KV_HEADS + head // GROUP).to(tl.int64)
-    s, v = _step(
-        0, q, where, row, slot_row, length, place, d, dv,
-        k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr, v_first_ptr,
-        softcap, recent, ring_size, ring_shift, kept, kept_values,
-        stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
-        stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
-        stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-        D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
-    )  # fmt: skip
-    best = tl.max(s, axis=0)
-    p = tl.exp2(s - tl.where(best == float("-inf"), 0.0, best))  # nothing seen: 0, not NaN
-    weight = tl.sum(p, axis=0)
-    acc = tl.sum(p[:, None] * v, axis=0)
-    # the usual window is one step, which needs fewer registers than a loop
-    if STEPS > 1:
-        for step in tl.range(1, STEPS, num_stages=1):
-            s, v = _step(
-                step * NEAR, q, where, row, slot_row, length, place, d, dv,
-                k_ptr, v_ptr, valid_ptr, table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
-                v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
-                stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
-                stride_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-                stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
-                stride_vfs, D, DV, PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
-            )  # fmt: skip
-            new = tl.maximum(best, tl.max(s, axis=0))
-            base = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp2(s - base)
-            old = tl.exp2(best - base)
-            weight = weight * old + tl.sum(p, axis=0)
-            acc = acc * old + tl.sum(p[:, None] * v, axis=0)
-            best = new
+    best = float("-inf")
+    weight = 0.0
+    acc = tl.zeros([DVP], dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=1):
+        s, v = _step(
+            step * NEAR, q, where, row, slot_row, length, place, d, dv,
+            k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
+            v_ring_ptr, v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
+            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
+            stride_table, stride_near_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh,
+            stride_fs, stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
+            stride_vfs, D, DV, PAGE, NEAR_PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
+        )  # fmt: skip
+        new = tl.maximum(best, tl.max(s, axis=0))
+        base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
+        p = tl.exp2(s - base)
+        old = tl.exp2(best - base)
+        weight = weight * old + tl.sum(p, axis=0)
+        acc = acc * old + tl.sum(p[:, None] * v, axis=0)
+        best = new
     return best, weight, acc

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import LARGEST
 from chai_attention.ops.near_pages import NearPages
@@ -66,7 +65,7 @@ def _remember(
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
     k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, line_ptr,
-    near_row_ptr, sink_ptr,
+    near_row_ptr, sink_ptr, near_slot_ptr,
     tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
     key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -74,17 +73,19 @@ def _write(
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
     stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_LINES: tl.constexpr,
-    HAS_NEAR: tl.constexpr, HAS_VALUE_RING: tl.constexpr, ORDERED: tl.constexpr,
-    IS_NARROW: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr,
+    HAS_LINES: tl.constexpr, HAS_NEAR: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
+    ORDERED: tl.constexpr, IS_NARROW: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK new tokens of one place: of the K cache, of the V cache, or of rings and sinks.
+    """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
 
-    With pages, ``start_ptr`` holds each token's position, ``slot_ptr`` its slot in the pages.
+    With pages, ``start_ptr`` holds each token's position, ``slot_ptr`` its slot in the pages. With
+    near pages, ``ring_ptr`` and ``v_ring_ptr`` are those.
     """
     place, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = token < tokens
+    given = token < tokens
+    there = given
     if PAGE == 0:
         position = tl.load(start_ptr + row).to(tl.int32) + token
         there = there & (position >= 0) & (position < size)
@@ -99,7 +100,7 @@ def _write(
         value_at = slot // PAGE * stride_valueb + slot % PAGE * stride_values
         line = tl.zeros([BLOCK], tl.int64)
         if HAS_LINES:
-            line += tl.load(line_ptr + token, mask=there, other=0)
+            line += tl.load(line_ptr + token, mask=given, other=0)
     if place < kept:
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
@@ -123,6 +124,33 @@ def _write(
             value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
             _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW), mask=mask,
         )  # fmt: skip
+    elif NEAR_PAGE > 0:
+        place -= kept + kept_values
+        slot = tl.load(near_slot_ptr + token, mask=given, other=-1).to(tl.int64)
+        there = slot >= 0
+        slot = tl.maximum(slot, 0)
+        page, within = slot // NEAR_PAGE, slot % NEAR_PAGE
+        if place < removed:
+            head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
+            d = tl.arange(0, DP)
+            mask = there[:, None] & (d < D)[None, :]
+            new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+            at = page * stride_rb + place * stride_rh + within * stride_rs
+            tl.store(
+                ring_ptr + at[:, None] + d[None, :],
+                _narrow(new, key_inverse, ring_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+            )  # fmt: skip
+        elif HAS_VALUE_RING:
+            place -= removed
+            head = tl.load(v_removed_ptr + line * removed_values + place, mask=there, other=0)
+            d = tl.arange(0, DVP)
+            mask = there[:, None] & (d < DV)[None, :]
+            new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
+            at = page * stride_vrb + place * stride_vrh + within * stride_vrs
+            tl.store(
+                v_ring_ptr + at[:, None] + d[None, :],
+                _narrow(new, value_inverse, v_ring_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+            )  # fmt: skip
     elif HAS_NEAR:  # else no program comes here
         place -= kept + kept_values
         if PAGE == 0:
@@ -187,7 +215,7 @@ def write_paged(
     value_pages: Tensor,
     slot_mapping: Tensor,
     membership: Membership,
-    row_of_token: Tensor | None = None,
+    rows: Tensor | None = None,
     near: NearPages | NearRing | None = None,
     positions: Tensor | None = None,
     near_rows: Tensor | None = None,
@@ -195,8 +223,6 @@ def write_paged(
     near_slot_mapping: Tensor | None = None,
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
-    if near_slot_mapping is not None or isinstance(near, NearPages):
-        raise AttentionInputError("there is no kernel for near pages yet: use the CPU")
 
     def token_last(x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(2), x.stride(1)
@@ -207,8 +233,8 @@ def write_paged(
             (0, key.stride(1), key.stride(0)), (0, value.stride(1), value.stride(0)),
             token_last(key_pages), token_last(value_pages),
         ),
-        page=key_pages.shape[1], slots=slot_mapping, lines=row_of_token, near_rows=near_rows,
-        scales=scales,
+        page=key_pages.shape[1], slots=slot_mapping, lines=rows, near_rows=near_rows,
+        near_slots=near_slot_mapping, scales=scales,
     )  # fmt: skip
 
 
@@ -218,7 +244,7 @@ def _launch(
     keys: Tensor,
     values: Tensor,
     membership: Membership,
-    near: NearRing | None,
+    near: NearPages | NearRing | None,
     start: Tensor | None,
     tokens: int,
     batch: int,
@@ -229,6 +255,7 @@ def _launch(
     slots: Tensor | None = None,
     lines: Tensor | None = None,
     near_rows: Tensor | None = None,
+    near_slots: Tensor | None = None,
     ordered: bool = False,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
@@ -236,10 +263,15 @@ def _launch(
         return
     dim, value_dim = key.shape[-1], value.shape[-1]
     kept, kept_values = membership.kept_keys, membership.kept_values
-    removed = removed_values = 0
+    removed = removed_values = near_page = 0
     ring = first = value_ring = value_first = sink_positions = None
     near_strides = [0] * 13
-    if near is not None:
+    if isinstance(near, NearPages):
+        removed, removed_values = membership.kv_heads - kept, membership.kv_heads - kept_values
+        ring, value_ring, near_page = near.key, near.value, near.page
+        near_strides[:3] = (ring.stride(axis) for axis in (0, 2, 1))
+        near_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
+    elif near is not None:
         removed = membership.kv_heads - kept
         ring, first, sink_positions = near.ring, near.sinks, by_line(near.sink_positions)
         near_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
@@ -257,14 +289,16 @@ def _launch(
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
         by_line(start), by_line(slots), by_line(lines), by_line(near_rows), sink_positions,
+        by_line(near_slots),
         tokens, size, kept, kept_values, removed, removed_values,
-        *((1, 0) if near is None else (near.size, near.shift)),
+        *((near.size, near.shift) if isinstance(near, NearRing) else (1, 0)),
         *(1 / scale for scale in scales),
         *(stride for group in strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
-        SINKS=0 if near is None else near.sinks.shape[2], HAS_LINES=lines is not None,
+        NEAR_PAGE=near_page, SINKS=near.sinks.shape[2] if isinstance(near, NearRing) else 0,
+        HAS_LINES=lines is not None,
         HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0, ORDERED=ordered,
         IS_NARROW=keys.dtype.itemsize == 1,
         num_warps=4,

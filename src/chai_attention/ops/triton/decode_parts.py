@@ -1,0 +1,167 @@
+"""Decode: one query per sequence attends to a part of the far keys, or to its nearest ones.
+
+The same kernel serves contiguous caches and pages. `split_decode` merges the parts.
+"""
+
+from __future__ import annotations
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from chai_attention.ops.triton.decode import _line_of, _scores_base2
+from chai_attention.ops.triton.near_decode import _near, _near_row, _sink_stop
+
+
+@triton.jit(
+    do_not_specialize=[
+        "size", "near_programs", "chunks", "streaming", "splits", "recent", "ring_size",
+        "ring_shift", "kept", "kept_values", "stride_table", "stride_near_table",
+    ]
+)  # fmt: skip
+def _parts(
+    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, slots_ptr,
+    query_ptr, key_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
+    ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, near_table_ptr, key_place_ptr,
+    scale, softcap, size, near_programs, chunks, streaming, splits, recent, ring_size, ring_shift,
+    kept, kept_values,
+    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t, stride_near_table,
+    stride_rb, stride_rh, stride_rs, stride_vrb, stride_vrh, stride_vrs,
+    stride_fb, stride_fh, stride_fs, stride_vfb, stride_vfh, stride_vfs, stride_sinks,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    NEAR: tl.constexpr, STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    SINKS: tl.constexpr, SINKS_P: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
+    STAGES: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One chunk of members, one split of the far keys: partial sums, their maximum and weight.
+
+    Or, in the first programs if there is a window (``NEAR`` keys of a step), one member's nearest
+    keys. Sums are kept for ``LINES`` keys at a time, which are those of different warps, and joined
+    in the end. ``PAGE`` is 0 for contiguous caches. Pages are found by ``table_ptr``, and
+    ``stride_kb`` and ``stride_vb`` are then those of a page.
+    """
+    program = tl.program_id(0)
+    sums = splits
+    sets = splits  # of sums of V for all members
+    if NEAR > 0:
+        sums += M
+        sets += 1
+        if program < near_programs:
+            lane, program = program % M, program // M
+            chunk, row = program % chunks, (program // chunks).to(tl.int64)
+            line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+            lane_at = (line * chunks + chunk) * M + lane
+            head = tl.load(head_ptr + lane_at)
+            if head >= 0:
+                length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
+                near_row = _near_row(row, slots_ptr, HAS_SLOTS)
+                place = tl.load(value_ptr + lane_at).to(tl.int64)
+                dv = tl.arange(0, DVP)
+                best, weight, out = _near(
+                    head, place, row, near_row, line, length, dv,
+                    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr,
+                    sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
+                    ring_size, ring_shift, kept, kept_values,
+                    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+                    stride_vs, stride_mb, stride_table, stride_near_table, stride_rb, stride_rh,
+                    stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
+                    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
+                    D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, NEAR_PAGE, NEAR, STEPS, SINKS,
+                    HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
+                )  # fmt: skip
+                part = row * chunks + chunk
+                tl.store(acc_ptr + ((part * sets + splits) * M + lane) * DVP + dv, out)
+                tl.store(sum_ptr + (part * sums + splits + lane) * 2, best)
+                tl.store(sum_ptr + (part * sums + splits + lane) * 2 + 1, weight)
+            return
+        program -= near_programs
+    # the first chunks are of streaming heads
+    chunk, program = program % (chunks - streaming) + streaming, program // (chunks - streaming)
+    split, row = program % splits, (program // splits).to(tl.int64)
+    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+    slot = tl.load(query_ptr + line * chunks + chunk)
+    if slot < 0:
+        return
+    length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
+    begin = 0
+    if NEAR > 0:
+        length -= recent
+        if NEAR_PAGE > 0:
+            begin = SINKS
+        elif SINKS > 0:
+            near_row = _near_row(row, slots_ptr, HAS_SLOTS)
+            begin = _sink_stop(sink_ptr, near_row, stride_sinks, SINKS, SINKS_P)
+    # whole blocks for every split, so that only the last block of all is cut; with pages the first
+    # one too, since a block must lie in one page
+    base = begin if PAGE == 0 else begin // BLOCK * BLOCK
+    each = tl.cdiv(tl.cdiv(tl.maximum(length - base, 0), BLOCK), splits) * BLOCK
+    start = base + split * each
+    stop = tl.minimum(start + each, length)
+
+    d = tl.arange(0, DP)
+    column = tl.arange(0, M * DVP)
+    lane, dv = column // DVP, column % DVP
+    key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
+    place = tl.load(value_ptr + (line * chunks + chunk) * M + lane).to(tl.int64)
+    in_value = (place >= 0) & (dv < DV)
+    q = tl.load(q_ptr + row * stride_qb + slot * stride_qk + d, mask=d < D, other=0.0)
+    q = q.to(tl.float32) * scale
+    k_base = k_ptr + key * stride_kh + d
+    v_base = v_ptr + place * stride_vh + dv
+    if PAGE == 0:
+        k_base += row * stride_kb
+        v_base += row * stride_vb
+
+    best = float("-inf")
+    weight = 0.0
+    acc = tl.zeros([LINES, M * DVP], dtype=tl.float32)
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        n = first + tl.arange(0, BLOCK)
+        seen = n < stop
+        if PAGE == 0:
+            k_at = n.to(tl.int64) * stride_ks
+            v_at = n.to(tl.int64) * stride_vs
+        elif PAGE % BLOCK == 0:  # a block lies in one page
+            page = tl.load(table_ptr + row * stride_table + first // PAGE).to(tl.int64)
+            inside = (n % PAGE).to(tl.int64)
+            k_at = page * stride_kb + inside * stride_ks
+            v_at = page * stride_vb + inside * stride_vs
+        else:
+            page = tl.load(table_ptr + row * stride_table + n // PAGE, mask=seen, other=0)
+            inside = (n % PAGE).to(tl.int64)
+            k_at = page.to(tl.int64) * stride_kb + inside * stride_ks
+            v_at = page.to(tl.int64) * stride_vb + inside * stride_vs
+        k = tl.load(
+            k_base[None, :] + k_at[:, None], mask=seen[:, None] & (d[None, :] < D), other=0.0
+        )
+        v = tl.load(
+            v_base[None, :] + v_at[:, None], mask=seen[:, None] & in_value[None, :], other=0.0
+        )
+        s = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
+        s = _scores_base2(s, softcap, HAS_SOFTCAP)
+        if NEAR > 0 and SINKS > 0 and PAGE > 0:
+            seen = seen & (n >= begin)
+        if HAS_VALID:
+            seen = seen & (tl.load(valid_ptr + row * stride_mb + n, mask=seen, other=0) != 0)
+        s = tl.where(seen, s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, axis=0))
+        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
+        p = tl.exp2(s - shift)
+        old = tl.exp2(best - shift)
+        weight = weight * old + tl.sum(p, axis=0)
+        parts = tl.reshape(p[:, None] * v.to(tl.float32), [BLOCK // LINES, LINES, M * DVP])
+        acc = acc * old + tl.sum(parts, axis=0)
+        best = new
+    if EARLY:
+        gdc_launch_dependents()
+    part = row * chunks + chunk
+    tl.store(acc_ptr + (part * sets + split) * (M * DVP) + column, tl.sum(acc, axis=0))
+    tl.store(sum_ptr + (part * sums + split) * 2, best)
+    tl.store(sum_ptr + (part * sums + split) * 2 + 1, weight)

@@ -1,0 +1,173 @@
+"""Write and decode over far and near pages by kernels, on a GPU if there is one."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("triton")
+
+from chai_attention.ops import cache_write
+from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.triton import launch_decode, write
+from chai_attention.ops.windowed import head_offsets
+from helpers import random_membership
+from near_pages_cases import case_definition, near_case
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def _nan_memory(nan_memory):
+    """Fresh memory holds NaN."""
+
+
+def attend(case, query, member, tables=None, rows=None, offsets=None, **options):
+    got, lse = launch_decode.paged_decode(
+        query.to(DEVICE), *case.pages, case.table, (tables or member).to(DEVICE),
+        lengths=case.lengths, near=case.near, rows=None if rows is None else rows.int().to(DEVICE),
+        offset=None if (x := head_offsets(offsets, member)) is None else x.to(DEVICE), **options,
+    )  # fmt: skip
+    assert lse is None
+    return got.double().cpu()
+
+
+def written(member, lengths, dtype, **options):
+    return near_case(
+        member.to(DEVICE), lengths, write.write_paged, dtype=dtype, device=DEVICE, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "clusters", "streaming", "dim", "page", "near_page", "recent", "sinks"),
+    [(9, 9, 4, 0, 48, 16, 48, 5, 3), (9, 9, 2, 4, 64, 64, 48, 70, 4),
+     (6, 2, 1, 3, 80, 48, 16, 9, 0), (9, 3, 2, 5, 64, 16, 16, 40, 20),
+     (5, 5, 0, 5, 64, 64, 16, 9, 4), (6, 3, 0, 6, 48, 16, 64, 200, 1),
+     (4, 4, 4, 0, 64, 16, 16, 3, 1), (6, 6, 1, 2, 128, 32, 48, 33, 17)],
+)  # fmt: skip
+def test_near_pages_are_the_definition(
+    heads, kv_heads, clusters, streaming, dim, page, near_page, recent, sinks, dtype
+):
+    """Pages before the window hold NaN, and their number is none."""
+    lengths = [1, 63, 0, 129]
+    member = random_membership(heads, clusters, 4, kv_heads, streaming)
+    case = written(
+        member, lengths, dtype, page=page, near_page=near_page, recent=recent, sinks=sinks,
+        dim=dim, value_dim=40,
+    )  # fmt: skip
+    query, offsets = torch.randn(4, heads, dim).to(dtype), torch.randn(heads, heads)
+    scale, softcap = dim**-0.5, 5.0 if heads == 6 else None
+    got = attend(case, query, member, offsets=offsets, scale=scale, softcap=softcap)
+    want = case_definition(case, query, member, scale, offsets, softcap)
+    assert_close(got, want, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_rows_of_a_longer_lived_membership():
+    """Tokens come one by one; the last sequence is padding, as CUDA graphs have it."""
+    tables, rows = random_membership(6, 2, 5, streaming=2), torch.tensor([4, 0, 4, 0])
+    member = tables.select(rows)
+    case = written(
+        tables, [3, 20, 34, 0], torch.float32, page=16, near_page=16, recent=6, sinks=2, dim=32,
+        value_dim=32, rows=rows, steps=True,
+    )  # fmt: skip
+    query = torch.randn(4, 6, 32)
+    got = attend(case, query, member, tables, rows, scale=0.3, most_keys=34)
+    assert_close(got, case_definition(case, query, member, 0.3, None), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "clusters", "streaming"), [(6, 6, 2, 2), (6, 2, 1, 2), (4, 4, 0, 4)]
+)
+def test_pages_of_eight_bits(heads, kv_heads, clusters, streaming):
+    member = random_membership(heads, clusters, 3, kv_heads, streaming)
+    case = written(
+        member, [70, 5, 100], torch.float32, page=64, near_page=48, recent=20, sinks=4, dim=64,
+        value_dim=64, stored=FLOAT8,
+    )  # fmt: skip
+    query = torch.randn(3, heads, 64)
+    got = attend(case, query, member, scale=0.2)
+    assert_close(got, case_definition(case, query, member, 0.2, None), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stored", [None, FLOAT8])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "clusters", "streaming"),
+    [(9, 9, 4, 0), (9, 9, 3, 4), (9, 3, 1, 7), (4, 4, 0, 4)],
+)
+def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, stored):
+    """Some tokens have only one place, or none."""
+    tokens, dim, value_dim = 11, 48, 40
+    member = random_membership(heads, clusters, 1 if shared else 3, kv_heads, streaming)
+    # numbers that 8 bits hold: the interpreter rounds others in another way
+    key, value = (torch.randint(-15, 16, (tokens, kv_heads, n)).float() for n in (dim, value_dim))
+    slots, near_slots = torch.randperm(40)[:tokens], torch.randperm(96)[:tokens]
+    slots[[4, 7]], near_slots[[5, 7]] = -1, -1
+    rows = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
+    kept, values = member.kept_keys, member.kept_values
+    results = []
+    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+        pages = [
+            torch.zeros(count, page, n, size).to(stored or torch.float32).to(device)
+            for count, page, n, size in (
+                (5, 8, kept, dim), (5, 8, values, value_dim),
+                (2, 48, kv_heads - kept, dim), (2, 48, kv_heads - values, value_dim),
+            )
+        ]  # fmt: skip
+        near = NearPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 4, 1)
+        function(
+            key.to(device), value.to(device), *pages[:2], slots.to(device), member.to(device),
+            None if rows is None else rows.to(device), near,
+            near_slot_mapping=near_slots.to(device),
+            scales=(1.0, 1.0) if stored is None else (0.5, 4.0),
+        )  # fmt: skip
+        results.append(pages)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.float().cpu(), want.float())
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize(("clusters", "streaming"), [(3, 4), (0, 12)])
+def test_near_pages_replay_in_a_cuda_graph(clusters, streaming):
+    """A step writes and attends; nothing is read on the host, so a replay sees new contents."""
+    lengths, dim = [200, 77], 64
+    member = random_membership(12, clusters, 2, streaming=streaming)
+    case = written(
+        member, lengths, torch.float32, page=64, near_page=48, recent=32, sinks=4, dim=dim,
+        value_dim=dim,
+    )  # fmt: skip
+    there, offset = member.to(DEVICE), head_offsets(None, member).to(DEVICE)
+    query = torch.randn(2, 12, dim, device=DEVICE)
+    key, value = torch.randn(2, 2, 12, dim, device=DEVICE)
+    last = torch.tensor(lengths) - 1
+    slots, near_slots = (
+        (table.cpu()[[0, 1], last // page] * page + last % page).long().to(DEVICE)
+        for table, page in ((case.table, 64), (case.near.block_table, 48))
+    )
+    rows = torch.arange(2, dtype=torch.int32, device=DEVICE)
+
+    def step():
+        write.write_paged(
+            key, value, *case.pages, slots, there, rows, case.near, near_slot_mapping=near_slots
+        )
+        return launch_decode.paged_decode(
+            query, *case.pages, case.table, there, lengths=case.lengths, near=case.near,
+            offset=offset, scale=0.2,
+        )[0]  # fmt: skip
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(2):
+        for x in (query, key, value):
+            x.normal_()
+        graph.replay()
+        for row, n in enumerate(lengths):
+            case.keys[row][:, n - 1], case.values[row][:, n - 1] = key[row].cpu(), value[row].cpu()
+        want = case_definition(case, query, member, 0.2, None)
+        assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
