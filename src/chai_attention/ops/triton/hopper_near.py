@@ -14,6 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
 )
@@ -36,6 +37,21 @@ def halves(acc, M: gl.constexpr, layout: gl.constexpr):
         low = acc
         high = acc
     return low, high
+
+
+@gluon.jit
+def blank(v, first, stop):
+    """Zeros in place of V but for the tokens from ``first`` on and before ``stop`` of a block.
+
+    Other sequences' V stands there, or anything: their weights are 0, but 0 times NaN is not.
+    """
+    ROWS: gl.constexpr = v.shape[0]
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token = gl.arange(0, ROWS, layout=gl.SliceLayout(1, spread))
+    here = v.load(spread)
+    v.store(gl.where(((token >= first) & (token < stop))[:, None], here, gl.zeros_like(here)))
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
@@ -66,14 +82,15 @@ def _continue(
 @gluon.jit
 def attend_near(
     HALF: gl.constexpr, q, k_all, v_one, full, free, acc, best, weight, done, position, past,
-    recent, blocks, factor,
+    recent, blocks, size, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    SINKS: gl.constexpr, DTYPE: gl.constexpr,
+    SINKS: gl.constexpr, RAGGED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One member's near keys: sums, maximum and weight, and the number of stages used so far.
 
     ``position`` are the queries' positions, ``past`` that of the tile's first query; ``blocks``
-    of the band's keys are fetched, all but one of which a half sees.
+    of the band's keys are fetched, all but one of which a half sees. RAGGED: what stands before
+    the first key and behind the last of ``size`` is not this sequence's.
     """
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
@@ -82,6 +99,9 @@ def attend_near(
         few: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SINKS_MOST, 16])
         stage = done % STAGES
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
+        if RAGGED:  # noqa: SIM102 - known when compiled
+            if size < SINKS_MOST:
+                blank(v_one.index(stage * M), 0, size)
         sink = gl.arange(0, SINKS_MOST, layout=gl.SliceLayout(0, few))
         here = gl.convert_layout(position, gl.SliceLayout(1, few))
         acc, best, weight = _continue(
@@ -100,7 +120,11 @@ def attend_near(
     for n in range(0, blocks - 1):
         stage = done % STAGES
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
-        at = first + n * BLOCK + gl.arange(0, BLOCK, layout=by_key)
+        begin = first + n * BLOCK
+        if RAGGED:  # noqa: SIM102 - known when compiled
+            if (begin < 0) | (begin + BLOCK > size):
+                blank(v_one.index(stage * M), -begin, size - begin)
+        at = begin + gl.arange(0, BLOCK, layout=by_key)
         seen = (at[None, :] <= position[:, None]) & (at[None, :] > (position - recent)[:, None])
         seen = seen & (at >= SINKS)[None, :]
         acc, best, weight = _continue(

@@ -1,7 +1,7 @@
 """Prefill with an exact window for Hopper GPUs, in one launch: far keys, then near ones.
 
 The far part is that of `hopper`; `hopper_near` goes on with it for every member. Chunks of
-streaming heads have no far part.
+streaming heads have no far part. Sequences are of equal length, or packed prompts without context.
 """
 
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
@@ -27,20 +27,31 @@ from chai_attention.ops.triton.hopper_fetch import (
     tell,
     told,
 )
-from chai_attention.ops.triton.hopper_near import attend_near, fetch_near, halves, leave, release
-from chai_attention.ops.triton.hopper_work import dense_work
+from chai_attention.ops.triton.hopper_near import (
+    attend_near,
+    blank,
+    fetch_near,
+    halves,
+    leave,
+    release,
+)
+from chai_attention.ops.triton.hopper_work import dense_work, packed_work
 
-FIELDS = gl.constexpr(6)  # of an item: is there one, row, pair, first query, far blocks, members
+# of an item: is there one, row, pair, first query, far blocks, members, first token, queries
+FIELDS = gl.constexpr(8)
 
 
 @gluon.jit
 def _far(
-    HALF: gl.constexpr, q, k_all, v_all, full, free, turns, q_done, blocks, done, laps, reach,
-    lowest, factor,
+    HALF: gl.constexpr, q, k_all, v_all, v_one, full, free, turns, q_done, blocks, done, laps,
+    reach, lowest, there, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    EACH: gl.constexpr, DTYPE: gl.constexpr,
+    EACH: gl.constexpr, RAGGED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """A half's far keys, of which each query sees those up to ``reach``, at least ``lowest``."""
+    """A half's far keys, of which each query sees those up to ``reach``, at least ``lowest``.
+
+    RAGGED: behind the first ``there`` keys stand those of other sequences.
+    """
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, output, 2)
@@ -73,6 +84,10 @@ def _far(
     release(free.index(stage))
     stage = (done + 1) % STAGES
     mbarrier.wait(full.index(stage), ((done + 1) // STAGES) & 1)
+    if RAGGED:  # noqa: SIM102 - known when compiled
+        if last + BLOCK > there:
+            for part in gl.static_range(WIDTH // v_one.shape[2]):
+                blank(v_one.index(stage * (v_one.shape[0] // STAGES) + part), 0, there - last)
     for n in range(1, blocks - whole):
         acc, p16, best, weight = _step(
             HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
@@ -95,10 +110,11 @@ def _far(
 @gluon.jit
 def _near(
     HALF: gl.constexpr, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
-    part, best, weight, done, asked, row, head, first, queries, past, recent, near, factor,
+    part, best, weight, done, asked, row, head, first, begin, queries, past, recent, near, factor,
     stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, SINKS: gl.constexpr, HAS_OFFSET: gl.constexpr, DTYPE: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, RAGGED: gl.constexpr, HAS_OFFSET: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Go on with one member's near keys, and write its outputs; the number of stages so far."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -114,8 +130,8 @@ def _near(
     mbarrier.wait(q_full.index(place), (asked // 2) & 1)
     part, best, weight, done = attend_near(
         HALF, q, k_all, v_one, full, free, part, best, weight, done, position,
-        past + first - HALF * ROWS, recent, near, factor,
-        ROWS, BLOCK, M, STAGES, SINKS, DTYPE,
+        past + first - HALF * ROWS, recent, near, past + queries, factor,
+        ROWS, BLOCK, M, STAGES, SINKS, RAGGED, DTYPE,
     )  # fmt: skip
     release(q_free.index(place))
     share = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, one))
@@ -123,7 +139,8 @@ def _near(
     io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
     target = out_ptr + row.to(gl.int64) * stride_ob + head * stride_oh
-    target = target + io.to(gl.int64)[:, None] * stride_os + column[None, :]
+    token = (begin + io).to(gl.int64)
+    target = target + token[:, None] * stride_os + column[None, :]
     gl.store(target, result, mask=(io < queries)[:, None])
     return done
 
@@ -131,10 +148,11 @@ def _near(
 @gluon.jit
 def _attend(
     HALF: gl.constexpr, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
-    full, free, turns, head_ptr, offset_ptr, out_ptr, factor, queries, size, past, recent, near,
+    full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent, near,
     stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, SINKS: gl.constexpr, HAS_OFFSET: gl.constexpr, DTYPE: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, RAGGED: gl.constexpr, HAS_OFFSET: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Attend with one half of every tile's queries."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -151,6 +169,10 @@ def _attend(
         first = told(item_buf, 3)
         blocks = told(item_buf, 4)
         lanes = told(item_buf, 5)
+        begin = told(item_buf, 6)
+        queries = told(item_buf, 7)
+        if RAGGED:
+            size = queries - recent - SINKS
         release(item_free)
         turn += 1
         lowest = size - queries + first + HALF * ROWS
@@ -160,16 +182,17 @@ def _attend(
         if (blocks > 0) & (lanes == 1):
             mbarrier.wait(q_full.index(place), (asked // 2) & 1)
             alone, top, share, done, laps = _far(
-                HALF, q, k_all, v_one, full, free, turns, q_free.index(place), blocks, done, laps,
-                reach, lowest, factor, ROWS, BLOCK, D, STAGES, M, DTYPE,
+                HALF, q, k_all, v_one, v_one, full, free, turns, q_free.index(place), blocks,
+                done, laps, reach, lowest, size + recent, factor, ROWS, BLOCK, D, STAGES, M,
+                RAGGED, DTYPE,
             )  # fmt: skip
             asked += 1
             done = _near(
                 HALF, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
                 alone, top, share, done, asked, row, gl.load(head_ptr + pair * M),
-                first, queries, past, recent, near, factor,
+                first, begin, queries, past, recent, near, factor,
                 stride_ob, stride_os, stride_oh, stride_offset,
-                ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE,
+                ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE,
             )  # fmt: skip
             asked += 1
         else:
@@ -181,8 +204,9 @@ def _attend(
                 if blocks > 0:
                     mbarrier.wait(q_full.index(place), (asked // 2) & 1)
                     acc, best, weight, done, laps = _far(
-                        HALF, q, k_all, v_all, full, free, turns, q_free.index(place), blocks, done,
-                        laps, reach, lowest, factor, ROWS, BLOCK, M * D, STAGES, 1, DTYPE,
+                        HALF, q, k_all, v_all, v_one, full, free, turns, q_free.index(place),
+                        blocks, done, laps, reach, lowest, size + recent, factor, ROWS, BLOCK,
+                        M * D, STAGES, 1, RAGGED, DTYPE,
                     )  # fmt: skip
                     part, other = halves(acc, M, one)
                     asked += 1
@@ -191,9 +215,9 @@ def _attend(
                 done = _near(
                     HALF, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
                     part, best, weight, done, asked, row, gl.load(head_ptr + pair * M + member),
-                    first, queries, past, recent, near, factor,
+                    first, begin, queries, past, recent, near, factor,
                     stride_ob, stride_os, stride_oh, stride_offset,
-                    ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE,
+                    ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE,
                 )  # fmt: skip
                 asked += 1
                 part = other
@@ -204,10 +228,11 @@ def _attend(
 def _fetch(
     q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs, k_one, v_one,
     item_buf, item_full, item_free, q_full, q_free, full, free,
-    next_ptr, work_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
-    items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift,
+    next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
+    items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift, batch, stride_t,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
+    HAS_ROWS: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
     K_BYTES: gl.constexpr = BLOCK * D * 2
@@ -215,11 +240,24 @@ def _fetch(
     done = 0
     asked = 0
     turn = 0
+    row = 0
+    far = 0  # where the far keys begin
     item = gl.atomic_add(next_ptr, 1)
     while item < items:
-        row, pair, first, _begin, _count, _keys = dense_work(
-            item, work_ptr, pairs, tiles, group, chunks, queries, size, 2 * ROWS
-        )
+        if RAGGED:
+            row, pair, first, begin, queries, size = packed_work(
+                item, row, work_ptr, start_ptr, start_ptr, rows_ptr, chunks, batch, stride_t,
+                HAS_ROWS, False, 2 * ROWS,
+            )  # fmt: skip
+            size -= recent + SINKS
+            line = 0  # of the tensors: all sequences are in one
+            far = begin + SINKS
+            shift = begin
+        else:
+            row, pair, first, begin, _count, _keys = dense_work(
+                item, work_ptr, pairs, tiles, group, chunks, queries, size, 2 * ROWS
+            )
+            line = row
         stop = gl.minimum(size, size - queries + first + 2 * ROWS)
         blocks = (gl.maximum(stop, 0) + BLOCK - 1) // BLOCK
         blocks = gl.where(gl.load(slot_ptr + pair) < 0, 0, blocks)
@@ -233,17 +271,19 @@ def _fetch(
         tell(item_buf, 3, first)
         tell(item_buf, 4, blocks)
         tell(item_buf, 5, lanes)
+        tell(item_buf, 6, begin)
+        tell(item_buf, 7, queries)
         barrier()
         mbarrier.arrive(item_full, count=1)
         turn += 1
         if blocks > 0:
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, row,
-                           gl.load(query_ptr + pair), first, ROWS)  # fmt: skip
+            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, line,
+                           gl.load(query_ptr + pair), begin + first, ROWS)  # fmt: skip
             asked += 1
             key = gl.load(key_ptr + pair)
             for i in range(0, blocks + 1):
                 stage = (done + i) % STAGES
-                n = (blocks - 1 - i) * BLOCK
+                n = far + (blocks - 1 - i) * BLOCK
                 bar = full.index(stage)
                 mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
                 has_k = i < blocks
@@ -254,24 +294,24 @@ def _fetch(
                 mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
                 mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
                 _fetch_block(
-                    k_tiles, k_bufs, bar, stage, row, key, n, size, work_ptr, 0, 0, 1, has_k,
+                    k_tiles, k_bufs, bar, stage, line, key, n, size, work_ptr, 0, 0, 1, has_k,
                     BLOCK, D, 0,
                 )  # fmt: skip
                 for member in gl.static_range(M):
                     # lanes without a member read any head, unused, but where there is one alone
                     place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
                     _fetch_block(
-                        v_tiles, v_bufs, bar, stage, row, place, n + BLOCK, size, work_ptr, 0,
+                        v_tiles, v_bufs, bar, stage, line, place, n + BLOCK, size, work_ptr, 0,
                         member, M, has_v & ((lanes > 1) | (member == 0)), BLOCK, D, 0,
                     )  # fmt: skip
             done += blocks + 1
         for member in range(0, lanes):
             head = gl.load(head_ptr + pair * M + member)
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, row, head, first, ROWS)
+            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, line, head, begin + first, ROWS)
             asked += 1
             done = fetch_near(
-                near_k_tiles, near_v_tiles, k_one, v_one, full, free, done, row,
-                head // SHARED, past + first - recent + 1 + shift, 0, near,
+                near_k_tiles, near_v_tiles, k_one, v_one, full, free, done, line,
+                head // SHARED, past + first - recent + 1 + shift, begin, near,
                 BLOCK, D, M, STAGES, SINKS,
             )  # fmt: skip
         item = gl.atomic_add(next_ptr, 1)
@@ -298,21 +338,24 @@ def _fetch_queries(
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "size", "past", "recent", "near", "shift", "chunks", "tiles", "group",
-    ]
+        "queries", "size", "past", "recent", "near", "shift", "chunks", "tiles", "group", "batch",
+    ],
+    do_not_specialize_on_alignment=["start_ptr", "rows_ptr", "offset_ptr"],
 )  # fmt: skip
 def prefill_window(
     q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, next_ptr, work_ptr, count_ptr,
-    slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
-    scale, queries, size, past, recent, near, shift, chunks, tiles, group,
+    start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
+    scale, queries, size, past, recent, near, shift, chunks, tiles, group, batch, stride_t,
     stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, HAS_OFFSET: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
+    HAS_ROWS: gl.constexpr, HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
 
     ``size`` far keys, ``past`` tokens before the queries, ``near`` blocks of a band, of which
-    position p stands at p + ``shift``; ``SHARED`` query heads have one K/V head.
+    position p stands at p + ``shift``; ``SHARED`` query heads have one K/V head. RAGGED: prompts
+    without context are packed, and the list is `hopper_work.plan`'s.
     """
     DTYPE: gl.constexpr = q_tiles.dtype
     q_shape: gl.constexpr = [4] + q_tiles.block_type.shape  # noqa: RUF005
@@ -347,24 +390,32 @@ def prefill_window(
     fence_async_shared()
     if not HAS_OFFSET:
         offset_ptr = work_ptr
-    pairs = gl.load(count_ptr)
-    items = pairs * tiles
+    if not HAS_ROWS:
+        rows_ptr = work_ptr
+    if RAGGED:
+        next_ptr = work_ptr + batch + 1
+        pairs = 0
+        items = gl.load(work_ptr + batch)
+    else:
+        start_ptr = work_ptr
+        pairs = gl.load(count_ptr)
+        items = pairs * tiles
     factor = scale * LOG2_E
     gl.warp_specialize([
         (_attend, (
             0, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
-            full, free, turns, head_ptr, offset_ptr, out_ptr, factor, queries, size, past, recent,
+            full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent,
             near, stride_ob, stride_os, stride_oh, stride_offset,
-            ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE)),
+            ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE)),
         (_attend, (
             1, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
-            full, free, turns, head_ptr, offset_ptr, out_ptr, factor, queries, size, past, recent,
+            full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent,
             near, stride_ob, stride_os, stride_oh, stride_offset,
-            ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE)),
+            ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE)),
         (_fetch, (
             q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs,
             k_bufs, v_bufs, item_buf, item_full, item_free, q_full, q_free, full, free,
-            next_ptr, work_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
-            items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift,
-            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED)),
+            next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr,
+            value_ptr, items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift,
+            batch, stride_t, ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_ROWS)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -76,8 +76,8 @@ def packed_work(
     do_not_specialize_on_alignment=["start_ptr", "rows_ptr"],
 )
 def _plan(
-    start_ptr, rows_ptr, slot_ptr, plan_ptr, chunks, batch, stride_t,
-    CHUNKS_P: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    start_ptr, rows_ptr, head_ptr, plan_ptr, chunks, batch, stride_t,
+    CHUNKS_P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Where each sequence's items begin, then the end of the list, then a counter at 0."""
     before = 0
@@ -90,12 +90,12 @@ def _plan(
         line = r * stride_t
         if HAS_ROWS:
             line = tl.load(rows_ptr + r, mask=there, other=0)
-        slot = tl.load(
-            slot_ptr + line[:, None] * chunks + c[None, :],
+        head = tl.load(
+            head_ptr + (line[:, None] * chunks + c[None, :]) * M,
             mask=there[:, None] & (c < chunks)[None, :], other=-1,
         )  # fmt: skip
         # a row's chunks without work are its last ones
-        items = tl.cdiv(end - begin, TILE) * tl.sum((slot >= 0).to(tl.int32), axis=1)
+        items = tl.cdiv(end - begin, TILE) * tl.sum((head >= 0).to(tl.int32), axis=1)
         tl.store(plan_ptr + 1 + r, before + tl.cumsum(items, axis=0), mask=there)
         before += tl.sum(items, axis=0)
     tl.store(plan_ptr, 0)
@@ -107,9 +107,9 @@ def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -
     batch = query_starts.shape[0] - 1
     made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
     _plan[(1,)](
-        query_starts, rows, chunks.slot, made, chunks.count, batch,
+        query_starts, rows, chunks.head, made, chunks.count, batch,
         0 if chunks.slot.shape[0] == 1 else 1,
-        CHUNKS_P=triton.next_power_of_2(chunks.count), TILE=tile, HAS_ROWS=rows is not None,
-        num_warps=4,
+        CHUNKS_P=triton.next_power_of_2(chunks.count), M=chunks.head.shape[2], TILE=tile,
+        HAS_ROWS=rows is not None, num_warps=4,
     )  # fmt: skip
     return made

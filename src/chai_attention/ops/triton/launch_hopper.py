@@ -129,13 +129,68 @@ def prefill_window(
         _tiles(query, [1, 1, ROWS, dim]), _tiles(key, box), _tiles(value, box),
         _tiles(near.key, box), _tiles(near.value, box),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
-        work, count, chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
-        scale, queries, size, past, recent, triton.cdiv(ROWS - 1 + recent, BLOCK) + 1,
-        sinks - (past + queries - band), chunks.count, tiles, group_of(tiles),
+        work, count, None, None,
+        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
+        scale, queries, size, past, recent, _near_blocks(recent),
+        sinks - (past + queries - band), chunks.count, tiles, group_of(tiles), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
-        SHARED=heads // near.key.shape[1], HAS_OFFSET=offset is not None, num_warps=4,
+        SHARED=heads // near.key.shape[1], RAGGED=False, HAS_ROWS=False,
+        HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
+
+
+def prefill_packed_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunks: Chunks,
+    out: Tensor,
+    query_starts: Tensor,
+    *,
+    recent: int,
+    sinks: int,
+    offset: Tensor | None,
+    scale: float,
+    rows: Tensor | None = None,
+) -> None:
+    """Write ``out [T, H, Dv]`` of packed prompts without context, with an exact window.
+
+    Args:
+        query: ``[T, H, D]``.
+        key: ``[T, G, D]`` in natural order.
+        value: ``[T, G, D]``, the same.
+        chunks: the work, for K and V in natural order.
+        out: any strides but the last.
+        query_starts: ``[B + 1]`` int32.
+        recent: w.
+        sinks: s, no more than `SINKS`.
+        offset: ``[B, H]`` float32 or None.
+        scale: factor on the scores.
+        rows: as in `paged_prefill.prefill_packed`.
+    """
+    batch, (total, heads, dim) = query_starts.shape[0] - 1, query.shape
+    box = [1, 1, BLOCK, dim]
+    groups = key.shape[1]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    k_tiles, v_tiles = _tiles(key, box), _tiles(value, box)
+    programs = (total // (2 * ROWS) + batch) * chunks.count
+    _prefill_window[(min(processors(query.device), programs),)](
+        _tiles(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
+        None, plan(chunks, query_starts, rows, 2 * ROWS), None, query_starts, rows,
+        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
+        scale, 0, 0, 0, recent, _near_blocks(recent), 0, chunks.count, 0, 0, batch,
+        0 if chunks.slot.shape[0] == 1 else 1,
+        0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
+        SHARED=heads // groups, RAGGED=True, HAS_ROWS=rows is not None,
+        HAS_OFFSET=offset is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def _near_blocks(recent: int) -> int:
+    """Blocks of keys that a tile sees near; each half leaves one of them out."""
+    return triton.cdiv(ROWS - 1 + recent, BLOCK) + 1
 
 
 def _launch(

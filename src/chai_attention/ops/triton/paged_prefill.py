@@ -186,6 +186,19 @@ def _run_window(
     wide = padded(max(query.shape[-1], value.shape[-1]))
     # a program holds the sums of one member beside those of all
     members = min(2, members_of(len(membership.far_heads), membership.clusters, COLUMNS // wide))
+    softcap, sinks = options["softcap"], options["sinks"]
+    if near is None and softcap is None and capability(query.device)[0] == 9:
+        from chai_attention.ops.triton import launch_hopper
+
+        both = min(2, max(members, min(launch_hopper.WIDTHS) // query.shape[-1]))
+        fits = launch_hopper.fits(query, key, value, both) and sinks <= launch_hopper.SINKS
+        if fits and most_queries >= launch_hopper.LEAST_QUERIES:
+            logger.debug("packed Hopper prefill kernel with a window: %d members a program", both)
+            del options["softcap"]
+            launch_hopper.prefill_packed_window(
+                query, key, value, natural_chunks(membership, both), out, query_starts, **options
+            )
+            return
     chunks = (natural_chunks if near is None else chunks_of)(membership, members)
     rows = _rows_of(query, most_queries)
     logger.debug(
