@@ -14,6 +14,8 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.paged_prefill import Probe
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import launch_decode, paged_prefill
+from near_cases import near_pages
+from paged_caches import PagedCaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,6 +39,7 @@ class Config:
     sinks: int
     probe_end: int
     streaming: int = 0
+    near_page: int = 16
 
     def __str__(self) -> str:
         sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.streaming} streaming, "
@@ -261,6 +264,47 @@ def _varlen(config, member, sequences, scale):
     return _split(out, lse, counts)
 
 
+def _paged_window(config, member, sequences, scale):
+    query, starts, counts = _packed(sequences)
+    if not sum(counts):
+        return [one.query.transpose(0, 1) for one in sequences], None
+    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
+    keys, values, table = _paged_caches(config, member, sequences)
+    states = ([getattr(one, name).cpu() for one in sequences] for name in ("key", "value"))
+    caches = PagedCaches(keys, values, table, _lengths(sequences), *states)
+    near = near_pages(
+        member, caches, counts, config.near_page, config.recent, config.sinks
+    )  # fmt: skip
+    paged_prefill.paged_prefill(
+        query, keys, values, table, member, out, query_starts=starts, lengths=caches.lengths,
+        most_queries=max(counts), scale=scale, softcap=config.softcap, near=near,
+        offset=offsets_of(config, member)[1], probe=_probe(config, sequences, query),
+    )  # fmt: skip
+    return list(out.split(counts)), None
+
+
+def _varlen_window(config, member, sequences, scale):
+    query, starts, counts = _packed(sequences)
+    if not sum(counts):
+        return [one.query.transpose(0, 1) for one in sequences], None
+    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
+    tail = query.new_full((3, 1, 1), torch.nan)
+    key, value = (
+        torch.cat([*(getattr(one, name).transpose(0, 1) for one in sequences), tail_of])
+        for name, tail_of in (
+            ("key", tail.expand(-1, config.kv_heads, config.dim)),
+            ("value", tail.expand(-1, config.kv_heads, config.value_dim)),
+        )
+    )
+    paged_prefill.varlen_prefill(
+        query, key, value, member, out, query_starts=starts, most_queries=max(counts),
+        scale=scale, softcap=config.softcap, natural_order=True, recent=config.recent,
+        sinks=config.sinks, offset=offsets_of(config, member)[1],
+        probe=_probe(config, sequences, query),
+    )  # fmt: skip
+    return list(out.split(counts)), None
+
+
 RUN = {
     "decode": _dense,
     "prefill": _dense,
@@ -270,4 +314,6 @@ RUN = {
     "paged near": _paged,
     "paged prefill": _paged_prefill,
     "varlen": _varlen,
+    "paged window": _paged_window,
+    "varlen window": _varlen_window,
 }

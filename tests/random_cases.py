@@ -22,7 +22,7 @@ CONFIGURATIONS = 48
 KINDS = ("decode", "prefill", "near", "paged", "paged near", "paged prefill", "varlen", "prefill")
 # with CHAI_RANDOM_STREAMING=1: an exact window alone, and heads that stream
 STREAMING = os.environ.get("CHAI_RANDOM_STREAMING") == "1"
-STREAMING_KINDS = ("near", "window")
+STREAMING_KINDS = ("near", "window", "paged window", "varlen window")
 
 
 def config_of(number: int) -> Config:
@@ -59,7 +59,8 @@ def _streaming_config(number: int) -> Config:
     draw = random.Random(f"streaming {number % CONFIGURATIONS}")
     kind = STREAMING_KINDS[number % len(STREAMING_KINDS)]
     heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (9, 3), (12, 4), (8, 1)])
-    hopper = kind == "window" and draw.random() < 0.7  # as the kernel for Hopper takes it
+    # as the kernel for Hopper takes it
+    hopper = kind in ("window", "varlen window") and draw.random() < 0.7
     dim = draw.choice([64, 128, 128]) if hopper else draw.choice([48, 64, 80, 96, 128, 256])
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (not hopper)
     if DEVICE == "cpu":
@@ -73,13 +74,14 @@ def _streaming_config(number: int) -> Config:
         value_dim=dim if hopper else draw.choice([dim, dim, 40]),
         dtype=draw.choice(dtypes),
         softcap=None if hopper else draw.choice([None, 5.0]),
-        padded=not hopper and draw.random() < 0.4,
+        padded=kind in ("near", "window") and not hopper and draw.random() < 0.4,
         spare=kind == "near",
-        page=16,
+        page=draw.choice([16, 48, 64]) if kind == "paged window" else 16,
         recent=draw.choice([1, 5, 32, 128, 200]),
         sinks=draw.choice([0, 1, 4, 16]),
-        probe_end=0,
+        probe_end=0 if streaming or kind in ("near", "window") else draw.choice([0, 5, 32]),
         streaming=streaming,
+        near_page=draw.choice([16, 32, 48, 64]),
     )  # fmt: skip
 
 
@@ -128,14 +130,16 @@ def _sequences(
     sizes = [n for n in (1, 2, 63, 64, 65, 129, 130, 257) if n <= most] + [draw.randint(1, most)]
     sizes = [most] if full else sizes
     decode = config.kind in ("decode", "near", "paged", "paged near")
-    packed = config.kind in ("paged prefill", "varlen")
+    packed = config.kind in ("paged prefill", "varlen", "paged window", "varlen window")
     queries = 1 if decode else draw.choice(sizes)
     size = max(queries, draw.choice(sizes))
     rows = []
     for _ in range(batch):
         if packed:
             queries = draw.choice([0, 1, *sizes])
-            size = queries if config.kind == "varlen" else queries + draw.choice([0, *sizes])
+            size = (
+                queries if config.kind.startswith("varlen") else queries + draw.choice([0, *sizes])
+            )
         elif config.spare or config.kind.startswith("paged"):
             size = max(queries, draw.choice(sizes))
         states = (
@@ -161,20 +165,21 @@ def _definition(
     query, key, value = (x.double()[None] for x in (one.query, one.key, one.value))
     options = {"scale": scale, "softcap": config.softcap, "valid": one.valid[None]}
     if config.recent:
+        lse = None
         out = reference.recent_attention(
             query, key, value, member, recent=config.recent, sinks=config.sinks, offsets=offsets,
             **options,
         )  # fmt: skip
-        return out[0], None
-    inputs = clustered_inputs(member, query, key, value)
-    out, lse = reference.attention(*inputs, member, return_lse=True, **options)
+    else:
+        inputs = clustered_inputs(member, query, key, value)
+        out, lse = reference.attention(*inputs, member, return_lse=True, **options)
     end = config.probe_end
     if end and query.shape[2] == key.shape[2]:
         own = Membership.identity(config.heads, config.kv_heads, device=DEVICE)
         states = (x[:, :, :end] for x in (query, key, value))
         options["valid"] = None
         out[:, :end] = reference.attention(*states, own, **options)[0]
-    return out[0], lse[0]
+    return out[0], None if lse is None else lse[0]
 
 
 def _loss(config: Config, one: Sequence, member: Membership, scale: float) -> float:

@@ -1,5 +1,7 @@
 """Packed prefill with an exact window: the kernel against the definition, or interpreted."""
 
+import logging
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,6 +18,7 @@ from near_cases import near_pages
 from packed_cases import packed_case
 
 CUDA = torch.cuda.is_available()
+HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies bfloat16 wrongly
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -188,9 +191,13 @@ def test_sequences_without_keys_get_zeros():
     ("heads", "kv_heads", "clusters", "streaming"),
     [(32, 32, 4, 0), (32, 32, 8, 12), (12, 12, 0, 12), (32, 8, 4, 10)],
 )
-def test_large(heads, kv_heads, clusters, streaming, dim, dtype, paged):
-    check(
-        heads, kv_heads, clusters, streaming, [300, 1, 0, 513, 77, 128],
-        [0, 700, 0, 1000, 3, 0] if paged else None, dim, dtype, one_buffer=True, recent=128,
-        probe_end=32 if not streaming else 0, page=64, near_page=48,
-    )  # fmt: skip
+def test_large(heads, kv_heads, clusters, streaming, dim, dtype, paged, caplog):
+    with caplog.at_level(logging.DEBUG, "chai_attention"):
+        check(
+            heads, kv_heads, clusters, streaming, [300, 1, 0, 513, 77, 128],
+            [0, 700, 0, 1000, 3, 0] if paged else None, dim, dtype, one_buffer=True, recent=128,
+            probe_end=32 if not streaming else 0, page=64, near_page=48,
+        )  # fmt: skip
+    fast = HOPPER and dim != 96 and not paged
+    name = "packed Hopper prefill kernel" if fast else "packed prefill kernel"
+    assert f"{name} with a window" in caplog.text
