@@ -94,3 +94,19 @@ def test_long_cases_share_no_batch_and_only_the_answers_logits_are_made(model, c
         hook.remove()
     assert max(rows for rows, _ in shapes) == 2
     assert max(tokens for _, tokens in shapes) <= 4
+
+
+def test_methods_that_keep_rows_apart_answer_in_batches(model, cases):
+    class Apart(OwnCache):
+        rows_apart = True
+
+    rows = []
+    hook = model.base_model.register_forward_hook(
+        lambda module, args, out: rows.append(len(out.last_hidden_state))
+    )
+    try:
+        _, nll = recall_score(model, cases, method=Apart())
+    finally:
+        hook.remove()
+    torch.testing.assert_close(nll, recall_score(model, cases)[1], atol=1e-4, rtol=1e-4)
+    assert max(rows) > 1

@@ -28,6 +28,7 @@ def recall_score(
     *,
     method: Comparator | None = None,
     batch_size: int = 16,
+    most_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score the answers to questions about texts.
@@ -40,8 +41,10 @@ def recall_score(
         model: a causal language model, clustered heads enabled or not.
         cases: N questions, from `recall_cases`.
         method: attached to the model, and acts on its cache: prompts are then read by one call,
-            answers by a second, one case at a time. None: everything in one call.
+            answers by a second, one case at a time unless its ``rows_apart``. None: everything in
+            one call.
         batch_size: cases of a forward, at most; fewer where they are long.
+        most_tokens: of a forward, unless one case has more; None for 16,384.
         progress: called with (cases done, cases in all).
 
     Returns:
@@ -55,7 +58,7 @@ def recall_score(
     nll = torch.zeros(len(cases))
     done = 0
     with evaluating(model):
-        for chosen in _batches(cases, 1 if method is not None else batch_size):
+        for chosen in _batches(cases, method, batch_size, most_tokens or MOST_TOKENS):
             answers = [cases[index].answer for index in chosen]
             rows = [torch.cat([cases[index].prompt, cases[index].answer])[:-1] for index in chosen]
             longest = max(map(len, answers))
@@ -74,14 +77,22 @@ def recall_score(
     return correct, nll
 
 
-def _batches(cases: Sequence[RecallCase], batch_size: int) -> list[list[int]]:
-    """Numbers of cases that go through the model together: all of one length, without padding."""
-    groups: dict[int, list[int]] = defaultdict(list)
+def _batches(
+    cases: Sequence[RecallCase], method: Comparator | None, batch_size: int, most_tokens: int
+) -> list[list[int]]:
+    """Numbers of cases that go through the model together: all of one length, without padding.
+
+    With a method, their prompts are of one length, too.
+    """
+    if method is not None and not method.rows_apart:
+        return [[index] for index in range(len(cases))]
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, case in enumerate(cases):
-        groups[len(case.prompt) + len(case.answer)].append(index)
+        length = len(case.prompt) + len(case.answer)
+        groups[length, 0 if method is None else len(case.answer)].append(index)
     found = []
-    for length, group in groups.items():
-        rows = max(1, min(batch_size, MOST_TOKENS // length))
+    for (length, _), group in groups.items():
+        rows = max(1, min(batch_size, most_tokens // length))
         found += [group[start : start + rows] for start in range(0, len(group), rows)]
     return found
 

@@ -1,19 +1,23 @@
 """ThinK and SnapKV by kvpress against their definitions, in one forward without a cache."""
 
 import pickle
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chai_attention.calibration.recall import RecallCase
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.kvpress import (
     kept_tokens,
     kvpress_comparator,
     load_kvpress,
+    load_presses,
     pruned_channels,
 )
+from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.integrations.lm_eval.cached import cached_logits
 from comparator_cases import logits, traces
 from compressed_contexts import ANSWER, by_definition, sequence
@@ -165,3 +169,46 @@ def test_models_that_kvpress_cannot_run_are_refused(library, family):
 def test_a_share_is_a_share(library):
     with pytest.raises(EvaluationError, match="share"):
         kvpress_comparator("snapkv", 1.0)
+
+
+def test_kvpress_needs_nothing_that_only_its_other_methods_need(monkeypatch, tmp_path):
+    """Where data sets or requests are missing, ThinK and SnapKV run all the same."""
+    folder = tmp_path / "kvpress" / "presses"
+    folder.mkdir(parents=True)
+    (tmp_path / "kvpress" / "__init__.py").write_text("import no_such_library_of_data_sets\n")
+    (folder / "__init__.py").write_text("")
+    (folder / "base_press.py").write_text("SUPPORTED_MODELS = (int,)\n")
+    (folder / "think_press.py").write_text("import kvpress.presses.base_press\nThinKPress = 1\n")
+    (folder / "snapkv_press.py").write_text("SnapKVPress = 2\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kvpress"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    load_presses.cache_clear()
+    try:
+        found = load_presses()
+    finally:
+        load_presses.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "kvpress"]:
+            del sys.modules[name]
+    assert (found.SUPPORTED_MODELS, found.ThinKPress, found.SnapKVPress) == ((int,), 1, 2)
+    assert "kvpress" not in sys.modules  # who imports it gets all of it
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == before
+
+
+@pytest.mark.parametrize("name", ["snapkv", "think"])
+def test_questions_in_a_batch_are_answered_as_one_by_one(library, name):
+    model = tiny_model("llama-grouped")
+    draw = torch.Generator().manual_seed(4)
+    made = [torch.randint(3, 97, (45,), generator=draw) for _ in range(5)]
+    cases = [RecallCase(x[: 42 + n % 2], x[42 + n % 2 :]) for n, x in enumerate(made)]
+    method, alone = kvpress_comparator(name, 0.3), kvpress_comparator(name, 0.3)
+    alone.rows_apart = False
+    found = []
+    for press in (method, alone):
+        with press.attached(model):
+            found.append(recall_score(model, cases, method=press))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    plain = recall_score(model, cases)[1]
+    assert (found[0][1] - plain).abs().max() > 1e-4

@@ -27,11 +27,14 @@ class Comparator(ABC):
         needs_cache: whether the method acts on a K,V cache that the rest of a request then uses.
             Such a method is scored in two calls: the context fills `new_cache`, the continuation
             reads it. All others are scored in one.
+        rows_apart: whether that keeps the rows of a batch apart, so that contexts of one length
+            may differ. Only asked of methods that need a cache.
     """
 
     name: str
     source: ClassVar[str]
     needs_cache: ClassVar[bool] = False
+    rows_apart: ClassVar[bool] = False
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet

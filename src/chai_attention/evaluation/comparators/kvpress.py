@@ -5,7 +5,7 @@ their removal from the cache (the presses' ``compress``). What is ours: when tha
 own hook asks for ``cache_position``, which the transformers releases that we support do not hand to
 attention any more; from 0.5.3 on kvpress's metadata therefore asks for transformers before 5.3.
 Importing kvpress also wraps every attention function of transformers, for other methods than these
-two; that is undone at once, so that no other row of a table runs through it.
+two; so only the modules of these two are imported, which need nothing but torch and transformers.
 
 Both compress the prompt once, after it has been read in full, and keep what is generated after it
 whole. SnapKV's window never is more than half of what is kept: kvpress refuses a prompt that is
@@ -14,11 +14,15 @@ shorter than the window, and items of a quality table often are.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from math import ceil
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,12 +51,13 @@ class Press(Comparator):
     """
 
     needs_cache = True
+    rows_apart = True
 
     def __init__(self, save: float | None = None):
         if save is not None and not 0 < save < 1:
             raise EvaluationError(f"save is a share above 0 and below 1, not {save:g}")
         self._save = save
-        load_kvpress()  # raises now where it is missing
+        load_presses()  # raises now where it is missing
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -76,7 +81,7 @@ class Press(Comparator):
 
     @property
     def _library(self) -> Any:
-        return load_kvpress()
+        return load_presses()
 
     def settings(self) -> Mapping[str, Any]:
         """The budget."""
@@ -95,10 +100,10 @@ class Press(Comparator):
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         ) -> None:
-            cache = kwargs.get("past_key_values")
-            if cache is None:
+            filled = kwargs.get("past_key_values")
+            if filled is None:
                 return
-            held = cache.layers[layer]
+            held = filled.layers[layer]
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             tokens = held.keys.shape[2]
             if tokens != hidden.shape[1]:  # the prompt has been compressed before
@@ -189,8 +194,42 @@ def kvpress_comparator(name: str, save: float | None) -> Press:
     return {"think": Think, "snapkv": SnapKV}[name](save)
 
 
+@cache
+def load_presses() -> Any:
+    """Import kvpress's ThinK and SnapKV, and nothing that only its other methods need.
+
+    Returns:
+        ``ThinKPress``, ``SnapKVPress`` and ``SUPPORTED_MODELS``.
+
+    Raises:
+        ImportError: kvpress is not installed.
+    """
+    name = "kvpress"
+    whole = sys.modules.get(name)
+    if whole is None:
+        spec = find_spec(name)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        part = ModuleType(name)  # a package whose own code is not run
+        part.__path__ = list(spec.submodule_search_locations)
+        sys.modules[name] = part
+    try:
+        presses = [
+            import_module(f"{name}.presses.{module}")
+            for module in ("base_press", "think_press", "snapkv_press")
+        ]
+    finally:
+        if whole is None:
+            del sys.modules[name]  # whoever imports it gets all of it
+    return SimpleNamespace(
+        SUPPORTED_MODELS=presses[0].SUPPORTED_MODELS,
+        ThinKPress=presses[1].ThinKPress,
+        SnapKVPress=presses[2].SnapKVPress,
+    )
+
+
 def load_kvpress() -> Any:
-    """Import kvpress, without what it does to transformers' attention functions."""
+    """Import all of kvpress, without what it does to transformers' attention functions."""
     table = ALL_ATTENTION_FUNCTIONS._local_mapping
     before = dict(table)
     try:

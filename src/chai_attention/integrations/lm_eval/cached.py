@@ -29,7 +29,8 @@ def cached_logits(
         model: the model, with the method attached.
         method: makes the cache.
         tokens: ``[R, S]`` int64, context and answer without the answer's last token. The context
-            is the same in all rows. Shorter answers may be followed by any tokens, unless the
+            is the same in all rows, or of one length where the method keeps rows apart
+            (`Comparator.rows_apart`). Shorter answers may be followed by any tokens, unless the
             method lets later tokens change earlier ones (`Comparator.looks_ahead`).
         answer: how many predictions are wanted; those at the last ``answer`` tokens.
 
@@ -41,7 +42,8 @@ def cached_logits(
     """
     length = tokens.shape[1]
     split = tokens_before_answers(length - answer + 1)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in parameters
     cache = method.new_cache(model)
     parts = []
     for start, end in ((0, split), (split, length)):
@@ -51,6 +53,8 @@ def cached_logits(
         if takes_positions:
             # a cache that evicts tokens is shorter than the text before the next token
             options["position_ids"] = torch.arange(start, end, device=model.device)[None]
+        if "logits_to_keep" in parameters:
+            options["logits_to_keep"] = answer  # those of all tokens would fill the memory
         out = model(tokens[:, start:end].to(model.device), **options)
         cache = out.past_key_values
         if cache is None:
