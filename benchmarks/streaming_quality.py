@@ -1,10 +1,13 @@
 """What it costs to share and to forget far keys: frontiers, the promise on unseen text, recall.
 
 usage: python benchmarks/streaming_quality.py MODEL --text calibration.txt --test test.txt
-       --out folder/ [--other other.txt ...] [--contexts 1024,2048] [--recall 1024,2048,4096]
+       --out folder/ [--parts frontier promise recall] [--contexts 256,1024,2048]
+       [--recall 1024,2048,4096] [--dtype bfloat16]
 
-Evidence is collected once for everything. Every part is written when it is there, and a part whose
-file is there is not measured again; ``--seconds`` ends the run before the next part.
+Evidence is collected once for everything, and kept in the folder. Every point, row and part is
+written when it is there, and what is there is not measured again: the same command goes on.
+``--seconds`` ends the run before the next part or row. ``--dtype`` is what promises on unseen text
+and recall are measured in; evidence and frontiers are in float32.
 """
 
 from __future__ import annotations
@@ -13,31 +16,42 @@ import argparse
 import json
 import platform
 import time
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from chai_attention.calibration import calibrate, load_texts, windows_of
+from chai_attention.calibration import calibrate, evidence_file, load_texts, windows_of
 from chai_attention.calibration.calibrate import stretched
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.held_out import spread
+from chai_attention.calibration.recall_source import use_recall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.texts import beginning, cut_windows
-from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.frontier import RECIPES, for_context, frontier
+from chai_attention.errors import CalibrationError, ChaiError
+from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.frontier import RECIPES, digest_of, for_context, frontier
 from chai_attention.evaluation.perplexity import paired_rise, token_loss
 from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.recall_tasks import recall_sources, recall_text
+from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import FOR_EVER, ClusterProfile
+from chai_attention.whole_files import write_whole
 
-NAMES = ("default", "stream", "share")
-LEARNT, HELD_OUT, LENGTH, SINKS = 64, 64, 1024, 4
-RECALL_BUDGETS = (0.2, 0.3, 0.4, 0.5)
+NAMES = ("default", "share", "stream")
+RIVALS = ("snapkv", "think")
+PARTS = ("frontier", "promise", "recall")
+LEARNT, HELD_OUT, LENGTH = 64, 64, 1024
+FULL = "full model"
 
 
 class Bench:
@@ -53,58 +67,92 @@ class Bench:
         self.before = beginning(self.tokenizer)
         documents = load_texts(options.text, tokens=400_000)
 
-        def read(count: int, length: int) -> torch.Tensor:
+        def read(count: int, length: int) -> Tensor:
             return windows_of(documents, self.tokenizer, count, length, options.seed)
 
+        self.length = options.length
         resolved = Settings().resolve(self.shape)
-        windows, times = stretched(self.model, resolved, read, options.samples, HELD_OUT, LENGTH)
-        held = min(HELD_OUT // times, len(windows) // 2)
+        windows, times = stretched(
+            self.model, resolved, read, options.samples, options.held_out, self.length
+        )
+        held = min(options.held_out // times, len(windows) // 2)
         windows, self.longer = spread(windows, held)
-        self.windows = cut_windows(windows, LENGTH, self.before)
-        self.check = cut_windows(self.longer, LENGTH, self.before)
-        self.store = EvidenceStore(self.model, self.windows, 8)
+        self.windows = cut_windows(windows, self.length, self.before)
+        self.check = cut_windows(self.longer, self.length, self.before)
         self.say(f"{len(self.windows)} windows to learn from, {len(self.check)} held out")
+
+    @cached_property
+    def measured_model(self) -> PreTrainedModel:
+        """The model in the dtype of promises and recall."""
+        if self.options.dtype == "float32":
+            return self.model
+        return load_model(self.options.model, self.options.dtype, self.options.device)[0]
+
+    @cached_property
+    def store(self) -> EvidenceStore:
+        """Evidence for every recipe and context, collected at once or read."""
+        about = self.about() | {"windows": digest_of(self.windows)}
+        evidence_file.EVERY = 0.0  # whole passes, too, are kept for the next run
+        file = EvidenceFile(self.out / "evidence.safetensors", about)
+        store = EvidenceStore(self.model, self.windows, self.options.batch, file)
+        contexts = [*self.options.contexts, LENGTH]
+        asked = Settings(context=max(contexts), recall=self.options.weight)
+        settings = asked.resolve(self.shape)
+        self.say(str(use_recall(store, self.tokenizer, asked.recall, settings, self.options.seed)))
+        store.get_all(settings, settings.recents(self.length))
+        self.say("evidence is there")
+        return store
 
     def say(self, what: str) -> None:
         """Tell how far it is."""
         print(f"[{time.perf_counter() - self.begin:.0f} s] {what}", flush=True)
 
-    def part(self, name: str, measure: Any) -> None:
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.perf_counter() - self.begin > self.options.seconds
+
+    def part(self, name: str, measure: Callable[[], Any]) -> None:
         """Measure a part and write it, unless it is there or the time is up."""
         path = self.out / f"{name}.json"
-        if path.exists() or time.perf_counter() - self.begin > self.options.seconds:
+        if path.exists() or self.late:
             return
-        found = measure()
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        self.write(path, measure())
         self.say(f"{name} done")
+
+    def write(self, path: Path, what: Any) -> None:
+        """Write JSON, whole or not at all."""
+        write_whole(path, (json.dumps(what, indent=1) + "\n").encode(), ChaiError)
 
     def calibrated(self, **settings: Any) -> ClusterProfile:
         """A profile of the calibration windows."""
+        if self.options.weight is not None and settings.get("recipe") != "share":
+            settings["recall"] = self.options.weight
         return calibrate(
-            self.model, self.tokenizer, self.windows, samples=len(self.windows), length=LENGTH,
+            self.model, self.tokenizer, self.windows, samples=len(self.windows), length=self.length,
             held_out=self.check, longer=self.longer, store=self.store, seed=self.options.seed,
             source=Path(self.options.text).name, **settings,
         )  # fmt: skip
 
     def frontier(self, context: int) -> None:
-        """Every recipe at every budget, chosen for a context and measured there and at others."""
-        if time.perf_counter() - self.begin > self.options.seconds:
+        """Every recipe at every budget, chosen for a context and measured there."""
+        if self.late:
             return
-        longest = max(self.options.contexts)
         test = windows_of(
             load_texts(self.options.test, tokens=400_000), self.tokenizer, self.options.windows,
-            longest, self.options.seed,
+            max(self.options.contexts), self.options.seed,
         )  # fmt: skip
         names = self.options.recipes or NAMES
-        recipes = for_context({name: RECIPES[name] for name in names}, context)
+        recipes = for_context({name: RECIPES[name] for name in names}, context, self.options.weight)
         frontier(
             self.model, recipes, self.options.budgets, {Path(self.options.test).name: test},
             calibrate_one=partial(
                 calibrate, self.model, self.tokenizer, self.windows, samples=len(self.windows),
-                length=LENGTH, held_out=self.check, measure=False, store=self.store,
+                length=self.length, held_out=self.check, measure=False, store=self.store,
+                seed=self.options.seed,
             ),
             contexts=[context], before=self.before, file=self.out / f"frontier-{context}.json",
-            about=self.about(),
+            about=self.about(), tokens_per_batch=self.options.tokens,
             on_refusal=lambda name, budget, error: self.say(f"{name} at {budget:.0%}: {error}"),
         )  # fmt: skip
         self.say(f"frontier at {context} done")
@@ -117,21 +165,21 @@ class Bench:
             "model": Path(self.options.model).name,
             "hardware": name,
             "dtype": "float32",
-            "calibration": [Path(self.options.text).name, len(self.windows), LENGTH],
+            "calibration": [Path(self.options.text).name, len(self.windows), self.length],
             "test": Path(self.options.test).name,
+            "recall weight": self.options.weight,
             "seed": self.options.seed,
         }
 
     def promise(self, recipe: str) -> dict[str, Any]:
         """What `--max-loss 1%` finds, and what it costs on text that calibration never saw."""
         start = time.perf_counter()
-        profile = self.calibrated(recipe=recipe, max_loss=0.01)
+        profile = self.promised(recipe)
         seconds = time.perf_counter() - start
-        profile.save(self.out / f"profile-{recipe}.json")
         rises = []
         for path in (self.options.test, *self.options.other):
             documents = load_texts(path, tokens=400_000)
-            for length in dict.fromkeys((LENGTH, self.longer.shape[1])):
+            for length in dict.fromkeys((self.length, self.longer.shape[1])):
                 try:
                     text = windows_of(
                         documents, self.tokenizer, 96 * LENGTH // length, length, self.options.seed
@@ -145,7 +193,7 @@ class Bench:
                     | self.rise(profile, text)
                 )
         return {
-            "about": self.about(),
+            "about": self.about() | {"dtype of unseen text": self.options.dtype},
             "recipe": recipe,
             "recent": profile.recent,
             "seconds": round(seconds, 1),
@@ -154,106 +202,187 @@ class Bench:
             "unseen": rises,
         }
 
-    def rise(self, profile: ClusterProfile, text: torch.Tensor) -> dict[str, float]:
+    def promised(self, recipe: str) -> ClusterProfile:
+        """The profile that `--max-loss 1%` finds."""
+        path = self.out / f"profile-{recipe}.json"
+        if not path.exists():
+            self.calibrated(recipe=recipe, max_loss=self.options.max_loss).save(path)
+            self.say(f"{recipe} within {self.options.max_loss:.1%} found")
+        return ClusterProfile.load(path)
+
+    def rise(self, profile: ClusterProfile, text: Tensor) -> dict[str, float]:
         """What a profile costs and saves on windows of text."""
-        batch = max(1, 8192 // text.shape[1])
-        plain = token_loss(self.model, text, batch_size=batch)
-        with enabled(self.model, profile):
-            found = paired_rise(plain, token_loss(self.model, text, batch_size=batch))
+        model, batch = self.measured_model, max(1, self.options.tokens // text.shape[1])
+        plain = token_loss(model, text, batch_size=batch)
+        with enabled(model, profile):
+            found = paired_rise(plain, token_loss(model, text, batch_size=batch))
         return {
             "saved": profile.saved(self.shape, text.shape[1]),
             "rise": found.rise,
             "standard error": found.standard_error,
         }
 
-    def recall(self) -> dict[str, Any]:
-        """Exact answers and their likelihood: full model, 1% promises, and a curve of savings."""
-        sources = recall_sources(
-            self.model, self.tokenizer, recall_text(), self.options.recall, self.options.cases,
-            self.options.seed,
-        )  # fmt: skip
-        profiles: dict[str, ClusterProfile | None] = {"full model": None}
+    def recall(self) -> None:
+        """Exact answers and their likelihood, row by row (see `Recall`)."""
+        rows = Recall(self)
+        rows.row(FULL, lambda: None)
+        budget = f"{self.options.max_loss:.0%} promised"
         for recipe in ("default", "share"):
-            path = self.out / f"profile-{recipe}.json"
-            if path.exists():
-                profiles[f"{recipe}, 1% promised"] = ClusterProfile.load(path)
-        for save in RECALL_BUDGETS:
-            for recipe in ("default", "share"):
-                try:
-                    profiles[f"{recipe}, {save:.0%} saved"] = self.calibrated(
-                        recipe=recipe, save=save, measure=False
-                    )
-                except CalibrationError as error:
-                    self.say(f"{recipe} at {save:.0%}: {error}")
-        rows: list[dict[str, Any]] = []
-        plain: dict[str, Any] = {}
-        for name, profile in profiles.items():
-            if time.perf_counter() - self.begin > self.options.seconds:
-                self.say(f"no time for recall of {name}")
-                break
-            for source in sources:
-                if profile is None:
-                    correct, nll = recall_score(self.model, source.cases)
-                    plain[source.name] = correct, nll
-                else:
-                    with enabled(self.model, profile):
-                        correct, nll = recall_score(self.model, source.cases)
-                lost = correct.float() - plain[source.name][0].float()
-                more = nll - plain[source.name][1]
-                error = len(correct) ** 0.5
-                rows.append(
-                    {
-                        "profile": name,
-                        "task": source.name,
-                        "cases": len(correct),
-                        "correct": int(correct.sum()),
-                        "difference": float(lost.mean()),
-                        "difference error": float(lost.std() / error),
-                        "nll": float(nll.mean()),
-                        "nll difference": float(more.mean()),
-                        "nll difference error": float(more.std() / error),
-                        "saved at 2048": profile and profile.saved(self.shape, 2048),
-                    }
+            rows.row(f"{recipe}, {budget}", partial(self.promised, recipe))
+        for rival in self.options.rivals:
+            rows.row(
+                f"{rival}, bytes of default, {budget}", partial(self.promised, "default"), rival
+            )
+        for save in self.options.curve:
+            for name in self.options.curve_methods:
+                recipe = "default" if name in RIVALS else name
+                rows.row(
+                    f"{name}, {save:.0%} saved",
+                    partial(self.calibrated, recipe=recipe, save=save, measure=False),
+                    name if name in RIVALS else None,
                 )
-            self.say(f"recall of {name}")
-        return {"about": self.about(), "rows": rows}
+
+
+class Recall:
+    """The file of recall's rows, one for each method and task."""
+
+    def __init__(self, bench: Bench):
+        options = bench.options
+        self.bench = bench
+        self.path = bench.out / f"recall-{options.dtype}.json"
+        self.about = bench.about() | {"dtype": options.dtype, "cases": options.cases}
+        self.sources = recall_sources(
+            bench.model, bench.tokenizer, recall_text(), options.recall, options.cases, options.seed
+        )
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            found = json.loads(self.path.read_bytes())
+            if found["about"] != self.about:
+                raise SystemExit(f"{self.path} is of another run: move it, or name another --out")
+            self.rows = found["rows"]
+
+    def row(
+        self, name: str, make: Callable[[], ClusterProfile | None], rival: str | None = None
+    ) -> None:
+        """Measure a method at every task that is missing; a rival at the bytes of the profile."""
+        done = {row["task"] for row in self.rows if row["method"] == name}
+        missing = [source for source in self.sources if source.name not in done]
+        if not missing:
+            return
+        if self.bench.late:
+            self.bench.say(f"no time for recall of {name}")
+            return
+        try:
+            profile = make()
+            for source in missing:
+                self.rows.append(self.measured(name, source, profile, rival))
+                self.bench.write(self.path, {"about": self.about, "rows": self.rows})
+        except (ChaiError, ImportError) as error:
+            self.bench.say(f"left out: recall of {name}: {error}")
+            return
+        self.bench.say(f"recall of {name}")
+
+    def measured(
+        self, name: str, source: TaskSource, profile: ClusterProfile | None, rival: str | None
+    ) -> dict[str, Any]:
+        """One method at one task; differences are to the full model, paired by cases."""
+        bench, start = self.bench, time.perf_counter()
+        model, cases = bench.measured_model, source.cases
+        length = len(cases[0].prompt) + len(cases[0].answer)
+        saved = 0.0 if profile is None else profile.saved(bench.shape, length)
+        context: AbstractContextManager[None] = nullcontext()
+        method: Comparator | None = None
+        if rival is not None:
+            from chai_attention.evaluation.comparators.kvpress import kvpress_comparator
+
+            method = kvpress_comparator(rival, saved)
+            method.prepare(model, ())
+            saved = 1 - method.kv_share(model, length)
+            context = method.attached(model)
+        elif profile is not None:
+            context = enabled(model, profile)
+        with context:
+            correct, nll = recall_score(
+                model, cases, method=method, batch_size=bench.options.rows,
+                most_tokens=bench.options.tokens,
+            )  # fmt: skip
+        row = {
+            "method": name,
+            "task": source.name,
+            "cases": len(cases),
+            "correct": int(correct.sum()),
+            "nll": float(nll.mean()),
+            "saved": saved,
+            "saved per token": profile and profile.saved(bench.shape, FOR_EVER),
+            "seconds": round(time.perf_counter() - start, 2),
+            "answers": "".join("01"[int(x)] for x in correct),
+            "nlls": [round(float(x), 4) for x in nll],
+        }
+        return row | self.differences(row)
+
+    def differences(self, row: dict[str, Any]) -> dict[str, float]:
+        """Of a row and the full model's: means over the cases with their standard errors."""
+        plain = [r for r in self.rows if r["method"] == FULL and r["task"] == row["task"]]
+        if not plain:
+            return {}
+        found = {}
+        for what, values in (("difference", "answers"), ("nll difference", "nlls")):
+            pairs = zip(row[values], plain[0][values], strict=True)
+            change = torch.tensor([float(now) - float(before) for now, before in pairs])
+            found[what] = float(change.mean())
+            found[f"{what} error"] = float(change.std() / len(change) ** 0.5)
+        return found
 
 
 def main() -> None:
     """Measure all parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--other", nargs="*", default=[])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--samples", type=int, default=LEARNT)
-    parser.add_argument("--windows", type=int, default=32, help="of test text, the longest context")
-    parser.add_argument("--contexts", type=_numbers, default=[1024, 2048])
-    parser.add_argument("--budgets", type=_shares, default=[x / 100 for x in range(10, 90, 10)])
-    parser.add_argument("--recipes", nargs="*")
-    parser.add_argument("--recall", type=_numbers, default=[])
-    parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    add = parser.add_argument
+    add("model")
+    add("--text", required=True)
+    add("--test", required=True)
+    add("--other", nargs="*", default=[])
+    add("--out", type=Path, required=True)
+    add("--parts", nargs="*", choices=PARTS, default=PARTS)
+    add("--device", default="auto")
+    add("--dtype", default="float32", help="of promises on unseen text, and of recall")
+    add("--samples", type=int, default=LEARNT, help="windows to learn from")
+    add("--held-out", type=int, default=HELD_OUT)
+    add("--length", type=int, default=LENGTH)
+    add("--batch", type=int, default=8, help="windows of a forward for evidence")
+    add("--tokens", type=int, default=16384, help="of a forward, when something is measured")
+    add("--weight", type=float, help="of text to recall from; 0 for none")
+    add("--windows", type=int, default=32, help="of test text, of the longest context")
+    add("--contexts", type=_numbers, default=[1024, 2048])
+    add("--budgets", type=_shares, default=[x / 100 for x in range(10, 90, 10)])
+    add("--recipes", nargs="*", help="of frontiers and promises")
+    add("--max-loss", type=float, default=0.01)
+    add("--recall", type=_numbers, default=[1024, 2048, 4096], help="lengths")
+    add("--cases", type=int, default=100)
+    add("--rows", type=int, default=16, help="cases of a forward, at most")
+    add("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
+    add("--curve", type=_shares, default=[0.2, 0.3, 0.4, 0.5])
+    add("--curve-methods", nargs="*", choices=(*NAMES, *RIVALS), default=["default"])
+    add("--seed", type=int, default=0)
+    add("--seconds", type=float, default=float("inf"))
     bench = Bench(parser.parse_args())
-    bench.frontier(bench.options.contexts[0])
-    for recipe in ("default", "share"):
-        bench.part(f"promise-{recipe}", partial(bench.promise, recipe))
-    for context in bench.options.contexts[1:]:
-        bench.frontier(context)
-    if bench.options.recall:
-        bench.part("recall", bench.recall)
-    bench.part("promise-stream", partial(bench.promise, "stream"))
+    parts = bench.options.parts
+    if "recall" in parts:
+        bench.recall()
+    if "frontier" in parts:
+        for context in bench.options.contexts:
+            bench.frontier(context)
+    if "promise" in parts:
+        for recipe in bench.options.recipes or NAMES:
+            bench.part(f"promise-{recipe}", partial(bench.promise, recipe))
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",") if part]
 
 
 def _shares(text: str) -> list[float]:
-    return [float(part) / 100 for part in text.split(",")]
+    return [float(part) / 100 for part in text.split(",") if part]
 
 
 if __name__ == "__main__":

@@ -82,11 +82,17 @@ def for_bytes(recipes: Mapping[str, Recipe], shape: ModelShape) -> dict[str, Rec
     return {**recipes, PAPER: {"recipe": "paper", "target": "k-bytes"}}
 
 
-def for_context(recipes: Mapping[str, Recipe], tokens: int) -> dict[str, Recipe]:
-    """Return the recipes, those with streaming heads made to save bytes of so many tokens."""
+def for_context(
+    recipes: Mapping[str, Recipe], tokens: int, recall: float | None = None
+) -> dict[str, Recipe]:
+    """Return the recipes, those with streaming heads made to save bytes of so many tokens.
+
+    With ``recall``, these also learn from facts to recall with that weight.
+    """
     streaming = ("default", "stream")
+    extra: dict[str, Any] = {} if recall is None else {"recall": recall}
     return {
-        name: {"context": tokens, **recipe}
+        name: {"context": tokens, **extra, **recipe}
         if isinstance(recipe, Mapping) and recipe.get("recipe") in streaming
         else recipe
         for name, recipe in recipes.items()
@@ -106,6 +112,7 @@ def frontier(
     file: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
     on_refusal: Refusal | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress = quiet,
 ) -> list[Point]:
     """Measure what every recipe costs at every budget, on every text and context length.
@@ -132,6 +139,7 @@ def frontier(
             seed): a file about something else is refused.
         on_refusal: called with (recipe, budget, error) if a calibration cannot do what is asked,
             which is then left out; None raises the error.
+        tokens_per_batch: of a forward, unless one window has more.
         progress: called with (what is going on, points done, points in all).
 
     Returns:
@@ -144,7 +152,7 @@ def frontier(
     if asked not in (SAVE, REMOVED):
         raise FrontierError(f"budgets are shares of {SAVE} or {REMOVED}, not of {asked!r}")
     tries = _tries(recipes, budgets)
-    bench = _Bench(model, _tests(test, contexts, tuple(before)))
+    bench = _Bench(model, _tests(test, contexts, tuple(before)), tokens_per_batch)
     kept = PointFile(None if file is None else Path(file), about or {})
     total = len(tries) * len(bench.tests)
     points: list[Point] = []
@@ -191,8 +199,9 @@ class _Test:
 class _Bench:
     """Scores profiles of one model; the model without clusters once per test."""
 
-    def __init__(self, model: PreTrainedModel, tests: Sequence[_Test]):
+    def __init__(self, model: PreTrainedModel, tests: Sequence[_Test], tokens_per_batch: int):
         self.tests = tests
+        self._tokens = tokens_per_batch
         self._model = model
         self._shape = describe(model)
         self._baselines: dict[tuple[str, int], Loss] = {}
@@ -224,7 +233,7 @@ class _Bench:
         }
 
     def _loss(self, test: _Test) -> Loss:
-        batch = max(1, TOKENS_PER_BATCH // test.context)
+        batch = max(1, self._tokens // test.context)
         return token_loss(self._model, test.windows, batch_size=batch)
 
 
