@@ -7,7 +7,7 @@ import torch
 
 from chai_attention.calibration.costs import Near, collect_costs
 from chai_attention.calibration.recall import recall_cases, recall_windows
-from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION
+from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, HELD_OUT
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
 from tiny_models import tiny_model
@@ -141,21 +141,29 @@ def test_the_chat_template_frames_text_and_questions(text):
     assert "assistant: " not in tokenizer.decode(bare.tokens[0])
 
 
-def test_evaluation_shares_no_words_with_calibration():
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(CALIBRATION, EVALUATION), (CALIBRATION, HELD_OUT), (HELD_OUT, EVALUATION)],
+    ids=["learnt and evaluated", "learnt and promised", "promised and evaluated"],
+)
+def test_evaluation_and_promises_share_no_words_with_calibration(one, other):
     for part in ("fact", "question", "opening"):
         ours, theirs = (
             {getattr(phrasing, part).format(name="x", value="y") for phrasing in w.phrasings}
-            for w in (CALIBRATION, EVALUATION)
+            for w in (one, other)
         )
         assert not ours & theirs
-    assert not set(CALIBRATION.names) & set(EVALUATION.names)
-    assert CALIBRATION.instruction != EVALUATION.instruction
+    assert not set(one.names) & set(other.names)
+    assert one.instruction != other.instruction
+
+
+def test_evaluations_telling_words_are_not_calibrations():
     telling = {"number", "magic", "lucky", "secrets"}
     used = " ".join(f"{p.fact} {p.question} {p.opening}" for p in CALIBRATION.phrasings).lower()
     assert not telling & set(re.findall(r"\w+", used))
 
 
-@pytest.mark.parametrize("wording", [CALIBRATION, EVALUATION])
+@pytest.mark.parametrize("wording", [CALIBRATION, EVALUATION, HELD_OUT])
 def test_words_are_fit_for_use(wording):
     assert len(set(wording.names)) == len(wording.names) >= 40
     for phrasing in wording.phrasings:

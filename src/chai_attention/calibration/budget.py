@@ -31,6 +31,7 @@ def largest_within(
     max_loss: float,
     guess: int,
     resolution: int = 1,
+    also: Callable[[int], bool] = lambda units: True,
 ) -> Kept:
     """Search the most units whose removal raises perplexity by at most ``max_loss``.
 
@@ -44,15 +45,19 @@ def largest_within(
         max_loss: relative rise of perplexity.
         guess: units to begin with.
         resolution: units that the answer may fall short by.
+        also: asked of units whose rises keep to the loss, once each: whether all else that is
+            promised holds, too.
     """
+    kept: dict[int, bool] = {}
     measured: dict[int, Sequence[PairedRise]] = {}
 
     def holds(units: int) -> bool:
-        if units not in measured:
+        if units not in kept:
             measured[units] = measure(units)
-        return all(
-            rise.rise + CONFIDENCE * rise.standard_error <= max_loss for rise in measured[units]
-        )
+            kept[units] = all(
+                rise.rise + CONFIDENCE * rise.standard_error <= max_loss for rise in measured[units]
+            ) and also(units)
+        return kept[units]
 
     low, high = 0, most + 1  # removing low keeps the promise, removing high does not
     units = min(max(guess, 1), most)

@@ -18,6 +18,8 @@ from chai_attention.calibration.checks import require_tokens
 from chai_attention.calibration.evidence import Evidence, EvidenceStore
 from chai_attention.calibration.finish import Finish
 from chai_attention.calibration.held_out import LEAST_WINDOWS, held_out_count, spread
+from chai_attention.calibration.recall_check import RecallCheck, recall_check
+from chai_attention.calibration.recall_source import use_recall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
@@ -45,7 +47,7 @@ BATCH_SIZE = 8
 
 def calibrate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     texts: str | Sequence[str] | Tensor,
     *,
     samples: int | None = None,
@@ -69,7 +71,8 @@ def calibrate(
 
     Args:
         model: a supported causal language model, or a PEFT model around one.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None for windows that are tokens already, which then hide no
+            facts to recall.
         texts: sample text, documents, or ready windows of tokens ``[N, S]`` int64.
         samples: windows of text to use; None for 256 with gradient costs (64 with streaming heads,
             whose windows are longer), else 1024.
@@ -91,7 +94,7 @@ def calibrate(
             and added to; one of other windows is left alone.
         progress: called with (which step of how many is going on, done, in all of that step).
         settings: fields of `Settings`: recipe, cost, membership, target, window, recent, sinks,
-            context, refit, a budget (max_loss, save, removed, clusters or max_error), ...
+            context, refit, a budget (max_loss, save, removed, clusters or max_error), recall, ...
 
     Returns:
         A profile with error curves and head similarities; the same arguments give the same one.
@@ -106,7 +109,8 @@ def calibrate(
         raise TypeError(f"calibrate() has no option {', '.join(unknown)}")
     with torch.inference_mode(False):  # gradients are needed, whatever the caller is in
         model = unwrapped(model)
-        chosen = Settings(**settings).resolve(describe(model))
+        asked = Settings(**settings)
+        chosen = asked.resolve(describe(model))
         if chosen.refit != "none":  # found now, not after the evidence
             Corrections.require_plain(attention_modules(model))
         text = _divided(
@@ -114,7 +118,12 @@ def calibrate(
         )
         if store is None or not _serves(store, model, text.windows):
             store = EvidenceStore(model, text.windows, batch_size)
-        return _calibrated(model, text, chosen, store, batch_size, source, seed, progress)
+        recalling = use_recall(store, tokenizer, asked.recall, chosen, seed)
+        recall = None
+        if text.measured and (chosen.streams or chosen.max_recall_loss is not None):
+            recall = recall_check(tokenizer, text.texts, seed)
+        provenance = _provenance(chosen, source, text.windows, seed) | recalling
+        return _calibrated(model, text, chosen, store, batch_size, provenance, recall, progress)
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,15 @@ class _Text:
     longer: Tensor | None  # [L, T], to measure on, too
     measured: bool
 
+    @property
+    def texts(self) -> list[Tensor]:
+        """All windows to measure on, the longest last."""
+        return [text for text in (self.check, self.longer) if text is not None]
+
 
 def _divided(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     texts: str | Sequence[str] | Tensor,
     chosen: Settings,
     samples: int | None,
@@ -141,6 +155,8 @@ def _divided(
 ) -> _Text:
     """Cut text to windows, and keep some of them back if there is something to measure."""
     chosen.given_clusters(describe(model))  # a mistake should not wait for the text
+    if tokenizer is None and not isinstance(texts, Tensor):
+        raise CalibrationError("without a tokenizer, text is ready windows of tokens")
     samples = default_samples(chosen) if samples is None else samples
     check_numbers(samples, seed)
     if length is None and isinstance(texts, Tensor) and texts.ndim == 2:
@@ -165,7 +181,7 @@ def _divided(
         count = held_out_count(len(windows), wanted, kept, windows.shape[1])
         windows, check = spread(windows, count)
         if times > 1:
-            before = beginning(tokenizer)
+            before = [] if tokenizer is None else beginning(tokenizer)
             longer, (windows, check) = (
                 check,
                 (cut_windows(part, length, before) for part in (windows, check)),
@@ -230,8 +246,8 @@ def _calibrated(
     chosen: Settings,
     store: EvidenceStore,
     batch_size: int,
-    source: str,
-    seed: int,
+    provenance: dict[str, Any],
+    recall: RecallCheck | None,
     progress: Progress,
 ) -> ClusterProfile:
     """Collect evidence, and make the profile that was asked for of it."""
@@ -240,9 +256,8 @@ def _calibrated(
     passes = len(store.missing(chosen, recents))
     steps = Steps(progress, *steps_of(passes, chosen, text.measured, shape))
     evidence = store.get_all(chosen, recents, steps)
-    provenance = _provenance(chosen, source, text.windows, seed)
     candidates = candidates_of(shape, chosen, evidence, provenance)
-    finish = Finish(model, chosen, text.windows, text.check, text.longer, batch_size, steps)
+    finish = Finish(model, chosen, text.windows, text.texts, recall, batch_size, steps)
     if isinstance(candidates, Candidates):
         if (wanted := chosen.given_clusters(shape)) is not None:
             return finish.unmeasured(candidates.profile(wanted))

@@ -63,6 +63,13 @@ class Costs:
     sharing: Tensor
     streaming: Tensor | None
 
+    def plus(self, other: Costs, weight: float) -> Costs:
+        """Add costs of the same exact window, of other text, so many times."""
+        streaming = self.streaming
+        if streaming is not None and other.streaming is not None:
+            streaming = streaming + weight * other.streaming
+        return Costs(self.sharing + weight * other.sharing, streaming)
+
 
 def collect_costs(
     model: PreTrainedModel,

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import BATCH_SIZE, candidates_of, steps_of, window_length
-from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
+from chai_attention.calibration.recall_check import recall_check
+from chai_attention.calibration.recall_source import recall_count, use_recall
 from chai_attention.calibration.refit import PASSES, windows_needed
 from chai_attention.calibration.request import TextRequest, prepare
 from chai_attention.calibration.settings import Settings
@@ -78,7 +80,7 @@ def estimate(
     chosen = settings.resolve(shape)
     samples, length = request.samples_for(chosen), window_length(model, chosen, request.length)
     measured = chosen.measurable or chosen.refit != "none"
-    held_out = request.held_out if measured else 0
+    held_out, longer = request.held_out if measured else 0, None
     if any(source.name == SELF for source in request.sources):
         seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
         windows = _stand_in(model, length)
@@ -89,22 +91,34 @@ def estimate(
         ready = prepare(model, tokenizer, request, settings, progress)
         windows, samples = ready.windows[:BATCH_SIZE], len(ready.windows)
         held_out = 0 if ready.held is None else len(ready.held)
+        longer = ready.longer
     _begin_memory(model)
     clock = _Clock(progress)
     for part in (windows[:1], windows):  # the first pays for one-time set-up
         clock.reset()
         recents = chosen.recents(length) if chosen.streams else None
         store = EvidenceStore(model, part, BATCH_SIZE)
+        use_recall(store, tokenizer, settings.recall, chosen, request.seed)
         evidence = store.get_all(chosen, recents, Steps(clock, 2))
     for name, spent in clock.seconds.items():
         seconds[name] = spent * samples / len(windows)
+        if name == RECALL_COSTS:
+            assert chosen.recall is not None
+            count, part_count = (recall_count(n, chosen.recall) for n in (samples, len(windows)))
+            seconds[name] = spent * count / part_count
     per_try, tries = 0.0, 0
     if measured:
         candidates = candidates_of(shape, chosen, evidence)
         plain = _loss_seconds(model, windows)
         with enabled(model, candidates.remove(max(1, candidates.guess))):
-            per_try = _loss_seconds(model, windows) * held_out
-        seconds["perplexity of the model"] = plain * held_out
+            per_try = _loss_seconds(model, windows)
+        texts = [windows] if longer is None else [windows, longer]
+        asked = chosen.streams or chosen.max_recall_loss is not None
+        check = recall_check(tokenizer, texts, request.seed) if asked else None
+        tokens = 0 if check is None else sum(task.length * len(task.cases) for task in check.tasks)
+        wanted = held_out * len(texts) + tokens / length
+        per_try *= wanted
+        seconds["perplexity of the model"] = plain * wanted
         if chosen.refit != "none":
             per_try += plain * PASSES * windows_needed(model, samples, length)
         total, _ = steps_of(0, chosen, chosen.measurable, shape)

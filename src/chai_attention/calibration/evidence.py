@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from chai_attention.calibration.costs import (
     empty_sums,
 )
 from chai_attention.calibration.evidence_file import EvidenceFile
+from chai_attention.calibration.recall import RecallWindows
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.calibration.steps import Steps
@@ -27,6 +29,7 @@ from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import quiet
 
 Report = Callable[[int, int], None]
+RECALL_COSTS = "gradient costs of recalling facts"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Evidence:
     Attributes:
         grams: ``[L, H, H]`` float64, inner products of the heads' attention maps.
         costs: ``[L, H, H]`` float64, what head h (row) pays for r's scores; None where the
-            distance of maps is the cost.
+            distance of maps is the cost. With text to recall from, what the text says plus what
+            recalling says, weighted.
         offsets: ``[L, H, H]`` float32 of an exact recent window, else None.
         streaming: ``[L, H]`` float64, what head h pays for seeing near keys only; None without
             costs or without an exact recent window.
@@ -76,6 +80,18 @@ class EvidenceStore:
         self._grams: Tensor | None = None
         self._offsets: dict[tuple[int, int], Tensor] = {}
         self._costs: dict[tuple[str, int, int], Costs] = {}
+        self._recall: RecallWindows | None = None
+        self._recall_costs: dict[tuple[int, int], Costs] = {}
+
+    def use_recall(self, recall: RecallWindows | None) -> None:
+        """Take windows of text to recall from into account, where settings give them a weight.
+
+        What is known of others is forgotten.
+        """
+        before = self._recall
+        if recall is None or before is None or not torch.equal(recall.tokens, before.tokens):
+            self._recall_costs = {}
+        self._recall = recall
 
     def missing(self, settings: Settings, recents: Sequence[int] | None = None) -> list[str]:
         """Name the passes over the text that ``settings`` need and that were not made yet.
@@ -88,6 +104,8 @@ class EvidenceStore:
             passes.append("attention maps")
         if settings.cost not in (None, SCORES) and self._without_costs(settings.cost, nears):
             passes.append(f"{settings.cost} costs")
+        if self._recalls(settings) and self._without_recall(nears):
+            passes.append(RECALL_COSTS)
         return passes
 
     def get(self, settings: Settings, steps: Steps | None = None) -> Evidence:
@@ -125,10 +143,15 @@ class EvidenceStore:
         if kind is not None and f"{kind} costs" in missing:
             report = steps.begin(f"{kind} costs")
             self._collect(kind, self._without_costs(kind, nears), report)
+        if RECALL_COSTS in missing:
+            self._collect_recall(self._without_recall(nears), steps.begin(RECALL_COSTS))
         assert self._grams is not None
         found = {}
         for near in nears:
             costs = None if kind is None else self._costs.get((kind, *near))
+            if costs is not None and self._recalls(settings):
+                assert settings.recall is not None
+                costs = costs.plus(self._recall_costs[near], settings.recall)
             found[near[0]] = Evidence(
                 self._grams,
                 None if costs is None else costs.sharing,
@@ -145,6 +168,12 @@ class EvidenceStore:
     ) -> list[tuple[int, int]]:
         return [near for near in nears if (kind, *near) not in self._costs]
 
+    def _recalls(self, settings: Settings) -> bool:
+        return bool(settings.recall) and settings.cost == GRADIENT and self._recall is not None
+
+    def _without_recall(self, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [near for near in nears if near not in self._recall_costs]
+
     def _observe(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
         """Collect maps, if they are missing, and offsets of these windows, in one pass."""
         shape = describe(self.model)
@@ -155,7 +184,7 @@ class EvidenceStore:
             offsets = OffsetStatistics(shape.layers, shape.heads, windows)
         sums = {} if grams is None else {"grams": grams.grams}
         sums |= {} if offsets is None else offsets.sums
-        start, keep = self._kept(f"maps {nears}", sums)
+        start, keep = self._kept(f"maps {nears}", sums, self.windows)
         observe(
             self.model,
             self.windows,
@@ -172,14 +201,32 @@ class EvidenceStore:
             self._offsets |= dict(zip(nears, offsets.offsets, strict=True))
 
     def _collect(self, kind: str, nears: Sequence[tuple[int, int]], report: Report) -> None:
-        """Collect costs of these windows, in one pass."""
+        """Collect costs of these exact windows, in one pass."""
+        counted = self.counted if kind == GRADIENT else None
+        found = self._costs_of(kind, self.windows, counted, nears, report)
+        self._costs |= {(kind, *near): costs for near, costs in zip(nears, found, strict=True)}
+
+    def _collect_recall(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
+        """Collect what recalling says of these exact windows, in one pass."""
+        assert self._recall is not None
+        tokens, counted = self._recall.tokens, self._recall.counted
+        found = self._costs_of(GRADIENT, tokens, counted, nears, report)
+        self._recall_costs |= dict(zip(nears, found, strict=True))
+
+    def _costs_of(
+        self,
+        kind: str,
+        windows: Tensor,
+        counted: Tensor | None,
+        nears: Sequence[tuple[int, int]],
+        report: Report,
+    ) -> list[Costs]:
         shape = describe(self.model)
         sums = empty_sums(len(nears), shape.layers, shape.heads)
-        counted = self.counted if kind == GRADIENT else None
-        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, counted)
-        found = collect_costs(
+        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, windows, counted)
+        return collect_costs(
             self.model,
-            self.windows,
+            windows,
             kind,
             nears=[Near(*near, self._offsets.get(near)) for near in nears],
             counted=counted,
@@ -188,16 +235,19 @@ class EvidenceStore:
             start=start,
             progress=_both(keep, report),
         )
-        self._costs |= {(kind, *near): costs for near, costs in zip(nears, found, strict=True)}
 
     def _kept(
-        self, name: str, sums: Mapping[str, Tensor], counted: Tensor | None = None
+        self,
+        name: str,
+        sums: Mapping[str, Tensor],
+        windows: Tensor,
+        counted: Tensor | None = None,
     ) -> tuple[int, Report]:
         """Give the sums what a file holds of them: windows done, and what keeps them from now."""
         file = self._file
         if file is None:
             return 0, lambda done, total: None
-        digest = hashlib.sha256(self.windows.cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
         if counted is not None:
             digest.update(counted.cpu().contiguous().numpy().tobytes())
         name = f"{name} {digest.hexdigest()[:16]}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.budget import largest_within
 from chai_attention.calibration.candidates import Candidates
 from chai_attention.calibration.checks import not_finite
+from chai_attention.calibration.recall_check import RecallCheck, RecallFall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
@@ -30,8 +31,8 @@ class Finish:
         model: without clustered heads.
         settings: resolved.
         windows: ``[N, S]`` tokens that were learnt from.
-        check: ``[M, S]`` tokens to measure on; None if nothing is measured.
-        longer: ``[L, T]`` tokens to measure on, too; None for none.
+        texts: ``[M, S]`` tokens to measure on, each of one length; none if nothing is measured.
+        recall: questions to ask as well; None for none.
         batch_size: windows per forward.
         steps: what is told how far it is.
     """
@@ -41,16 +42,16 @@ class Finish:
         model: PreTrainedModel,
         settings: Settings,
         windows: Tensor,
-        check: Tensor | None,
-        longer: Tensor | None,
+        texts: Sequence[Tensor],
+        recall: RecallCheck | None,
         batch_size: int,
         steps: Steps,
     ):
         self.model = model
         self.settings = settings
         self.windows = windows
-        self.check = check
-        self._texts = [text for text in (check, longer) if text is not None]
+        self._texts = texts
+        self.recall = recall
         self.batch_size = batch_size
         self.steps = steps
         self._baselines: list[Loss] = []
@@ -78,7 +79,7 @@ class Finish:
         rises = self._rises(profile, "perplexity with clusters")
         if not all(math.isfinite(rise.rise) for rise in rises):
             raise not_finite(self.model, "the loss with what was asked for removed")
-        return self._promise(profile, asked, rises, 1)
+        return self._promise(profile, asked, rises, self._recalled(profile), 1)
 
     def within_loss(self, candidates: Candidates | SplitCandidates) -> ClusterProfile:
         """Return the profile that removes most within the loss asked for.
@@ -88,8 +89,9 @@ class Finish:
         """
         max_loss = self.settings.max_loss
         assert max_loss is not None
-        assert self.check is not None
+        max_recall_loss = self.settings.max_recall_loss
         profiles: dict[int, ClusterProfile] = {}
+        falls: dict[int, RecallFall | None] = {}
         unit = candidates.unit
         self._measure_baseline()
 
@@ -99,25 +101,41 @@ class Finish:
             profiles[units] = self._refit(candidates.remove(units))
             return self._rises(profiles[units], what)
 
+        def recalls(units: int) -> bool:
+            fall = falls[units] = self._recalled(profiles[units])
+            return fall is None or max_recall_loss is None or fall.within(max_recall_loss)
+
         kept = largest_within(
-            measure, candidates.most, max_loss, candidates.guess, candidates.resolution
+            measure, candidates.most, max_loss, candidates.guess, candidates.resolution, recalls
         )
         if kept.units == 0:
             worst = max(kept.rises, key=lambda rise: rise.rise)
             if not all(math.isfinite(rise.rise) for rise in kept.rises):
                 raise not_finite(self.model, f"the loss without the cheapest of all {unit}")
+            if (fall := falls.get(1)) is not None:  # the loss was kept
+                assert max_recall_loss is not None
+                raise CalibrationError(
+                    f"max_recall_loss {max_recall_loss:.1%} cannot be met: already the cheapest of "
+                    f"all {unit} costs {fall} of recall. Ask for more, or measure on more text "
+                    "(the standard error counts 1.6 times)"
+                )
             raise CalibrationError(
                 f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
-                f"{worst} perplexity on {len(self.check)} held-out windows. Ask for more, or "
+                f"{worst} perplexity on {len(self._texts[0])} held-out windows. Ask for more, or "
                 "measure on more text (the standard error counts 1.6 times)"
             )
-        return self._promise(profiles[kept.units], {"max_loss": max_loss}, kept.rises, kept.tried)
+        asked: dict[str, Any] = {"max_loss": max_loss}
+        fall = falls[kept.units]
+        if fall is not None and max_recall_loss is not None:
+            asked["max_recall_loss"] = max_recall_loss
+        return self._promise(profiles[kept.units], asked, kept.rises, fall, kept.tried)
 
     def _promise(
         self,
         profile: ClusterProfile,
         asked: dict[str, Any],
         rises: Sequence[PairedRise],
+        fall: RecallFall | None,
         tried: int,
     ) -> ClusterProfile:
         shape = describe(self.model)
@@ -139,7 +157,28 @@ class Finish:
         }
         if len(found) > 1:
             promise["longer"] = found[1]
+        if self.recall is not None:
+            promise["recall"] = self._recall_promise(fall)
         return replace(profile, promise=promise)
+
+    def _recall_promise(self, fall: RecallFall | None) -> dict[str, Any]:
+        """What is written down of questions about held-out text."""
+        assert self.recall is not None
+        found: dict[str, Any] = {} if self.recall.note is None else {"note": self.recall.note}
+        if fall is not None:
+            found |= {
+                "fall": round(fall.fall, 4),
+                "standard_error": round(fall.standard_error, 4),
+                "tasks": list(fall.tasks),
+            }
+        return found
+
+    def _recalled(self, profile: ClusterProfile) -> RecallFall | None:
+        """How far recall falls with a profile; None if nothing is asked."""
+        if self.recall is None or not self.recall.tasks:
+            return None
+        with enabled(self.model, profile):
+            return self.recall.measure(self.model, self.steps.go_on("facts recalled"))
 
     def _refit(self, profile: ClusterProfile) -> ClusterProfile:
         if not self.refits:
@@ -152,7 +191,7 @@ class Finish:
             profile,
             self.windows,
             kind=self.settings.refit,
-            held_out=self.check,
+            held_out=self._texts[0] if self._texts else None,
             batch_size=self.batch_size,
             progress=self.steps.go_on("refitting"),
         )
@@ -162,6 +201,8 @@ class Finish:
         self._baselines = [self._loss(text, "perplexity of the model") for text in self._texts]
         if not all(loss.finite for loss in self._baselines):
             raise not_finite(self.model, "the loss of this model on held-out text")
+        if self.recall is not None:
+            self.recall.begin(self.model, self.steps.go_on("facts recalled by the model"))
 
     def _rises(self, profile: ClusterProfile, what: str) -> list[PairedRise]:
         """What a profile costs on the windows, and on the longer ones."""
@@ -172,7 +213,6 @@ class Finish:
             ]
 
     def _loss(self, text: Tensor, what: str) -> Loss:
-        assert self.check is not None
         # as many tokens at a time
-        batch = max(1, self.batch_size * self.check.shape[1] // text.shape[1])
+        batch = max(1, self.batch_size * self._texts[0].shape[1] // text.shape[1])
         return token_loss(self.model, text, batch_size=batch, progress=self.steps.go_on(what))

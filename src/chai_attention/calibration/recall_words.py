@@ -1,4 +1,8 @@
-"""What facts to recall are made of; evaluation shares no name and no phrasing with calibration."""
+"""What facts to recall are made of.
+
+What is learnt from, what a calibration measures its promise on, and evaluation share no name and
+no phrasing.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,12 @@ _EVALUATION_NAMES = (
     "amber birch canyon desert ember forest glacier horizon ivory juniper kestrel lagoon "
     "meadow nectar ocean prairie quartz raven summit tundra urchin valley willow zephyr "
     "badger cobalt dahlia eagle fossil ginger heron indigo jasmine koala lotus marble"
+)
+_HELD_OUT_NAMES = (
+    "tiger planet bridge castle pirate scholar tunnel market parrot captain turtle temple "
+    "cactus dancer ladybird miller oyster palace rabbit sailor tailor vessel walnut wizard "
+    "baker comet doctor farmer giant hermit kitten legend mason nurse otter panda queen "
+    "shepherd spider viking"
 )
 
 CALIBRATION = Wording(
@@ -124,4 +134,32 @@ EVALUATION = Wording(
     ),
     names=tuple(_EVALUATION_NAMES.split()),
     values=("0000000",),
+)
+
+HELD_OUT = Wording(
+    instruction="There are a few remarks between the lines: do not forget them.",
+    phrasings=(
+        Phrasing(
+            "By the way, the password of the {name} is {value}.",
+            "What is the password of the {name}?",
+            "The password of the {name} is",
+        ),
+        Phrasing(
+            "One should know that the {name} lives at number {value}.",
+            "At which number does the {name} live?",
+            "The {name} lives at number",
+        ),
+        Phrasing(
+            "They gave {value} coins to the {name} yesterday.",
+            "How many coins did they give to the {name}?",
+            "The number of coins that they gave to the {name} is",
+        ),
+        Phrasing(
+            "For the {name}, reference {value} was noted down.",
+            "Which reference was noted down for the {name}?",
+            "The reference for the {name} is",
+        ),
+    ),
+    names=tuple(_HELD_OUT_NAMES.split()),
+    values=("000000", "0000000"),
 )

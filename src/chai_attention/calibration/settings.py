@@ -18,6 +18,9 @@ PAPER_WINDOW = 5
 DEFAULT_RECENT, DEFAULT_SINKS = 32, 4
 DEFAULT_BLEND = 1.0
 DEFAULT_MAX_LOSS = 0.01
+DEFAULT_RECALL = 0.25  # weight of text to recall from beside the other text
+DEFAULT_MAX_RECALL_LOSS = 0.05
+MOST_RECALL = 1e9
 DEFAULT, SHARE, STREAM, ELBOW, PAPER = RECIPES = ("default", "share", "stream", "elbow", "paper")
 AUTO = "auto"
 RECENTS = (32, 64, 128, 256, 512)  # w among which AUTO chooses
@@ -58,6 +61,11 @@ class Settings:
             those of ``context`` tokens, exact windows counted.
         context: tokens of the contexts that are meant to be served; with streaming heads.
         removed: budget: the share of heads (or of K/V heads) to remove.
+        recall: weight of the costs of recalling facts beside those of the text (see
+            `calibration.recall`), and windows of it for each of the text; 0 for none. By gradient
+            costs only.
+        max_recall_loss: with ``max_loss``: how far the share of facts that are recalled may fall,
+            0.05 for 5 points.
     """
 
     recipe: str = "default"
@@ -77,6 +85,8 @@ class Settings:
     save: float | None = None
     removed: float | None = None
     context: int | None = None
+    recall: float | None = None
+    max_recall_loss: float | None = None
 
     @property
     def streams(self) -> bool:
@@ -183,6 +193,12 @@ class Settings:
                 found["max_loss"] = DEFAULT_MAX_LOSS
             else:
                 found["clusters"] = "elbow"
+        if streams:
+            found["recall"] = DEFAULT_RECALL
+            if (self.max_loss or found.get("max_loss")) is not None:
+                found["max_recall_loss"] = DEFAULT_MAX_RECALL_LOSS
+        else:
+            found["recall"] = 0.0
         if self.max_error is not None:
             found["clusters"] = "elbow"
         elif (self.clusters or found.get("clusters")) == "elbow":
@@ -226,6 +242,13 @@ class Settings:
             raise CalibrationError(
                 f"context is a number of tokens, 1 to {MOST_CONTEXT}, not {self.context}"
             )
+        if self.recall is not None and not 0 <= self.recall <= MOST_RECALL:
+            raise CalibrationError(f"recall is a weight of at least 0, not {self.recall}")
+        if self.recall and self.cost != GRADIENT:
+            raise CalibrationError(
+                "text to recall from is for gradient costs, which know whose loss counts: leave "
+                "recall out, or use cost gradient"
+            )
         recent = 1 if isinstance(self.recent, str) else self.recent or 0
         if recent < 0 or (self.sinks or 0) < 0 or (self.sinks and not recent):
             raise CalibrationError(
@@ -242,6 +265,12 @@ class Settings:
         }
         if len(given) > 1:
             raise CalibrationError(f"{' and '.join(given)} contradict each other: give one of them")
+        if self.max_recall_loss is not None and self.max_loss is None:
+            raise CalibrationError("max_recall_loss goes with max_loss: give both, or none")
+        if self.max_recall_loss is not None and not 0 < self.max_recall_loss <= 1:
+            raise CalibrationError(
+                f"max_recall_loss is a share such as 0.05 for 5 points, not {self.max_recall_loss}"
+            )
         if self.max_error is not None and not 0 <= self.max_error <= 1:
             raise CalibrationError(
                 f"max_error is a share of the error at k = 1, 0 to 1, not {self.max_error}"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.checks import require_tokens
 from chai_attention.calibration.evidence_file import EvidenceFile
+from chai_attention.calibration.recall_source import RECALL
 from chai_attention.calibration.text_files import FILE_SUFFIXES
 from chai_attention.calibration.texts import (
     SELF,
@@ -72,6 +73,11 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
         raise CalibrationError("calibration needs at least one source of text")
     sources, weighted = [], 0
     for item in items:
+        if item.partition(":")[0] == RECALL:
+            raise CalibrationError(
+                f"{RECALL} is text that calibrations learn from beside other text: leave it out "
+                "here"
+            )
         match = None if _is_file(item) else _WEIGHTED.fullmatch(item)
         name, weight = (match["name"], float(match["weight"])) if match else (item, 1.0)
         file, _, rest = item.rpartition(":")

@@ -29,7 +29,9 @@ def calibrate_command(
             help="Sample text: a text file, records or chats (.jsonl, .json, .csv, .parquet), a "
             "data set of the hub (name or name:config), or self: the model writes it. Again for a "
             "mixture, with weights if you like: "
-            "--text a.txt:0.7 --text b.jsonl:0.3.",
+            "--text a.txt:0.7 --text b.jsonl:0.3. recall:weight hides facts to recall in windows "
+            "of the other text; its weight is relative to all of that (with streaming heads 0.25; "
+            "recall:0 for none).",
             show_default="self",
             rich_help_panel=_DATA,
         ),
@@ -60,6 +62,14 @@ def calibrate_command(
         typer.Option(
             help="Perplexity rise on held-out text that may not be exceeded, such as 1%.",
             show_default="1% with recipes default, share and stream",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    max_recall_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="With --max-loss: points by which the share of facts that are recalled may fall.",
+            show_default="5% with streaming heads, if the model recalls any",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
@@ -204,6 +214,7 @@ def calibrate_command(
     import_libraries(quiet=quiet)
     from chai_attention.calibration.estimate import estimate
     from chai_attention.calibration.evidence_file import check_place
+    from chai_attention.calibration.recall_source import split_recall
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
@@ -213,6 +224,7 @@ def calibrate_command(
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.profile_files import corrections_file
 
+    named, recall = split_recall(text or ["self"])
     settings = Settings(
         recipe=recipe,
         cost=cost,
@@ -230,8 +242,10 @@ def calibrate_command(
         save=options.share("--save", save),
         removed=options.share("--removed", removed),
         context=context,
+        recall=recall,
+        max_recall_loss=options.share("--max-recall-loss", max_recall_loss),
     )
-    sources = parse_sources(text or ["self"])
+    sources = parse_sources(named)
     options.keep_inputs([out], [model, *(source.name for source in sources)])
     request = TextRequest(sources, samples, held_out, length, seed, probe_from)
     evidence = out.with_name(f"{out.name}{EVIDENCE}")

@@ -91,6 +91,7 @@ def frontier_command(
     from chai_attention.calibration import calibrate, load_texts, windows_of
     from chai_attention.calibration.calibrate import window_length
     from chai_attention.calibration.evidence import EvidenceStore
+    from chai_attention.calibration.recall_source import split_recall
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
     from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.cli.tables import render
@@ -111,7 +112,8 @@ def frontier_command(
     asked = {"bytes": "save", "heads": "removed"}.get(of)
     if asked is None:
         raise FrontierError(f"--of is bytes or heads, not {of!r}")
-    sources = parse_sources(text)
+    named, recall = split_recall(text)
+    sources = parse_sources(named)
     shares = [percent / 100 for percent in _numbers("--budgets", budgets, float)]
     lengths = _numbers("--contexts", contexts, int)
     chosen = recipes_named(recipes.split(","))
@@ -135,7 +137,7 @@ def frontier_command(
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
-    chosen = for_context(chosen, context or max(lengths))
+    chosen = for_context(chosen, context or max(lengths), recall)
     length, longest = window_length(loaded, length=length), window_length(loaded, length=longest)
     tests = {}
     for name, path in names.items():

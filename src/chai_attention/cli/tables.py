@@ -96,7 +96,38 @@ def promise_line(profile: ClusterProfile) -> str:
     if isinstance(longer, Mapping):
         line += f"; on {_counted(longer, 'windows')} longer ones {_percent(longer, 'rise', '+')} "
         line += f"±{_percent(longer, 'standard_error')}{_saved(longer)}"
+    recall = found.get("recall")
+    if isinstance(recall, Mapping):
+        line += f"\n{_recall_line(recall, found.get('max_recall_loss'))}"
     return line
+
+
+def _recall_line(recall: Mapping[str, Any], most: object) -> str:
+    """How many facts hidden in held-out text are recalled."""
+    line = "facts recalled in held-out text: "
+    if "fall" in recall:
+        line += (
+            f"{_points(recall.get('fall'))} points fewer ±{_points(recall.get('standard_error'))}"
+        )
+        if most is not None:
+            line += f" (asked: at most {_points(most)})"
+        tasks = recall.get("tasks")
+        told = [
+            f"{_counted(task, 'clustered')} of {_counted(task, 'cases')}, full model "
+            f"{_counted(task, 'full')}, with {_counted(task, 'facts')} hidden in "
+            f"{_counted(task, 'length')} tokens"
+            for task in (tasks if isinstance(tasks, Sequence) else ())
+            if isinstance(task, Mapping)
+        ]
+        line += f": {'; '.join(told)}" if told else ""
+    else:
+        line += "not measured"
+    return f"{line}; {recall['note']}" if "note" in recall else line
+
+
+def _points(value: object) -> str:
+    """A share in points."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else "unknown"
 
 
 def _saved(found: Mapping[str, Any]) -> str:

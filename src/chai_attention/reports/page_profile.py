@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -143,4 +143,7 @@ def _square(kind: str) -> Markup:
 
 
 def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A value of a profile, which may hold others."""
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{name} {_words(part)}' for name, part in value.items())})"
+    return ", ".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)
