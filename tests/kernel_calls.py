@@ -11,6 +11,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops import triton as kernels
 from chai_attention.ops import windowed
 from chai_attention.ops.near import NearKeys
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged_prefill import Probe
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import launch_decode, paged_prefill
@@ -182,7 +183,7 @@ def _pages(parts: list[Tensor], tables: Tensor, page: int) -> Tensor:
     heads, _, dim = parts[0].shape
     count = int(tables.max()) + 2
     room = torch.full((count, page, heads, dim), torch.nan, dtype=parts[0].dtype, device=DEVICE)
-    flat = room.view(-1, heads, dim)
+    flat = room.flatten(0, 1)
     for part, table in zip(parts, tables.long(), strict=True):
         token = torch.arange(part.shape[1], device=DEVICE)
         flat[table[token // page] * page + token % page] = part.transpose(0, 1)
@@ -198,13 +199,23 @@ def _paged_caches(config, member, sequences):
     return keys, values, tables
 
 
+def _near_pages_of(
+    config: Config, member: Membership, sequences: list[Sequence], caches: tuple[Tensor, ...]
+) -> NearPages:
+    """Near pages beside the pages ``caches``."""
+    states = ([getattr(one, name).cpu() for one in sequences] for name in ("key", "value"))
+    counts = [one.query.shape[1] for one in sequences]
+    far = PagedCaches(*caches, _lengths(sequences), *states)
+    return near_pages(member, far, counts, config.near_page, config.recent, config.sinks)
+
+
 def _paged(config, member, sequences, scale):
-    near = _near_of(config, member, sequences) if config.recent else None
+    caches = _paged_caches(config, member, sequences)
+    near = _near_pages_of(config, member, sequences, caches) if config.recent else None
     offsets = offsets_of(config, member)
     out, lse = launch_decode.paged_decode(
-        torch.stack([one.query[:, 0] for one in sequences]),
-        *_paged_caches(config, member, sequences), member, lengths=_lengths(sequences),
-        scale=scale, softcap=config.softcap, near=near,
+        torch.stack([one.query[:, 0] for one in sequences]), *caches, member,
+        lengths=_lengths(sequences), scale=scale, softcap=config.softcap, near=near,
         offset=None if offsets is None else offsets[1], return_lse=near is None,
     )  # fmt: skip
     return out[:, None], None if lse is None else lse[:, :, None]
@@ -269,14 +280,10 @@ def _paged_window(config, member, sequences, scale):
     if not sum(counts):
         return [one.query.transpose(0, 1) for one in sequences], None
     out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    keys, values, table = _paged_caches(config, member, sequences)
-    states = ([getattr(one, name).cpu() for one in sequences] for name in ("key", "value"))
-    caches = PagedCaches(keys, values, table, _lengths(sequences), *states)
-    near = near_pages(
-        member, caches, counts, config.near_page, config.recent, config.sinks
-    )  # fmt: skip
+    caches = _paged_caches(config, member, sequences)
+    near = _near_pages_of(config, member, sequences, caches)
     paged_prefill.paged_prefill(
-        query, keys, values, table, member, out, query_starts=starts, lengths=caches.lengths,
+        query, *caches, member, out, query_starts=starts, lengths=_lengths(sequences),
         most_queries=max(counts), scale=scale, softcap=config.softcap, near=near,
         offset=offsets_of(config, member)[1], probe=_probe(config, sequences, query),
     )  # fmt: skip

@@ -22,7 +22,8 @@ CONFIGURATIONS = 48
 KINDS = ("decode", "prefill", "near", "paged", "paged near", "paged prefill", "varlen", "prefill")
 # with CHAI_RANDOM_STREAMING=1: an exact window alone, and heads that stream
 STREAMING = os.environ.get("CHAI_RANDOM_STREAMING") == "1"
-STREAMING_KINDS = ("near", "window", "paged window", "varlen window")
+STREAMING_KINDS = ("near", "window", "paged near", "paged window", "varlen window")
+PROBED = ("paged prefill", "varlen", "paged window", "varlen window")
 
 
 def config_of(number: int) -> Config:
@@ -51,7 +52,8 @@ def config_of(number: int) -> Config:
         page=draw.choice([16, 32, 48]),
         recent=draw.choice([1, 5, 32]) if "near" in kind else 0,
         sinks=draw.choice([0, 1, 4]),
-        probe_end=draw.choice([0, 5, 32]) if kind in ("paged prefill", "varlen") else 0,
+        near_page=draw.choice([16, 48, 64]),
+        probe_end=draw.choice([0, 5, 32]) if kind in PROBED else 0,
     )  # fmt: skip
 
 
@@ -76,10 +78,10 @@ def _streaming_config(number: int) -> Config:
         softcap=None if hopper else draw.choice([None, 5.0]),
         padded=kind in ("near", "window") and not hopper and draw.random() < 0.4,
         spare=kind == "near",
-        page=draw.choice([16, 48, 64]) if kind == "paged window" else 16,
+        page=draw.choice([16, 48, 64]) if kind.startswith("paged") else 16,
         recent=draw.choice([1, 5, 32, 128, 200]),
         sinks=draw.choice([0, 1, 4, 16]),
-        probe_end=0 if streaming or kind in ("near", "window") else draw.choice([0, 5, 32]),
+        probe_end=draw.choice([0, 5, 32]) if kind in PROBED and not streaming else 0,
         streaming=streaming,
         near_page=draw.choice([16, 32, 48, 64]),
     )  # fmt: skip

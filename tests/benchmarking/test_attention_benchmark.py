@@ -122,14 +122,16 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     "case", [Case("decode", 2, 65), Case("decode", 2, 5), Case("prefill", 2, 33)]
 )
-@pytest.mark.parametrize(("kv_heads", "clusters"), [(8, 3), (8, 8), (4, 2)])
-def test_every_layout_is_right_and_checked(layout, case, kv_heads, clusters):
-    if layout.page and layout.recent and case.kind == "prefill":
-        pytest.skip("prefill over pages has no exact recent window")
+@pytest.mark.parametrize(
+    ("kv_heads", "clusters", "streaming"), [(8, 3, 0), (8, 8, 0), (4, 2, 0), (8, 3, 2), (4, 2, 4)]
+)
+def test_every_layout_is_right_and_checked(layout, case, kv_heads, clusters, streaming):
+    if streaming and not layout.recent:
+        pytest.skip("streaming heads see a window only")
     inputs = random_inputs(case, AttentionShape("", 8, kv_heads, 16), torch.float32, "cpu")
     if layout.narrow:
         whole, inputs = inputs, rounded_inputs(inputs)
-    member = even_membership(8, clusters, 2, kv_heads)
+    member = clustered.with_streaming(8, clusters, 2, kv_heads, streaming)
     window = Layout() if member.is_identity else layout
     out = clustered_call(inputs, member, layout)()
     assert out.shape == (2, case.queries, 8, 16)
@@ -166,11 +168,10 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(BenchmarkError, match="--cache-dtype needs --paged"):
         run(layout=Layout(narrow=True))
     on_gpu = {"device": "cuda", "cases": CASES}
-    with pytest.raises(BenchmarkError, match="no exact recent window"):
-        request_of(layout=Layout(16, 8, 2), **on_gpu).check()
     with pytest.raises(BenchmarkError, match="multiple of 16 tokens, not 24"):
         request_of(layout=Layout(24), **on_gpu).check()
     request_of(layout=Layout(24), device="cuda", cases=CASES[:1]).check()
+    request_of(layout=Layout(16, 8, 2), streaming=2, **on_gpu).check()
 
 
 # ---- baselines
@@ -327,7 +328,7 @@ def test_work_by_counting():
     near = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4)
     assert near.bytes - decode.bytes == 2 * 3 * 8 * 4 * 3
     narrow = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4, stored_size=1)
-    pages = decode.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
+    pages = near.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
     assert narrow == Work(near.bytes - pages / 2, near.flops)
     # of 4 heads 2 stream: K of one and V of two are held whole, of the others 4 near keys
     streams = attention_work(

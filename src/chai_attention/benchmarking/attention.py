@@ -87,10 +87,6 @@ class AttentionRequest:
             raise BenchmarkError(
                 "--paged needs CUDA: on the CPU paged attention is plain PyTorch, for tests"
             )
-        if prefill and self.layout.recent:
-            raise BenchmarkError(
-                "prefill over pages has no exact recent window: leave out --recent or prefill cases"
-            )
         if prefill and page % 16:
             raise BenchmarkError(f"prefill needs pages of a multiple of 16 tokens, not {page}")
 
@@ -98,8 +94,6 @@ class AttentionRequest:
         heads, group = self.shape.heads, self.shape.heads // self.shape.kv_heads
         if not self.layout.recent:
             raise BenchmarkError("streaming heads see an exact window: --streaming needs --recent")
-        if self.layout.page is not None:
-            raise BenchmarkError("pages hold V of all heads: leave out --streaming or --paged")
         if self.streaming % group:
             raise BenchmarkError(
                 f"--streaming counts heads of whole K/V heads, a multiple of {group} here, not "

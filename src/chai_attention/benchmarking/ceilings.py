@@ -97,7 +97,7 @@ def attention_work(
         kept_keys: K heads that are held.
         element_size: bytes of a number.
         near: keys that every head sees with its own scores, recent and first ones together.
-        stored_size: bytes of a number of K and V of all tokens; None for ``element_size``.
+        stored_size: bytes of a number of K and V that are held; None for ``element_size``.
         streaming: heads that see near keys only.
         kept_values: V heads that are held; None for all.
         sliding: last keys that a query sees; None for all.
@@ -111,7 +111,7 @@ def attention_work(
     flops = 2 * pairs * dim * (clusters + heads - streaming)
     flops += 2 * case.batch * case.queries * near * dim * (heads - clusters + streaming)
     stored = (seen if whole else tokens) * (kept_keys + kept_values)
-    others = near * (2 * groups - kept_keys - kept_values)
-    others += case.queries * (clusters + heads)
+    stored += near * (2 * groups - kept_keys - kept_values)
+    others = case.queries * (clusters + heads)
     size = stored * (stored_size or element_size) + others * element_size
     return Work(float(case.batch * dim * size), float(flops))

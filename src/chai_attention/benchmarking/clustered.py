@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops import attention, fused, windowed
 from chai_attention.ops.narrow import as_stored, narrow, widen_pages
 from chai_attention.ops.near import NearKeys
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import paged_prefill
 from chai_attention.ops.ring import NearRing, decode_recent
@@ -45,7 +46,7 @@ class Layout:
     """How K and V lie in memory and what is exact.
 
     Attributes:
-        page: tokens of a page; None for dense caches.
+        page: tokens of a page; None for dense caches. Near pages hold what `near_page_of` says.
         recent: w, last keys that every head sees with its own scores; 0 for none.
         sinks: s, first keys that it does.
         narrow: whether pages hold 8-bit floats.
@@ -126,9 +127,8 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     windowed_too = bool(layout.recent) and not member.is_identity
     decode = inputs.query.shape[2] == 1
     if layout.page is not None:
-        if not decode:
-            return _paged_prefill(inputs, stored, member, layout)
-        return _paged(inputs, stored, member, layout, windowed_too)
+        near = near_pages(inputs, member, layout) if windowed_too else None
+        return (_paged if decode else _paged_prefill)(inputs, stored, member, layout, near)
     if windowed_too:
         ring = decode and inputs.query.is_cuda
         return (_ring if ring else _windowed)(inputs, stored, member, layout)
@@ -190,46 +190,105 @@ def _windowed(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout
     return call
 
 
+def near_page_of(page: int, member: Membership) -> int:
+    """Tokens of a near page, which is to take no more memory than a far one of ``page`` tokens."""
+    kept = member.kept_keys + member.kept_values
+    removed = 2 * member.kv_heads - kept
+    return max(16, page * kept // max(1, removed) // 16 * 16)
+
+
+def near_pages(inputs: Inputs, member: Membership, layout: Layout) -> NearPages:
+    """Return pages with K and V of removed heads that the queries see near, and no others."""
+    assert layout.page is not None
+    batch, size, device = inputs.key.shape[0], inputs.key.shape[2], inputs.key.device
+    page = near_page_of(layout.page, member)
+    first = max(0, size - inputs.query.shape[2] - layout.recent + 1) // page  # of the band
+    count = -(-size // page)
+    used = [n for n in range(count) if n * page < layout.sinks or n >= first]
+    token = torch.tensor(used, device=device)[:, None] * page + torch.arange(page, device=device)
+    token = token.flatten()
+    order = torch.randperm(batch * len(used), device=device).view(batch, len(used))
+    table = torch.full((batch, count), -1, dtype=torch.int32, device=device)
+    table[:, used] = order.int()
+    key, value = (
+        _in_pages(_pick(states[:, :, token[token < size]], heads), order, page)
+        for states, heads in (
+            (inputs.key, member.removed_key_heads),
+            (inputs.value, member.removed_value_heads),
+        )
+    )
+    if layout.narrow:
+        key, value = narrow(key), narrow(value)
+    return NearPages(key, value, table, layout.recent, layout.sinks)
+
+
 def _paged(
-    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, windowed_too: bool
+    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, near: NearPages | None
 ) -> Attend:
     pages, lengths = _pages(stored, layout), _lengths(inputs)
-    near = near_ring(inputs.key, inputs.value, member, layout) if windowed_too else None
     query = inputs.query[:, :, 0].contiguous()
+    offset = None if near is None else windowed.head_offsets(None, member)
 
     def call() -> Tensor:
-        out, _ = paged_decode(query, *pages, member, lengths=lengths, scale=inputs.scale, near=near)
+        out, _ = paged_decode(
+            query, *pages, member, lengths=lengths, scale=inputs.scale, near=near, offset=offset
+        )
         return out[:, None]
 
     return call
 
 
-def _paged_prefill(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
+def _paged_prefill(
+    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, near: NearPages | None
+) -> Attend:
     batch, heads, queries, dim = inputs.query.shape
     (keys, values, table), lengths = _pages(stored, layout), _lengths(inputs)
     packed = inputs.query.transpose(1, 2).reshape(batch * queries, heads, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
+    offset = None if near is None else windowed.head_offsets(None, member)
 
-    def attend(keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    def attend(keys: Tensor, values: Tensor, table: Tensor, near: NearPages | None) -> Tensor:
         out, _ = paged_prefill(
             packed, keys, values, table, member, query_starts=starts, lengths=lengths,
-            most_queries=queries, scale=inputs.scale,
+            most_queries=queries, scale=inputs.scale, near=near, offset=offset,
         )  # fmt: skip
         return out.view(batch, queries, heads, -1)
 
     if not layout.narrow:
-        return lambda: attend(keys, values, table)
+        return lambda: attend(keys, values, table, near)
     # prompts read copies, as in a server
-    copied_keys, copied_values = (torch.empty_like(x, dtype=packed.dtype) for x in (keys, values))
-    used = table.flatten().long()
-    places = torch.arange(len(used), dtype=torch.int32, device=used.device).view_as(table)
+    far = _Copies((keys, values), table, packed.dtype)
+    own = None if near is None else _Copies((near.key, near.value), near.block_table, packed.dtype)
 
     def copy_and_attend() -> Tensor:
-        widen_pages(keys, used, copied_keys)
-        widen_pages(values, used, copied_values)
-        return attend(copied_keys, copied_values, places)
+        near_copies = None
+        if near is not None and own is not None:
+            key, value = own.made()
+            near_copies = replace(near, key=key, value=value, block_table=own.table)
+        return attend(*far.made(), far.table, near_copies)
 
     return copy_and_attend
+
+
+class _Copies:
+    """Room for copies of 8-bit pages of K and V in a wider dtype, in the order of their table."""
+
+    def __init__(self, pages: tuple[Tensor, Tensor], table: Tensor, dtype: torch.dtype):
+        self._pages = pages
+        self._used = table[table >= 0].long()
+        self._copies = [
+            torch.empty(len(self._used), *x.shape[1:], dtype=dtype, device=x.device) for x in pages
+        ]
+        self.table = torch.full_like(table, -1)
+        self.table[table >= 0] = torch.arange(
+            len(self._used), dtype=torch.int32, device=table.device
+        )
+
+    def made(self) -> tuple[Tensor, Tensor]:
+        """Copy, and return the copies."""
+        for pages, copies in zip(self._pages, self._copies, strict=True):
+            widen_pages(pages, self._used, copies)
+        return self._copies[0], self._copies[1]
 
 
 def _pages(stored: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
