@@ -142,7 +142,8 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         free.append(_free(llm))
     config = llm.llm_engine.vllm_config.cache_config
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    impls = [module.impl for module in context.values()]  # of this process
+    # of this process; what only has pages runs nothing
+    impls = [module.impl for module in context.values() if hasattr(module, "impl")]
     counted = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
     return {
         "parts": done,

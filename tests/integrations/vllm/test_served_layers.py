@@ -264,12 +264,14 @@ def test_a_layer_whose_heads_all_stream_has_pages_of_next_to_nothing() -> None:
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("near", [1, 4, 20, 24, 36, 60])
-def test_near_pages_fill_a_block_and_prefixes_are_found_again(page: int, near: int) -> None:
+@pytest.mark.parametrize("recent", [9, 128, 512])
+def test_near_pages_fill_a_block_and_prefixes_are_found_again(page, near, recent) -> None:
     far = 64 - near
-    tokens = near_page(page, far, near)
+    tokens = near_page(page, far, near, recent)
     assert tokens % 16 == 0
     assert math.lcm(tokens, page) <= 4 * page
     if tokens > 16:
         assert tokens * near <= page * far
-    larger = [n for n in range(tokens + 16, 4 * page + 1, 16) if math.lcm(n, page) <= 4 * page]
+    longest = min(4 * page, max(2 * page, recent))
+    larger = [n for n in range(tokens + 16, longest + 1, 16) if math.lcm(n, page) <= 4 * page]
     assert all(n * near > page * far for n in larger)

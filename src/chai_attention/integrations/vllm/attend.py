@@ -16,13 +16,14 @@ from chai_attention.integrations.vllm.memberships import (
 )
 from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.step import Row, Step
-from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.packed import paged_near
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 
-Before = dict[int, Tensor]
-
+Pages = tuple[Tensor, Tensor]  # of K and V
+Window = dict[str, Any]  # the exact window's arguments of an operation
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
 
 
@@ -35,7 +36,7 @@ class StepAttention:
     Args:
         plan: the layer's heads on this rank.
         memberships: whom each request's heads follow.
-        pool: memory of the exact recent window, None without one.
+        near: near pages of K and V that far pages do not hold; None if there are none.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         together: whether whole batches go to one operation, as kernels want it.
@@ -46,7 +47,7 @@ class StepAttention:
         self,
         plan: LayerPlan,
         memberships: FixedMembership | PageMemberships,
-        pool: RecentPool | None,
+        near: Pages | None,
         scale: float,
         softcap: float | None,
         together: bool,
@@ -54,7 +55,7 @@ class StepAttention:
     ):
         self.plan = plan
         self.memberships = memberships
-        self.pool = pool
+        self.near = near
         self.scale = scale
         self.softcap = softcap
         self.together = together
@@ -62,61 +63,50 @@ class StepAttention:
 
     def reads_new(self, step: Step) -> bool:
         """Whether some requests attend to K and V of new tokens as they come, not in pages."""
-        if not self.together:
-            return True
-        return bool(step.prefills) and (self.pool is not None or self.plan.needs_probe)
+        return not self.together or (bool(step.prefills) and self.plan.needs_probe)
 
-    def before(self, step: Step) -> Before:
-        """K of removed heads that the rings hold now and will not after this step's write.
+    def near_pages(
+        self, step: Step, pages: Pages, start: int = 0, stop: int | None = None
+    ) -> NearPages | None:
+        """The exact window of the requests from ``start`` to ``stop``; None without one."""
+        if not self.plan.has_recent_window:
+            return None
+        if self.near is not None and step.near is not None:
+            (keys, values), table = self.near, step.near.block_table
+        else:  # far pages hold all heads
+            keys, values = (states[:, :, :0] for states in pages)
+            table = step.block_table
+        return NearPages(keys, values, table[start:stop], self.plan.recent, self.plan.sinks)
 
-        By row of those requests that attend one by one and are under way.
-        """
-        if self.pool is None or step.host_slots is None:
-            return {}
-        rows = step.prefills if self.together else step.rows
-        reach = self.plan.recent - 1
-        return {
-            row.number: self.pool.last(
-                step.host_slots[row.number], row.context, min(row.context, reach)
-            )
-            for row in rows
-            if row.context
-        }
+    def near_slots(self, step: Step) -> Tensor | None:
+        """``[T]`` int64, where new tokens go in `near_pages`; None without an exact window."""
+        if not self.plan.has_recent_window:
+            return None
+        return step.slot_mapping if self.near is None or step.near is None else step.near.slot_mapping
 
     def run(
-        self,
-        step: Step,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pages: tuple[Tensor, Tensor],
-        before: Before,
-        out: Tensor,
+        self, step: Step, query: Tensor, key: Tensor, value: Tensor, pages: Pages, out: Tensor
     ) -> None:
-        """Attend with all requests; ``before`` is what `before` gave ahead of the write."""
-        if self.together and step.decodes:
-            self._decode(step, query[: step.decodes], pages, out[: step.decodes])
-        if self.together and self.pool is None:
-            if step.prefills:
-                self._prefill(step, query, key, value, pages, out)
+        """Attend with all requests, whose new tokens stand in the pages."""
+        if not self.together:
+            for row in step.rows:
+                if row.tokens:
+                    self._one(step, row, query, key, value, pages, out)
             return
-        for row in step.prefills if self.together else step.rows:
-            if row.tokens:
-                self._one(step, row, query, key, value, pages, before, out)
+        if step.decodes:
+            self._decode(step, query[: step.decodes], pages, out[: step.decodes])
+        if step.prefills:
+            self._prefill(step, query, key, value, pages, out)
 
-    def _decode(self, step: Step, query: Tensor, pages: tuple[Tensor, Tensor], out: Tensor) -> None:
+    def _decode(self, step: Step, query: Tensor, pages: Pages, out: Tensor) -> None:
         """Attend with one token of each of the first requests."""
         count = query.shape[0]
         first = step.pages[:count]
         member, rows = self.memberships.of(first)
-        window: dict[str, Any] = {}
-        if self.pool is not None:
-            assert step.slots is not None
-            window = {
-                "near": self.pool.near,
-                "slots": step.slots[:count],
-                "offset": self.memberships.offsets(first),
-            }
+        window: Window = {}
+        if self.plan.has_recent_window:
+            near = self.near_pages(step, pages, 0, count)
+            window = {"near": near, "offset": self.memberships.offsets(first)}
         paged_decode(
             query, *pages, step.block_table[:count], member, lengths=step.lengths[:count],
             scale=self.scale, softcap=self.softcap, rows=rows, out=out, most_keys=step.most_keys,
@@ -129,7 +119,7 @@ class StepAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        pages: tuple[Tensor, Tensor],
+        pages: Pages,
         out: Tensor,
     ) -> None:
         """Attend with the requests behind the decodes."""
@@ -149,22 +139,38 @@ class StepAttention:
             "probe": probe,
             "out": out[tokens],
         }
-        if pages[0].dtype == FLOAT8:
-            table = step.block_table[count:]
-            if self.copies is not None:
-                used, places = step.prefill_pages(pages[0].shape[1])
-                copied = self.copies.of(pages, used)
-                if copied is not None:
-                    pages, table = copied, places
-            paged_prefill(query, *pages, table, member, lengths=step.lengths[count:], **options)
+        if self.plan.has_recent_window:
+            options["offset"] = self.memberships.offsets(step.pages[count:])
         # short prompts could as well: through pages they need no kernels of their own
-        elif step.most_queries >= LEAST_VARLEN and all(row.context == 0 for row in step.prefills):
-            varlen_prefill(query, key, value, member, natural_order=True, **options)
-        else:
-            paged_prefill(
-                query, *pages, step.block_table[count:], member, lengths=step.lengths[count:],
-                **options,
-            )  # fmt: skip
+        if (
+            pages[0].dtype != FLOAT8
+            and step.most_queries >= LEAST_VARLEN
+            and all(row.context == 0 for row in step.prefills)
+        ):
+            varlen_prefill(
+                query, key, value, member, natural_order=True, **options, **self._window()
+            )
+            self._behind_probes(step, probe, out)
+            return
+        table, near = step.block_table[count:], self.near_pages(step, pages, count)
+        if pages[0].dtype == FLOAT8 and self.copies is not None and near is None:
+            used, places = step.prefill_pages(pages[0].shape[1])
+            copied = self.copies.of(pages, used)
+            if copied is not None:
+                pages, table = copied, places
+        paged_prefill(
+            query, *pages, table, member, lengths=step.lengths[count:], near=near, **options
+        )
+        self._behind_probes(step, probe, out)
+
+    def _window(self) -> Window:
+        """The exact window of prompts that attend to K and V as they come."""
+        if not self.plan.has_recent_window:
+            return {}
+        return {"recent": self.plan.recent, "sinks": self.plan.sinks}
+
+    def _behind_probes(self, step: Step, probe: Probe | None, out: Tensor) -> None:
+        """Put right what `Probe` does to requests whose prompts end early."""
         if probe is not None:
             for row in step.ending_before(probe.end):
                 self._again(step, row, probe, out)
@@ -181,13 +187,17 @@ class StepAttention:
         start = row.start - step.prefills[0].start
         tokens = slice(start, start + end)
         q, k, v = (x[tokens] for x in (probe.query, probe.key, probe.value))
-        member, rows = self.memberships.of(step.pages[row.number : row.number + 1])
+        first = step.pages[row.number : row.number + 1]
+        member, rows = self.memberships.of(first)
+        window = self._window()
+        if window:
+            window["offset"] = self.memberships.offsets(first)
         varlen_prefill(
             q, k, v, member,
             query_starts=torch.arange(2, dtype=torch.int32, device=q.device) * end,
             most_queries=end, scale=self.scale, softcap=self.softcap, rows=rows,
             natural_order=True, probe=Probe(q, k, v, own) if own else None,
-            out=out[row.start : row.start + end],
+            out=out[row.start : row.start + end], **window,
         )  # fmt: skip
 
     def _one(
@@ -197,8 +207,7 @@ class StepAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        pages: tuple[Tensor, Tensor],
-        before: Before,
+        pages: Pages,
         out: Tensor,
     ) -> None:
         """Attend with the tokens of one request."""
@@ -208,26 +217,16 @@ class StepAttention:
         if lines is not None:
             member = member.select(lines.long())
         q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-        if row.context:
-            table = step.block_table[row.number]
-            keys, values = (from_pages(states, table, row.length).to(q.dtype) for states in pages)
-        else:
-            keys = k.index_select(1, member.key_heads[0])
-            values = v[0].transpose(0, 1).index_select(1, member.value_heads[0])
-            values = values.transpose(0, 1)[None]
+        table = step.block_table[row.number]
+        keys, values = (from_pages(states, table, row.length).to(q.dtype) for states in pages)
         request = Request(q, k, v, keys, values, member, self.scale, self.softcap)
-        if self.pool is None:
+        near = self.near_pages(step, pages, row.number, row.number + 1)
+        if near is None:
             out[tokens] = request.attend()
         else:
-            assert step.host_slots is not None
-            slot = step.host_slots[row.number]
-            out[tokens] = request.attend_near(
-                plan.recent,
-                plan.sinks,
-                self.memberships.offsets(first),
-                self.pool.first(slot, min(plan.sinks, row.length)),
-                before.get(row.number, k[:, :0, :0]),
-            )
+            [near_keys] = paged_near(near, [(keys[0], values[0])], member, [row.tokens])
+            offset = self.memberships.offsets(first)
+            out[tokens] = request.attend_near(plan.recent, plan.sinks, offset, near_keys)
         own = full_tokens(plan, row)
         if own:
             out[row.start : row.start + own] = request.attend_fully(own)

@@ -16,6 +16,7 @@ from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
 from chai_attention.integrations.vllm.copies import PageCopies
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
+from chai_attention.integrations.vllm.near_layer import PACKED_LAYOUTS
 from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
 from chai_attention.integrations.vllm.served import ServedModel
 from chai_attention.integrations.vllm.step import Step
@@ -26,7 +27,6 @@ from chai_attention.integrations.vllm.stock import (
     stock_backend,
     with_prefixes,
 )
-from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.narrow import FLOAT8, as_stored
 
@@ -74,7 +74,7 @@ class ChaiAttention(AttentionImpl[Step]):
         self._is_prepared = False  # for a cache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Find out which layer this is, choose its pages and take the memory of its window.
+        """Find out which layer this is, and choose its pages.
 
         vLLM calls this again where it reloads weights or wakes up. What was made by then is in use,
         by requests that go on and by CUDA graphs, so it stays.
@@ -102,10 +102,12 @@ class ChaiAttention(AttentionImpl[Step]):
             )
         stock = stock_backend(config, module, config.model_config.dtype)
         some = any(each.plan.is_identity for each in self.served.layers)
-        layouts = common_layouts(ChaiBackend.layouts, stock if some else None)
+        own = PACKED_LAYOUTS if self.served.packs else ChaiBackend.layouts
+        layouts = common_layouts(own, stock if some else None)
         probe_end = self.served.prefix_probe
         if plan.is_identity and stock is not None:
-            if config.parallel_config.pipeline_parallel_size > 1:
+            # near pages are kept in layouts that vLLM's attention reads but does not name
+            if config.parallel_config.pipeline_parallel_size > 1 or self.served.packs:
                 stock = limited_to(stock, layouts)
             if probe_end:
                 stock = with_prefixes(stock, probe_end)
@@ -119,16 +121,9 @@ class ChaiAttention(AttentionImpl[Step]):
             self._copies = self.served.copies(device)
             self._copies.reserve(self.layout.numbers_per_token)
         self._held = self.served.hold(self.layer, device)
-        self._pool: RecentPool | None = None
-        if plan.has_recent_window:
-            self._pool = RecentPool(
-                self.layer,
-                self.served.requests,
-                self.head_size,
-                self.served.drafts,
-                config.model_config.dtype,
-                device,
-            )
+        self.near_layout = self.layer.near_layout(self.head_size, module.head_size_v)
+        if self.near_layout is not None:
+            self.served.add_near_layer(module, layouts)
 
     def _weights_changed(self) -> None:
         """Go on with other weights, or with the same ones put back.
@@ -136,8 +131,6 @@ class ChaiAttention(AttentionImpl[Step]):
         Raises:
             UnsupportedModelError: the scales of 8-bit pages are others; kernels have them built in.
         """
-        if self._pool is not None:
-            self._pool.restore()
         if self._is_prepared and self._checkpoint_scales() != self._scales:
             raise UnsupportedModelError(
                 f"the new weights of {self._name} have other scales of K and V in 8 bits: start "
@@ -163,8 +156,11 @@ class ChaiAttention(AttentionImpl[Step]):
             if plan.needs_probe
             else FixedMembership(self.layer, self.served.rows, device)
         )
+        near = None
+        if self.near_layout is not None and self.served.near is not None and self._name:
+            near = self.served.near.split(self._name, FLOAT8 if self.is_narrow else cache.dtype)
         self._attention = StepAttention(
-            plan, self._memberships, self._pool, self.scale * self._scales[0], self.softcap,
+            plan, self._memberships, near, self.scale * self._scales[0], self.softcap,
             runs_kernels(device), self._copies,
         )  # fmt: skip
         if cache.is_cuda:
@@ -240,16 +236,15 @@ class ChaiAttention(AttentionImpl[Step]):
             self._memberships.probe(
                 step, query, key, value, self._attention.scale, self.softcap
             )  # fmt: skip
-        before = self._attention.before(step)
         member, lines = self._memberships.of(step.token_pages)
         if lines is None and member.batch > 1:
             lines = torch.arange(tokens, dtype=torch.int32)
         write_paged(
             key, value, pages[0], pages[1], step.slot_mapping, member, lines,
-            None if self._pool is None else self._pool.near, step.positions, step.token_slots,
-            scales,
+            self._attention.near_pages(step, pages), scales=scales,
+            near_slot_mapping=self._attention.near_slots(step),
         )  # fmt: skip
-        self._attention.run(step, query, key, value, pages, before, out)
+        self._attention.run(step, query, key, value, pages, out)
         if self._scales[1] != 1:
             out.mul_(self._scales[1])
         return output

@@ -100,12 +100,13 @@ def near_page_tokens(
         head_dim: D.
         value_dim: Dv.
     """
-    far = near = 0
+    far = near = recent = 0
     for layer in layers:
+        recent = max(recent, layer.plan.recent)
         far += layer.layout(head_dim, value_dim).numbers_per_token
         layout = layer.near_layout(head_dim, value_dim)
         near += 0 if layout is None else layout.numbers_per_token
-    return near_page(page, far, near)
+    return near_page(page, far, near, recent)
 
 
 def served_layers(

@@ -49,9 +49,9 @@ class FixedMembership:
     def __init__(self, layer: ServedLayer, rows: int, device: torch.device):
         self._membership = layer.membership(device)
         self._offset: Tensor | None = None
-        table = layer.plan.offset_table(device)
-        if table is not None and layer.plan.has_recent_window:
-            self._offset = windowed.head_offsets(table, self._membership).repeat(rows, 1)
+        if layer.plan.has_recent_window:
+            offset = windowed.head_offsets(layer.plan.offset_table(device), self._membership)
+            self._offset = None if offset is None else offset.repeat(rows, 1)
 
     def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
         """As `PageMemberships.of`; one row of tables for all."""
@@ -77,11 +77,11 @@ class PageMemberships:
         self._fallback = layer.membership(device)
         representatives = self._fallback.representatives.repeat(pages, 1)
         self._all = layer.membership_of(representatives)
-        table = layer.plan.offset_table(device) if layer.plan.has_recent_window else None
-        self._offsets = table
         self._offset: Tensor | None = None  # [P, H]
-        if table is not None:
-            self._offset = windowed.head_offsets(table, self._all)
+        self._offsets: Tensor | None = None  # [H, H]
+        if layer.plan.has_recent_window:
+            self._offsets = layer.plan.offset_table(device)
+            self._offset = windowed.head_offsets(self._offsets, self._all)
 
     def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
         """Tables for requests with these first pages, ``[B]`` int32, and which row each has.
@@ -103,6 +103,7 @@ class PageMemberships:
         """
         rows = pages.long()
         update_rows(self._all, rows, membership)
+        # what does not depend on who is in which cluster stays
         if self._offset is not None and self._offsets is not None:
             self._offset[rows] = windowed.head_offsets(self._offsets, membership)
 

@@ -86,7 +86,7 @@ class Asked:
         drafts: method of ``--speculative-config``; None without one.
         caches_prefixes: whether prefix caching is on.
         microbatches: ``--enable-dbo``.
-        by_priority: ``--scheduling-policy priority`` with several ranks of a pipeline.
+        one_kind_of_pages: ``--disable-hybrid-kv-cache-manager``.
     """
 
     cache_dtype: str = "auto"
@@ -98,7 +98,7 @@ class Asked:
     drafts: str | None = None
     caches_prefixes: bool = True
     microbatches: bool = False
-    by_priority: bool = False
+    one_kind_of_pages: bool = False
 
     @classmethod
     def of_config(cls, config: Any) -> Asked:
@@ -118,8 +118,13 @@ class Asked:
             drafts=None if speculative is None else speculative.method,
             caches_prefixes=bool(cache.enable_prefix_caching),
             microbatches=bool(getattr(parallel, "enable_dbo", False)),
-            by_priority=getattr(parallel, "pipeline_parallel_size", 1) > 1
-            and getattr(getattr(config, "scheduler_config", None), "policy", "") == "priority",
+            one_kind_of_pages=bool(
+                getattr(
+                    getattr(config, "scheduler_config", None),
+                    "disable_hybrid_kv_cache_manager",
+                    False,
+                )
+            ),
         )
 
     @classmethod
@@ -139,8 +144,7 @@ class Asked:
             drafts=(named.pop() if named else "a model") if drafts else None,
             caches_prefixes=options.switch("--enable-prefix-caching") is not False,
             microbatches=bool(options.switch("--enable-dbo")),
-            by_priority=options.count("--pipeline-parallel-size", 1) > 1
-            and options.text("--scheduling-policy") == "priority",
+            one_kind_of_pages=bool(options.switch("--disable-hybrid-kv-cache-manager")),
         )
 
     def problems(self, profile: ClusterProfile) -> Iterator[str]:
@@ -174,19 +178,13 @@ class Asked:
                 "drafts of a model: use --speculative-config with one of the methods "
                 f"{', '.join(DRAFT_METHODS)}"
             )
-        if profile.recent and self.caches_prefixes:
+        if profile.recent and self.one_kind_of_pages:
             yield (
-                "prefix caching with an exact recent window, as pages hold no K of removed heads: "
-                "add --no-enable-prefix-caching, or use a profile without a window (chai calibrate "
-                "--recent 0)"
+                "an exact recent window, whose pages are of a kind of their own, without vLLM's "
+                "hybrid manager: leave out --disable-hybrid-kv-cache-manager"
             )
         if self.microbatches and (profile.recent or online):
             yield "microbatches (--enable-dbo) with an exact recent window or online memberships"
-        if profile.recent and self.by_priority:
-            yield (
-                "an exact recent window in a pipeline of ranks where --scheduling-policy priority "
-                "lets requests in ahead of preempted ones: use the policy fcfs"
-            )
 
 
 def cache_problem(cache_dtype: str, dtype: str | None) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
 # Prefixes are found again at multiples of both kinds of pages: not more than so many far pages
 _MOST_ALIGNED = 4
+_LONGEST = 2  # near pages hold no more than so many far ones, unless the window does
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,23 @@ class PageLayout:
         )
 
 
-def near_page(page: int, far: int, near: int) -> int:
+def near_page(page: int, far: int, near: int, recent: int) -> int:
     """Tokens of a near page beside far pages of ``page`` tokens.
 
     vLLM takes both from one store of blocks, so every block is as large as the larger of the two.
     Near pages are as long as they can be without being the larger ones; but 16 tokens at least,
-    and so that prefixes can be found again at every fourth far page or more often.
+    not much longer than the window or far pages, and so that prefixes can be found again at every
+    fourth far page or more often.
 
     Args:
         page: tokens of a far page, a multiple of 16.
         far: numbers per token in the far pages of all layers together.
         near: the same of near pages.
+        recent: w.
     """
     found = PAGE_MULTIPLE
-    for tokens in range(PAGE_MULTIPLE, page * far // max(1, near) + 1, PAGE_MULTIPLE):
-        if tokens > _MOST_ALIGNED * page:
-            break
+    longest = min(page * far // max(1, near), max(_LONGEST * page, recent), _MOST_ALIGNED * page)
+    for tokens in range(PAGE_MULTIPLE, longest + 1, PAGE_MULTIPLE):
         if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
             found = tokens
     return found

@@ -1,14 +1,13 @@
 """Attention of one request after the other, by the Transformers runtime's operations.
 
-The CPU runs everything so, and CUDA prefill with an exact recent window: both have few requests
-at a time. K and V of a request are copied out of its pages, unless it has just begun.
+The CPU runs everything so, which has few requests at a time. K and V of a request are copied out of
+its pages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from chai_attention.integrations.transformers.buffers import pick_heads
@@ -26,7 +25,7 @@ class Request:
         key: ``[1, G, Q, D]`` of the new tokens, all heads.
         value: ``[1, G, Q, Dv]``, the same.
         keys: ``[1, kept, S, D]`` of all tokens, in the order of the membership's cache.
-        values: ``[1, G, S, Dv]``, the same.
+        values: ``[1, kept values, S, Dv]``, the same.
         membership: of one row.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
@@ -40,11 +39,6 @@ class Request:
     membership: Membership
     scale: float
     softcap: float | None
-
-    @property
-    def past(self) -> int:
-        """Tokens before the new ones."""
-        return self.keys.shape[2] - self.query.shape[2]
 
     def attend(self) -> Tensor:
         """Attention by clusters: ``[Q, H, Dv]``."""
@@ -63,23 +57,14 @@ class Request:
         query, key, value = (x[:, :, :count] for x in (self.query, self.key, self.value))
         return attention(query, key, value, member, scale=self.scale, softcap=self.softcap)[0][0]
 
-    def attend_near(
-        self,
-        recent: int,
-        sinks: int,
-        offset: Tensor | None,
-        first: Tensor,
-        last: Tensor,
-    ) -> Tensor:
+    def attend_near(self, recent: int, sinks: int, offset: Tensor | None, near: NearKeys) -> Tensor:
         """Attention with an exact recent window: ``[Q, H, Dv]``.
 
         Args:
             recent: w.
             sinks: s.
             offset: ``[1, H]`` (`windowed.head_offsets`) or None.
-            first: K of removed heads of the first tokens, ``[1, G - kept, s or S, D]``.
-            last: K of removed heads of the tokens before the new ones, as many as the first new
-                one sees: ``[1, G - kept, w - 1 or fewer, D]``.
+            near: K and V of all heads of the first tokens and of those near the new ones.
         """
         length, queries = self.keys.shape[2], self.query.shape[2]
         tables = windowed.window_tables(length, queries, recent, sinks, None, self.query.device)
@@ -88,26 +73,12 @@ class Request:
             self.keys,
             self.values,
             self.membership,
-            self._near(tables.sinks, first, last),
+            near,
             tables,
             scale=self.scale,
             offset=offset,
             softcap=self.softcap,
         )[0]
-
-    def _near(self, sinks: int, first: Tensor, last: Tensor) -> NearKeys:
-        """K and V of all heads of the first tokens and of those near the new ones."""
-        if not self.past:
-            joined = (torch.cat([x[:, :, :sinks], x], 2) for x in (self.key, self.value))
-            return NearKeys(*joined)
-        band = slice(self.past - last.shape[2], None)
-        kept, values = (
-            torch.cat([x[:, :, :sinks], x[:, :, band]], 2) for x in (self.keys, self.values)
-        )
-        removed = pick_heads(self.key, self.membership.removed_key_heads)
-        own = torch.cat([first, last, removed], 2)
-        key = pick_heads(torch.cat([kept, own], 1), self.membership.key_place)
-        return NearKeys(key, pick_heads(values, self.membership.value_place))
 
 
 def from_pages(pages: Tensor, table: Tensor, length: int) -> Tensor:

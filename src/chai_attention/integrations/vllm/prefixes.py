@@ -10,7 +10,7 @@ or whose first chunk of it, was shorter decided on less: its pages stay out of t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -18,6 +18,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm.options import page_problem
+
+if TYPE_CHECKING:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager as Manager
+else:
+    Manager = object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +41,55 @@ class ProbedSpec(FullAttentionSpec):
         return replace(super().merge(specs), probe_end=max(spec.probe_end for spec in specs))
 
 
-class ProbedManager(FullAttentionManager):
-    """vLLM's manager of pages, which keeps those of hasty decisions out of the prefix cache."""
+class Decided(Manager):
+    """Keeps pages of hasty decisions out of the prefix cache; goes before vLLM's manager.
 
-    def __init__(self, kv_cache_spec: ProbedSpec, *args: Any, **kwargs: Any):
+    Managers of all groups decide alike, as all of them see the same tokens of every request.
+    """
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any):
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self._probe_end = kv_cache_spec.probe_end
-        self._decided: dict[str, bool] = {}  # running requests: on the whole window?
+        self._probe_end: int = kv_cache_spec.probe_end
+        # running requests: tokens behind their first chunk, if nothing was found before it
+        self._begun: dict[str, int | None] = {}
 
-    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take note of a request's first chunk.
+
+        Args:
+            request_id: whose.
+            num_tokens: all that will have a place, perhaps with drafts.
+            args: vLLM's; the first are the tokens without drafts.
+            kwargs: the same.
+        """
+        if self._probe_end and request_id not in self._begun:
+            found = self.num_cached_block.get(request_id, 0) > 0  # pages of one that decided so
+            tokens = args[0] if args else kwargs.get("num_tokens_main_model", num_tokens)
+            self._begun[request_id] = None if found else int(tokens)
+        return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
+
+    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Let later requests find the full pages of ``request``, if it decided as they would.
 
         Args:
             request: vLLM's.
-            num_tokens: tokens of it in pages, with those of the step that is being planned; with
-                the first call of a request these are what was found and its first chunk.
             args: as vLLM's.
             kwargs: the same.
         """
-        name = request.request_id
-        if name not in self._decided:
-            found = self.num_cached_block.get(name, 0) > 0  # pages of one that decided so
-            prompt = min(num_tokens, request.num_prompt_tokens)
-            self._decided[name] = found or prompt >= self._probe_end
-        if self._decided[name]:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        begun = self._begun.get(request.request_id)
+        if begun is None or min(begun, request.num_prompt_tokens) >= self._probe_end:
+            super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Forget a request that ended or has to start anew."""
-        self._decided.pop(request_id, None)
+        self._begun.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+
+class ProbedManager(Decided, FullAttentionManager):
+    """vLLM's manager of pages that are kept until a request ends."""
 
 
 # vLLM registers its own kinds when it first looks one up, unless there are any by then

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +54,6 @@ def check(model: str, profile: str, options: Options, page: int | None) -> Clust
     """
     chosen = named_profile(profile)
     asked = Asked.of_options(options)
-    if chosen.recent and options.switch("--enable-prefix-caching") is None:
-        asked = replace(asked, caches_prefixes=False)  # as `vllm_command` does
     refuse(asked, chosen)
     backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
         "backend"

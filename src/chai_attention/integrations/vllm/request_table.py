@@ -2,13 +2,12 @@
 
 A request that vLLM preempted starts anew with its prompt and all it has generated. Its membership
 has to be what it was, so what was generated must not be taken for prompt: how long the prompt is,
-only the runner knows. So it is with the names of requests, and with which of them have ended.
+only the runner knows.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
 from typing import Any
 
 from chai_attention.errors import UnsupportedModelError
@@ -39,9 +38,8 @@ class RequestTable:
                 return cls(caller)
             frame = frame.f_back
         raise UnsupportedModelError(
-            "online memberships and recent windows need the lengths of prompts and the names of "
-            "requests, which this version of vLLM keeps elsewhere: use a static profile without "
-            "a window, or a version that docs/serving.md names"
+            "online memberships need the lengths of prompts, which this version of vLLM keeps "
+            "elsewhere: use a static profile, or a version that docs/serving.md names"
         )
 
     def prompt(self, row: int, req_idx: Any) -> int:
@@ -55,14 +53,3 @@ class RequestTable:
         if req_idx is None:
             return int(self._runner.input_batch.num_prompt_tokens[row])
         return int(self._runner.req_states.prompt_len.np[req_idx[row]])
-
-    def names(self) -> list[str]:
-        """Names of the requests by their row in the step; of the older runner only."""
-        known: list[str] = self._runner.input_batch.req_ids
-        return known
-
-    @property
-    def living(self) -> Container[str]:
-        """Names of all requests that have not ended; of the older runner only."""
-        known: Container[str] = self._runner.requests
-        return known

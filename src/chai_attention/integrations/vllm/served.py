@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterator
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm import reserve
 from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
-from chai_attention.integrations.vllm.estimate import (
-    device_memory,
-    near_bytes,
-    refuse_windows,
+from chai_attention.integrations.vllm.layers import (
+    ServedLayer,
+    near_page_tokens,
+    served_layers,
 )
-from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.integrations.vllm.options import (
     EIGHT_BITS,
     PAGE_MULTIPLE,
@@ -25,6 +25,9 @@ from chai_attention.integrations.vllm.options import (
     profile_of,
     refuse,
 )
+
+if TYPE_CHECKING:
+    from chai_attention.integrations.vllm.near_layer import NearLayer
 
 # layers hold their model; a model without layers leaves by itself
 _models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
@@ -59,26 +62,16 @@ class ServedModel:
         self.requests: int = config.scheduler_config.max_num_seqs
         # a graph may be padded to more rows
         self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
-        speculative = config.speculative_config
-        self.drafts: int = speculative.num_speculative_tokens if speculative is not None else 0
-        each = near_bytes(
-            self.layers,
-            config.model_config.get_head_size(),
-            config.model_config.dtype.itemsize,
-            self.drafts,
-        )
-        refuse_windows(self.requests, each, device_memory())
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
+        self.near: NearLayer | None = None  # of this rank, once its layers' weights are loaded
         self._buffers: Any = None
         self._pages: int | None = None  # at most, before vLLM plans them
         self._copies: PageCopies | None = None
 
-    @property
-    def window(self) -> int:
-        """Tokens that rings of the recent window hold; 0 if no layer has one."""
-        if not any(layer.plan.has_recent_window for layer in self.layers):
-            return 0
-        return self.profile.recent + self.drafts
+    @cached_property
+    def packs(self) -> bool:
+        """Whether there are near pages beside far ones, on any rank."""
+        return any(layer.near_layout(1, 1) is not None for layer in self.layers)
 
     @property
     def needs_probe(self) -> bool:
@@ -124,7 +117,7 @@ class ServedModel:
             return None
         if self._pages is None:
             left = reserve.room(config, device)
-            here = self._layers_here()
+            here = self._layers_here().values()
             element = 1 if config.cache_config.cache_dtype in EIGHT_BITS else None
             element = element or config.model_config.dtype.itemsize
             tokens = config.cache_config.block_size or PAGE_MULTIPLE
@@ -144,18 +137,59 @@ class ServedModel:
             else None
         )
 
-    def _layers_here(self) -> list[ServedLayer]:
-        """Those of this rank of a pipeline."""
+    def _layers_here(self) -> dict[str, ServedLayer]:
+        """Those of this rank of a pipeline, by their names."""
         from vllm.model_executor.models.utils import extract_layer_index
 
         context = self.config.compilation_config.static_forward_context
         names = (name for name, module in context.items() if hasattr(module, "impl"))
-        return [self.layers[extract_layer_index(name)] for name in names]
+        return {name: self.layers[extract_layer_index(name)] for name in names}
+
+    def add_near_layer(self, module: Any, layouts: tuple[Any, ...]) -> None:
+        """Let vLLM keep near pages for the layers of this rank, unless it does already.
+
+        Args:
+            module: vLLM's ``Attention`` of one of them.
+            layouts: of the cache, that all layers of the model can read.
+        """
+        if self.near is not None:
+            return
+        from chai_attention.integrations.vllm.near_layer import NearLayer, near_backend
+
+        sizes = self.config.model_config.get_head_size(), module.head_size_v
+        held = {
+            name: layout
+            for name, layer in self._layers_here().items()
+            if (layout := layer.near_layout(*sizes)) is not None
+        }
+        self.near = NearLayer(
+            module,
+            near_backend(layouts),
+            held,
+            max(self._near_numbers(*sizes)),
+            [layer.layout(*sizes).numbers_per_token for layer in self.layers],
+            partial(near_page_tokens, self.layers, head_dim=sizes[0], value_dim=sizes[1]),
+            self.profile.recent,
+            self.profile.sinks,
+            self.prefix_probe,
+        )
+        context = self.config.compilation_config.static_forward_context
+        context[f"{next(iter(held))}.near"] = self.near
+
+    def _near_numbers(self, head_dim: int, value_dim: int) -> Iterator[int]:
+        """Numbers per token of the near pages of each rank of a pipeline."""
+        from vllm.distributed.utils import get_pp_indices
+
+        ranks = self.config.parallel_config.pipeline_parallel_size
+        for rank in range(ranks):
+            start, stop = get_pp_indices(len(self.layers), rank, ranks)
+            held = (layer.near_layout(head_dim, value_dim) for layer in self.layers[start:stop])
+            yield sum(layout.numbers_per_token for layout in held if layout is not None)
 
     def buffers(self, device: torch.device) -> Any:
         """Tensors that all metadata builders fill."""
         if self._buffers is None:
             from chai_attention.integrations.vllm.metadata import StepBuffers
 
-            self._buffers = StepBuffers(self.rows, self.requests, self.window, device)
+            self._buffers = StepBuffers(self.rows, device)
         return self._buffers

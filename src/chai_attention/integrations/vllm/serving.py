@@ -49,9 +49,7 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
     added = [_PAGE, PAGE] if package == "vllm" and not given.is_given(_PAGE) else []
     page = given.count(_PAGE, int(PAGE) if added else 0) or None
     path = profile_path(model, profile)
-    chosen = check(model, path, given, page)
-    if chosen.recent and given.switch("--enable-prefix-caching") is None:
-        added.append("--no-enable-prefix-caching")  # see `options.refuse`
+    check(model, path, given, page)
     additional["chai"] = {"profile": path}
     command = [sys.executable, "-m", *_SERVERS[str(package)], model]
     command += ["--attention-backend", "CUSTOM", _ADDITIONAL, json.dumps(additional)]

@@ -45,6 +45,18 @@ class Row(NamedTuple):
         return min(self.tokens, self.prompt, end)
 
 
+class NearTables(NamedTuple):
+    """Where the near K and V of a step's requests and of its new tokens stand.
+
+    Attributes:
+        block_table: ``[B, max_pages]`` int32, near pages; any number for those given back.
+        slot_mapping: ``[T]`` int64, where each token goes in the near pages; -1 for padding.
+    """
+
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
 class Beginners(NamedTuple):
     """Requests that start with a step, with equally many tokens of prompt in the probe window.
 
@@ -58,7 +70,7 @@ class Beginners(NamedTuple):
     window: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One forward of a batch; T tokens of B requests, packed.
 
@@ -70,16 +82,13 @@ class Step:
         lengths: ``[B]`` int32, tokens of each request with the new ones; 0 for padding.
         block_table: ``[B, max_pages]`` int32.
         slot_mapping: ``[T]`` int64, where each token goes in the pages; -1 for padding.
-        pages: ``[B]`` int32, first page of each request.
+        pages: ``[B]`` int32, first page of each request; of any use where memberships depend on
+            requests only, as is ``token_pages``.
         token_pages: ``[T]`` int32, first page of each token's request.
         most_queries: no request has more new tokens.
         most_keys: no request has more tokens.
         is_capture: whether this is a dummy for a CUDA graph.
-        slots: ``[B]`` int32, row of each request in the pools of the recent window, or None if
-            there is no window. So are the next three.
-        host_slots: the same on the host.
-        token_slots: ``[T]`` int32, what `write_paged` calls ``near_rows``.
-        positions: ``[T]`` int64, position of each token in its request.
+        near: the near pages, which vLLM describes after all else; None without any.
     """
 
     rows: Sequence[Row]
@@ -94,15 +103,12 @@ class Step:
     most_queries: int
     most_keys: int
     is_capture: bool
-    slots: Tensor | None = None
-    host_slots: Sequence[int] | None = None
-    token_slots: Tensor | None = None
-    positions: Tensor | None = None
+    near: NearTables | None = None
     _beginners: dict[tuple[int, int], list[Beginners]] = field(default_factory=dict)
     _ending: dict[int, list[Row]] = field(default_factory=dict)
     _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fresh(self) -> list[Row]:
         """Requests that start with this step."""
         if self.is_capture:

@@ -104,7 +104,15 @@ def common_layouts(
         stock: what runs the layers without clusters; None if the model has none.
     """
     read = None if stock is None else stock.supported_kv_cache_layouts()
-    return own if read is None else tuple(layout for layout in own if layout in read)
+    if read is None:
+        return own
+    pages = [_in_a_page(layout) for layout in read]
+    return tuple(layout for layout in own if _in_a_page(layout) in pages)
+
+
+def _in_a_page(layout: KVCacheLayout) -> list[int]:
+    """The order of what lies in one layer; where the layers are, kernels take from strides."""
+    return [dim for dim in layout.value if dim]
 
 
 def with_prefixes(stock: type[Any], probe_end: int) -> type[Any]:

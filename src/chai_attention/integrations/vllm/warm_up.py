@@ -7,12 +7,12 @@ steps have every kind of it. They read page 0, which is nobody's, and write to n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.step import Row, Step
+from chai_attention.integrations.vllm.step import NearTables, Row, Step
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.served import ServedModel
@@ -69,14 +69,10 @@ def _step(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-    window: dict[str, Any] = {}
-    if served.window:
-        window = {
-            "slots": zeros(len(rows)),
-            "host_slots": [0] * len(rows),
-            "token_slots": zeros(tokens) - 1,
-            "positions": zeros(tokens).long(),
-        }
+    near = None
+    if served.near is not None:
+        page = served.near.kv_cache.shape[2]
+        near = NearTables(zeros(len(rows), -(-most_keys // page)), zeros(tokens).long() - 1)
     starts = torch.tensor([row.start for row in rows] + [tokens], dtype=torch.int32)
     return Step(
         rows=rows,
@@ -91,5 +87,5 @@ def _step(
         most_queries=max(row.tokens for row in rows),
         most_keys=most_keys,
         is_capture=is_capture,
-        **window,
+        near=near,
     )
