@@ -12,7 +12,7 @@ from chai_attention.profile import ClusterProfile
 from runtime_tokens import narrow_losses, runtime_tokens
 from vllm_job import abort, beams, generate, reload
 
-HEADS, LAYERS, PAGE, POOL = 8, 3, 32, 10
+HEADS, LAYERS, PAGE = 8, 3, 32
 CLUSTERS = (3, 8, 5)
 REPRESENTATIVES = [[0, 1, 0, 3, 1, 1, 3, 0], list(range(8)), [0, 1, 2, 3, 4, 0, 3, 2]]
 
@@ -48,6 +48,11 @@ LONG = [MIXED[5][:70]]
 TOKENS, FEW, BEAMS = 40, 8, 3
 NEAR = 0.03  # nats by which the last bit of K and V in 8 bits may shift a token
 DROPPED = {1: 2, 3: 7, 0: 9, 6: 0}  # prompt: step in which its client goes
+
+
+def pool_of(kind: str) -> int:
+    """Blocks that hold some of the requests at a time, but not all."""
+    return 16 if PROFILES[kind].recent else 10
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +91,10 @@ def served(engine, tiny):
         }
         found = engine(
             tiny, list(parts.values()), profile,
-            block_size=PAGE, num_gpu_blocks_override=POOL,
+            block_size=PAGE, num_gpu_blocks_override=pool_of(kind),
             # a chunk shorter than the probe window would decide a membership on fewer tokens
             max_num_batched_tokens=512 if probed else 48,
-            enable_prefix_caching=not profile.recent, max_model_len=256, together=together,
+            max_model_len=256, together=together,
         )  # fmt: skip
         found["parts"] = dict(zip(parts, found["parts"], strict=True))
         return found
@@ -111,8 +116,7 @@ def test_tokens_are_those_of_the_transformers_runtime(kind, together, served, ex
     assert found["parts"]["first"]["ids"] == expected(kind)["mixed"]
     # hits of pages that another request writes in the same step
     assert found["parts"]["shared"]["ids"] == expected(kind)["shared"]
-    if not PROFILES[kind].recent:
-        assert found["parts"]["shared"]["cached"][1:] == [64, 64, 64]
+    assert found["parts"]["shared"]["cached"][1:] == [64, 64, 64]
     assert found["parts"]["again"]["ids"] == expected(kind)["mixed"][:4]
 
 
@@ -122,7 +126,7 @@ def test_aborts_in_flight_disturb_nobody(kind, together, served, expected) -> No
     assert found["parts"]["aborts"]["ids"] == [
         None if row in DROPPED else ids for row, ids in enumerate(expected(kind)["mixed"])
     ]
-    assert found["free"] == [POOL - 1] * 2  # all but the page that is nobody's
+    assert found["free"] == [pool_of(kind) - 1] * 2  # all but the page that is nobody's
 
 
 @EVERY
@@ -220,8 +224,8 @@ def test_preemption_does_not_change_what_a_short_prompt_decided(kind, together, 
     # the prompt of 40 tokens would begin with a chunk of 6, which decide another membership
     crowd = generate([*prompts_of([100, 90, 60], seed=5), *short], 40)
     found = engine(
-        tiny, [*alone, crowd], PROFILES[kind], block_size=PAGE, num_gpu_blocks_override=16,
-        max_num_seqs=12, enable_prefix_caching=False, max_model_len=256, together=together,
+        tiny, [*alone, crowd], PROFILES[kind], block_size=PAGE, num_gpu_blocks_override=15,
+        max_num_seqs=12, enable_prefix_caching=False, max_model_len=192, together=together,
         enable_chunked_prefill=False, max_num_batched_tokens=256,
     )  # fmt: skip
     assert found["preemptions"] >= 4
@@ -247,12 +251,12 @@ def test_graph_compilation_and_ranks_of_a_pipeline_change_nothing(options, engin
 
 
 def test_clients_that_leave_a_pipeline_cost_nobody_the_recent_window(engine, tiny) -> None:
-    # fewer rows than requests, and steps that only some of the running ones take part in
+    # steps that only some of the running ones take part in
     profile, prompts = PROFILES["static window"], MIXED * 2
     found = engine(
         tiny, [abort(prompts, 20, {0: 3, 2: 5, 5: 12, 6: 14, 9: 20, 12: 30})], profile,
         block_size=PAGE, pipeline_parallel_size=2, max_num_seqs=4, enforce_eager=False,
-        compilation_config={"backend": "eager"}, enable_prefix_caching=False,
+        compilation_config={"backend": "eager"},
     )  # fmt: skip
     wanted = runtime_tokens(tiny, profile, MIXED, 20) * 2
     stayed = found["parts"][0]["ids"]
@@ -281,7 +285,7 @@ def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
     prompts = [prompts_of([12])[0] * 4, prompts_of([30], seed=5)[0]]
     profile = PROFILES[kind]
     found = engine(
-        tiny, [generate(prompts, 30)], profile, block_size=PAGE, enable_prefix_caching=False,
+        tiny, [generate(prompts, 30)], profile, block_size=PAGE,
         speculative_config={
             "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
         },
@@ -298,15 +302,15 @@ def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
 )
 def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
     profile = PROFILES[kind]
-    shared = SHARED if not profile.recent else SHARED[:1]
     found = engine(
-        tiny, [generate(MIXED, TOKENS), generate(shared, TOKENS)], profile, own=True,
-        together=together, kv_cache_dtype="fp8", block_size=PAGE, num_gpu_blocks_override=POOL,
+        tiny, [generate(MIXED, TOKENS), generate(SHARED, TOKENS)], profile, own=True,
+        together=together, kv_cache_dtype="fp8", block_size=PAGE,
+        num_gpu_blocks_override=pool_of(kind), max_model_len=256,
         max_num_batched_tokens=512 if profile.membership != "static" else 48,
-        enable_prefix_caching=not profile.recent, max_model_len=256,
     )  # fmt: skip
     assert found["preemptions"] >= 1
-    for part, prompts in zip(found["parts"], (MIXED, shared), strict=True):
+    assert found["parts"][1]["cached"][1:] == [64, 64, 64]
+    for part, prompts in zip(found["parts"], (MIXED, SHARED), strict=True):
         assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < NEAR
 
 
@@ -345,7 +349,7 @@ def test_real_multi_head_model(engine, shared) -> None:
         reps.append([head if head in some else chosen.choice(some) for head in range(16)])
     profile = ClusterProfile((8,) * 14, "static", representatives=reps, recent=32, sinks=4)
     prompts = prompts_of([100, 20], 16000)
-    found = engine(folder, [generate(prompts, 16)], profile, enable_prefix_caching=False)
+    found = engine(folder, [generate(prompts, 16)], profile)
     assert found["parts"][0]["ids"] == runtime_tokens(folder, profile, prompts, 16)
 
 
@@ -363,7 +367,11 @@ def test_grouped_queries_of_a_real_model(engine, smollm2) -> None:
 
 def test_what_cannot_run_stops_with_one_line(engine, tiny) -> None:
     for profile, options, line in (
-        (PROFILES["static window"], {}, "--no-enable-prefix-caching"),
+        (
+            PROFILES["static window"],
+            {"disable_hybrid_kv_cache_manager": True},
+            "leave out --disable-hybrid-kv-cache-manager",
+        ),
         (STATIC, {"kv_cache_dtype": "fp8_e5m2"}, "K,V cache of fp8_e5m2"),
         (ClusterProfile((8, 8)), {}, "2 layers in the profile, 3 in the model"),
     ):

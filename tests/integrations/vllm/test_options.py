@@ -54,15 +54,10 @@ def config(**changes: Any) -> SimpleNamespace:
         ({"parallel_config__enable_dbo": True}, BLEND, "microbatches"),
         ({"cache_config__kv_offloading_size": 4.0}, PLAIN, "leave out --kv-offloading-size"),
         (
-            {
-                "parallel_config__pipeline_parallel_size": 2,
-                "scheduler_config": SimpleNamespace(policy="priority"),
-                "cache_config__enable_prefix_caching": False,
-            },
+            {"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)},
             WINDOW,
-            "--scheduling-policy priority",
+            "leave out --disable-hybrid-kv-cache-manager",
         ),
-        ({}, WINDOW, "--no-enable-prefix-caching"),
     ],
 )
 def test_refused(changes: dict[str, Any], profile: ClusterProfile, line: str) -> None:
@@ -73,7 +68,10 @@ def test_refused(changes: dict[str, Any], profile: ClusterProfile, line: str) ->
 
 def test_accepted() -> None:
     refuse(Asked.of_config(config()), PLAIN)
+    refuse(Asked.of_config(config()), WINDOW)
     refuse(Asked.of_config(config(cache_config__enable_prefix_caching=False)), WINDOW)
+    one_kind = SimpleNamespace(disable_hybrid_kv_cache_manager=True)
+    refuse(Asked.of_config(config(scheduler_config=one_kind)), PLAIN)
     refuse(Asked.of_config(config(cache_config__cache_dtype="bfloat16")), PLAIN)
     refuse(Asked.of_config(config(cache_config__cache_dtype="fp8")), PLAIN)
     refuse(Asked.of_config(config(speculative_config=SimpleNamespace(method="ngram"))), PLAIN)
@@ -127,8 +125,7 @@ def test_a_folder_without_a_profile_says_so(tmp_path) -> None:
         ('-sc {"model":"m","num_speculative_tokens":2}', PLAIN, "drafts of a model"),
         ("--speculative-config.method eagle3", PLAIN, "drafts of a model"),
         ("--enable-dbo", BLEND, "microbatches"),
-        ("", WINDOW, "--no-enable-prefix-caching"),
-        ("-pp 2 --scheduling-policy priority --no-enable-prefix-caching", WINDOW, "policy fcfs"),
+        ("--disable-hybrid-kv-cache-manager", WINDOW, "--disable-hybrid-kv-cache-manager"),
     ],
 )
 def test_refused_by_the_command_line(words: str, profile: ClusterProfile, line: str) -> None:
@@ -143,7 +140,10 @@ def test_refused_by_the_command_line(words: str, profile: ClusterProfile, line: 
         ("--kv-cache-dtype fp8 --port 1 -tp 2", PLAIN),
         ("--kv-cache-dtype bfloat16 -pp 2 --scheduling-policy priority", PLAIN),
         ('-sc {"method":"ngram","num_speculative_tokens":2}', PLAIN),
+        ("", WINDOW),
         ("--no-enable-prefix-caching", WINDOW),
+        ("-pp 2 --scheduling-policy priority --no-disable-hybrid-kv-cache-manager", WINDOW),
+        ("--disable-hybrid-kv-cache-manager", PLAIN),
         ("--enable-dbo --no-enable-dbo", BLEND),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chunks of requests over pages and rings, against the definition; no vLLM needed."""
+"""Chunks of requests over far and near pages, against the definition; no vLLM needed."""
 
 from types import SimpleNamespace
 
@@ -13,10 +13,11 @@ from chai_attention.integrations.vllm.pages import PageLayout
 from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.request_table import RequestTable
 from chai_attention.integrations.vllm.step import Row, leading_decodes, rows_of
-from chai_attention.integrations.vllm.window import RecentPool, RequestSlots
 from chai_attention.membership import Membership
 from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_paged
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.packed import paged_near
 
 DIM, PAGE = 16, 16
 
@@ -40,33 +41,37 @@ def served(rep: tuple[int, ...], groups: int, recent: int, sinks: int, offsets) 
 def test_window_does_not_depend_on_chunks(
     rep: tuple[int, ...], groups: int, recent: int, chunks: list[int]
 ) -> None:
-    sinks, drafts, slot, heads = 3, 2, 1, len(rep)
+    sinks, heads, near_page = 3, len(rep), 8
     offsets = torch.randn(heads, heads)
     layer = served(rep, groups, recent, sinks, offsets)
     layout, member = layer.layout(DIM, DIM), layer.membership()
-    pool = RecentPool(layer, 3, DIM, drafts, torch.float32, torch.device("cpu"))
-    cache = torch.full((8, 1, PAGE, layout.numbers_per_token), torch.nan)
-    pages = layout.split(cache)
+    pages = layout.split(torch.full((8, 1, PAGE, layout.numbers_per_token), torch.nan))
+    near_layout = layer.near_layout(DIM, DIM)
+    assert near_layout is not None
+    near_cache = torch.full((12, 1, near_page, near_layout.numbers_per_token), torch.nan)
     length = sum(chunks)
     query, key, value = (torch.randn(length, n, DIM) for n in (heads, groups, groups))
-    table = torch.tensor([5, 2, 7, 1])
+    table, near_table = torch.tensor([5, 2, 7, 1]), torch.tensor([3, 11, 2, 9, 5])
+    near = NearPages(*near_layout.split(near_cache), near_table[None].clone(), recent, sinks)
     past, outputs = 0, []
     for count in chunks:
         new = slice(past, past + count)
         position = torch.arange(past, past + count)
-        last = pool.last(slot, past, min(past, recent - 1))
-        old = position < past + count - pool.size
         write_paged(
             key[new], value[new], *pages, table[position // PAGE] * PAGE + position % PAGE, member,
-            near=pool.near, positions=position,
-            near_rows=torch.where(old, -2 - slot, slot).int(),
+            near=near, near_slot_mapping=near_table[position // near_page] * near_page
+            + position % near_page,
         )  # fmt: skip
+        # what lies before the window but for the first page is given back, and is somebody else's
+        for index in range(1, (past - recent + 1) // near_page):
+            near_cache[near_table[index]] = torch.nan
+            near.block_table[0, index] = 0
         q, k, v = (x[new].transpose(0, 1)[None] for x in (query, key, value))
         keys, values = (from_pages(x, table, past + count) for x in pages)
         request = Request(q, k, v, keys, values, member, 0.3, None)
-        first = pool.first(slot, min(sinks, past + count))
+        [own] = paged_near(near, [(keys[0], values[0])], member, [count])
         offset = windowed.head_offsets(offsets, member)
-        outputs.append(request.attend_near(recent, sinks, offset, first, last))
+        outputs.append(request.attend_near(recent, sinks, offset, own))
         past += count
     q, k, v = (x.double().transpose(0, 1)[None] for x in (query, key, value))
     wanted = reference.recent_attention(
@@ -136,40 +141,15 @@ def test_rows_of_a_step() -> None:
     assert leading_decodes(rows[:2]) == 2
 
 
-def test_a_client_that_leaves_costs_nobody_else_the_window() -> None:
-    slots = RequestSlots(2)
-    assert slots.rows(["a", "b"], [True, True], {"a", "b"}) == [0, 1]
-    # "b" leaves while "a" is in another microbatch of the pipeline
-    assert slots.rows(["c"], [True], {"a", "c"}) == [1]
-    assert slots.rows(["a"], [False], {"a", "c"}) == [0]
-
-
-def test_rows_of_the_window_are_kept_for_those_that_live() -> None:
-    slots = RequestSlots(3)
-    assert slots.rows(["a", "b", "c"], [True] * 3, {"a", "b", "c"}) == [0, 1, 2]
-    # all of these come and go while "a" waits for room in a step
-    for name in "defgh":
-        assert slots.rows([name], [True], {"a", name}) != [0]
-    assert slots.rows(["h", "a"], [False, False], {"a", "h"})[1] == 0
-    # a preempted request keeps its row while nobody needs it, and starts anew with another
-    assert slots.rows(["i", "j"], [True, True], {"a", "h", "i", "j"}) != [0]
-    assert sorted(slots.rows(["i", "h", "a"], [False, True, True], {"a", "h", "i"})) == [0, 1, 2]
-    with pytest.raises(RuntimeError, match="request b was lost"):
-        slots.rows(["b"], [False], {"b"})
-
-
 def test_what_the_model_runner_knows_of_requests() -> None:
     class Runner:
         def table(self) -> RequestTable:
             return RequestTable.of_caller()
 
     older, newer = Runner(), Runner()
-    older.input_batch = SimpleNamespace(num_prompt_tokens=[7, 3], req_ids=["a", "b"])
-    older.requests = {"a": None, "b": None, "waits": None}
+    older.input_batch = SimpleNamespace(num_prompt_tokens=[7, 3])
     newer.req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=[7, 3, 9]))
     assert older.table().prompt(1, None) == 3
-    assert older.table().names() == ["a", "b"]
-    assert "waits" in older.table().living
     assert newer.table().prompt(0, [2, 1]) == 9
     with pytest.raises(UnsupportedModelError, match="lengths of prompts"):
         Runner().table()

@@ -60,13 +60,10 @@ def test_pages_are_of_the_kernels_size_unless_asked_otherwise(monkeypatch) -> No
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "model"]
 
 
-def test_recent_window_turns_prefix_caching_off(tmp_path) -> None:
+def test_a_recent_window_leaves_prefix_caching_on(tmp_path) -> None:
     file = tmp_path / "profile.json"
     ClusterProfile((2,), window=8, recent=4).save(file)
-    assert "--no-enable-prefix-caching" in vllm_command("model", str(file), [])
-    # what was asked for is not overruled
-    with pytest.raises(UnsupportedModelError, match="add --no-enable-prefix-caching"):
-        vllm_command("model", str(file), ["--enable-prefix-caching"])
+    assert not any("prefix" in word for word in vllm_command("model", str(file), []))
 
 
 def test_bad_commands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def saved(folder: Path, profile: ClusterProfile) -> str:
         (STATIC, "--block-size many", "--block-size is a number"),
         # a prefix is found by its first page
         (ClusterProfile(CLUSTERS), "--block-size 16", "add --block-size 32 or more"),
+        (ClusterProfile(CLUSTERS, recent=4), "--block-size 16", "add --block-size 32 or more"),
         (ClusterProfile(CLUSTERS, window=60, probe_start=9), "", "add --block-size 80 or more"),
         (
             ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES, recent=32, sinks=4),
@@ -70,15 +71,13 @@ def test_one_line_before_vllm_starts(profile, options, line, model, tmp_path) ->
         (ClusterProfile(CLUSTERS), ""),
         (ClusterProfile(CLUSTERS), "--block-size 16 --no-enable-prefix-caching"),
         (ClusterProfile((8, 8)), "--block-size 16"),  # nothing to decide
-        (ClusterProfile(CLUSTERS, recent=4), "--block-size 16"),  # prefix caching is turned off
+        (ClusterProfile(CLUSTERS, recent=4), "--block-size 32"),
         (ClusterProfile((8, 8, 8)), "--hf-overrides {}"),  # another config than the folder's
     ],
 )
 def test_what_can_run_is_started(profile, options, model, tmp_path) -> None:
     command = vllm_command(model, saved(tmp_path, profile), options.split())
-    assert ("--no-enable-prefix-caching" in command) == (
-        bool(profile.recent) or "--no-enable" in options
-    )
+    assert ("--no-enable-prefix-caching" in command) == ("--no-enable" in options)
 
 
 def test_sliding_windows_are_refused(model, tmp_path) -> None:

@@ -10,17 +10,15 @@ from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import LEAST_VARLEN, StepAttention
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.window import RecentPool
 from chai_attention.ops.cache_write import write_paged
 
 DIM, PAGE = 16, 16
 
 
-def served(rows: int, longest: int, window: int = 0) -> SimpleNamespace:
+def served(rows: int, longest: int, near: torch.Tensor | None = None) -> SimpleNamespace:
     model = SimpleNamespace(max_model_len=longest)
-    return SimpleNamespace(
-        rows=rows, window=window, config=SimpleNamespace(model_config=model), requests=2
-    )
+    layer = None if near is None else SimpleNamespace(kv_cache=near)
+    return SimpleNamespace(rows=rows, near=layer, config=SimpleNamespace(model_config=model))
 
 
 def test_kinds_of_steps() -> None:
@@ -41,23 +39,25 @@ def test_nothing_is_written(longest: int, window: int) -> None:
     rep = (0, 0, 2, 2, 0)
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=window, sinks=1 if window else 0)
     layer = ServedLayer(plan, 2, rep)
-    pool = RecentPool(layer, 2, DIM, 0, torch.float32, torch.device("cpu")) if window else None
-    layout = layer.layout(DIM, DIM)
+    layout, near_layout = layer.layout(DIM, DIM), layer.near_layout(DIM, DIM)
     cache = torch.randn(4, 1, PAGE, layout.numbers_per_token)
-    before = cache.clone(), None if pool is None else pool.near.ring.clone()
+    near_cache, near = None, None
+    if near_layout is not None:
+        near_cache = torch.randn(4, 1, 48, near_layout.numbers_per_token)
+        near = near_layout.split(near_cache)
+    before = cache.clone(), None if near_cache is None else near_cache.clone()
     memberships = FixedMembership(layer, 3, torch.device("cpu"))
-    attention = StepAttention(plan, memberships, pool, 0.3, None, together=True)
+    attention = StepAttention(plan, memberships, near, 0.3, None, together=True)
     pages = layout.split(cache)
-    for step in warm_up.steps(served(3, longest, window), cache):
+    for step in warm_up.steps(served(3, longest, near_cache), cache):
         query, key, value = torch.randn(3, step.tokens, 5, DIM)
         out = torch.full_like(query, torch.nan)
-        earlier = attention.before(step)
         write_paged(
             key, value, *pages, step.slot_mapping, memberships.of(step.pages)[0],
-            near=None if pool is None else pool.near, positions=step.positions,
-            near_rows=step.token_slots,
+            near=attention.near_pages(step, pages), near_slot_mapping=attention.near_slots(step),
         )  # fmt: skip
-        attention.run(step, query, key, value, pages, earlier, out)
+        attention.run(step, query, key, value, pages, out)
         assert out.isfinite().all()
+    assert (near is None) == (not window)
     assert cache.equal(before[0])
-    assert pool is None or pool.near.ring.equal(before[1])
+    assert near_cache is None or near_cache.equal(before[1])

@@ -82,7 +82,9 @@ class StepAttention:
         """``[T]`` int64, where new tokens go in `near_pages`; None without an exact window."""
         if not self.plan.has_recent_window:
             return None
-        return step.slot_mapping if self.near is None or step.near is None else step.near.slot_mapping
+        return (
+            step.slot_mapping if self.near is None or step.near is None else step.near.slot_mapping
+        )
 
     def run(
         self, step: Step, query: Tensor, key: Tensor, value: Tensor, pages: Pages, out: Tensor

@@ -104,6 +104,7 @@ class ChaiAttention(AttentionImpl[Step]):
         some = any(each.plan.is_identity for each in self.served.layers)
         own = PACKED_LAYOUTS if self.served.packs else ChaiBackend.layouts
         layouts = common_layouts(own, stock if some else None)
+        self.served.add_near_layer(module, layouts)
         probe_end = self.served.prefix_probe
         if plan.is_identity and stock is not None:
             # near pages are kept in layouts that vLLM's attention reads but does not name
@@ -122,8 +123,6 @@ class ChaiAttention(AttentionImpl[Step]):
             self._copies.reserve(self.layout.numbers_per_token)
         self._held = self.served.hold(self.layer, device)
         self.near_layout = self.layer.near_layout(self.head_size, module.head_size_v)
-        if self.near_layout is not None:
-            self.served.add_near_layer(module, layouts)
 
     def _weights_changed(self) -> None:
         """Go on with other weights, or with the same ones put back.

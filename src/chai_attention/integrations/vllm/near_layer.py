@@ -2,8 +2,8 @@
 
 vLLM gives pages to layers. What an exact window needs of the heads that far pages do not hold
 stands in pages of one more layer, which all clustered layers of a rank share: its pages hold one
-layer's near K and V after the other's. One for all is one group of pages, whatever the layers
-hold, as vLLM puts layers of unequal pages into groups by counting them.
+layer's near K and V after the other's. One for all makes one group of pages, whatever the layers
+hold: vLLM forms groups by how many layers have pages of each size.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from chai_attention.integrations.vllm.options import (
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.near_layer import NearLayer
 
+NEAR_LAYER = "near_pages.0"  # vLLM wants the number of a layer in every name
+
 # layers hold their model; a model without layers leaves by itself
 _models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
 
@@ -146,13 +148,16 @@ class ServedModel:
         return {name: self.layers[extract_layer_index(name)] for name in names}
 
     def add_near_layer(self, module: Any, layouts: tuple[Any, ...]) -> None:
-        """Let vLLM keep near pages for the layers of this rank, unless it does already.
+        """Let vLLM keep near pages for the layers of this rank, if there are any on some rank.
+
+        Ranks of a pipeline have one by the same name and of the same size, also those that need
+        none: vLLM cannot take a group of pages that is missing on a rank.
 
         Args:
             module: vLLM's ``Attention`` of one of them.
             layouts: of the cache, that all layers of the model can read.
         """
-        if self.near is not None:
+        if self.near is not None or not self.packs:
             return
         from chai_attention.integrations.vllm.near_layer import NearLayer, near_backend
 
@@ -174,7 +179,7 @@ class ServedModel:
             self.prefix_probe,
         )
         context = self.config.compilation_config.static_forward_context
-        context[f"{next(iter(held))}.near"] = self.near
+        context[NEAR_LAYER] = self.near
 
     def _near_numbers(self, head_dim: int, value_dim: int) -> Iterator[int]:
         """Numbers per token of the near pages of each rank of a pipeline."""
