@@ -58,6 +58,34 @@ def test_a_number_that_is_likely_to_be_percent_is_asked_about(chai, folder, opti
     assert not (folder / "never.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--text", "recall"), "recall hides facts in other text: name that too"),
+        (("--text", "text.txt", "--text", "recall:x"), "the weight of recall is a number"),
+        (
+            ("--text", "text.txt", "--text", "recall", "--length", 24, "--recent", 4),
+            "24 tokens are too few for text with 1 fact",
+        ),
+        (
+            ("--text", "text.txt", "--text", "recall", "--recipe", "paper"),
+            "text to recall from is for gradient costs",
+        ),
+        (
+            ("--text", "text.txt", "--save", "10%", "--max-recall-loss", "5%"),
+            "max_recall_loss goes with max_loss",
+        ),
+        (("--text", "text.txt", "--max-recall-loss", "5"), "write 5% or 500%"),
+    ],
+)
+def test_text_to_recall_from_that_cannot_be_is_one_line(chai, folder, more, message):
+    code, _, err = chai("calibrate", "llama", "--out", "never.json", *more)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (folder / "never.json").exists()
+
+
 def test_a_bare_share_that_cannot_be_mistaken_is_taken(chai, tmp_path):
     out = tmp_path / "p.json"
     code, *_ = chai("calibrate", "llama", "--out", out, "--text", "text.txt", *SMALL, "--save", 0.3)

@@ -38,7 +38,33 @@ def test_inspect_shows_the_promise_and_markup_of_others_as_it_is(chai, promised)
     assert "no loss was measured" in chai("inspect", "counts.json")[1]
 
 
-@pytest.mark.parametrize("promise", [{}, {"rise": "much"}, {"windows": None, "max_loss": [1]}])
+def test_inspect_shows_how_many_facts_are_still_recalled(chai, folder):
+    task = {"facts": 4, "length": 1024, "cases": 48, "full": 40, "clustered": 39}
+    recall = {"fall": 0.021, "standard_error": 0.0208, "tasks": [task]}
+    promise = PROMISE | {"max_recall_loss": 0.05, "recall": recall}
+    ClusterProfile((2, 6, 3), promise=promise).save(folder / "recalls.json")
+    out = " ".join(chai("inspect", "recalls.json")[1].split())
+    assert (
+        "facts recalled in held-out text: 2.1 points fewer ±2.1 (asked: at most 5.0): 39 of 48, "
+        "full model 40, with 4 hidden in 1024 tokens"
+    ) in out
+    promise["recall"] = {"note": "the full model recalls 3 of 48"}
+    ClusterProfile((2, 6, 3), promise=promise).save(folder / "recalls.json")
+    out = " ".join(chai("inspect", "recalls.json")[1].split())
+    assert "facts recalled in held-out text: not measured; the full model recalls 3 of 48" in out
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        {},
+        {"rise": "much"},
+        {"windows": None, "max_loss": [1]},
+        {"recall": 3},
+        {"recall": {"fall": "far", "tasks": [1, {"facts": "two"}]}},
+        {"recall": {"fall": 0.1, "tasks": 1}, "max_recall_loss": "little"},
+    ],
+)
 def test_a_promise_of_another_kind_is_shown_as_far_as_it_goes(chai, folder, promise):
     ClusterProfile((2, 6, 3), promise=promise).save(folder / "strange.json")
     code, out, _ = chai("inspect", "strange.json")

@@ -129,6 +129,7 @@ def prepare(
             profile=calibration.profile,
             save=calibration.save,
             seed=calibration.seed,
+            tokenizer=tokenizer,
             progress=progress,
         )
         return made

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import calibrate
 from chai_attention.clustering.assign import K_BYTES
@@ -46,12 +46,20 @@ class Chai(WithProfile):
         save: share of the K,V bytes per token to save, in place of the elbow and of the
             default's promise about the loss.
         seed: of the calibration.
+        tokenizer: of the model, to hide facts to recall in the text; None for none.
     """
 
     source = "Agarwal et al., ICML 2024 (CHAI), sections 3.2 and 3.3; default: docs/guide.md"
 
-    def __init__(self, name: str, save: float | None = None, seed: int = 0):
+    def __init__(
+        self,
+        name: str,
+        save: float | None = None,
+        seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.name = name
+        self._tokenizer = tokenizer
         self._save, self._seed = save, seed
 
     def prepare(
@@ -65,7 +73,7 @@ class Chai(WithProfile):
         windows = stacked(tokens)
         self._profile = calibrate(
             model,
-            None,  # windows are tokens already
+            self._tokenizer,
             windows,
             samples=len(windows),
             length=windows.shape[1],

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib import import_module
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
@@ -78,6 +78,7 @@ def comparators(
     profile: ClusterProfile | None = None,
     save: float | None = None,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Comparator]:
     """Make comparators and fit those that learn from text.
@@ -92,6 +93,8 @@ def comparators(
         save: share of the K,V bytes per token to save, for all that have such a budget. None: what
             the profile saves; without a profile either, each method's own default.
         seed: of everything random.
+        tokenizer: of the model, with which facts to recall are hidden in the windows that
+            "default" learns from; None for none.
         progress: called with (what is going on, done, in all).
 
     Returns:
@@ -110,7 +113,7 @@ def comparators(
     if profile is not None:
         profile.check(describe(model))
         save = save or profile.saved(describe(model), 10**9) or None
-    made = _Workshop(model, tokens, profile, save, seed, progress)
+    made = _Workshop(model, tokens, profile, save, seed, tokenizer, progress)
     found = {}
     for number, name in enumerate(chosen):
         progress(f"preparing {name}", number, len(chosen))
@@ -128,10 +131,12 @@ class _Workshop:
         profile: ClusterProfile | None,
         save: float | None,
         seed: int,
+        tokenizer: PreTrainedTokenizerBase | None,
         progress: Progress,
     ):
         self._model, self._tokens, self._given = model, tokens, profile
         self._save, self._seed, self._progress = save, seed, progress
+        self._tokenizer = tokenizer
         self._predictors = HeadPredictors(seed)
 
     def __call__(self, name: str) -> Comparator:
@@ -149,7 +154,7 @@ class _Workshop:
                 raise EvaluationError(f"the comparator {PROFILE} needs a profile")
             return Profiled(self._given)
         if name in RECIPES:
-            return Chai(name, self._save, self._seed)
+            return Chai(name, self._save, self._seed, self._tokenizer)
         if name == "random":
             return RandomHeads(self._profile, self._seed)
         if name in _STREAM:
@@ -177,7 +182,7 @@ class _Workshop:
 
     @cached_property
     def _default(self) -> Chai:
-        made = Chai("default", self._save, self._seed)
+        made = Chai("default", self._save, self._seed, self._tokenizer)
         made.prepare(self._model, self._tokens, self._progress)
         return made
 
