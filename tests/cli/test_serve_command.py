@@ -47,8 +47,11 @@ def test_estimate_for_a_program(chai, seven) -> None:
     found = json.loads(out)
     assert found["requests"] == 1024  # what vLLM lets run on such a GPU
     assert found["token_bytes"] == [2 * 32 * 32 * 128 * 2, 128 * 2 * (18 * 64 + 14 * 36)]
-    assert found["clustered"]["tokens"] > 1.2 * found["full"]["tokens"]
-    assert [row["context"] for row in found["decode_gain_at_most"]] == [2048, 8192, 32768]
+    rows = found["contexts"]
+    assert [row["context"] for row in rows] == [2048, 8192, 32768]
+    for row in rows:
+        assert row["tokens"][1] > 1.2 * row["tokens"][0]
+        assert row["decode_gain_at_most"] > 1
     code, _, err = chai("serve", seven, "--profile", "llama-7b", "--json")
     assert code == 2
     assert "--json goes with --estimate" in err
@@ -60,6 +63,33 @@ def test_estimate_heeds_the_options_of_vllm(chai, seven) -> None:
     other = chai("serve", seven, "--profile", "llama-7b", "--estimate", *options)[1]
     assert "of 80.0 GB" in other
     assert other != plain
+
+
+def test_estimate_of_so_many_requests_of_a_context(chai, seven, folder) -> None:
+    rep = [head % 8 if head < 20 else head for head in range(32)]
+    profile = {
+        "clusters": [8] * 32, "membership": "static", "representatives": [rep] * 32,
+        "streaming": [list(range(20, 32))] * 32, "recent": 128, "sinks": 4,
+    }  # fmt: skip
+    (folder / "default.json").write_text(json.dumps(profile))
+    options = ("serve", seven, "--profile", "default.json", "--estimate", "--context", "8192")
+    code, out, _ = chai(*options, "--requests", "20")
+    assert code == 0
+    assert "exact window of 128 + 4 tokens: 5 blocks" in out
+    assert "pages of 64 tokens, and of 48 for the window, which leave 3.6% of their blocks" in out
+    assert "20 requests of 8,192 tokens: do not fit (13 do), with clusters they fit" in out
+    assert [
+        row.split("│")[1].strip() for row in out.splitlines() if "at most " in row and "│" in row
+    ] == ["8,192"]
+    assert "ranks" not in out
+    assert "what the profile saves on one GPU is kept nevertheless" in chai(*options, "-tp=2")[1]
+    code, out, _ = chai(*options, "--context", "300", "--json")
+    found = json.loads(out)["contexts"]
+    assert [row["context"] for row in found] == [300, 8192]
+    assert [row["near_pages"] for row in found] == [5, 5]
+    code, _, err = chai("serve", seven, "--profile", "default.json", "--context", "8192")
+    assert code == 2
+    assert "--context and --requests go with --estimate" in err
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,25 @@ def serve_command(
             callback=options.finite,
         ),
     ] = 80.0,
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--context",
+            help="With --estimate: tokens of a request; repeatable.",
+            min=1,
+            max=10**9,
+            show_default="2048, 8192 and 32768",
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            help="With --estimate: requests at a time; tells whether they fit.",
+            min=1,
+            max=10**6,
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Serve MODEL with clustered heads; all other options go to `vllm serve`."""
@@ -68,8 +87,10 @@ def serve_command(
         raise typer.BadParameter(f"MODEL comes first, before {model}")
     if as_json and not estimate:
         raise typer.BadParameter("--json goes with --estimate: a server prints no results")
+    if not estimate and (contexts or requests):
+        raise typer.BadParameter("--context and --requests go with --estimate")
     if estimate:
-        from chai_attention.cli.serving_table import serving_record, serving_table
+        from chai_attention.cli.serving_table import CONTEXTS, serving_record, serving_table
         from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.vllm.preflight import profile_path
         from chai_attention.integrations.vllm.weigh import estimate_config
@@ -78,8 +99,9 @@ def serve_command(
         config = load_config(model)
         found = estimate_config(config, chosen, context.args, int(gpu_memory * 1e9))
         shown = Output(as_json)
-        shown.give(lambda: serving_record(found))
-        shown.say(lambda: serving_table(found))
+        lengths = tuple(sorted(set(contexts))) if contexts else CONTEXTS
+        shown.give(lambda: serving_record(found, lengths, requests))
+        shown.say(lambda: serving_table(found, lengths, requests))
         return
     from chai_attention.integrations.vllm.serving import vllm_command
 

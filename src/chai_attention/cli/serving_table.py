@@ -2,50 +2,103 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from chai_attention.cli.tables import render
-from chai_attention.integrations.vllm.estimate import Estimate
+from chai_attention.integrations.vllm.estimate import Blocks, Estimate
 
 CONTEXTS = (2048, 8192, 32768)
 BATCH = 16
 
 
-def serving_table(found: Estimate) -> str:
-    """Capacity and the best that decode can gain, per context length."""
+def serving_table(
+    found: Estimate, contexts: Sequence[int] = CONTEXTS, requests: int | None = None
+) -> str:
+    """Capacity and the best that decode can gain.
+
+    Args:
+        found: the estimate.
+        contexts: tokens of a request, a row for each.
+        requests: that are to be served at a time; None: 16, of which nobody asks whether they fit.
+    """
     full, kept = found.token_bytes
     lines = [
         f"memory for K and V: about {found.budget.cache / 1e9:.1f} GB of "
         f"{found.budget.total / 1e9:.1f} GB (weights {found.budget.weights / 1e9:.1f} GB)",
         f"K,V bytes per token: {full:,}, with clusters {kept:,} ({1 - kept / full:.1%} saved)",
-        f"tokens that fit: {found.full.tokens:,}, with clusters {found.clustered.tokens:,} "
-        f"({found.capacity_gain:.2f}x)",
     ]
-    if found.window_bytes:
+    if found.lost_by_ranks > 0.0005:
         lines.append(
-            f"recent window: {found.window_bytes:,} bytes for each of {found.requests:,} requests "
-            "(--max-num-seqs), taken at the start"
+            f"of {found.ranks} ranks each keeps pages of one size: {found.lost_by_ranks:.1%} of "
+            "what the profile saves on one GPU is kept nevertheless"
         )
+    if found.clustered.per.near_page is not None:
+        lines += _window(found.clustered.per)
+    if found.budget.tables:
+        lines.append(f"tables of online memberships: {found.budget.tables / 1e9:.2f} GB")
+    context = contexts[len(contexts) // 2]
+    named = f" in requests of {context:,}" if found.clustered.per.near_page else ""
+    lines.append(
+        f"tokens that fit{named}: {found.full.tokens(context):,}, with clusters "
+        f"{found.clustered.tokens(context):,} ({found.capacity_gain(context):.2f}x)"
+    )
     table = Table(title="expected gain")
-    for name in ("context", "requests that fit", "with clusters", f"decode at batch {BATCH}"):
+    batch = requests or BATCH
+    for name in ("context", "requests that fit", "with clusters", f"decode at batch {batch}"):
         table.add_column(name, justify="right")
-    for context in CONTEXTS:
-        counts = [held.tokens // context for held in (found.full, found.clustered)]
-        gain = f"at most {found.decode_gain(BATCH, context):.2f}x"
+    for context in contexts:
+        counts = [held.requests(context) for held in (found.full, found.clustered)]
+        gain = f"at most {found.decode_gain(batch, context):.2f}x"
         table.add_row(f"{context:,}", *(f"{count:,}" for count in counts), gain)
+        if requests is not None:
+            lines.append(_verdict(requests, context, counts))
     return "\n".join([*lines, render(table)])
 
 
-def serving_record(found: Estimate) -> dict[str, Any]:
-    """The estimate in bytes, pages and tokens, with the best that can be gained."""
+def _window(per: Blocks) -> list[str]:
+    """What the exact recent window takes."""
+    held = per.near_pages(10**9)
+    return [
+        f"exact window of {per.recent} + {per.sinks} tokens: {held} blocks "
+        f"({held * per.block_bytes:,} bytes) a request at most, as much as "
+        f"{held * per.page:,} tokens take",
+        f"pages of {per.page} tokens, and of {per.near_page} for the window, which leave "
+        f"{per.wasted:.1%} of "
+        f"{'their' if per.near_bytes <= per.far_bytes else 'the other'} blocks empty",
+    ]
+
+
+def _verdict(requests: int, context: int, counts: Sequence[int]) -> str:
+    """Whether so many requests fit."""
+    full, kept = ("fit" if count >= requests else f"do not fit ({count:,} do)" for count in counts)
+    return f"{requests:,} requests of {context:,} tokens: {full}, with clusters they {kept}"
+
+
+def serving_record(
+    found: Estimate, contexts: Sequence[int] = CONTEXTS, requests: int | None = None
+) -> dict[str, Any]:
+    """The estimate in bytes, blocks and tokens, with the best that can be gained."""
+    batch = requests or BATCH
+    record = asdict(found)
+    for name, held in (("full", found.full), ("clustered", found.clustered)):
+        record[name]["per"] |= {"block_bytes": held.per.block_bytes, "wasted": held.per.wasted}
     return {
-        **asdict(found),
-        "capacity_gain": found.capacity_gain,
-        "decode_gain_at_most": [
-            {"batch": BATCH, "context": context, "gain": found.decode_gain(BATCH, context)}
-            for context in CONTEXTS
+        **record,
+        "lost_by_ranks": found.lost_by_ranks,
+        "contexts": [
+            {
+                "context": context,
+                "tokens": [held.tokens(context) for held in (found.full, found.clustered)],
+                "requests": [held.requests(context) for held in (found.full, found.clustered)],
+                "near_pages": found.clustered.per.near_pages(context),
+                "capacity_gain": found.capacity_gain(context),
+                "batch": batch,
+                "decode_gain_at_most": found.decode_gain(batch, context),
+            }
+            for context in contexts
         ],
     }

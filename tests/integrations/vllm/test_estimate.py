@@ -6,11 +6,11 @@ from transformers import LlamaConfig
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.estimate import (
+    Blocks,
+    Capacity,
     batch_defaults,
-    capacity,
+    blocks_of,
     estimate,
-    near_bytes,
-    refuse_windows,
 )
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.integrations.vllm.weigh import estimate_config, parameters
@@ -22,17 +22,17 @@ GB = 10**9
 
 def test_pages_are_the_planners() -> None:
     layers = served_layers(describe(LLAMA_7B), ClusterProfile.published("llama-7b"))
-    found = capacity(layers, 128, 50 * GB)
-    page = 16 * 2 * 128 * (18 * 64 + 14 * 36)
-    assert found.block_bytes == page
-    assert found.blocks == 50 * GB // page
-    assert found.tokens == 16 * found.blocks
+    found = Capacity(blocks_of(layers, 128), 100, 8192)
+    assert found.per.block_bytes == 16 * 2 * 128 * (18 * 64 + 14 * 36)
+    assert found.per.near_page is None
+    assert found.tokens(8192) == 16 * 100
+    assert found.requests(160) == 9  # one block is nobody's
 
 
 def test_published_schedule_holds_a_quarter_more() -> None:
     assert parameters(LLAMA_7B) == 6_738_415_616
     found = estimate_config(LLAMA_7B, "llama-7b", [], 80 * GB)
-    assert found.capacity_gain == pytest.approx(1 / (1 - 0.1914), rel=2e-3)
+    assert found.capacity_gain(8192) == pytest.approx(1 / (1 - 0.1914), rel=2e-3)
     assert found.token_bytes[0] == 524_288
     # the more K and V against weights, the nearer to the share of bytes saved
     gains = [found.decode_gain(batch, 8192) for batch in (1, 16, 256)]
@@ -44,12 +44,16 @@ def test_options_of_vllm_are_heeded() -> None:
     plain = estimate_config(LLAMA_7B, "llama-7b", [], 80 * GB)
     less = estimate_config(LLAMA_7B, "llama-7b", ["--gpu-memory-utilization", "0.5"], 80 * GB)
     two = estimate_config(LLAMA_7B, "llama-7b", ["-tp=2", "--block-size", "32"], 80 * GB)
-    assert less.clustered.tokens < plain.clustered.tokens < two.clustered.tokens
-    assert two.clustered.block_bytes == plain.clustered.block_bytes
+    tokens = [found.clustered.tokens(8192) for found in (less, plain, two)]
+    assert tokens == sorted(tokens)
+    # half of the heads, in pages of half as many tokens
+    assert two.clustered.per.block_bytes * 4 == plain.clustered.per.block_bytes
+    assert (two.clustered.per.page, plain.clustered.per.page) == (32, 64)
+    assert (two.full.per.page, plain.full.per.page) == (32, 16)
     narrow = estimate_config(LLAMA_7B, "llama-7b", ["--kv-cache-dtype=fp8"], 80 * GB)
-    assert narrow.clustered.block_bytes * 2 == plain.clustered.block_bytes
+    assert narrow.clustered.per.block_bytes * 2 == plain.clustered.per.block_bytes
     # prompts are read in copies: of 4 + 32 heads, one layer at a time
-    assert plain.budget.cache - narrow.budget.cache == (8192 + 2048) * (4 + 32) * 128 * 2
+    assert narrow.budget.copies == (8192 + 2048) * (4 + 32) * 128 * 2
     assert narrow.full.blocks // 2 == plain.full.blocks  # twice as many, but for half a page
     for written, tokens in (("1k", 1000), ("1.5K", 1536), ("auto", 2048), ("-1", 2048)):
         options = [
@@ -83,38 +87,86 @@ def test_requests_are_as_many_as_vllm_lets_run() -> None:
         assert estimate_config(LLAMA_7B, "llama-7b", options, 80 * GB).requests == requests
 
 
-def test_windows_of_vllms_default_of_requests_are_counted(tmp_path) -> None:
-    clusters = (32,) * 18 + (4,) * 14
-    rep = [[head % k for head in range(32)] for k in clusters]
-    file = tmp_path / "profile.json"
-    ClusterProfile(clusters, "static", representatives=rep, recent=32, sinks=4).save(file)
-    found = estimate_config(LLAMA_7B, str(file), [], 80 * GB)
-    assert found.window_bytes == 14 * 28 * 36 * 128 * 2
-    assert found.budget.windows == 1024 * found.window_bytes
-    assert found.capacity_gain == pytest.approx(1.16, abs=0.01)
+def windowed(recent: int, own: int = 8, streaming: int = 12) -> ClusterProfile:
+    """8 heads that keep, 12 that share, 12 that stream in every layer, or other numbers."""
+    far = 32 - streaming
+    rep = tuple(head % own if head < far else head for head in range(32))
+    return ClusterProfile(
+        (own,) * 32, "static", representatives=(rep,) * 32,
+        streaming=(tuple(range(far, 32)),) * 32, recent=recent, sinks=4,
+    )  # fmt: skip
 
 
-def test_windows_that_no_memory_holds_are_refused_before_they_are_taken() -> None:
-    rep = [[head % 8 for head in range(32)]] * 32
-    profile = ClusterProfile((8,) * 32, "static", representatives=rep, recent=32, sinks=4)
-    each = near_bytes(served_layers(describe(LLAMA_7B), profile), 128, 2)
-    refuse_windows(256, each, 80 * GB)
-    with pytest.raises(ChaiError, match=r"4,000,000 requests take .* GB .*lower --max-num-seqs"):
-        refuse_windows(4_000_000, each, 80 * GB)
-    assert near_bytes(served_layers(describe(LLAMA_7B), profile), 128, 2, drafts=3) > each
+def test_near_pages_are_taken_from_the_same_blocks() -> None:
+    layers = served_layers(describe(LLAMA_7B), windowed(128))
+    found = blocks_of(layers, 128, page=64)
+    assert found.far_bytes == 64 * 32 * (8 + 20) * 128 * 2
+    assert (found.near_page, found.near_bytes) == (48, 48 * 32 * (24 + 12) * 128 * 2)
+    assert found.block_bytes == found.far_bytes
+    assert found.wasted == pytest.approx(1 - 48 * 36 / (64 * 28))
+    # 128 tokens lie in 4 pages of 48 at most, and the sinks in one more
+    assert found.near_pages(10_000) == 5
+    assert found.near_pages(100) == 3
+    assert found.of_request(8192) == 128 + 5
+    # a prompt of 8,192 that is read in one step has them all
+    assert found.of_request(8192, 8192) == 128 + 171
+    held = Capacity(found, 1 + 128 + 171 + 3 * 133, 8192)
+    assert held.requests(8192) == 4
+    assert Capacity(found, 128 + 171, 8192).requests(8192) == 0
+    assert held.tokens(8192) == held.blocks * 8192 // 133
 
 
-def test_windows_are_taken_from_the_cache() -> None:
-    shape = describe(LLAMA_7B)
-    clusters = (8,) * 32
-    rep = tuple(tuple(head % 8 for head in range(32)) for _ in clusters)
-    plain = ClusterProfile(clusters, "static", representatives=rep)
-    window = ClusterProfile(clusters, "static", representatives=rep, recent=32, sinks=4)
+def test_a_near_page_may_be_the_larger_one() -> None:
+    found = blocks_of(served_layers(describe(LLAMA_7B), windowed(128)), 128, page=16)
+    assert found.near_page == 16
+    assert found.block_bytes == found.near_bytes == 16 * 32 * 36 * 128 * 2
+    assert found.wasted == pytest.approx(1 - 28 / 36)
+
+
+@pytest.mark.parametrize(("context", "gain"), [(2048, 2.0), (8192, 2.2), (32768, 2.26)])
+def test_capacity_of_the_default_recipe_grows_with_the_context(context: int, gain: float) -> None:
     options = {"gpu_bytes": 80 * GB, "weight_bytes": 13 * GB, "vocabulary": 32000}
-    without, with_ = (estimate(shape, kind, **options) for kind in (plain, window))
-    assert with_.window_bytes == 32 * 24 * 36 * 128 * 2
-    assert without.budget.cache - with_.budget.cache == with_.window_bytes * 256
-    assert with_.full == without.full
+    found = estimate(describe(LLAMA_7B), windowed(128), **options)
+    assert found.capacity_gain(context) == pytest.approx(gain, abs=0.05)
+    assert found.token_bytes == (524_288, 524_288 * 28 // 64)
+    assert found.window_bytes == 132 * 524_288 * 36 // 64
+    # nothing is taken for requests that do not run
+    more = estimate(describe(LLAMA_7B), windowed(128), requests=1024, **options)
+    fewer = found.clustered.blocks - more.clustered.blocks
+    assert fewer * found.clustered.per.block_bytes == pytest.approx(768 * 32000 * 8, abs=2e7)
+
+
+def test_tables_of_online_memberships_share_the_memory_with_their_blocks() -> None:
+    found = estimate_config(LLAMA_7B, "llama-7b", [], 80 * GB)
+    row = found.budget.tables // found.clustered.blocks
+    assert 14 * 1000 < row < 14 * 5000  # of 14 layers
+    assert found.budget.cache // found.clustered.per.block_bytes == found.clustered.blocks
+
+
+def test_ranks_lose_what_has_to_be_of_one_size() -> None:
+    options = {"gpu_bytes": 80 * GB, "weight_bytes": 13 * GB, "vocabulary": 32000}
+    shape = describe(LLAMA_7B)
+    # of 8 heads two keep, three follow the layer's first head and three stream
+    rep = tuple(0 if head % 8 in (2, 3, 4) else head for head in range(32))
+    streaming = tuple(head for head in range(32) if head % 8 > 4)
+    profile = ClusterProfile(
+        (8,) * 32, "static", representatives=(rep,) * 32, streaming=(streaming,) * 32,
+        recent=128, sinks=4,
+    )  # fmt: skip
+    one, two, eight = (estimate(shape, profile, ranks=r, **options) for r in (1, 2, 8))
+    assert one.lost_by_ranks == 0
+    assert 0 < two.lost_by_ranks < eight.lost_by_ranks <= 1
+    # the second rank has 4 of the 8, and one more that its followers follow
+    assert two.token_bytes[1] == 32 * (5 + 10) * 128 * 2
+    assert two.one_rank_bytes == one.token_bytes[1]
+    even = tuple(head // 2 * 2 for head in range(32))
+    alike = ClusterProfile((16,) * 32, "static", representatives=(even,) * 32)
+    assert estimate(shape, alike, ranks=4, **options).lost_by_ranks == 0
+
+
+def test_requests_without_near_pages() -> None:
+    found = Blocks(64, None, 1000, 0)
+    assert (found.near_pages(5000), found.wasted, found.block_bytes) == (0, 0.0, 1000)
 
 
 def test_too_little_memory() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-
-import torch
 
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
-from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
+from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
+from chai_attention.integrations.vllm.reserve import row_bytes
 from chai_attention.profile import ClusterProfile
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
+PAGE = 64  # the same with clusters: with fewer the kernels look up pages more than they read them
 GIB = 2**30
 RUNTIME = 10**9  # CUDA context, graphs and workspaces, roughly
 
@@ -29,18 +28,73 @@ def batch_defaults(gpu_bytes: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Blocks of a model's K,V cache: a page of every layer, or near pages of all layers.
+
+    vLLM hands both out from one store, so a block is as large as the larger of the two.
+
+    Attributes:
+        page: tokens of a far page.
+        near_page: tokens of a near page; None if there are none.
+        far_bytes: of a far page in all layers.
+        near_bytes: of a near page in all layers.
+        recent: w.
+        sinks: s.
+    """
+
+    page: int
+    near_page: int | None
+    far_bytes: int
+    near_bytes: int
+    recent: int = 0
+    sinks: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return max(self.far_bytes, self.near_bytes)
+
+    @property
+    def wasted(self) -> float:
+        """Share of the blocks' bytes that the smaller kind of page leaves empty, in its blocks."""
+        if self.near_page is None:
+            return 0.0
+        return 1 - min(self.far_bytes, self.near_bytes) / self.block_bytes
+
+    def near_pages(self, tokens: int, new: int = 1) -> int:
+        """Near pages of a request, while ``new`` of its ``tokens`` are being read."""
+        if self.near_page is None:
+            return 0
+        window = -(-(self.recent - 2 + new) // self.near_page) + 1
+        return min(-(-tokens // self.near_page), window + -(-self.sinks // self.near_page))
+
+    def of_request(self, tokens: int, new: int = 1) -> int:
+        """Blocks of a request, while ``new`` of its ``tokens`` are being read."""
+        return -(-tokens // self.page) + self.near_pages(tokens, new)
+
+
+@dataclass(frozen=True)
 class Capacity:
     """What fits into a K,V cache.
 
     Attributes:
-        block_bytes: bytes of one page in all layers.
-        blocks: pages that fit, vLLM's ``num_gpu_blocks``.
-        tokens: tokens in them.
+        per: what a block holds.
+        blocks: that fit, vLLM's ``num_gpu_blocks``.
+        batch_tokens: most tokens of a step, all of whose near pages are there while it runs.
     """
 
-    block_bytes: int
+    per: Blocks
     blocks: int
-    tokens: int
+    batch_tokens: int
+
+    def requests(self, context: int) -> int:
+        """Requests of ``context`` tokens that fit, the last of them while its prompt is read."""
+        left = self.blocks - 1 - self.per.of_request(context, min(context, self.batch_tokens))
+        return 0 if left < 0 else 1 + left // self.per.of_request(context)
+
+    def tokens(self, context: int) -> int:
+        """Tokens that fit, in requests of ``context`` of them."""
+        return self.blocks * context // self.per.of_request(context)
 
 
 @dataclass(frozen=True)
@@ -51,21 +105,20 @@ class Budget:
         total: all that vLLM may use.
         weights: the model's, of one rank.
         activations: of the largest batch, roughly.
-        windows: K of the exact recent windows of all requests.
         copies: of 8-bit pages, for prompts.
+        tables: of online memberships, a row for each block.
     """
 
     total: int
     weights: int
     activations: int
-    windows: int
     copies: int
+    tables: int
 
     @property
     def cache(self) -> int:
         """What is left for K and V."""
-        taken = self.weights + self.activations + self.windows + self.copies + RUNTIME
-        return self.total - taken
+        return self.total - self.weights - self.activations - self.copies - self.tables - RUNTIME
 
 
 @dataclass(frozen=True)
@@ -73,12 +126,14 @@ class Estimate:
     """A model on a GPU, with all heads' K and with a profile.
 
     Attributes:
-        full: capacity with K of all heads.
+        full: capacity with K and V of all heads.
         clustered: capacity with the profile.
         budget: memory with the profile.
         token_bytes: K,V bytes per token of one rank: all heads, with the profile.
-        window_bytes: bytes of one request's recent window.
+        window_bytes: bytes of one request's window that a step reads besides.
         requests: that may run at a time.
+        ranks: of tensor parallelism.
+        one_rank_bytes: K,V bytes per token with the profile if one rank held all heads.
     """
 
     full: Capacity
@@ -87,11 +142,19 @@ class Estimate:
     token_bytes: tuple[int, int]
     window_bytes: int
     requests: int
+    ranks: int
+    one_rank_bytes: int
+
+    def capacity_gain(self, context: int) -> float:
+        """Tokens that fit in requests of ``context``, relative to a full cache."""
+        return self.clustered.tokens(context) / max(1, self.full.tokens(context))
 
     @property
-    def capacity_gain(self) -> float:
-        """Tokens that fit, relative to a full cache."""
-        return self.clustered.tokens / max(1, self.full.tokens)
+    def lost_by_ranks(self) -> float:
+        """Share of what the profile saves that ranks keep nevertheless."""
+        full, kept = (each * self.ranks for each in self.token_bytes)
+        saved = full - self.one_rank_bytes
+        return (kept - self.one_rank_bytes) / saved if saved else 0.0
 
     def decode_gain(self, batch: int, context: int) -> float:
         """Time of a decode step with a full cache over that with the profile, at best.
@@ -104,72 +167,26 @@ class Estimate:
         return (weights + full * tokens) / (weights + kept * tokens + self.window_bytes * batch)
 
 
-def capacity(
-    layers: tuple[ServedLayer, ...],
-    head_dim: int,
-    cache_bytes: int,
-    element_size: int = 2,
-    block: int = BLOCK,
-) -> Capacity:
-    """Pages that vLLM's planner makes of ``cache_bytes``.
+def blocks_of(
+    layers: tuple[ServedLayer, ...], head_dim: int, element_size: int = 2, page: int = BLOCK
+) -> Blocks:
+    """What vLLM's planner makes blocks of.
 
     Args:
         layers: of one rank.
         head_dim: D, of K and V.
-        cache_bytes: memory for K and V on one GPU.
-        element_size: bytes of a number.
-        block: tokens of a page.
+        element_size: bytes of a number in pages.
+        page: tokens of a far page.
     """
-    each = sum(layer.layout(head_dim, head_dim).page_bytes(block, element_size) for layer in layers)
-    blocks = max(0, cache_bytes) // each
-    return Capacity(each, blocks, blocks * block)
-
-
-def near_bytes(
-    layers: tuple[ServedLayer, ...], head_dim: int, element_size: int, drafts: int = 0
-) -> int:
-    """Bytes of one request's exact recent window; taken at start for as many as may run.
-
-    Args:
-        layers: of one rank.
-        head_dim: D.
-        element_size: bytes of a number.
-        drafts: tokens that a step may take back.
-    """
-    return sum(
-        (layer.plan.kv_heads - layer.kept)
-        * (layer.plan.recent + drafts + layer.plan.sinks)
-        * head_dim
-        * element_size
-        for layer in layers
-        if layer.plan.has_recent_window
-    )
-
-
-def refuse_windows(requests: int, each: int, memory: int) -> None:
-    """Stop where the exact recent windows cannot be held, before they are taken.
-
-    Args:
-        requests: that may run at a time.
-        each: bytes of one request's window.
-        memory: of the device, in bytes.
-
-    Raises:
-        ChaiError: says how many requests fit.
-    """
-    if requests * each >= memory:
-        raise ChaiError(
-            f"recent windows of {requests:,} requests take {requests * each / 1e9:,.1f} GB of "
-            f"{memory / 1e9:,.1f} GB, at start: lower --max-num-seqs, to well below "
-            f"{memory // each:,}"
-        )
-
-
-def device_memory() -> int:
-    """Bytes of the first GPU, or of the machine without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    far = sum(layer.layout(head_dim, head_dim).page_bytes(page, element_size) for layer in layers)
+    held = [layer.near_layout(head_dim, head_dim) for layer in layers]
+    found = [layout for layout in held if layout is not None]
+    if not found:
+        return Blocks(page, None, far, 0)
+    tokens = near_page_tokens(layers, page, head_dim, head_dim)
+    near = sum(layout.page_bytes(tokens, element_size) for layout in found)
+    plan = next(layer.plan for layer in layers if layer.plan.has_recent_window)
+    return Blocks(page, tokens, far, near, plan.recent, plan.sinks)
 
 
 def estimate(
@@ -185,7 +202,7 @@ def estimate(
     longest: int = MOST_TOKENS,
     element_size: int = 2,
     cache_element_size: int | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     ranks: int = 1,
 ) -> Estimate:
     """Estimate capacity and gain of one rank.
@@ -200,50 +217,48 @@ def estimate(
         requests: its ``--max-num-seqs``.
         batch_tokens: its ``--max-num-batched-tokens``.
         longest: its ``--max-model-len``.
-        element_size: bytes of a number of hidden states and of the recent window.
+        element_size: bytes of a number of hidden states.
         cache_element_size: the same of the K,V cache; None: as many.
-        block: its ``--block-size``.
+        block: its ``--block-size``; None: 64 with clusters, without them vLLM's 16.
         ranks: its ``--tensor-parallel-size``.
 
     Raises:
         ChaiError: the model does not fit, or the profile does not fit the model.
     """
+    size, cached = shape.head_dim, cache_element_size or element_size
     layers = served_layers(shape, profile, ranks)
     plain = served_layers(shape, ClusterProfile((shape.heads,) * shape.layers), ranks)
-    window_bytes = near_bytes(layers, shape.head_dim, element_size)
+    full, kept = (
+        blocks_of(kind, size, cached, block or page)
+        for kind, page in ((plain, BLOCK), (layers, PAGE))
+    )
+    alone = blocks_of(served_layers(shape, profile), size, cached, 1)
     # about ten hidden states a token alive at once, and float32 scores of the vocabulary
-    hidden = shape.hidden_size or shape.heads * shape.head_dim
+    hidden = shape.hidden_size or shape.heads * size
     activations = batch_tokens * hidden * 10 * element_size + requests * vocabulary * 8 // ranks
-    total = int(gpu_bytes * utilization)
-    weights = weight_bytes // ranks
-    cache_element_size = cache_element_size or element_size
+    total, weights = int(gpu_bytes * utilization), weight_bytes // ranks
     copies = 0
-    if cache_element_size < element_size:
+    if cached < element_size:
         copied = [layer for layer in layers if not layer.plan.is_identity]
-        numbers = (
-            layer.layout(shape.head_dim, shape.head_dim).numbers_per_token for layer in copied
-        )
+        numbers = (layer.layout(size, size).numbers_per_token for layer in copied)
         copies = copied_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
-    budgets = [
-        Budget(total, weights, activations, 0, 0),
-        Budget(total, weights, activations, window_bytes * requests, copies),
-    ]
-    if min(budget.cache for budget in budgets) <= 0:
+    left = total - weights - activations - RUNTIME
+    if left - copies <= 0:
         raise ChaiError(
             f"{gpu_bytes / 1e9:.0f} GB at a utilization of {utilization:g} leave no room for K and "
-            f"V beside {weights / 1e9:.1f} GB of weights"
-            + (f" and windows of {requests} requests" if window_bytes else "")
-            + ": use more memory, more ranks or fewer requests (--max-num-seqs)"
+            f"V beside {weights / 1e9:.1f} GB of weights: use more memory, more ranks or fewer "
+            "requests (--max-num-seqs)"
         )
-    full, clustered = (
-        capacity(kind, shape.head_dim, budget.cache, cache_element_size, block)
-        for kind, budget in zip((plain, layers), budgets, strict=True)
-    )
+    row = sum(row_bytes(layer, size) for layer in layers)
+    blocks = (left - copies) // (kept.block_bytes + row)
+    near_numbers = kept.near_bytes // (kept.near_page or 1)
     return Estimate(
-        full,
-        clustered,
-        budgets[1],
-        (full.block_bytes // block, clustered.block_bytes // block),
-        window_bytes,
+        Capacity(full, left // full.block_bytes, batch_tokens),
+        Capacity(kept, blocks, batch_tokens),
+        Budget(total, weights, activations, copies, blocks * row),
+        (full.far_bytes // full.page, kept.far_bytes // kept.page),
+        near_numbers * (kept.recent + kept.sinks),
         requests,
+        ranks,
+        alone.far_bytes,
     )

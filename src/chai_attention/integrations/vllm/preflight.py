@@ -73,13 +73,7 @@ def _check_model(
 ) -> None:
     """Compare profile and options with the model's config, if it can be read here."""
     from chai_attention.integrations.transformers.support import describe
-    from chai_attention.integrations.vllm.estimate import (
-        device_memory,
-        near_bytes,
-        refuse_windows,
-    )
     from chai_attention.integrations.vllm.layers import served_layers
-    from chai_attention.integrations.vllm.weigh import element_size
 
     config = _local_config(model)
     if config is None or options.is_given("--trust-remote-code"):
@@ -95,10 +89,6 @@ def _check_model(
     problem = page_problem(max(ends), page) if ends and page and asked.caches_prefixes else None
     if problem is not None:
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
-    each = near_bytes(
-        layers, shape.head_dim, element_size(config.get_text_config(decoder=True), options)
-    )
-    refuse_windows(options.count("--max-num-seqs", 0), each, device_memory())
 
 
 def _local_config(model: str) -> PreTrainedConfig | None:

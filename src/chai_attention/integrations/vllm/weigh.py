@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.command_line import OptionError, Options
-from chai_attention.integrations.vllm.estimate import BLOCK, Estimate, batch_defaults, estimate
+from chai_attention.integrations.vllm.estimate import Estimate, batch_defaults, estimate
 from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
 
 _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
@@ -48,7 +48,7 @@ def estimate_config(
         longest=longest,
         element_size=size,
         cache_element_size=1 if cache in EIGHT_BITS else size,
-        block=given.count("--block-size", BLOCK),
+        block=given.count("--block-size", 0) or None,
         ranks=given.count("--tensor-parallel-size", 1),
     )
 
