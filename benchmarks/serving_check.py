@@ -1,9 +1,11 @@
 """Clustered heads in vLLM on a GPU against vLLM as it is: the same tokens.
 
 A small random model, in which whole groups of heads have the same W_Q and W_K, loses nothing by
-clusters. In float32 tokens have to be the same, but for near ties. In bfloat16 rounding alone
-changes them; the log-probabilities up to a request's first difference must differ no more than with
-``k=H``. All engines of a variant run at the same time, each with a small cache.
+clusters: its tokens are the stock engine's. Profiles with streaming heads lose something, so theirs
+are those of the Transformers runtime. In float32 tokens have to be the same, but for near ties. In
+bfloat16 rounding alone changes them; the log-probabilities up to a request's first difference must
+differ no more than with ``k=H``. All engines of a variant run at the same time, each with a small
+cache.
 
     python benchmarks/serving_check.py run --work /tmp/serving
 """
@@ -17,21 +19,36 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from serving_jobs import STOCK, capacity, engine, in_process, label, params
-
-Kinds = dict[str, tuple[list[int], str, int]]  # name: clusters per layer, membership, recent window
+from serving_jobs import STOCK, engine, in_process, label, params
 
 # 4 layers of 8 heads in 3 groups of equal heads
 GROUPS = [0, 1, 0, 2, 1, 0, 2, 0]
-CHECKED: Kinds = {
-    "k=H": ([8] * 4, "static", 0),
-    "static": ([3, 3, 8, 3], "static", 0),
-    "online": ([3, 3, 8, 3], "online", 0),
-    "static window": ([3, 3, 8, 3], "static", 16),
-    "online window": ([3, 3, 8, 3], "online", 16),
+STREAMING = [3, 6]  # those of one group, on both of two ranks
+
+
+class Checked(NamedTuple):
+    """A kind of profile: clusters per layer, membership, recent window, whether heads stream."""
+
+    clusters: list[int]
+    membership: str
+    recent: int = 0
+    streams: bool = False
+
+
+CHECKED = {
+    "k=H": Checked([8] * 4, "static"),
+    "static": Checked([3, 3, 8, 3], "static"),
+    "online": Checked([3, 3, 8, 3], "online"),
+    "static window": Checked([3, 3, 8, 3], "static", 16),
+    "online window": Checked([3, 3, 8, 3], "online", 16),
+    "streaming": Checked([2, 2, 8, 2], "static", 40, streams=True),
+    "streaming only": Checked([6, 6, 8, 6], "static", 128, streams=True),
+    "streaming online": Checked([2, 2, 8, 2], "online", 40, streams=True),
 }
+RUNTIME = ", by transformers"  # behind the name of a kind
+NEW = 32  # tokens of each answer
 COMMON = {
     "dtype": "bfloat16",
     "max_model_len": 2048,
@@ -58,100 +75,135 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PRECISE = {"TRITON_F32_DEFAULT": "ieee"}
 
 
-def profile(clusters: list[int], membership: str, recent: int, groups: list[int]) -> dict[str, Any]:
-    """A profile; ``groups`` gives each head's cluster where a layer has fewer than heads."""
-    first = [groups.index(group) for group in groups]
-    heads = len(groups)
-    found: dict[str, Any] = {"clusters": clusters, "membership": membership}
-    if membership == "static":
-        found["representatives"] = [list(range(heads)) if k == heads else first for k in clusters]
+def profile(kind: Checked) -> dict[str, Any]:
+    """A profile; heads of a group share scores where a layer has fewer clusters than heads."""
+    every = list(range(len(GROUPS)))
+    streaming = STREAMING if kind.streams else []
+    first = [head if head in streaming else GROUPS.index(GROUPS[head]) for head in every]
+    found: dict[str, Any] = {"clusters": kind.clusters, "membership": kind.membership}
+    if kind.streams:
+        found["streaming"] = [[] if k == len(every) else streaming for k in kind.clusters]
+    if kind.membership == "static":
+        keeps = [k + len(streaming) >= len(every) for k in kind.clusters]
+        found["representatives"] = [every if all_own else first for all_own in keeps]
     else:
         # what requests too short to tell fall back on
-        alike = [[float(a == b) for b in groups] for a in groups]
-        found["similarity"] = [alike] * len(clusters)
-    if recent:
-        found |= {"recent": recent, "sinks": 4}
+        alike = [[float(a == b) for b in GROUPS] for a in GROUPS]
+        found["similarity"] = [alike] * len(kind.clusters)
+    if kind.recent:
+        found |= {"recent": kind.recent, "sinks": 4}
     return found
 
 
-def write_small(folder: Path, groups: list[int]) -> None:
-    """Write a random model of 4 layers in which heads of a group have the same W_Q and W_K.
-
-    Clustering them changes nothing, so its tokens must be those of the stock engine.
-    """
+def write_small(folder: Path) -> None:
+    """Write a random model of 4 layers in which heads of a group have the same W_Q and W_K."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=4, vocab_size=512,
-        num_attention_heads=len(groups), head_dim=64, initializer_range=0.06,
+        num_attention_heads=len(GROUPS), head_dim=64, initializer_range=0.06,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    first = [groups.index(group) for group in groups]
+    first = [GROUPS.index(group) for group in GROUPS]
     with torch.no_grad():
         for layer in model.model.layers:
             for weight in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
-                rows = weight.view(len(groups), 64, -1)
+                rows = weight.view(len(GROUPS), 64, -1)
                 rows.copy_(rows[first].clone())
         model.lm_head.weight *= 3
     model.save_pretrained(folder)
 
 
 def jobs(
-    kinds: Kinds, groups: dict[str, list[int]], model: Path, options: dict[str, Any], work: Path
+    kinds: dict[str, Checked], model: Path, options: dict[str, Any], work: Path
 ) -> list[dict[str, Any]]:
-    """The stock engine's job and those of all profiles."""
-    made = [{"name": STOCK, "model": str(model), "profile": None, "options": options}]
-    for name, (clusters, membership, recent) in kinds.items():
+    """The stock engine's job, those of all profiles, and of the Transformers runtime."""
+    common = {"model": str(model), "options": options, "own": True}
+    made: list[dict[str, Any]] = [{**common, "name": STOCK, "profile": None}]
+    for name, kind in kinds.items():
         path = work / f"profile-{label(name)}.json"
-        path.write_text(json.dumps(profile(clusters, membership, recent, groups[name])))
-        made.append({"name": name, "model": str(model), "profile": str(path), "options": options})
+        path.write_text(json.dumps(profile(kind)))
+        made.append({**common, "name": name, "profile": str(path)})
+        if kind.streams:
+            made.append({**common, "name": f"{name}{RUNTIME}", "profile": str(path)})
     return made
 
 
 def run_job(job: dict[str, Any]) -> None:
     """Tokens and log-probabilities of prompts of many lengths, in two batches."""
-    llm = engine(job)
     random.seed(1)
     sizes = [1, 2, 7, 40, 65, 128, 300, 700, 1500, 33, 90, 5]
     prompts = [[random.randrange(3, 512) for _ in range(size)] for size in sizes]
     prompts += [prompts[8][:600], prompts[8][:1000]]  # hit the cached prefix, if there is one
-    found = []
-    for batch in (prompts[:12], prompts[4:]):
-        done = llm.generate(
-            [{"prompt_token_ids": ids} for ids in batch], params(32, logprobs=0), use_tqdm=False
-        )
-        for request in done:
+    run = by_transformers if job["name"].endswith(RUNTIME) else by_engine
+    found = run(job, [prompts[:12], prompts[4:]])
+    Path(job["result"]).write_text(json.dumps({"requests": found}))
+
+
+def by_engine(job: dict[str, Any], batches: list[list[list[int]]]) -> list[dict[str, Any]]:
+    """What vLLM generates."""
+    llm, found = engine(job), []
+    for batch in batches:
+        prompts = [{"prompt_token_ids": ids} for ids in batch]
+        for request in llm.generate(prompts, params(NEW, logprobs=0), use_tqdm=False):
             out = request.outputs[0]
             chances = [next(iter(step.values())).logprob for step in out.logprobs]
             found.append({"ids": list(out.token_ids), "logprobs": chances})
-    Path(job["result"]).write_text(json.dumps({"requests": found, **capacity(llm, 2048)}))
+    return found
 
 
-def kinds_of(ranks: int) -> Kinds:
+def by_transformers(job: dict[str, Any], batches: list[list[list[int]]]) -> list[dict[str, Any]]:
+    """What the Transformers runtime generates, one prompt after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from chai_attention.integrations.transformers import enabled
+    from chai_attention.profile import ClusterProfile
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, job["options"]["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).eval().to(device)
+    found = []
+    with enabled(model, ClusterProfile.load(job["profile"])):
+        for prompt in (prompt for batch in batches for prompt in batch):
+            ids = torch.tensor([prompt], device=device)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                min_new_tokens=NEW, eos_token_id=None, pad_token_id=0, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            new = out.sequences[0, len(prompt) :].tolist()
+            scores = torch.cat(out.logits).float().log_softmax(1)
+            chances = [float(row[token]) for row, token in zip(scores, new, strict=True)]
+            found.append({"ids": new, "logprobs": chances})
+    return found
+
+
+def kinds_of(ranks: int) -> dict[str, Checked]:
     """Kinds of profiles for so many ranks, each of which finds all groups among its own heads."""
     if ranks == 1:
         return CHECKED
     found = {}
-    for name, (clusters, membership, recent) in CHECKED.items():
+    for name, kind in CHECKED.items():
         if name == "k=H":  # vLLM's own attention would run
             continue
-        least = min(clusters) * (ranks if membership == "online" else 1)
-        found[name] = ([least] * len(clusters), membership, recent)
+        least = min(kind.clusters) * (ranks if kind.membership == "online" else 1)
+        found[name] = kind._replace(clusters=[least] * len(kind.clusters))
     return found
 
 
 def check(
     work: Path, only: list[str] | None, variants: list[str], limit: float, ranks: int
 ) -> bool:
-    """Compare all kinds of profiles with the stock engine; print and return whether they agree.
+    """Compare all kinds of profiles with their references; print and return whether they agree.
 
     The stock engine has one rank, the others ``ranks``.
     """
     model = work / "small"
     if not (model / "model.safetensors").exists():
-        write_small(model, GROUPS)
+        write_small(model)
     found = [_variant(work, model, only, name, limit, ranks) for name in variants or VARIANTS]
     return all(found)
 
@@ -159,21 +211,18 @@ def check(
 def _variant(
     work: Path, model: Path, only: list[str] | None, variant: str, limit: float, ranks: int
 ) -> bool:
-    options, checked = VARIANTS[variant], kinds_of(ranks)
-    exact = options.get("dtype") == "float32"
+    options = VARIANTS[variant]
+    exact = options["dtype"] == "float32"
     chosen = []
-    for job in jobs(checked, dict.fromkeys(checked, GROUPS), model, options, work):
+    for job in jobs(kinds_of(ranks), model, options, work):
         name = job["name"]
-        if name != STOCK and only and name not in only:
-            continue
-        if "window" in name and "prefix" in variant:
+        if name != STOCK and only and name.removesuffix(RUNTIME) not in only:
             continue
         job["result"] = str(work / f"check-{label(variant)}-{label(name)}.json")
         Path(job["result"]).unlink(missing_ok=True)
-        job["own"] = True
         if name != STOCK:
             job["options"] = {**options, "tensor_parallel_size": ranks}
-        if name == STOCK and exact:  # FlashAttention has no float32
+        elif exact:  # FlashAttention has no float32
             job["options"] = {**options, "attention_backend": "TRITON_ATTN"}
         chosen.append(job)
 
@@ -186,21 +235,19 @@ def _variant(
 
     with ThreadPoolExecutor(len(chosen)) as pool:
         found = dict(zip([job["name"] for job in chosen], pool.map(run, chosen), strict=True))
-    reference = found.pop(STOCK)
-    if reference is None:
-        return False
     good, noise = True, 0.0
-    for name, result in found.items():
-        if result is None:
+    for name in [name for name in found if name in CHECKED]:
+        wanted, result = found.get(f"{name}{RUNTIME}", found[STOCK]), found[name]
+        if result is None or wanted is None:
             good = False
             continue
-        agree, mean = compare(reference["requests"], result["requests"])
+        agree, mean = compare(wanted["requests"], result["requests"])
         if name == "k=H":
             noise = mean
         fine = agree > 0.97 if exact else mean < max(2 * noise, 0.02)
         good = good and fine
         print(
-            f"{variant:24} {name:14} same tokens {agree:6.1%}, log-probabilities differ by "
+            f"{variant:24} {name:16} same tokens {agree:6.1%}, log-probabilities differ by "
             f"{mean:.4f}: {'ok' if fine else 'WRONG'}",
             flush=True,
         )
@@ -227,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=["run"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
-    parser.add_argument("--only", action="append", help="names of profiles; repeatable")
+    parser.add_argument("--only", action="append", choices=CHECKED, help="repeatable")
     parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, for tensor parallelism")
     parser.add_argument("--limit", type=float, default=150, help="seconds of an engine")
