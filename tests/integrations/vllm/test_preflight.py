@@ -51,11 +51,6 @@ def saved(folder: Path, profile: ClusterProfile) -> str:
         (ClusterProfile(CLUSTERS), "--block-size 16", "add --block-size 32 or more"),
         (ClusterProfile(CLUSTERS, recent=4), "--block-size 16", "add --block-size 32 or more"),
         (ClusterProfile(CLUSTERS, window=60, probe_start=9), "", "add --block-size 80 or more"),
-        (
-            ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES, recent=32, sinks=4),
-            "--max-num-seqs 2000000000",
-            "lower --max-num-seqs",
-        ),
     ],
 )
 def test_one_line_before_vllm_starts(profile, options, line, model, tmp_path) -> None:

@@ -150,11 +150,6 @@ class Asked:
     def problems(self, profile: ClusterProfile) -> Iterator[str]:
         """What would give wrong results with a profile; each names the option and what to do."""
         online = profile.membership != STATIC
-        if any(profile.streaming or ()):
-            yield (
-                "streaming heads in vLLM yet: calibrate a profile without (chai calibrate --recipe "
-                "share), or run this one by transformers (chai generate, enable())"
-            )
         if (problem := cache_problem(self.cache_dtype, self.dtype)) is not None:
             yield problem
         if self.skips_layers:
