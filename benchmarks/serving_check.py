@@ -195,7 +195,7 @@ def kinds_of(ranks: int) -> dict[str, Checked]:
 
 
 def check(
-    work: Path, only: list[str] | None, variants: list[str], limit: float, ranks: int
+    work: Path, only: list[str] | None, variants: list[str], limit: float, ranks: int, cards: int
 ) -> bool:
     """Compare all kinds of profiles with their references; print and return whether they agree.
 
@@ -204,12 +204,20 @@ def check(
     model = work / "small"
     if not (model / "model.safetensors").exists():
         write_small(model)
-    found = [_variant(work, model, only, name, limit, ranks) for name in variants or VARIANTS]
+    found = [
+        _variant(work, model, only, name, limit, ranks, cards) for name in variants or VARIANTS
+    ]
     return all(found)
 
 
 def _variant(
-    work: Path, model: Path, only: list[str] | None, variant: str, limit: float, ranks: int
+    work: Path,
+    model: Path,
+    only: list[str] | None,
+    variant: str,
+    limit: float,
+    ranks: int,
+    cards: int,
 ) -> bool:
     options = VARIANTS[variant]
     exact = options["dtype"] == "float32"
@@ -227,7 +235,9 @@ def _variant(
         chosen.append(job)
 
     def run(job: dict[str, Any]) -> dict[str, Any] | None:
-        settings = PRECISE if exact else None
+        settings = dict(PRECISE) if exact else {}
+        if ranks == 1 and cards > 1:
+            settings["CUDA_VISIBLE_DEVICES"] = str(chosen.index(job) % cards)
         if not in_process(__file__, "run", job, work, limit, settings):
             return None
         found: dict[str, Any] = json.loads(Path(job["result"]).read_text())
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=CHECKED, help="repeatable")
     parser.add_argument("--variant", action="append", default=[], choices=VARIANTS)
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, for tensor parallelism")
+    parser.add_argument("--cards", type=int, default=1, help="GPUs that engines are dealt to")
     parser.add_argument("--limit", type=float, default=150, help="seconds of an engine")
     parser.add_argument("--job", help="one job, in this process")
     options = parser.parse_args()
@@ -284,7 +295,9 @@ def main() -> None:
     if options.job:
         run_job(json.loads(options.job))
     else:
-        good = check(options.work, options.only, options.variant, options.limit, options.ranks)
+        good = check(
+            options.work, options.only, options.variant, options.limit, options.ranks, options.cards
+        )
         sys.exit(0 if good else 1)
 
 

@@ -9,7 +9,7 @@ which depends on the batch, tips two tokens that are almost equally likely, the 
 log-probabilities is reported.
 
     python benchmarks/serving_soak.py --out soak.json            # SmolLM2, 300 requests, 32 at once
-    python benchmarks/serving_soak.py --membership static --out static.json
+    python benchmarks/serving_soak.py --membership streaming --out streaming.json
     python benchmarks/serving_soak.py --stock --out stock.json   # vLLM without clusters, to compare
 """
 
@@ -318,8 +318,15 @@ def smollm2(work: Path, membership: str) -> tuple[Path, Path]:
         tokenizer.save_pretrained(folder)
     file = work / f"{membership}.json"
     clusters = (9, 6) * 15
-    if membership == "static":
-        pairs = [list(range(9)), [0, 0, 2, 3, 3, 5, 6, 6, 8]]
+    every = list(range(9))
+    if membership == "streaming":  # the middle of three K/V heads streams, the last one shares
+        shared = [0, 1, 2, 3, 4, 5, 0, 1, 2]
+        profile = ClusterProfile(
+            (9, 3) * 15, "static", representatives=[every, shared] * 15,
+            streaming=[[], [3, 4, 5]] * 15, recent=64, sinks=4,
+        )  # fmt: skip
+    elif membership == "static":
+        pairs = [every, [0, 0, 2, 3, 3, 5, 6, 6, 8]]
         profile = ClusterProfile(clusters, "static", representatives=pairs * 15)
     else:
         profile = ClusterProfile(clusters, window=16)
@@ -333,7 +340,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving-soak"))
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; default: SmolLM2")
     parser.add_argument("--profile", help="for --model")
-    parser.add_argument("--membership", choices=["online", "static"], default="online",
+    parser.add_argument("--membership", choices=["online", "static", "streaming"], default="online",
                         help="of SmolLM2's profile")  # fmt: skip
     parser.add_argument("--stock", action="store_true", help="vLLM without clusters")
     parser.add_argument("--requests", type=int, default=300)

@@ -16,13 +16,15 @@ from chai_attention.membership import Membership
 PAGES, DIM = 37, 64
 
 
-@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize(
+    ("window", "streaming"), [(0, ()), (4, ()), (4, (2, 3, 6, 7))], ids=["", "window", "streaming"]
+)
 @pytest.mark.parametrize(
     ("heads", "groups", "clusters", "target"),
-    [(12, 12, 5, "scores"), (8, 4, 4, "k-bytes"), (32, 32, 8, "scores")],
+    [(12, 12, 5, "scores"), (8, 4, 2, "k-bytes"), (32, 32, 8, "scores")],
 )
 def test_what_is_counted_is_what_tables_of_all_pages_take(
-    heads, groups, clusters, target, window, monkeypatch
+    heads, groups, clusters, target, window, streaming, monkeypatch
 ) -> None:
     chunks = pytest.importorskip("chai_attention.ops.triton.chunks")
     prefill = pytest.importorskip("chai_attention.ops.triton.paged_prefill")
@@ -31,28 +33,36 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     table = tuple(tuple(float(a != b) for b in range(heads)) for a in range(heads))
     plan = LayerPlan(
         0, heads, groups, clusters, 8, target, recent=window, sinks=1 if window else 0,
-        offsets=table if window else None,
+        offsets=table if window else None, streaming=streaming,
     )  # fmt: skip
     kept = clusters * groups // heads if target == "k-bytes" else clusters
     unit = heads // groups if target == "k-bytes" else 1
-    rep = tuple(head if head < clusters else head % unit for head in range(heads))
+    far = [head for head in range(heads) if head not in streaming]
+    own = far[:clusters]
+    rep = tuple(
+        head if head in own or head in streaming else own[head % unit] for head in range(heads)
+    )
     layer = ServedLayer(plan, kept, rep)
     pages = PageMemberships(layer, PAGES, torch.device("cpu"))
     member = pages._all
     # what writing, decode, prefill and windows read
     names = ["slot_heads", "key_heads", "value_heads", "value_slot", "key_slot"]
-    for name in [*names, *(["key_place"] if window else [])]:
+    for name in [*names, *(["key_place", "value_place"] if window else [])]:
         getattr(member, name)
     wide = 64
-    decode, prompts = (chunks.members_of(heads, clusters, n // wide) for n in (1024, 256))
+    decode, prompts = (chunks.members_of(len(far), clusters, n // wide) for n in (1024, 256))
+    prompts = min(2, prompts) if window else prompts
     chunks.chunks_of(member, decode)
     chunks.chunks_of(member, prompts)
     prefill.natural_chunks(member, prompts)
-    made = [*vars(member).values(), pages._offset]
+    if window:
+        prefill.natural_chunks(member, 2)
+    made = [*vars(member).values(), *vars(member.far or member).values(), pages._offset]
     for store in (chunks._made, prefill._natural):
         for held in store[member].values():
             made += [getattr(held, field.name) for field in fields(held)]
-    sizes = {id(one): one.nbytes for one in made if isinstance(one, Tensor) and one.stride(0)}
+    tables = [one for one in made if isinstance(one, Tensor) and one.ndim > 1]  # with a row a page
+    sizes = {id(one): one.nbytes for one in tables if one.stride(0)}
     taken = sum(sizes.values())
     assert taken <= PAGES * row_bytes(layer, DIM) <= 1.3 * taken
 

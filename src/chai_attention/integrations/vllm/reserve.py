@@ -18,9 +18,9 @@ from torch import Tensor
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.membership import Membership
 
-# all that is made of a membership for pages, prompts and recent windows
+# all that is made of a membership for pages, prompts and exact windows
 _TABLES = ("slot_heads", "key_heads", "value_heads", "value_slot", "key_slot")
-_WINDOW_TABLES = ("removed_key_heads", "key_place")
+_WINDOW_TABLES = ("removed_key_heads", "removed_value_heads", "key_place", "value_place")
 
 
 def row_bytes(layer: ServedLayer, head_dim: int) -> int:
@@ -37,26 +37,43 @@ def row_bytes(layer: ServedLayer, head_dim: int) -> int:
     member = layer.membership_of(torch.zeros(rows, plan.heads, dtype=torch.long, device="meta"))
     for name in (*_TABLES, *(_WINDOW_TABLES if plan.has_recent_window else ())):
         getattr(member, name)
-    made = [] if find_spec("triton") is None else list(_kernel_tables(member, head_dim))
-    made += [table for table in vars(member).values() if isinstance(table, Tensor)]
-    each = {id(table): table.nbytes for table in made if table.stride(0)}
-    offsets = 4 * plan.heads if plan.has_recent_window and plan.offsets is not None else 0
-    return sum(each.values()) // rows + offsets
+    made = []
+    if find_spec("triton") is not None:
+        made += _kernel_tables(member, head_dim, plan.has_recent_window)
+    made += _own_tables(member)
+    each = {id(table): table.nbytes for table in made if table.ndim > 1 and table.stride(0)}
+    has_offsets = plan.has_recent_window and (plan.offsets is not None or layer.streaming)
+    return sum(each.values()) // rows + (4 * plan.heads if has_offsets else 0)
 
 
-def _kernel_tables(member: Membership, head_dim: int) -> Iterator[Tensor]:
+def _own_tables(member: Membership) -> Iterator[Tensor]:
+    """What a membership remembers, and that of its heads which see far keys."""
+    for made in vars(member).values():
+        if isinstance(made, Tensor):
+            yield made
+        elif isinstance(made, Membership):
+            yield from _own_tables(made)
+
+
+def _kernel_tables(member: Membership, head_dim: int, has_window: bool) -> Iterator[Tensor]:
     """How kernels deal out heads, in decode and in prefill."""
     from chai_attention.ops.triton import launch_decode, prefill
     from chai_attention.ops.triton.chunks import chunks_of, members_of
     from chai_attention.ops.triton.decode import padded
     from chai_attention.ops.triton.paged_prefill import natural_chunks
 
-    for make, columns in (
-        (chunks_of, launch_decode.COLUMNS),
-        (chunks_of, prefill.COLUMNS),
-        (natural_chunks, prefill.COLUMNS),
-    ):
-        members = members_of(member.heads, member.clusters, columns // padded(head_dim))
+    heads = len(member.far_heads)
+    decode, prompts = (
+        members_of(heads, member.clusters, columns // padded(head_dim))
+        for columns in (launch_decode.COLUMNS, prefill.COLUMNS)
+    )
+    # with a window a program takes two members at most; on Hopper also where one would do
+    sizes = {min(2, prompts), 2} if has_window else {prompts}
+    wanted = [
+        (chunks_of, decode),
+        *((make, n) for make in (chunks_of, natural_chunks) for n in sizes),
+    ]
+    for make, members in wanted:
         chunks = make(member, members)
         for field in fields(chunks):
             table = getattr(chunks, field.name)
