@@ -37,7 +37,7 @@ def row_bytes(layer: ServedLayer, head_dim: int) -> int:
     member = layer.membership_of(torch.zeros(rows, plan.heads, dtype=torch.long, device="meta"))
     for name in (*_TABLES, *(_WINDOW_TABLES if plan.has_recent_window else ())):
         getattr(member, name)
-    made = []
+    made: list[Tensor] = []
     if find_spec("triton") is not None:
         made += _kernel_tables(member, head_dim, plan.has_recent_window)
     made += _own_tables(member)
