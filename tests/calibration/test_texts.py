@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from chai_attention.calibration import load_texts, self_text, texts, windows_of
+from chai_attention.calibration import load_texts, self_text, texts, token_text, windows_of
 from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError
 from tiny_models import tiny_model
@@ -153,7 +153,7 @@ def test_a_long_text_is_turned_into_tokens_piece_by_piece(monkeypatch):
     text = "".join(f"word {i}\n" for i in range(900))
     whole = windows_of(text, TOKENIZER, samples=10**6, length=7, seed=0)
     lengths = []
-    monkeypatch.setattr(texts, "PIECE", 100)
+    monkeypatch.setattr(token_text, "PIECE", 100)
 
     def counting(piece, **options):
         lengths.append(len(piece))

@@ -23,7 +23,13 @@ from chai_attention.calibration.recall_source import use_recall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
-from chai_attention.calibration.texts import beginning, check_numbers, cut_windows, windows_of
+from chai_attention.calibration.texts import (
+    as_tokens,
+    beginning,
+    check_numbers,
+    cut_windows,
+    windows_of,
+)
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.support import (
@@ -169,12 +175,13 @@ def _divided(
     check = held_out if isinstance(held_out, Tensor) and holds else None
     if check is None:
         longer = None
+    tokens = texts if isinstance(texts, Tensor) else as_tokens(texts, tokenizer)
     if not holds or check is not None:
-        windows = windows_of(texts, tokenizer, samples, length, seed)
+        windows = windows_of(tokens, tokenizer, samples, length, seed)
     else:
 
         def read(samples: int, length: int) -> Tensor:
-            return windows_of(texts, tokenizer, samples, length, seed)
+            return windows_of(tokens, tokenizer, samples, length, seed)
 
         windows, times = stretched(model, chosen, read, samples, extra, length)
         wanted, kept = -(-samples // times), -(-extra // times)
@@ -223,10 +230,7 @@ def stretched(
         windows ``[N, times * length]`` int64, and how many times as long they are: 1 if the text
         has few long ones.
     """
-    longest = longest_text(model)
-    for times in STRETCHES if chosen.streams else ():
-        if longest is not None and times * length > longest:
-            continue
+    for times in stretches(model, chosen, length):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
@@ -238,6 +242,16 @@ def stretched(
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
             return windows, times
     return read(samples + extra, length), 1
+
+
+def stretches(model: PreTrainedModel, chosen: Settings, length: int) -> list[int]:
+    """How many times as long as ``length`` `stretched` tries to make windows, longest first."""
+    longest = longest_text(model)
+    return [
+        times
+        for times in (STRETCHES if chosen.streams else ())
+        if longest is None or times * length <= longest
+    ]
 
 
 def _calibrated(

@@ -19,6 +19,7 @@ from chai_attention.calibration.calibrate import (
     check_window,
     default_samples,
     stretched,
+    stretches,
     window_length,
 )
 from chai_attention.calibration.evidence import EvidenceStore
@@ -28,6 +29,7 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import (
     Source,
     mixed_windows,
+    read_sources,
     split_windows,
     warn_uneven,
 )
@@ -152,17 +154,28 @@ def prepare(
     length = window_length(model, resolved, request.length)
     check_window(resolved, length)
     found: dict[int, Tensor] = {}
+    written = any(source.name == SELF for source in request.sources)
+    longer = stretches(model, resolved, length) if measured and not written else []
+    texts = read_sources(
+        request.sources,
+        tokenizer,
+        samples + (request.held_out if measured else 0),
+        length,
+        request.seed,
+        longest=length * max([1, *longer]),
+        progress=progress,
+    )
 
     def read(samples: int, length: int) -> Tensor:
         windows, found[length] = mixed_windows(
             request.sources, model, tokenizer, samples, length, request.seed,
-            kept=kept, progress=progress,
+            texts=texts, kept=kept, progress=progress,
         )  # fmt: skip
         return windows
 
     if not measured:
         return Prepared(settings, read(samples, length), None, None)
-    if any(source.name == SELF for source in request.sources):
+    if written:
         windows, times = read(samples + request.held_out, length), 1  # long texts cost too much
     else:
         windows, times = stretched(model, resolved, read, samples, request.held_out, length)

@@ -20,11 +20,13 @@ from chai_attention.calibration.recall_source import RECALL
 from chai_attention.calibration.text_files import FILE_SUFFIXES
 from chai_attention.calibration.texts import (
     SELF,
+    as_tokens,
     check_numbers,
     load_texts,
     self_text,
     windows_of,
 )
+from chai_attention.calibration.token_text import TokenText
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.progress import Progress, quiet
 from chai_attention.whole_files import place_of
@@ -114,6 +116,7 @@ def mixed_windows(
     length: int,
     seed: int,
     *,
+    texts: Mapping[str, TokenText] | None = None,
     kept: EvidenceFile | None = None,
     progress: Progress = quiet,
 ) -> tuple[Tensor, Tensor]:
@@ -131,6 +134,7 @@ def mixed_windows(
         samples: windows wanted in all.
         length: tokens per window.
         seed: of every choice.
+        texts: what `read_sources` has read; None to read it now.
         kept: gives what the model wrote in an interrupted calibration back, and keeps it.
         progress: called with (what is going on, done, in all).
 
@@ -141,24 +145,17 @@ def mixed_windows(
         CalibrationError: fewer samples than give every source a window, a source that cannot be
             read, or one with less text than a window.
     """
-    check_numbers(samples, seed)
-    shares = _apportion(samples, [source.weight for source in sources])
-    starved = [source.name for source, share in zip(sources, shares, strict=True) if share < 1]
-    if starved:
-        raise CalibrationError(
-            f"{samples} samples leave no window for {', '.join(starved)}: "
-            "take more samples, or larger weights"
-        )
+    shares = _shares(sources, samples, seed)
+    if texts is None:
+        texts = read_sources(sources, tokenizer, samples, length, seed, progress=progress)
     parts = []
     for source, share in zip(sources, shares, strict=True):
         if source.name == SELF:
             assert model is not None
             part = _self_text(model, share, length, seed, kept, progress)
         else:
-            progress(f"reading {source.name}", 0, 1)
-            texts = load_texts(source.name, tokens=share * length, tokenizer=tokenizer)
             try:
-                part = windows_of(texts, tokenizer, share, length, seed)
+                part = windows_of(texts[source.name], tokenizer, share, length, seed)
             except CalibrationError as error:
                 raise CalibrationError(f"{source.name}: {error}") from error
         if len(part) < share and len(sources) > 1:
@@ -178,6 +175,58 @@ def mixed_windows(
     if model is not None:
         require_tokens(model, windows)
     return windows, labels
+
+
+def read_sources(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    *,
+    longest: int | None = None,
+    progress: Progress = quiet,
+) -> dict[str, TokenText]:
+    """Read the text of every source but the model, for windows of any length up to a longest one.
+
+    Args:
+        sources: where the text comes from.
+        tokenizer: turns it into tokens.
+        samples: windows wanted of all sources together.
+        length: tokens of these windows.
+        seed: what is read of a file with far more text.
+        longest: tokens of the longest windows that may be cut; None for ``length``.
+        progress: called with (what is going on, done, in all).
+
+    Returns:
+        tokens by the source's name.
+
+    Raises:
+        CalibrationError: as `mixed_windows`, but for sources with little text.
+    """
+    found = {}
+    for source, share in zip(sources, _shares(sources, samples, seed), strict=True):
+        if source.name != SELF:
+            progress(f"reading {source.name}", 0, 1)
+            texts = load_texts(
+                source.name, tokens=share * length, tokenizer=tokenizer, length=longest or length,
+                seed=seed,
+            )  # fmt: skip
+            found[source.name] = as_tokens(texts, tokenizer)
+    return found
+
+
+def _shares(sources: Sequence[Source], samples: int, seed: int) -> list[int]:
+    """Windows of every source."""
+    check_numbers(samples, seed)
+    shares = _apportion(samples, [source.weight for source in sources])
+    starved = [source.name for source, share in zip(sources, shares, strict=True) if share < 1]
+    if starved:
+        raise CalibrationError(
+            f"{samples} samples leave no window for {', '.join(starved)}: "
+            "take more samples, or larger weights"
+        )
+    return shares
 
 
 def _self_text(

@@ -16,7 +16,7 @@ DELIMITERS, PARQUET = {".csv": ",", ".tsv": "\t"}, (".parquet",)
 TABLES = (*DELIMITERS, *PARQUET)
 PLAIN = (".txt", ".md", ".raw", ".gz")
 FILE_SUFFIXES = (*PLAIN, *JSON_LINES, *JSON, *TABLES)
-CHUNK = 1 << 20  # characters of a JSON file that are read at a time
+CHUNK = 1 << 20  # characters of text, or bytes of a table, that are read at a time
 LARGEST_RECORD = 1 << 26  # characters
 PIECE = 1 << 16  # characters of a table's first row that are looked at for what separates it
 ROWS = 64  # of a Parquet file that are read at a time
@@ -53,8 +53,8 @@ def is_plain(path: Path) -> bool:
     return path.suffix.lower() not in (*JSON_LINES, *JSON, *TABLES)
 
 
-def plain_text(path: Path, most: int) -> tuple[str, bool]:
-    """Return the first ``most`` characters of a text file, and whether there are more.
+def plain_pieces(path: Path, size: int) -> Iterator[str]:
+    """Read a text file in pieces of at most ``size`` characters, cut between words.
 
     Raises:
         CalibrationError: the file cannot be read as UTF-8.
@@ -62,11 +62,26 @@ def plain_text(path: Path, most: int) -> tuple[str, bool]:
     try:
         # the signature that Windows writes is no text
         with path.open(encoding="utf-8-sig") as file:
-            text, more = file.read(most), bool(file.read(1))
+            rest = ""
+            while more := file.read(max(size, CHUNK)):
+                _require_text(str(path), [more])
+                *whole, rest = pieces_of(rest + more, size)
+                yield from whole
+            if rest:
+                yield rest
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
-    _require_text(str(path), [text])
-    return text, more
+
+
+def pieces_of(text: str, size: int) -> Iterator[str]:
+    """Cut a text in pieces of at most ``size`` characters, between words if it has any."""
+    start = 0
+    while len(text) - start > size:
+        bounds = start + size // 2, start + size
+        cut = max(text.rfind("\n", *bounds), text.rfind(" ", *bounds)) + 1 or bounds[1]
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def records_of(path: Path) -> Iterator[Record]:
@@ -106,31 +121,36 @@ def _values(path: Path) -> Iterator[Record]:
             decoder = json.JSONDecoder()
             buffer = file.read(CHUNK).lstrip()
             array = buffer.startswith("[")
-            buffer = buffer[1:] if array else buffer
+            at = int(array)  # place in the buffer: it is not cut for every record
             number, separated = 0, False
             while True:
                 where = f"{path}, record {number + 1}"
-                buffer = buffer.lstrip()
-                if not buffer:
-                    if buffer := file.read(CHUNK):
+                while at < len(buffer) and buffer[at].isspace():
+                    at += 1
+                if at == len(buffer):
+                    buffer, at = file.read(CHUNK), 0
+                    if buffer:
                         continue
                     if array:
                         raise CalibrationError(f"{path} is not JSON: it ends before its array does")
                     return
                 if array and number and not separated:
-                    if buffer[0] == "]":
+                    if buffer[at] == "]":
                         return
-                    if buffer[0] != ",":
+                    if buffer[at] != ",":
                         raise CalibrationError(f"{where} is not JSON: no comma before it")
-                    buffer, separated = buffer[1:], True
+                    at, separated = at + 1, True
                     continue
-                if array and buffer[0] == "]" and not number:
+                if array and buffer[at] == "]" and not number:
                     return
                 try:
-                    value, end = decoder.raw_decode(buffer)
+                    value, end = decoder.raw_decode(buffer, at)
                     # a number at the end of what was read may go on
                     more = file.read(CHUNK) if end == len(buffer) else ""
                 except (ValueError, RecursionError) as error:
+                    if at:  # errors tell places from the record's beginning
+                        buffer, at = buffer[at:], 0
+                        continue
                     more = file.read(max(CHUNK, len(buffer)))
                     if not more or isinstance(error, RecursionError):
                         raise CalibrationError(f"{where} is not JSON: {error}") from error
@@ -139,10 +159,9 @@ def _values(path: Path) -> Iterator[Record]:
                     buffer += more
                     continue
                 if more:
-                    buffer += more
+                    buffer, at = buffer[at:] + more, 0
                     continue
-                number, separated = number + 1, False
-                buffer = buffer[end:]
+                number, separated, at = number + 1, False, end
                 yield where, value
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read {path} as text: {error}") from error
@@ -192,7 +211,8 @@ def _rows_of_parquet(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with path.open("rb") as content, ParquetFile(content) as file:
+        # columns are read as they are decoded: a group of rows may be larger than memory
+        with path.open("rb") as content, ParquetFile(content, buffer_size=CHUNK) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
                     number += 1

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.checks import not_finite, require_finite, require_tokens
+from chai_attention.calibration.drawing import Drawing, Piece
 from chai_attention.calibration.records import Chat, Records
 from chai_attention.calibration.template import TemplateError, chat_text
 from chai_attention.calibration.text_files import (
     Record,
     is_plain,
     local_file,
-    plain_text,
+    pieces_of,
+    plain_pieces,
     reason_of,
     records_of,
 )
+from chai_attention.calibration.token_text import TokenText
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.modes import evaluating
@@ -31,33 +35,45 @@ SELF = "self"
 SELF_LENGTH = 256
 SELF_TEMPERATURE = 0.9
 HUB_DOCUMENTS = 20_000  # at most this many are streamed, enough for any default calibration
-CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds what is read
-LEAST_READ = 1 << 22  # characters that are read at least, so that windows are spread over a text
-PIECE = 1 << 20  # characters that are turned into tokens at a time
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds what is kept
+LEAST_READ = 1 << 22  # characters of a file that are kept at least, if it has them
+RUNS = 64  # parts that are drawn of a long text, as long as each holds some windows
+CHARACTERS_PER_RUN = 2 * CHARACTERS_PER_TOKEN  # and token of a window: most often for three or four
 MOST_SAMPLES = 10**7
 MOST_NAME = 1024  # characters of a text that may be a file's name by mistake
 
 
 def load_texts(
-    source: str, *, tokens: int, tokenizer: PreTrainedTokenizerBase | None = None
+    source: str,
+    *,
+    tokens: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 1,
+    seed: int = 0,
 ) -> list[str]:
     """Read documents from a file or a data set of the hub.
+
+    A file is read to its end, and a bounded part of it is in memory. Of one with far more text
+    than is needed, parts are drawn over the whole of it: documents, and of long ones `Run` objects,
+    from which `windows_of` cuts windows by themselves. A `ChaiWarning` says so. A data set is read
+    until there is enough.
 
     Args:
         source: path of a text file (one document); of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``
             or ``.parquet`` of records (see `Records`); or ``name`` / ``name:config`` of a hub data
             set, whose training split is streamed.
-        tokens: roughly how many tokens are needed. Nothing is read any more once there is far
-            more than that; a `ChaiWarning` says if a file was not read to its end.
+        tokens: roughly how many tokens are needed.
         tokenizer: its chat template writes out chats. Those that it refuses are left out, which a
             `ChaiWarning` says.
+        length: tokens of the longest windows that are to be cut; runs hold some of them.
+        seed: which parts.
 
     Raises:
         CalibrationError: no such file or data set, nothing in it, or chats that no template can
             write.
     """
     texts, refused = [], []
-    for content in _contents(source, CHARACTERS_PER_TOKEN * tokens):
+    for content in _contents(source, CHARACTERS_PER_TOKEN * tokens, length, seed):
         if isinstance(content, str):
             texts.append(content)
             continue
@@ -87,49 +103,79 @@ def check_source(source: str) -> None:
     """
     if source == SELF:
         return
-    if local_file(source) is None:
+    path = local_file(source)
+    if path is None:
         require_dataset(source, CalibrationError)
         return
+    characters, found = 0, False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when it is read
-        contents = _contents(source, 0)
-        if not any(isinstance(content, Chat) or content.strip() for content in contents):
-            raise CalibrationError(f"{source} holds no text")
+        for piece in _pieces(source, path, LEAST_READ):
+            characters += len(piece.content)
+            found |= isinstance(piece.content, Chat) or bool(piece.content.strip())
+            if characters > LEAST_READ:
+                break
+    if not found:
+        raise CalibrationError(f"{source} holds no text")
 
 
-def _contents(source: str, most: int) -> list[str | Chat]:
+def _contents(source: str, most: int, length: int, seed: int) -> Iterator[str | Chat]:
     """Texts and chats of a source: so many characters, of a file at least `LEAST_READ`."""
     path = local_file(source)
-    if path is not None:
-        most = max(most, LEAST_READ)
-    if path is not None and is_plain(path):
-        text, more = plain_text(path, most)
-        if more:
-            _say_cut(source, len(text))
-        return [text]
-    reader, found, characters = Records(source), [], 0
-    for where, record in _hub_records(source) if path is None else records_of(path):
+    if path is None:
+        yield from _of_hub(source, most)
+        return
+    most = max(most, LEAST_READ)
+    drawing = Drawing(most, seed)
+    for piece in _pieces(source, path, max(most // RUNS, CHARACTERS_PER_RUN * length)):
+        drawing.add(piece)
+    if drawing.kept < drawing.seen:
+        warnings.warn(
+            f"{source} holds more text than this needs: {drawing.kept:,} of its {drawing.seen:,} "
+            "characters are taken, drawn over the whole of it",
+            ChaiWarning,
+            stacklevel=3,
+        )
+    yield from drawing.contents()
+
+
+def _pieces(source: str, path: Path, size: int) -> Iterator[Piece]:
+    """A file's documents in pieces of at most ``size`` characters; chats are whole."""
+    if is_plain(path):
+        yield from _numbered(0, plain_pieces(path, size))
+        return
+    reader = Records(source)
+    for number, (where, record) in enumerate(records_of(path)):
+        content = reader.content(record, where)
+        if isinstance(content, Chat):
+            yield Piece(number, 0, True, content)
+        elif content is not None:
+            yield from _numbered(number, pieces_of(content, size))
+
+
+def _numbered(document: int, texts: Iterator[str]) -> Iterator[Piece]:
+    """Pieces of a document, the last of which is known when nothing follows."""
+    held, part = next(texts, None), 0
+    while held is not None:
+        following = next(texts, None)
+        yield Piece(document, part, following is None, held)
+        held, part = following, part + 1
+
+
+def _of_hub(source: str, most: int) -> Iterator[str | Chat]:
+    """What a data set of the hub begins with."""
+    reader, characters = Records(source), 0
+    for where, record in _hub_records(source):
         if characters > most:
-            if path is not None:
-                _say_cut(source, characters)
-            break
+            return
         content = reader.content(record, where)
         if content is not None:
-            found.append(content)
+            yield content
             characters += len(content)
-    return found
-
-
-def _say_cut(source: str, characters: int) -> None:
-    warnings.warn(
-        f"{source} holds more text than this needs: its first {characters:,} characters are read",
-        ChaiWarning,
-        stacklevel=4,
-    )
 
 
 def windows_of(
-    texts: str | Sequence[str] | Tensor,
+    texts: str | Sequence[str] | Tensor | TokenText,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
@@ -137,13 +183,15 @@ def windows_of(
 ) -> Tensor:
     """Cut text into windows of tokens and choose some of them: ``[N, length]`` int64.
 
-    Documents are joined, separated by the end-of-sequence token, and cut without overlap. Every
-    window begins with what the tokenizer puts before a text, such as a beginning-of-sequence
-    token: there are models that cannot read without. If the text has more than ``samples``
-    windows, the seed decides which are taken; fewer are all used.
+    Documents are joined, separated by the end-of-sequence token, and cut without overlap; parts of
+    long ones that `load_texts` has drawn are cut by themselves. Every window begins with what the
+    tokenizer puts before a text, such as a beginning-of-sequence token: there are models that
+    cannot read without. If the text has more than ``samples`` windows, the seed decides which are
+    taken; fewer are all used.
 
     Args:
-        texts: documents, or ready windows ``[N, S]`` with S of at least ``length``.
+        texts: documents, their tokens from `as_tokens`, or ready windows ``[N, S]`` with S of at
+            least ``length``.
         tokenizer: turns text into tokens.
         samples: windows wanted.
         length: tokens per window.
@@ -153,30 +201,25 @@ def windows_of(
         CalibrationError: less text than one window, no windows wanted, or an impossible seed.
     """
     check_numbers(samples, seed)
-    if isinstance(texts, Tensor):
-        if (
-            texts.ndim != 2
-            or texts.shape[1] < length
-            or not len(texts)
-            or texts.dtype != torch.long
-        ):
-            raise CalibrationError(f"windows must be a [N, {length}] int64 tensor of token ids")
-        windows = texts[:, :length]
-    else:
-        before = beginning(tokenizer)
-        room = length - len(before)
-        tokens = _tokens(_documents(texts), tokenizer, before)
-        if room < 1 or len(tokens) < room:
-            raise CalibrationError(
-                f"calibration needs at least {max(room, 1)} tokens of text (--length), "
-                f"this text has {len(tokens)}"
-            )
-        windows = torch.tensor(tokens[: len(tokens) // room * room]).view(-1, room)
-        windows = torch.cat([torch.tensor(before).long().expand(len(windows), -1), windows], dim=1)
+    if not isinstance(texts, Tensor):
+        found = texts if isinstance(texts, TokenText) else as_tokens(texts, tokenizer)
+        return found.windows(samples, length, seed)
+    if texts.ndim != 2 or texts.shape[1] < length or not len(texts) or texts.dtype != torch.long:
+        raise CalibrationError(f"windows must be a [N, {length}] int64 tensor of token ids")
+    windows = texts[:, :length]
     if len(windows) > samples:
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)[:samples].sort().values]
     return windows
+
+
+def as_tokens(texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenText:
+    """Turn documents into tokens once, for `windows_of` of several lengths.
+
+    Raises:
+        CalibrationError: what is no text.
+    """
+    return TokenText(_documents(texts), tokenizer, beginning(tokenizer))
 
 
 def _documents(texts: str | Iterable[str]) -> list[str]:
@@ -306,36 +349,6 @@ def check_numbers(samples: int, seed: int) -> None:
         raise CalibrationError(f"calibration takes at most {MOST_SAMPLES:,} samples, not {samples}")
     if not 0 <= seed < 2**64:
         raise CalibrationError(f"a seed is a whole number from 0 to 2^64 - 1, not {seed}")
-
-
-def _tokens(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
-) -> list[int]:
-    """All documents as one list of tokens, without what is put before each window."""
-    tokens: list[int] = []
-    end = tokenizer.eos_token_id
-    for text in texts:
-        if not text.strip():
-            continue
-        if tokens and end is not None and tokens[-1] != end:
-            tokens.append(end)
-        start = len(tokens)
-        for piece in _pieces(text):
-            # a whole text may be longer than the model's context: windows are cut from it
-            tokens += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if before and tokens[start : start + len(before)] == list(before):
-            del tokens[start : start + len(before)]  # a chat template writes it out
-    return tokens
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text between words: tokenizers take a hundred bytes for every character."""
-    while len(text) > PIECE:
-        cut = max(text.rfind("\n", PIECE // 2, PIECE), text.rfind(" ", PIECE // 2, PIECE)) + 1
-        cut = cut or PIECE
-        yield text[:cut]
-        text = text[cut:]
-    yield text
 
 
 def _hub_records(source: str) -> Iterator[Record]:

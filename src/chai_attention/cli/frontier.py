@@ -141,7 +141,9 @@ def frontier_command(
     length, longest = window_length(loaded, length=length), window_length(loaded, length=longest)
     tests = {}
     for name, path in names.items():
-        documents = load_texts(path, tokens=windows * longest, tokenizer=tokenizer)
+        documents = load_texts(
+            path, tokens=windows * longest, tokenizer=tokenizer, length=longest, seed=seed
+        )
         tests[name] = windows_of(documents, tokenizer, windows, longest, seed)
     extra = max(2, samples // 4)
     mixture, labels = mixed_windows(sources, loaded, tokenizer, samples + extra, length, seed)

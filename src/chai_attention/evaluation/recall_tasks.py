@@ -42,7 +42,7 @@ def recall_text(data: Path | None = None, text: str | None = None) -> list[str]:
     """
     if text is None and data is not None and (path := data / f"{RECALL}.jsonl").is_file():
         text = str(path)
-    return built_in_text() if text is None else load_texts(text, tokens=TEXT_TOKENS)
+    return built_in_text() if text is None else load_texts(text, tokens=TEXT_TOKENS, length=LONGEST)
 
 
 def recall_sources(
