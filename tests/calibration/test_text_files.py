@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -161,8 +162,10 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
-def test_no_more_is_read_than_the_job_needs(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "LEAST_READ", 1000)
+def test_no_more_is_kept_than_the_job_needs_and_it_is_spread_over_the_file(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(texts, "LEAST_READ", 2000)
     monkeypatch.setattr(text_files, "CHUNK", 256)
     lines = [f"line {i:07d}" for i in range(10_000)]
     path = tmp_path / name
@@ -172,9 +175,17 @@ def test_no_more_is_read_than_the_job_needs(name, tmp_path, monkeypatch):
         path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
     else:
         path.write_text(json.dumps(lines))
-    with pytest.warns(UserWarning, match=r"a\.\w+ holds more text than this needs: its first 1,0"):
+    with pytest.warns(UserWarning, match=r"a\.\w+ holds more .*: 1,9\d\d of its 1\d\d,\d{3} char"):
         got = load_texts(str(path), tokens=10)
-    assert 1000 <= len("".join(got)) < 1100
+    assert 1900 <= len("".join(got)) <= 2000
+    found = [int(number) for text in got for number in re.findall(r"line (\d{7})", text)]
+    assert found == sorted(found)
+    assert found[0] < 1000
+    assert found[-1] >= 9000
+    with pytest.warns(UserWarning, match="holds more"):
+        assert load_texts(str(path), tokens=10) == got
+    with pytest.warns(UserWarning, match="holds more"):
+        assert load_texts(str(path), tokens=10, seed=1) != got
 
 
 def test_records_across_the_ends_of_what_is_read_at_a_time(tmp_path, monkeypatch):

@@ -212,7 +212,8 @@ def _rows_of_parquet(path: Path) -> Iterator[Record]:
     number = 0
     try:
         # columns are read as they are decoded: a group of rows may be larger than memory
-        with path.open("rb") as content, ParquetFile(content, buffer_size=CHUNK) as file:
+        options = {"buffer_size": CHUNK, "pre_buffer": False}
+        with path.open("rb") as content, ParquetFile(content, **options) as file:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
                     number += 1

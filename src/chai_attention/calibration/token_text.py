@@ -13,7 +13,9 @@ from chai_attention.calibration.drawing import Run
 from chai_attention.calibration.text_files import pieces_of
 from chai_attention.errors import CalibrationError
 
-PIECE = 1 << 20  # characters that are turned into tokens at a time: each takes a hundred bytes
+PIECE = 1 << 20  # characters that are turned into tokens at a time: each takes a hundred bytes,
+FEW = 4  # and a third of them is not given back. Behind so many pieces they are smaller by
+SMALLER = 8
 
 
 class TokenText:
@@ -39,6 +41,7 @@ class TokenText:
         self._end = tokenizer.eos_token_id
         self._tokens = array("i")
         self._spans: list[tuple[int, int, bool]] = []  # first, end, whether it is one run
+        self._characters = 0
         for text in texts:
             if text.strip():
                 self._add(text, tokenizer)
@@ -53,7 +56,9 @@ class TokenText:
         if joins and self._end is not None and tokens[-1] != self._end:
             tokens.append(self._end)
         start = len(tokens)
-        for piece in pieces_of(text, PIECE):
+        self._characters += len(text)
+        size = PIECE if self._characters <= FEW * PIECE else max(1, PIECE // SMALLER)
+        for piece in pieces_of(text, size):
             # a whole text may be longer than the model's context: windows are cut from it
             ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             tokens.extend(ids)

@@ -86,7 +86,7 @@ def task_sources(
         CalibrationError: from `load_texts`.
     """
     sources = []
-    documents: list[str] | None = None
+    read: dict[int, list[str]] = {}  # by length: what a task gets depends on no other task
     for name in names:
         if name == RECALL:
             continue
@@ -94,11 +94,12 @@ def task_sources(
         if name == LAST_WORD or text_length(name) is not None:
             if text is None:
                 raise EvaluationError(f"the task {name} needs a text: --text FILE")
-            if documents is None:
-                documents = load_texts(text, tokens=TEXT_TOKENS)
-            rows = [{"text": document} for document in documents]
+            length = text_length(name) or 1
+            if length not in read:
+                read[length] = load_texts(text, tokens=TEXT_TOKENS, length=length, seed=seed)
+            rows = [{"text": document} for document in read[length]]
             if name == LAST_WORD:
-                rows = [*last_word_items(documents, count=TEXT_ITEMS, seed=seed)]
+                rows = [*last_word_items(read[length], count=TEXT_ITEMS, seed=seed)]
             if not rows:
                 raise EvaluationError(
                     f"{text} has no passage for {name}: it needs paragraphs of 30 words or more"
