@@ -9,6 +9,7 @@ from chai_attention.calibration import calibrate, sources, texts
 from chai_attention.calibration.request import TextRequest, prepare
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import Source
+from chai_attention.calibration.token_text import TokenText
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -58,13 +59,18 @@ def test_a_text_is_read_once_for_all_lengths_that_are_tried(count, samples, load
     assert (ready.longer is None) == (count < 400)
 
 
-def test_a_text_in_memory_is_turned_into_tokens_once():
-    tokenizer = Counting()
-    text = lines(400)
-    calibrate(
-        tiny_model("llama"), tokenizer, text, samples=8, held_out=4, length=24, measure=False, **NEAR
-    )
-    assert 0 <= tokenizer.characters - len(text) < 20
+def test_a_text_in_memory_is_turned_into_tokens_once(monkeypatch):
+    made, text = [], lines(400)
+
+    class Counted(TokenText):
+        def __init__(self, documents, *rest):
+            made.append(documents)
+            super().__init__(documents, *rest)
+
+    monkeypatch.setattr(texts, "TokenText", Counted)
+    options = {"samples": 8, "held_out": 4, "length": 24, "measure": False}
+    calibrate(tiny_model("llama"), tiny_tokenizer(), text, **options, **NEAR)
+    assert made.count([text]) == 1
 
 
 def test_what_is_wrong_with_a_text_is_said_whatever_length_is_taken(tmp_path):
