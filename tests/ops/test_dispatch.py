@@ -9,7 +9,15 @@ import torch
 
 from chai_attention.errors import AttentionInputError, ChaiError
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, blocked, dense, dispatch, reference
+from chai_attention.ops import (
+    attention,
+    blocked,
+    cpu_attention,
+    dense,
+    dispatch,
+    fused,
+    reference,
+)
 from helpers import clustered_inputs, random_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,21 +43,19 @@ def chosen(device, *tensors, plain=False):
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype", "plain", "native", "module"),
+    ("name", "plain", "module"),
     [
-        (1, torch.float32, False, False, blocked),
-        (1, torch.float32, True, False, dense),
-        (1, torch.bfloat16, True, False, blocked),
-        (1, torch.bfloat16, True, True, dense),
-        (1, torch.bfloat16, False, True, blocked),
-        (40, torch.bfloat16, True, False, dense),
-        (40, torch.float32, False, False, blocked),
+        ("blocked", False, blocked),
+        ("blocked", True, blocked),
+        ("torch", False, fused),
+        ("torch", True, dense),
     ],
 )
-def test_the_cpu_has_two(monkeypatch, queries, dtype, plain, native, module):
-    monkeypatch.setattr(dispatch.fused, "is_native", lambda dtype: native)
-    q, k, v, _ = inputs(queries=queries, size=40, dtype=dtype)
-    assert chosen("cpu", q, k, v, plain=plain) == (module, None)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_the_cpu_has_two(name, plain, module, queries):
+    q, k, v, _ = inputs(queries=queries, size=40)
+    with cpu_attention(name):
+        assert chosen("cpu", q, k, v, plain=plain) == (module, None)
 
 
 def test_cuda_runs_kernels_and_torch_where_nothing_is_clustered():

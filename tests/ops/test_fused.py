@@ -31,8 +31,8 @@ MEMBERSHIPS = {
 
 
 @pytest.fixture
-def native(monkeypatch):
-    """A CPU with instructions for 16-bit numbers; the sequences that were attended by them."""
+def attended(monkeypatch):
+    """The sequences that torch's kernel attended, by their runs of clusters."""
     seen = []
     attend = fused.attend
 
@@ -40,7 +40,6 @@ def native(monkeypatch):
         seen.append([len(run.heads) for run in runs])
         attend(query, key, value, runs, **options)
 
-    monkeypatch.setattr(fused, "is_native", lambda dtype: True)
     monkeypatch.setattr(fused, "attend", spy)
     return seen
 
@@ -50,7 +49,7 @@ def native(monkeypatch):
     ("queries", "size"), [(1, 1), (1, 300), (5, 5), (5, 70), (40, 40), (33, 150), (150, 150)]
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_is_the_reference(native, name, queries, size, padded):
+def test_it_is_the_reference(attended, name, queries, size, padded):
     torch.manual_seed(0)
     member = MEMBERSHIPS[name]()
     heads, groups = member.heads, member.kv_heads
@@ -59,13 +58,13 @@ def test_it_is_the_reference(native, name, queries, size, padded):
     valid = torch.arange(size) >= torch.tensor([[0], [(size + 1) // 2]]) if padded else None
     inputs = clustered_inputs(member, query, key, value)
     options = {"scale": 0.2, "valid": valid, "return_lse": True}
-    got, lse = blocked.attention(*inputs, member, **options)
+    got, lse = fused.attention(*inputs, member, **options)
     want, want_lse = reference.attention(*(x.double() for x in inputs), member, **options)
     low, _ = reference.attention(*inputs, member, **options)
     loss = (low.double() - want).abs().max().item()
-    assert len(native) == 2
+    assert len(attended) == 2
     if queries <= blocked.DECODE_ROWS:
-        assert [sum(part) for part in native] == [heads, heads]
+        assert [sum(part) for part in attended] == [heads, heads]
     torch.testing.assert_close(
         got.double(), want, atol=2 * loss + 4 * torch.finfo(torch.bfloat16).eps, rtol=0
     )
@@ -93,29 +92,23 @@ def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():
     assert fused.runs_of(member) == ()
 
 
-def test_only_what_torchs_kernel_takes(monkeypatch):
+def test_only_what_torchs_kernel_takes():
     q, k, v = (torch.randn(1, 2, tokens, 8).bfloat16() for tokens in (1, 3, 3))
-    monkeypatch.setattr(fused, "is_native", lambda dtype: True)
     assert fused.can_run(q, k, v, None)
     assert not fused.can_run(q, k, v, 5.0)
-    assert not fused.can_run(q.half(), k.half(), v.half(), None)
+    assert fused.can_run(q.float(), k.float(), v.float(), None)
     assert not fused.can_run(q, k, v[..., :4], None)
     # its kernel would read other numbers, or crash
     strided = v.mT.contiguous().mT
     assert not fused.can_run(q, k, strided, None)
     assert not fused.can_run(q, strided, v, None)
     assert not fused.can_run(q[:, :, :0], k, v, None)
-    monkeypatch.setattr(fused, "is_native", lambda dtype: False)
-    assert not fused.can_run(q, k, v, None)
 
 
-def test_a_torch_that_does_not_tell_what_the_cpu_can_do(monkeypatch):
-    fused.is_native.cache_clear()
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not fused.is_native(torch.bfloat16)
-    fused.is_native.cache_clear()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert fused.is_native(torch.bfloat16)
-    assert not fused.is_native(torch.float16)
-    assert not fused.is_native(torch.float32)
-    fused.is_native.cache_clear()
+def test_what_torchs_kernel_does_not_take_is_done_all_the_same():
+    member = MEMBERSHIPS["uneven"]()
+    query, key, value = (torch.randn(2, 9, tokens, 16) for tokens in (20, 40, 40))
+    inputs = clustered_inputs(member, query, key, value)
+    got, _ = fused.attention(*inputs, member, scale=0.3, softcap=4.0)
+    want, _ = reference.attention(*inputs, member, scale=0.3, softcap=4.0)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

@@ -32,8 +32,8 @@ class Baseline:
 
     Attributes:
         name: in reports.
-        fused: whether it holds no probabilities in memory; the fastest of these is what clustered
-            attention is compared with.
+        fused: whether it holds no probabilities in memory; on a GPU the fastest of these is what
+            clustered attention is compared with, on the CPU the fastest of all.
         prepare: makes the call for some inputs.
         module: that has to be installed.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chai_attention.benchmarking.cases import AttentionShape, Case
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, fused, windowed
+from chai_attention.ops import attention, windowed
 from chai_attention.ops.narrow import as_stored, narrow, widen_pages
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
@@ -120,8 +120,7 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     """Store K and V as a cache would, and return the call that attends: ``[B, Q, H, D]``."""
     key = _pick(inputs.key, member.key_heads)
     value = _pick(inputs.value, member.value_heads)
-    # as the cache keeps it: head-major where torch's fused attention reads it
-    if not member.is_identity and not fused.can_run(inputs.query, key, value, None):
+    if value.is_cuda and not member.is_identity:  # as the cache keeps it, token by token
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
     stored = Inputs(inputs.query, key, value)
     windowed_too = bool(layout.recent) and not member.is_identity
@@ -130,8 +129,7 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
         near = near_pages(inputs, member, layout) if windowed_too else None
         return (_paged if decode else _paged_prefill)(inputs, stored, member, layout, near)
     if windowed_too:
-        ring = decode and inputs.query.is_cuda
-        return (_ring if ring else _windowed)(inputs, stored, member, layout)
+        return (_ring if decode else _windowed)(inputs, stored, member, layout)
     query = _pick(inputs.query, member.slot_heads)
 
     def call() -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, dense, fused, reference
+from chai_attention.ops import blocked, choice, dense, fused, reference
 
 logger = logging.getLogger("chai_attention")
 
@@ -35,10 +35,11 @@ def attention(
     """Causal clustered attention by the fastest implementation for the tensors' device.
 
     Arguments, results and meaning are those of `ops.reference.attention`. The CPU runs blocked
-    matrix products, CUDA the Triton kernels; where no head is clustered, torch's own fused
-    attention runs if it is faster. What has no kernel (head sizes above 256 or float64 on CUDA,
-    CUDA without Triton, other devices) runs the readable reference, with a warning that says what
-    that costs. The logger "chai_attention" says at level DEBUG what runs.
+    matrix products or torch's fused attention, whichever is faster there (`choice`), CUDA the
+    Triton kernels; where no head is clustered, torch's own attention runs if it is faster. What has
+    no kernel (head sizes above 256 or float64 on CUDA, CUDA without Triton, other devices) runs the
+    readable reference, with a warning that says what that costs. The logger "chai_attention" says
+    at level DEBUG what runs.
 
     Raises:
         AttentionInputError: tensors that do not fit together, dtypes that differ or are none of
@@ -47,19 +48,19 @@ def attention(
     """
     check(query, key, value, membership, lengths, valid)
     plain = membership.is_identity and lengths is None and softcap is None and not return_lse
-    choice = choose(query.device.type, query, key, value, plain=plain)
+    found = choose(query.device.type, query, key, value, plain=plain)
     logger.debug(
         "attention by %s: query %s, key %s",
-        choice.module.__name__,
+        found.module.__name__,
         tuple(query.shape),
         tuple(key.shape),
     )
-    if choice.missing is not None:
-        _warn_slow(choice.missing, membership.heads, query, key)
+    if found.missing is not None:
+        _warn_slow(found.missing, membership.heads, query, key)
         if lengths is not None:  # unused capacity may hold anything, NaN too
             spare = torch.arange(value.shape[2], device=value.device) >= lengths[:, None]
             value = value.masked_fill(spare[:, None, :, None], 0.0)
-    return choice.module.attention(
+    return found.module.attention(
         query,
         key,
         value,
@@ -98,10 +99,10 @@ def choose(device: str, query: Tensor, key: Tensor, value: Tensor, *, plain: boo
         AttentionInputError: a layout that kernels cannot read.
     """
     if device == "cpu":
-        # torch's decode in 16-bit types is slower than ours, unless the CPU knows such numbers
-        is_decode = query.shape[2] <= blocked.DECODE_ROWS
-        slow = is_decode and query.dtype != torch.float32 and not fused.is_native(query.dtype)
-        return Choice(dense if plain and not slow else blocked)
+        kind = choice.kind_of(query, key.shape[2], clustered=not plain)
+        if choice.chosen(kind) == choice.BLOCKED:
+            return Choice(blocked)
+        return Choice(dense if plain else fused)
     if device != "cuda":
         return Choice(reference, f"there is no kernel for device {device!r}")
     # without clusters torch's prefill is faster than ours; decode is not

@@ -1,16 +1,16 @@
-"""Clustered attention on CPUs that multiply 16-bit numbers: torch's fused attention, in few calls.
+"""Clustered attention by torch's fused attention, in few calls.
 
-Where a CPU has instructions for bfloat16, torch's fused attention runs at the speed of memory, and
-the float32 scores of `blocked` cost more than they save. So members compute their representative's
-scores once more, each for itself: its K is read from the cache of the CPU, not from memory. A call
-takes consecutive clusters of equal size; K is expanded over their members without a copy.
+Members compute their representative's scores once more, each for itself: its K is read from the
+cache of the CPU, not from memory. That is faster where torch's kernel runs at the speed of memory
+(`choice` measures it). A call takes consecutive clusters of equal size; K is expanded over their
+members without a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops import blocked
 
-FEW = 8  # queries, up to which those of all heads that read one V head go together
+FEW = blocked.DECODE_ROWS  # queries, up to which those of all heads of one V head go together
 MEMBERS = 4  # in prefill, of more V heads the scores are better computed once, in float32
 SHORT = 128  # keys, up to which they never are
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -66,24 +67,53 @@ class Run:
         return len(self.heads) // (self.count * self.each)
 
 
-@cache
-def is_native(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies numbers of a 16-bit dtype."""
-    wanted = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}.get(dtype)
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return wanted is not None and bool(known.get(wanted, False))
+@lru_cache(maxsize=4096)
+def _runs(representatives: tuple[int, ...], kv_heads: int, kept: int) -> tuple[Run, ...]:
+    clusters = len(set(representatives))
+    return runs_of(Membership(torch.tensor([representatives]), clusters, kv_heads, kept))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    *,
+    scale: float,
+    lengths: Tensor | None = None,
+    valid: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal clustered attention; arguments and results as in `ops.reference.attention`.
+
+    What torch's kernel does not take, and what it is not made for, is done by `blocked`.
+    """
+    options: dict[str, Any] = {"scale": scale, "lengths": lengths, "valid": valid}
+    if not can_run(query, key, value, softcap):
+        return blocked.attention(
+            query, key, value, membership, softcap=softcap, return_lse=return_lse, **options
+        )
+
+    def some(row: blocked.Row, index: int, out: Tensor, lse: Tensor | None) -> frozenset[int]:
+        heads = membership.host_rows[index]
+        runs = _runs(heads, membership.kv_heads, membership.kept_keys)
+        runs = worthwhile(runs, row.query.shape[1], row.key.shape[1])
+        attend(
+            row.query, row.key, row.value, runs,
+            scale=scale, valid=row.valid, out=out, lse=lse,
+        )  # fmt: skip
+        return frozenset(place for run in runs for place in run.keys)
+
+    return blocked.attention(
+        query, key, value, membership, return_lse=return_lse, first=some, **options
+    )
 
 
 def can_run(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether `attend` takes such tensors and is worth it.
-
-    It reads V best head by head (``[B, G, S, D]`` in memory), where `blocked` and the kernels want
-    it token by token.
-    """
+    """Whether torch's kernel takes such tensors."""
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and is_native(query.dtype)
         and _flash is not None
         and softcap is None
         and query.shape[-1] == value.shape[-1]
@@ -121,9 +151,9 @@ def runs_of(membership: Membership) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def worthwhile(runs: Sequence[Run], queries: int, size: int) -> list[Run]:
-    """Those that `attend` does faster than `blocked`: of few queries all."""
-    return [run for run in runs if queries <= FEW or run.each <= MEMBERS or size <= SHORT]
+def worthwhile(runs: Sequence[Run], queries: int, size: int) -> tuple[Run, ...]:
+    """Those that `attend` can do faster than `blocked`: of few queries all."""
+    return tuple(run for run in runs if queries <= FEW or run.each <= MEMBERS or size <= SHORT)
 
 
 def attend(
@@ -142,7 +172,7 @@ def attend(
     Args:
         query: ``[k, Q, D]`` of the representatives.
         key: ``[kept, S, D]``.
-        value: ``[S, G, D]``.
+        value: ``[G, S, D]``.
         runs: the clusters.
         scale: factor on the scores.
         valid: ``[S]`` bool, False for padding; None if there is none.
@@ -163,7 +193,7 @@ def attend(
     for run in runs:
         q = run.queries(query)  # [count, each, group, Q, D]
         k = key[run.keys.start : run.keys.stop]
-        v = value[:, run.values.start : run.values.stop].transpose(0, 1)
+        v = value[run.values.start : run.values.stop]
         if few or group == 1:
             # query heads that read the same V are as many more queries of one head
             q = q.flatten(2, 3)

@@ -7,14 +7,15 @@ key: its score is their log-sum-exp, its V their output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_BLOCK = 32  # queries of a block where the window is shorter
-SCORES = 2**24  # numbers in the scores that are held at a time
+LEAST_BLOCK = 64  # queries of a block where the window is shorter
+SCORES = 2**22  # numbers in the scores that are held at a time, if of more sequences than one
 
 
 class NearKeys(NamedTuple):
@@ -46,16 +47,33 @@ class Far(NamedTuple):
     heads: list[int] | None = None
 
 
-def blocks_of(queries: int, recent: int) -> tuple[int, int]:
-    """Number and size of the blocks that ``queries`` are dealt into; the last may be cut."""
-    block = min(queries, max(recent, LEAST_BLOCK))
-    return -(-queries // block), block
+class Blocks(NamedTuple):
+    """How queries are dealt into blocks: all are full but the first, which may lack its first rows.
+
+    Attributes:
+        number: of blocks.
+        size: queries of a block.
+    """
+
+    number: int
+    size: int
+
+    def rows(self, block: int, queries: int) -> tuple[int, int]:
+        """First query of a block, below 0 for rows that the first one lacks, and its end."""
+        start = queries - (self.number - block) * self.size
+        return start, start + self.size
+
+
+def blocks_of(queries: int, recent: int) -> Blocks:
+    """Deal ``queries`` into blocks for a window of ``recent`` keys."""
+    size = min(queries, max(recent, LEAST_BLOCK))
+    return Blocks(-(-queries // size), size)
 
 
 def attention(
     query: Tensor,
     near: NearKeys,
-    seen: Tensor | None,
+    bias_of: Callable[[int], Tensor | None],
     far: Far | None,
     *,
     recent: int,
@@ -69,9 +87,9 @@ def attention(
     Args:
         query: ``[B, H, Q, D]``, all heads.
         near: the keys.
-        seen: ``[B or 1, 1, blocks, 1, block, columns]`` bool, which columns each query sees: sinks,
-            keys of the block's band, and what is far, if there is any. None for all. See
-            `WindowTables`.
+        bias_of: for the number of a block ``[B or 1, block, columns]`` float32, minus infinity
+            where a query does not see a column, else 0; None if all are seen. Columns are the
+            ``block + recent - 1`` keys of the block's band, then sinks, then what is far.
         far: attention over the other keys; None if there are none.
         recent: w.
         sinks: s, of ``near``.
@@ -82,149 +100,131 @@ def attention(
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of V.
     """
-    queries = query.shape[2]
-    count, block = blocks_of(queries, recent)
-    lse = None if far is None else _padded(far.lse, queries - far.lse.shape[2], 0, -torch.inf)
-    options = _Options(count, sinks, padded, scale, softcap)
-    if count == 1:
-        part = _finish(*_blocks(query, near, None, seen, lse, options), far, 0, queries)
-        return part.to(near.value.dtype)
+    batch, heads, queries, _ = query.shape
+    out = near.value.new_empty(batch, queries, heads, near.value.shape[3])
+    if far is not None:  # queries before the last ones see none
+        far = far._replace(lse=F.pad(far.lse, (queries - far.lse.shape[2], 0), value=-torch.inf))
+    size = blocks_of(queries, recent).size
+    each = max(1, SCORES // (heads * size * (size + recent + sinks)))
+    options = _Options(recent, sinks, padded, scale, softcap)
+    for start in range(0, batch, each):
+        rows = slice(start, start + each)
 
-    # a whole band for every block: before the first token and behind the last one
-    first = NearKeys(near.key[:, :, :sinks], near.value[:, :, :sinks])
-    ahead, behind = queries + recent - 1 - (near.key.shape[2] - sinks), count * block - queries
-    query = _padded(query, 0, behind)
-    key, value = (_padded(states[:, :, sinks:], ahead, behind) for states in near)
-    lse = None if lse is None else _padded(lse, 0, behind)
-    width = block + recent - 1  # keys of a band
-    each = max(1, SCORES // (query.shape[0] * query.shape[1] * block * (width + sinks)))
-    parts = []
-    for start in range(0, count, each):
-        stop = min(start + each, count)
-        rows = slice(start * block, stop * block)
-        band = slice(start * block, (stop - 1) * block + width)
-        result = _blocks(
-            query[:, :, rows],
-            NearKeys(key[:, :, band], value[:, :, band]),
-            first,
-            None if seen is None else seen[:, :, start:stop],
-            None if lse is None else lse[:, :, rows],
-            options._replace(blocks=stop - start),
+        def bias(block: int, rows: slice = rows) -> Tensor | None:
+            found = bias_of(block)
+            return found if found is None or found.shape[0] == 1 else found[rows]
+
+        _attend(
+            query[rows],
+            NearKeys(near.key[rows], near.value[rows]),
+            bias,
+            None if far is None else Far(far.out[rows], far.lse[rows], far.heads),
+            options,
+            out[rows],
         )
-        part = _finish(*result, far, rows.start, queries)
-        parts.append(part[:, : queries - rows.start].to(value.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return out
 
 
 class _Options(NamedTuple):
-    blocks: int
+    recent: int
     sinks: int
     padded: bool
     scale: float
     softcap: float | None
 
 
-def _blocks(
+def _attend(
     query: Tensor,
     near: NearKeys,
-    first: NearKeys | None,
-    seen: Tensor | None,
-    far_lse: Tensor | None,
+    bias_of: Callable[[int], Tensor | None],
+    far: Far | None,
     options: _Options,
-) -> tuple[Tensor, Tensor | None]:
-    """Whole blocks: the near keys' share ``[B, Q, H, Dv]`` and the far keys' weight.
+    out: Tensor,
+) -> None:
+    """`attention` of some sequences, block after block, into ``out``."""
+    batch, heads, queries, dim = query.shape
+    groups, sinks, dtype = near.key.shape[1], options.sinks, near.value.dtype
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    blocks = blocks_of(queries, options.recent)
+    width = blocks.size + options.recent - 1  # keys of a band
+    held = near.key.shape[2] - sinks
+    ahead = queries + options.recent - 1 - held  # keys of a band that are before the first token
 
-    ``near`` holds the blocks' bands and ``first`` the sinks; without ``first`` there is one block
-    and ``near`` holds both. The weight is ``[B, Q, H, 1]``, None without ``far_lse [B, H, Q]``.
-    """
-    count, sinks = options.blocks, options.sinks
-    batch, heads, queries, _ = query.shape
-    groups = near.key.shape[1]
-    block, group = queries // count, heads // groups
+    # Memory for all blocks: new one for each would cost as much in page faults as the softmax.
+    columns = width + sinks + (far is not None)
+    key_room = query.new_empty(batch, groups, columns, dim, dtype=work)
+    value_room = near.value.new_empty(batch, groups, columns, out.shape[3])
+    for room, states in ((key_room, near.key), (value_room, near.value)):
+        room[:, :, width : width + sinks] = states[:, :, :sinks]
+        room[:, :, width + sinks :] = 0.0  # what is far comes with its score and output
+    numbers = batch * heads * blocks.size
+    query_room = query.new_empty(numbers * dim, dtype=work)
+    score_room = query.new_empty(numbers * columns, dtype=work)
+    prob_room = torch.empty_like(score_room)
+    low_room = near.value.new_empty(numbers * columns if dtype != work else 0)
+    result_room = near.value.new_empty(numbers * out.shape[3])
 
-    # the rows of all heads of a K/V head side by side: one product for them
-    q = _by_block(query, groups, count)  # [B * G, blocks * H / G * block, D]
-    if first is None:
-        columns = [_product(q, near.key.flatten(0, 1).mT)]
-    else:
-        width = near.key.shape[2] - (count - 1) * block
-        bands = near.key.unfold(2, width, block).flatten(0, 2)  # [B * G * blocks, D, width]
-        columns = [
-            _product(q, first.key.flatten(0, 1).mT),
-            _product(q.reshape(len(bands), -1, q.shape[2]), bands).view(*q.shape[:2], width),
-        ]
-    for scores in columns:
-        scores *= options.scale
-    if options.softcap is not None:
-        columns = [options.softcap * torch.tanh(scores / options.softcap) for scores in columns]
-    if far_lse is not None:
-        columns.append(_by_block(far_lse[..., None], groups, count).to(columns[0].dtype))
-    scores = torch.cat(columns, -1)
-    if seen is not None:
-        scores.view(batch, groups, count, group, block, -1).masked_fill_(~seen, -torch.inf)
-    probs = torch.softmax(scores, -1)
-    if options.padded:
-        probs.nan_to_num_(0.0)
-
-    weight = None
-    if far_lse is not None:
-        probs, weight = probs[..., :-1], _by_token(probs[..., -1:], batch, heads, block)
-    if first is None:
-        result = _product(probs, near.value.flatten(0, 1))
-    else:
-        values = near.value.unfold(2, width, block).flatten(0, 2).mT
-        result = _product(probs[..., sinks:].reshape(len(values), -1, width), values)
-        result = result.view(*q.shape[:2], -1)
-        result += _product(probs[..., :sinks], first.value.flatten(0, 1))
-    return _by_token(result, batch, heads, block), weight
+    for block in range(blocks.number):
+        start, stop = blocks.rows(block, queries)
+        lacks = max(0, -start)
+        begin = max(lacks, ahead - start)  # first column of the band that exists
+        start, rows = start + lacks, blocks.size - lacks
+        for room, states in ((key_room, near.key), (value_room, near.value)):
+            first = sinks + start - lacks + begin - ahead
+            room[:, :, begin:width] = states[:, :, first : first + width - begin]
+        keys, values = (room.flatten(0, 1)[:, begin:] for room in (key_room, value_room))
+        seen = columns - begin
+        # the rows of all heads of a K/V head side by side: one product for them
+        shape = (batch * groups, heads // groups * rows)
+        q = _room(query_room, batch, heads, rows, dim)
+        torch.mul(query[:, :, start:stop], options.scale, out=q)
+        scores = torch.bmm(q.view(*shape, dim), keys.mT, out=_room(score_room, *shape, seen))
+        if options.softcap is not None:
+            scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        by_head = scores.view(batch, heads, rows, seen)
+        if far is not None:
+            by_head[..., -1] = far.lse[:, :, start:stop]
+        bias = bias_of(block)
+        if bias is not None:
+            bias = bias[:, None, lacks:, begin:]
+            by_head += bias if far is not None else bias[..., :seen]
+        probs = torch.softmax(scores, -1, out=_room(prob_room, *shape, seen))
+        if options.padded:
+            probs.nan_to_num_(0.0)
+        low = _room(low_room, *shape, seen).copy_(probs) if low_room.numel() else probs
+        result = torch.bmm(low, values, out=_room(result_room, *shape, values.shape[2]))
+        weight = None if far is None else low.view(batch, heads, rows, seen)[..., -1:]
+        _store(result.view(batch, heads, rows, -1), weight, far, start, out)
 
 
-def _finish(
-    result: Tensor, weight: Tensor | None, far: Far | None, start: int, queries: int
-) -> Tensor:
-    """Add the far keys' share to the queries from ``start`` on, of ``queries`` in all."""
+def _store(result: Tensor, weight: Tensor | None, far: Far | None, start: int, out: Tensor) -> None:
+    """Write a block ``[B, H, rows, Dv]`` with the far keys' share to ``out [B, Q, H, Dv]``."""
+    rows, queries = result.shape[2], out.shape[1]
+    out = out[:, start : start + rows]
+    result = result.transpose(1, 2)
     if far is None or weight is None:
-        return result
+        out.copy_(result)
+        return
     early = queries - far.out.shape[1]  # queries that see no far key
-    begin, stop = max(start, early), min(start + result.shape[1], queries)
-    if begin < stop:
-        late = slice(begin - start, stop - start)
-        out = far.out[:, begin - early : stop - early].to(result.dtype)
-        if far.heads is None:
-            result[:, late].addcmul_(weight[:, late], out)
-        else:
-            share = out * weight[:, late, far.heads]
-            result[:, late].index_add_(2, torch.tensor(far.heads), share)
-    return result
+    skip = min(max(0, early - start), rows)
+    if skip or far.heads is not None:
+        out.copy_(result)
+    if skip == rows:
+        return
+    weight = weight.transpose(1, 2)[:, skip:]  # [B, rows, H, 1]
+    states = far.out[:, start + skip - early : start + rows - early]
+    if far.heads is not None:
+        heads = torch.tensor(far.heads, device=out.device)
+        out[:, skip:].index_add_(2, heads, states * weight[:, :, far.heads])
+    elif skip:
+        out[:, skip:].addcmul_(weight, states)
+    else:
+        torch.addcmul(result, weight, states, out=out)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left [N, m, k] @ right [N, k, n]`` in float32 (float64 if ``right`` is)."""
-    if right.is_cuda and right.dtype.itemsize == 2:
-        return torch.bmm(left.to(right.dtype), right, out_dtype=torch.float32)
-    work = torch.float64 if right.dtype == torch.float64 else torch.float32
-    return torch.bmm(left.to(work), right.to(work))
-
-
-def _padded(states: Tensor, ahead: int, behind: int, value: float = 0.0) -> Tensor:
-    """Pad the tokens of ``[B, H, S, D]`` or ``[B, H, S]``."""
-    if not ahead and not behind:
-        return states  # torch would copy
-    sides = (0, 0, ahead, behind) if states.ndim == 4 else (ahead, behind)
-    return F.pad(states, sides, value=value)
-
-
-def _by_block(states: Tensor, groups: int, count: int) -> Tensor:
-    """``[B, H, Q, D]`` to ``[B * G, blocks * H / G * block, D]``."""
-    batch, heads, queries, dim = states.shape
-    if count == 1:
-        return states.reshape(batch * groups, -1, dim)
-    split = states.reshape(batch * groups, heads // groups, count, queries // count, dim)
-    return split.transpose(1, 2).flatten(1, 3)
-
-
-def _by_token(states: Tensor, batch: int, heads: int, block: int) -> Tensor:
-    """``[B * G, blocks * H / G * block, D]`` back to ``[B, Q, H, D]``."""
-    groups, dim = states.shape[0] // batch, states.shape[2]
-    split = states.reshape(batch, groups, -1, heads // groups, block, dim)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, heads, dim)
+def _room(memory: Tensor, *shape: int) -> Tensor:
+    """Use the first numbers of ``memory`` as a tensor of ``shape``."""
+    numbers = 1
+    for size in shape:
+        numbers *= size
+    return memory[:numbers].view(shape)

@@ -46,14 +46,40 @@ class WindowTables:
     far_valid: Tensor | None
     padded: bool
 
+    def bias(self, block: int) -> Tensor | None:
+        """What each query of a block of `near.attention` does not see; None if it sees all."""
+        blocks = blocks_of(self.queries, self.recent)
+        start = blocks.rows(block, self.queries)[0]
+        first = self.length - self.queries + start - self.recent + 1  # key of the first column
+        if not self.padded and first >= self.sinks:
+            if blocks.size == 1:
+                return None
+            block = blocks.number  # all these are alike
+        if self.padded:
+            return self._bias(start, first, blocks.size)  # for each sequence: too much to keep
+        if block not in self._biases:
+            self._biases[block] = self._bias(start, first, blocks.size)
+        return self._biases[block]
+
     @cached_property
-    def seen(self) -> Tensor | None:
-        """Columns that each query sees (see `near.attention`); None for all."""
-        if self.padded or self.queries > 1 or self.length - self.recent < self.sinks:
-            return _seen(
-                self.queries, self.recent, self.ordinary, self.sink_positions, self.far is not None
-            )
-        return None
+    def _biases(self) -> dict[int, Tensor]:
+        return {}
+
+    def _bias(self, start: int, first: int, size: int) -> Tensor:
+        """``[B or 1, size, columns]`` float32 of queries from ``start`` and keys from ``first``.
+
+        The far keys' column is seen by all: their log-sum-exp knows who sees them.
+        """
+        device = self.ordinary.device
+        query = torch.arange(size, device=device)[:, None] + self.length - self.queries + start
+        key = first + torch.arange(size + self.recent - 1, device=device)
+        exists = (key >= 0) & (key < self.length)
+        band = self.ordinary[:, key.clamp(0, self.length - 1)] & exists  # [B, width]
+        seen = band[:, None] & (key <= query) & (key > query - self.recent)
+        sink = self.sink_positions[:, None] <= query  # [B, size, s]
+        far = torch.ones_like(seen[..., :1])
+        seen = torch.cat([seen, sink, far], -1)
+        return torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def window_tables(
@@ -91,30 +117,6 @@ def window_tables(
     return WindowTables(
         recent, queries, length, sinks, position, ordinary, far, far_valid, padded=True
     )
-
-
-def _seen(queries: int, recent: int, ordinary: Tensor, sinks: Tensor, far: bool) -> Tensor:
-    """Columns that every query sees, from tables as in `WindowTables`.
-
-    The far keys' column is seen by all: their log-sum-exp knows who sees them.
-    """
-    length, device = ordinary.shape[1], ordinary.device
-    count, block = blocks_of(queries, recent)
-    past = length - queries
-    first = past - recent + 1  # key of the first column
-    width = block + recent - 1
-    if count == 1 and first < 0:
-        first, width = 0, length
-    start = torch.arange(count, device=device)[:, None] * block  # [blocks, 1]
-    query = (past + start + torch.arange(block, device=device))[:, :, None]  # [blocks, block, 1]
-    key = first + start + torch.arange(width, device=device)  # [blocks, width]
-    inside = (key >= 0) & (key < length)
-    band = ordinary[:, key.clamp(0, length - 1)] & inside  # [B, blocks, width]
-    key = key[:, None]
-    seen = band[:, :, None] & (key <= query) & (key > query - recent)
-    sink = sinks[:, None, None] <= query  # [B, blocks, block, s]
-    columns = [sink, seen, torch.ones_like(seen[..., :1])] if far else [sink, seen]
-    return torch.cat(columns, -1)[:, None, :, None]
 
 
 def attention(
@@ -183,13 +185,10 @@ def attention(
         lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
         seers = list(membership.far_heads) if membership.streaming else None
         far = Far(out, lse if offset is None else lse + offset[:, :, None], seers)
-    seen = tables.seen
-    if far is None and seen is not None and tables.far is not None:
-        seen = seen[..., :-1]  # all heads stream: nobody looks at the far keys' column
     return near_part.attention(
         query,
         near,
-        seen,
+        tables.bias,
         far,
         recent=tables.recent,
         sinks=tables.sinks,

@@ -33,7 +33,7 @@ def attention_tables(report: Row) -> list[Table]:
             "rate",
             "ideal",
             "of ideal",
-            "fused baseline",
+            "baseline",
             "its time",
             "speed-up",
             "ideal",
@@ -133,14 +133,14 @@ def model_tables(report: Row) -> list[Table]:
 
 
 def attention_plot(report: Row, path: Path) -> Path:
-    """Draw speed-up over the fastest fused baseline against the number of clusters, per case.
+    """Draw speed-up over the baseline against the number of clusters, per case.
 
     Raises:
         ChaiError: no baseline ran, matplotlib is not installed, or the file cannot be written.
     """
     rows = [row for row in report["results"] if row["speedup"] is not None]
     if not rows:
-        raise ChaiError("there is no speed-up to plot: no fused baseline ran")
+        raise ChaiError("there is no speed-up to plot: no baseline ran")
     cases = list(dict.fromkeys((case_of(row), row["dtype"]) for row in rows))
 
     def draw(axes: Axes, index: int) -> None:

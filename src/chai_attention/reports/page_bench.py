@@ -79,8 +79,9 @@ def attention_section(report: Row, source: str) -> Section:
         ],
         summary=[
             *_warning(report),
-            "Speed-up over the fastest fused attention that is installed, which is never CHAI's "
-            "own. The ideal divides the bytes that have to be read (decode) or the matrix work "
+            "Speed-up over the fastest attention without clusters: on a GPU of what is fused and "
+            "installed, on a CPU of everything, CHAI's own code included. "
+            "The ideal divides the bytes that have to be read (decode) or the matrix work "
             "(prefill); the line at 1 is the baseline.",
         ],
         charts=[Charts("Speed-up beside the ideal", panels, legend)] if panels else [],

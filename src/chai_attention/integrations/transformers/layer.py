@@ -26,8 +26,10 @@ from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plan import slot_queries, stored_states
 from chai_attention.integrations.transformers.recent import near_keys
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, fused, windowed
+from chai_attention.ops import attention, windowed
 from chai_attention.ops.ring import decode_recent
+
+WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
 
 
 class ClusteredLayer(LayerMemory):
@@ -74,9 +76,8 @@ class ClusteredLayer(LayerMemory):
         if not self.record_past:
             self._probe = None
         if self._values.data is None:
-            # V of clusters is read best token-major; torch's fused attention reads it head-major
-            by_head = not self.plan.shares or fused.can_run(query, key, value, options["softcap"])
-            self._values.transposed = by_head
+            # kernels read V of clusters token by token, the CPU and torch's attention by head
+            self._values.transposed = not self.plan.shares or key.device.type == "cpu"
         if self.membership is None and not self.plan.needs_probe:
             self._use(self.plan.fixed_membership(key.shape[0], key.device))
         if self.membership is not None:
@@ -93,7 +94,7 @@ class ClusteredLayer(LayerMemory):
         keys = self._keys.append(new_keys)
         values = self._values.append(new_values.transpose(1, 2)).transpose(1, 2)
         queries = query.shape[2]
-        if self.plan.has_recent_window and queries == 1 and query.is_cuda:
+        if self.plan.has_recent_window and queries == 1 and query.device.type in WITH_RINGS:
             ring = self._recent.step(key, value, member, padding, self.record_past)
             return decode_recent(
                 query, keys, values, member, ring, offset=self._offset, valid=padding.valid,
