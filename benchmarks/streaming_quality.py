@@ -91,14 +91,13 @@ class Bench:
     @cached_property
     def store(self) -> EvidenceStore:
         """Evidence for every recipe and context, collected at once or read."""
-        about = self.about() | {"windows": digest_of(self.windows)}
+        about = self.about() | {"recall weight": None, "windows": digest_of(self.windows)}
         evidence_file.EVERY = 0.0  # whole passes, too, are kept for the next run
-        file = EvidenceFile(self.out / "evidence.safetensors", about)
+        file = EvidenceFile(self.options.evidence or self.out / "evidence.safetensors", about)
         store = EvidenceStore(self.model, self.windows, self.options.batch, file)
         contexts = [*self.options.contexts, LENGTH]
-        asked = Settings(context=max(contexts), recall=self.options.weight)
-        settings = asked.resolve(self.shape)
-        self.say(str(use_recall(store, self.tokenizer, asked.recall, settings, self.options.seed)))
+        settings = Settings(context=max(contexts), recall=1.0).resolve(self.shape)
+        self.say(str(use_recall(store, self.tokenizer, None, settings, self.options.seed)))
         store.get_all(settings, settings.recents(self.length))
         self.say("evidence is there")
         return store
@@ -127,7 +126,7 @@ class Bench:
     def calibrated(self, **settings: Any) -> ClusterProfile:
         """A profile of the calibration windows."""
         if self.options.weight is not None and settings.get("recipe") != "share":
-            settings["recall"] = self.options.weight
+            settings = {"recall": self.options.weight} | settings
         return calibrate(
             self.model, self.tokenizer, self.windows, samples=len(self.windows), length=self.length,
             held_out=self.check, longer=self.longer, store=self.store, seed=self.options.seed,
@@ -240,6 +239,11 @@ class Bench:
                     f"{name}, {save:.0%} saved",
                     partial(self.calibrated, recipe=recipe, save=save, measure=False),
                     name if name in RIVALS else None,
+                )
+            for weight in self.options.curve_weights:
+                rows.row(
+                    f"default, recall {weight:g}, {save:.0%} saved",
+                    partial(self.calibrated, save=save, recall=weight, measure=False),
                 )
 
 
@@ -363,6 +367,8 @@ def main() -> None:
     add("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
     add("--curve", type=_shares, default=[0.2, 0.3, 0.4, 0.5])
     add("--curve-methods", nargs="*", choices=(*NAMES, *RIVALS), default=["default"])
+    add("--curve-weights", nargs="*", type=float, default=[], help="of recall, to compare")
+    add("--evidence", type=Path, help="file that keeps it, shared by several --out")
     add("--seed", type=int, default=0)
     add("--seconds", type=float, default=float("inf"))
     bench = Bench(parser.parse_args())

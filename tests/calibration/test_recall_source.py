@@ -6,6 +6,7 @@ import torch
 from chai_attention.calibration import calibrate
 from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
+from chai_attention.calibration.recall import recall_windows
 from chai_attention.calibration.recall_source import recall_of, split_recall, use_recall
 from chai_attention.calibration.settings import DEFAULT_RECALL, Settings
 from chai_attention.calibration.sources import parse_sources
@@ -76,17 +77,19 @@ def test_costs_of_recalling_are_added_by_weight(model, windows):
     settings = settings_of(model, recall=0.5)
     store = EvidenceStore(model, windows)
     plain = store.get_all(settings, [RECENT])[RECENT]
-    recall = recall_of(TOKENIZER, windows, 0.5, 0)
+    recall = recall_of(TOKENIZER, windows, 0)
     store.use_recall(recall)
     assert store.missing(settings, [RECENT]) == [RECALL_COSTS]
     both = store.get_all(settings, [RECENT])[RECENT]
     alone = EvidenceStore(model, recall.tokens, counted=recall.counted)
     alone = alone.get_all(settings, [RECENT])[RECENT]
-    torch.testing.assert_close(both.streaming, plain.streaming + 0.5 * alone.streaming)
-    assert (alone.streaming > 0).all()
+    factor = plain.streaming.sum() / alone.streaming.sum()  # counted as if both were of one size
+    torch.testing.assert_close(both.streaming, plain.streaming + 0.5 * factor * alone.streaming)
+    assert (both.costs >= plain.costs).all()
+    assert both.streaming.sum() == pytest.approx(1.5 * float(plain.streaming.sum()))
     assert torch.equal(both.grams, plain.grams)
     twice = store.get_all(settings_of(model, recall=1.0), [RECENT])[RECENT]
-    torch.testing.assert_close(twice.streaming, plain.streaming + alone.streaming)
+    assert twice.streaming.sum() == pytest.approx(2 * float(plain.streaming.sum()))
     shared = Settings(recipe="share", recent=RECENT, save=0.02).resolve(describe(model))
     assert torch.equal(store.get(shared).costs, plain.costs)
 
@@ -102,13 +105,11 @@ def test_other_facts_are_collected_anew_and_the_same_are_not(model, windows):
         assert store.missing(settings, [RECENT]) == missing
 
 
-def test_windows_to_recall_from_are_spread_over_the_text(model):
-    windows = torch.arange(4, 12)[:, None].expand(8, 400).contiguous()  # a row is one token
-    rows = recall_of(TOKENIZER, windows, 0.5, 0).tokens
-    assert len(rows) == 4
-    assert [int(row.mode().values) for row in rows] == [4, 6, 8, 10]
-    assert len(recall_of(TOKENIZER, windows, 0.01, 0).tokens) == 1
-    assert len(recall_of(TOKENIZER, windows, 7.0, 0).tokens) == 8
+def test_windows_to_recall_from_are_spread_over_the_text_and_a_quarter_of_its(model):
+    windows = torch.arange(4, 20)[:, None].expand(16, 400).contiguous()  # a row is one token
+    rows = recall_of(TOKENIZER, windows, 0).tokens
+    assert [int(row.mode().values) for row in rows] == [4, 8, 12, 16]
+    assert len(recall_of(TOKENIZER, windows[:1], 0).tokens) == 1
 
 
 def test_the_default_learns_from_recall_and_says_so_and_other_recipes_do_not(model, windows):
@@ -158,7 +159,7 @@ def test_settings_of_recall_that_cannot_be_are_refused(model, options, match):
 def test_an_interrupted_pass_over_recall_goes_on_to_the_bit(model, windows, tmp_path, monkeypatch):
     monkeypatch.setattr("chai_attention.calibration.evidence_file.EVERY", 0.0)
     settings = settings_of(model)
-    recall = recall_of(TOKENIZER, windows, 1.0, 0)
+    recall = recall_windows(TOKENIZER, windows, 4, 400)
 
     def collected(file, steps=None):
         store = EvidenceStore(model, windows, 2, file)
@@ -184,6 +185,6 @@ def test_an_interrupted_pass_over_recall_goes_on_to_the_bit(model, windows, tmp_
         again = collected(EvidenceFile(path, {}))
     finally:
         hook.remove()
-    assert len(runs) == 3  # a look at the loss, and the last two windows one by one
+    assert len(runs) == 3  # a look at the loss, and the last two windows
     assert torch.equal(again.streaming, whole.streaming)
     assert torch.equal(again.costs, whole.costs)

@@ -103,9 +103,7 @@ def estimate(
     for name, spent in clock.seconds.items():
         seconds[name] = spent * samples / len(windows)
         if name == RECALL_COSTS:
-            assert chosen.recall is not None
-            count, part_count = (recall_count(n, chosen.recall) for n in (samples, len(windows)))
-            seconds[name] = spent * count / part_count
+            seconds[name] = spent * recall_count(samples) / recall_count(len(windows))
     per_try, tries = 0.0, 0
     if measured:
         candidates = candidates_of(shape, chosen, evidence)

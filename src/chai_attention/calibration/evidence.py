@@ -40,7 +40,7 @@ class Evidence:
         grams: ``[L, H, H]`` float64, inner products of the heads' attention maps.
         costs: ``[L, H, H]`` float64, what head h (row) pays for r's scores; None where the
             distance of maps is the cost. With text to recall from, what the text says plus what
-            recalling says, weighted.
+            recalling says, weighted (`Costs.plus`).
         offsets: ``[L, H, H]`` float32 of an exact recent window, else None.
         streaming: ``[L, H]`` float64, what head h pays for seeing near keys only; None without
             costs or without an exact recent window.

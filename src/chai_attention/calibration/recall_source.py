@@ -15,6 +15,7 @@ from chai_attention.calibration.settings import DEFAULT_RECALL, MOST_RECALL, Set
 from chai_attention.errors import CalibrationError
 
 RECALL = "recall"  # its name among sources of text
+WINDOWS_SHARE = 0.25  # windows of it for one of the other text, whatever its weight
 
 
 def split_recall(items: Sequence[str]) -> tuple[list[str], float | None]:
@@ -54,15 +55,15 @@ def split_recall(items: Sequence[str]) -> tuple[list[str], float | None]:
     return others, weight
 
 
-def recall_count(windows: int, weight: float) -> int:
+def recall_count(windows: int) -> int:
     """How many windows to recall from there are beside so many of the other text."""
-    return min(windows, max(1, round(weight * windows)))
+    return max(1, round(WINDOWS_SHARE * windows))
 
 
 def recall_of(
-    tokenizer: PreTrainedTokenizerBase | None, windows: Tensor, weight: float, seed: int
+    tokenizer: PreTrainedTokenizerBase | None, windows: Tensor, seed: int
 ) -> RecallWindows:
-    """Make windows to recall from, ``weight`` for each of ``windows [N, S]`` but at most N.
+    """Make windows to recall from, one for four of ``windows [N, S]``.
 
     They are spread over the text, and of its length.
 
@@ -72,7 +73,7 @@ def recall_of(
     if tokenizer is None:
         raise CalibrationError("text to recall from needs the model's tokenizer")
     total = len(windows)
-    count = recall_count(total, weight)
+    count = recall_count(total)
     rows = windows[torch.arange(count) * total // count]
     return recall_windows(tokenizer, rows, count, windows.shape[1], seed=seed)
 
@@ -91,7 +92,7 @@ def use_recall(
     if not chosen.recall:
         return {}
     try:
-        windows = recall_of(tokenizer, store.windows, chosen.recall, seed)
+        windows = recall_of(tokenizer, store.windows, seed)
     except CalibrationError as error:
         if asked is not None:
             raise

@@ -18,7 +18,7 @@ PAPER_WINDOW = 5
 DEFAULT_RECENT, DEFAULT_SINKS = 32, 4
 DEFAULT_BLEND = 1.0
 DEFAULT_MAX_LOSS = 0.01
-DEFAULT_RECALL = 0.25  # weight of text to recall from beside the other text
+DEFAULT_RECALL = 0.25
 DEFAULT_MAX_RECALL_LOSS = 0.05
 MOST_RECALL = 1e9
 DEFAULT, SHARE, STREAM, ELBOW, PAPER = RECIPES = ("default", "share", "stream", "elbow", "paper")
@@ -61,9 +61,8 @@ class Settings:
             those of ``context`` tokens, exact windows counted.
         context: tokens of the contexts that are meant to be served; with streaming heads.
         removed: budget: the share of heads (or of K/V heads) to remove.
-        recall: weight of the costs of recalling facts beside those of the text (see
-            `calibration.recall`), and windows of it for each of the text; 0 for none. By gradient
-            costs only.
+        recall: weight of the costs of recalling facts (see `calibration.recall`), brought to the
+            size of the text's, beside those; 0 for none. By gradient costs only.
         max_recall_loss: with ``max_loss``: how far the share of facts that are recalled may fall,
             0.05 for 5 points.
     """
