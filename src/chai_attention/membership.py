@@ -7,12 +7,15 @@ Words: *H* query heads, *G* K/V heads (``G == H`` in multi-head attention), *k* 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,6 +370,24 @@ class Membership:
         if self.representatives.device.type == "cpu":
             return self.host_rows
         return self.__dict__.get("host_rows")
+
+    @cached_property
+    def derived(self) -> dict[tuple[Any, ...], Any]:
+        """What kernels have made of these tables: by the function that did, and its arguments."""
+        return {}
+
+    def derive(self, make: Callable[..., _T], *args: Hashable) -> _T:
+        """Return ``make(self, *args)``, made once; it lives and changes with the membership.
+
+        Args:
+            make: a function of a module, not a closure.
+            args: what it takes beside the membership.
+        """
+        key = (make, *args)
+        if key not in self.derived:
+            self.derived[key] = make(self, *args)
+        made: _T = self.derived[key]
+        return made
 
     def expand(self, batch: int) -> Membership:
         """Return this one-row membership for ``batch`` sequences (no copy of the vector)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import fields
 
 from torch import Tensor
@@ -20,31 +19,27 @@ def update_rows(membership: Membership, rows: Tensor, new: Membership) -> None:
         membership: of R rows, on the device of its kernels and made there, so that nothing counts
             on who is in which cluster.
         rows: ``[B]`` int64, the rows that change.
-        new: of B rows, with as many clusters, K/V heads and kept K heads.
+        new: of B rows, with as many clusters, K/V heads and kept K heads, and the same heads that
+            stream.
     """
     membership.representatives[rows] = new.representatives
     made = vars(membership)
     made.pop("host_rows", None)
     for name, table in made.items():
-        # what is the same for all rows, whoever is in a cluster, is an expanded row
-        if isinstance(table, Tensor) and name != "representatives" and table.stride(0):
-            table[rows] = getattr(new, name)
-    # what is not imported has made nothing
-    dealt = sys.modules.get("chai_attention.ops.triton.chunks")
-    natural = sys.modules.get("chai_attention.ops.triton.paged_prefill")
-    for module, store, make in (
-        (dealt, "_made", "chunks_of"),
-        (natural, "_natural", "natural_chunks"),
-    ):
-        if module is None:
-            continue
-        for members, held in getattr(module, store).get(membership, {}).items():
-            fresh = getattr(module, make)(new, members)
-            vars(held).pop("used", None)
-            for field in fields(held):
-                table = getattr(held, field.name)
-                if isinstance(table, Tensor):
-                    _write_rows(table, rows, getattr(fresh, field.name))
+        # what is the same for all rows, whoever is in a cluster, is one row or an expanded one
+        if isinstance(table, Tensor) and name != "representatives":  # noqa: SIM102
+            if table.ndim > 1 and table.stride(0):
+                table[rows] = getattr(new, name)
+    far = made.get("far")
+    if isinstance(far, Membership) and far is not membership and new.far is not None:
+        update_rows(far, rows, new.far)
+    for (make, *arguments), held in membership.derived.items():
+        fresh = new.derive(make, *arguments)
+        vars(held).pop("used", None)
+        for field in fields(held):
+            table = getattr(held, field.name)
+            if isinstance(table, Tensor):
+                _write_rows(table, rows, getattr(fresh, field.name))
 
 
 def _write_rows(table: Tensor, rows: Tensor, new: Tensor) -> None:

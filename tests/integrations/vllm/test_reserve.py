@@ -58,9 +58,8 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     if window:
         prefill.natural_chunks(member, 2)
     made = [*vars(member).values(), *vars(member.far or member).values(), pages._offset]
-    for store in (chunks._made, prefill._natural):
-        for held in store[member].values():
-            made += [getattr(held, field.name) for field in fields(held)]
+    for held in member.derived.values():
+        made += [getattr(held, field.name) for field in fields(held)]
     tables = [one for one in made if isinstance(one, Tensor) and one.ndim > 1]  # with a row a page
     sizes = {id(one): one.nbytes for one in tables if one.stride(0)}
     taken = sum(sizes.values())

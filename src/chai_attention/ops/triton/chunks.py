@@ -11,7 +11,6 @@ from __future__ import annotations
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,21 +93,14 @@ def members_of(heads: int, clusters: int, columns: int) -> int:
     return min(most, max(1, columns))
 
 
-# a membership serves every step of a request: its tables are made once and die with it
-_made: weakref.WeakKeyDictionary[Membership, dict[int, Chunks]] = weakref.WeakKeyDictionary()
-
-
 def chunks_of(membership: Membership, members: int) -> Chunks:
     """Return the chunks of up to ``members`` heads; nothing is read on the host."""
-    made = _made.setdefault(membership, {})
-    if members not in made:
-        made[members] = _deal(membership, members)
-    return made[members]
+    return membership.derive(_deal, members)
 
 
 def adopt_chunks(membership: Membership, chunks: Chunks) -> None:
     """Remember chunks that were made together with the membership."""
-    _made.setdefault(membership, {})[chunks.head.shape[2]] = chunks
+    membership.derived[_deal, chunks.head.shape[2]] = chunks
 
 
 def _deal(membership: Membership, members: int) -> Chunks:

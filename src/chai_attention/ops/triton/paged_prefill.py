@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import weakref
 from functools import cache
 from typing import Any
 
@@ -330,20 +329,18 @@ def prefill_packed(
     )  # fmt: skip
 
 
-_natural: weakref.WeakKeyDictionary[Membership, dict[int, Chunks]] = weakref.WeakKeyDictionary()
-
-
 def natural_chunks(membership: Membership, members: int) -> Chunks:
     """`chunks_of`, but for K and V of all K/V heads in their natural order."""
-    made = _natural.setdefault(membership, {})
-    if members not in made:
-        chunks, group = chunks_of(membership, members), membership.group_size
-        made[members] = dataclasses.replace(
-            chunks,
-            key=torch.div(chunks.query, group, rounding_mode="floor"),  # -1 stays -1
-            value=torch.div(chunks.head, group, rounding_mode="floor"),
-        )
-    return made[members]
+    return membership.derive(_deal_natural, members)
+
+
+def _deal_natural(membership: Membership, members: int) -> Chunks:
+    chunks, group = chunks_of(membership, members), membership.group_size
+    return dataclasses.replace(
+        chunks,
+        key=torch.div(chunks.query, group, rounding_mode="floor"),  # -1 stays -1
+        value=torch.div(chunks.head, group, rounding_mode="floor"),
+    )
 
 
 @cache
