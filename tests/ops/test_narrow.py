@@ -7,9 +7,9 @@ from torch.testing import assert_close
 from chai_attention.errors import AttentionInputError
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.narrow import FLOAT8, as_stored, narrow
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import paged_prefill
-from chai_attention.ops.ring import NearRing
 from helpers import definition, random_membership, recent_definition
 
 
@@ -29,22 +29,20 @@ def test_numbers_with_four_bits_are_kept_and_large_ones_bounded(dtype):
 def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, scales):
     length, dim, page, recent, sinks = 30, 16, 16, 6, 2
     member = random_membership(heads, clusters, 1, kv_heads)
-    removed = kv_heads - member.kept_keys
     pages = [
         torch.full((4, page, n, dim), torch.nan).to(FLOAT8) for n in (member.kept_keys, kv_heads)
     ]
-    near = NearRing(
-        torch.full((1, removed, recent, dim), torch.nan, dtype=torch.float64),
-        torch.full((1, removed, sinks, dim), torch.nan, dtype=torch.float64),
-        torch.tensor([[0, 1]], dtype=torch.int32),
-        recent,
-    )
+    near = NearPages(
+        torch.full((4, page, kv_heads - member.kept_keys, dim), torch.nan).to(FLOAT8),
+        torch.zeros(4, page, 0, dim).to(FLOAT8),
+        torch.tensor([[1, 3]], dtype=torch.int32), recent, sinks,
+    )  # fmt: skip
     key, value = torch.randn(2, length, kv_heads, dim, dtype=torch.float64)
     position = torch.arange(length)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     slots = table[0, position // page].long() * page + position % page
-    slot = torch.where(position < length - recent, -2, 0).int()
-    write_paged(key, value, *pages, slots, member, None, near, position, slot, scales=scales)
+    near_slots = near.block_table[0, position // page].long() * page + position % page
+    write_paged(key, value, *pages, slots, member, None, near, near_slots, scales)
     query = torch.randn(1, heads, dim, dtype=torch.float64)
     # keys and values as they are after rounding, at their own size
     keys = (as_stored(key, scales[0]) * scales[0]).transpose(0, 1)[None]

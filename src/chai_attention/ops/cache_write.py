@@ -89,11 +89,9 @@ def write_paged(
     slot_mapping: Tensor,
     membership: Membership,
     rows: Tensor | None = None,
-    near: NearPages | NearRing | None = None,
-    positions: Tensor | None = None,
-    near_rows: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
+    near: NearPages | None = None,
     near_slot_mapping: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Write T tokens of any sequences into pages.
 
@@ -106,15 +104,9 @@ def write_paged(
         slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
         membership: tables of one row for all, or of any number with ``rows``.
         rows: ``[T]`` int32, each token's row of the membership's tables.
-        near: takes K, and V, of the heads that far pages do not hold. Of `NearPages` the block
-            table is not used. Of a `NearRing`, tokens that ``near_rows`` has a place for; rounded
-            like the pages' K.
-        positions: ``[T]`` int32, position of each token in its sequence; with ``near``.
-        near_rows: ``[T]`` int32, row of ``near``'s memories; -1 for tokens to leave out, and
-            ``-2 - row`` for those that are too old for the ring of ``row`` (R or more tokens
-            before their sequence's last), which may still be sinks.
+        near: takes K, and V, of the heads that far pages do not hold; its block table is not used.
+        near_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the near pages.
         scales: what K and V are divided by in 8-bit pages, far and near.
-        near_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the near pages; with `NearPages`.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -132,7 +124,7 @@ def write_paged(
         and (rows is None or rows.shape == (tokens,))
         and slot_mapping.shape == (tokens,)
     )
-    if isinstance(near, NearPages):
+    if near is not None:
         count, size = near.key.shape[:2]
         fits = (
             fits
@@ -142,8 +134,6 @@ def write_paged(
             and near_slot_mapping is not None
             and near_slot_mapping.shape == (tokens,)
         )
-    elif near is not None:
-        fits = fits and kept_values == groups and positions is not None and near_rows is not None
     else:
         fits = fits and not membership.streaming
     _check(
@@ -155,33 +145,18 @@ def write_paged(
 
         write.write_paged(
             key, value, key_pages, value_pages, slot_mapping, membership, rows,
-            near, positions, near_rows, scales, near_slot_mapping,
+            near, near_slot_mapping, scales,
         )  # fmt: skip
         return
     new_key, new_value = key, value
     if is_narrow:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
-        key = new_key.to(key.dtype)
     line = torch.zeros(tokens, dtype=torch.long) if rows is None else rows.long()
     _put(new_key, key_pages, membership.key_heads[line], slot_mapping)
     _put(new_value, value_pages, membership.value_heads[line], slot_mapping)
-    if isinstance(near, NearPages) and near_slot_mapping is not None:
+    if near is not None and near_slot_mapping is not None:
         _put(new_key, near.key, membership.removed_key_heads[line], near_slot_mapping)
         _put(new_value, near.value, membership.removed_value_heads[line], near_slot_mapping)
-    if not isinstance(near, NearRing) or positions is None or near_rows is None:
-        return
-    token = (slot_mapping >= 0).nonzero()[:, 0]
-    at, line = token[:, None], line[token]
-    removed = key[at, membership.removed_key_heads[line]]  # [T', G - kept, D]
-    row, position = near_rows[token].long(), positions[token].long()
-    in_ring = row >= 0
-    at_ring = (position[in_ring] + near.shift) % near.size
-    near.ring[row[in_ring], :, at_ring] = removed[in_ring]
-    known = row != -1
-    row = torch.where(row < -1, -2 - row, row)
-    for index in range(near.sinks.shape[2]):
-        here = known & (near.sink_positions[row.clamp_min(0), index] == position)
-        near.sinks[row[here], :, index] = removed[here]
 
 
 def _put(states: Tensor, pages: Tensor, heads: Tensor, slots: Tensor) -> None:

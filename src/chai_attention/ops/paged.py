@@ -17,7 +17,6 @@ from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.near_pages import NearPages, reference_paged_decode
-from chai_attention.ops.ring import NearRing, decode_recent
 
 
 def paged_decode(
@@ -31,8 +30,7 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    near: NearPages | NearRing | None = None,
-    slots: Tensor | None = None,
+    near: NearPages | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -55,7 +53,6 @@ def paged_decode(
         rows: ``[B]`` int32, each sequence's row of the membership's tables.
         near: exact recent window; needs the query of all heads. A membership with streaming heads
             needs one.
-        slots: ``[B]`` int32, each sequence's row of ``near``'s memories; None for its own number.
         offset: ``[B, H]`` float32 added to the far keys' log-sum-exp (`windowed.head_offsets`);
             with ``near``. Streaming heads need it.
         out: ``[B, H, Dv]`` to write to.
@@ -72,8 +69,8 @@ def paged_decode(
             strided head dimensions.
     """
     _check(
-        query, key_pages, value_pages, block_table, membership, lengths, rows, near, slots, offset,
-        out, return_lse,
+        query, key_pages, value_pages, block_table, membership, lengths, rows, near, offset, out,
+        return_lse,
     )  # fmt: skip
     options: dict[str, Any] = {"lengths": lengths, "scale": scale, "softcap": softcap}
     if query.device.type == "cuda":
@@ -81,22 +78,15 @@ def paged_decode(
 
         return launch_decode.paged_decode(
             query, key_pages, value_pages, block_table, membership, rows=rows, near=near,
-            slots=slots, offset=offset, out=out, return_lse=return_lse, most_keys=most_keys,
-            **options,
+            offset=offset, out=out, return_lse=return_lse, most_keys=most_keys, **options,
         )  # fmt: skip
     member = rows_of(membership, rows, query.shape[0])
     size = int(lengths.max()) if len(lengths) else 0
     used = block_table[:, : -(-size // key_pages.shape[1])]
     key, value = (gather_pages(x, used, query.dtype)[:, :, :size] for x in (key_pages, value_pages))
     lse = None
-    if isinstance(near, NearPages):
+    if near is not None:
         result = reference_paged_decode(query, key, value, member, near, offset=offset, **options)
-    elif near is not None:
-        if slots is not None:
-            near = near.select(slots.long())
-        result = decode_recent(
-            query[:, :, None], key, value, member, near, offset=offset, **options
-        )[:, 0]
     else:
         if query.shape[1] != member.clusters:
             index = member.slot_heads[:, :, None].expand(-1, -1, query.shape[2])
@@ -119,8 +109,7 @@ def _check(
     membership: Membership,
     lengths: Tensor,
     rows: Tensor | None,
-    near: NearPages | NearRing | None,
-    slots: Tensor | None,
+    near: NearPages | None,
     offset: Tensor | None,
     out: Tensor | None,
     return_lse: bool,
@@ -139,8 +128,8 @@ def _check(
         raise AttentionInputError(
             "a recent window needs the query of all heads, and has no log-sum-exp"
         )
-    if near is None and (slots is not None or offset is not None):
-        raise AttentionInputError("slots and offset belong to a recent window: give near, too")
+    if near is None and offset is not None:
+        raise AttentionInputError("offset belongs to a recent window: give near, too")
     if membership.streaming and (near is None or offset is None):
         raise AttentionInputError(
             "streaming heads need near and offset: a recent window, and `head_offsets`"
@@ -153,11 +142,10 @@ def _check(
         "block_table": (block_table, (batch, *block_table.shape[1:2])),
         "lengths": (lengths, (batch,)),
         "rows": (rows, (batch,)),
-        "slots": (slots, (batch,)),
         "offset": (offset, (batch, heads)),
         "out": (out, (batch, heads, value_dim)),
     }
-    if isinstance(near, NearPages):
+    if near is not None:
         count, size = near.key.shape[:2]
         wanted["near.key"] = (near.key, (count, size, groups - kept, dim))
         wanted["near.value"] = (near.value, (count, size, groups - values, value_dim))
@@ -167,12 +155,6 @@ def _check(
                 f"near pages of {near.key.dtype} beside far ones of {key_pages.dtype}, which need "
                 f"one dtype, or a window of {near.recent} tokens"
             )
-    elif near is not None:
-        memories = near.ring.shape[0] if slots is not None else batch
-        wanted["near.ring"] = (near.ring, (memories, groups - kept, near.size, dim))
-        sinks = near.sinks.shape[2]
-        wanted["near.sinks"] = (near.sinks, (memories, groups - kept, sinks, dim))
-        wanted["near.sink_positions"] = (near.sink_positions, (memories, sinks))
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
             raise AttentionInputError(

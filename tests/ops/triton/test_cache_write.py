@@ -115,28 +115,22 @@ def test_tokens_beyond_the_cache_are_not_written():
 def test_pages(heads, kv_heads, clusters, shared):
     tokens, dim, page, pages = 11, 48, 8, 5
     member = random_membership(heads, clusters, 1 if shared else 3, kv_heads)
-    removed = kv_heads - member.kept_keys
     key, value = torch.randn(tokens, kv_heads, dim), torch.randn(tokens, kv_heads, 40)
     slots = torch.randperm(page * pages)[:tokens]
     slots[4] = -1
     lines = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
-    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1, 9, 2], dtype=torch.int32)
-    near_rows = torch.tensor([-3, -3, -3, 1, 1, 1, 1, 0, 0, -1, 0], dtype=torch.int32)
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
         keys = torch.full((pages, page, member.kept_keys, dim), torch.nan, device=device)
         values = torch.full((pages, page, kv_heads, 40), torch.nan, device=device)
-        near = ring(2, removed, 4, 2, dim, torch.zeros(2), begin=3)
-        near = near if device == "cpu" else on_device(near)
         function(
             key.to(device), value.to(device), keys, values, slots.to(device), member.to(device),
-            None if lines is None else lines.to(device), near, positions.to(device),
-            near_rows.to(device),
+            None if lines is None else lines.to(device),
         )  # fmt: skip
-        results.append((keys, values, near.ring, near.sinks))
+        results.append((keys, values))
     for got, want in zip(*results, strict=True):
         same(got, want)
-    keys, values, *_ = results[1]
+    keys, values = results[1]
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             line = 0 if lines is None else int(lines[token])

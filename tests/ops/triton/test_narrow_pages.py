@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from chai_attention.ops import cache_write, paged, paged_prefill
 from chai_attention.ops.narrow import FLOAT8, widen_pages
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.triton import launch_decode, widen, write
 from chai_attention.ops.triton import paged_prefill as kernels
 from helpers import random_membership
@@ -86,7 +86,7 @@ def rounded_down(*shape, scale):
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.3, 7.0)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_write_rounds_like_the_reference(dtype, scales):
-    heads, dim, page, tokens, recent, sinks = 5, 48, 16, 40, 8, 2
+    heads, dim, page, tokens = 5, 48, 16, 40
     member = random_membership(heads, 2)
     key, value = (rounded_down(tokens, heads, dim, scale=scale).to(dtype) for scale in scales)
     key[3, 0, 5], key[4, 1, 6] = 1e4, -1e4
@@ -94,49 +94,22 @@ def test_write_rounds_like_the_reference(dtype, scales):
         key[5:9], value[0] = torch.randn(4, heads, dim).to(dtype), 2.0**-9 * 1.5
     position = torch.arange(tokens)
     slots = torch.where(position == 11, -1, position + 3)
-    slot = torch.where(position < tokens - recent, -2, 0).int()
+    near_slots = torch.where(position == 13, -1, position + 5)
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
         pages = [torch.zeros(3, page, n, dim, device=device).to(FLOAT8) for n in (2, heads)]
-        near = NearRing(
-            torch.zeros(1, heads - 2, recent, dim, dtype=dtype, device=device),
-            torch.zeros(1, heads - 2, sinks, dim, dtype=dtype, device=device),
-            torch.tensor([[0, 1]], dtype=torch.int32, device=device),
-            recent,
-        )
+        near = NearPages(
+            torch.zeros(3, page, heads - 2, dim, device=device).to(FLOAT8),
+            torch.zeros(3, page, 0, dim, device=device).to(FLOAT8),
+            torch.zeros(1, 1, dtype=torch.int32), 8, 2,
+        )  # fmt: skip
         function(
             key.to(device), value.to(device), *pages, slots.to(device), member.to(device), None,
-            near, position.to(device), slot.to(device), scales,
+            near, near_slots.to(device), scales,
         )  # fmt: skip
-        results.append([*(x.view(torch.uint8) for x in pages), near.ring, near.sinks])
+        results.append([x.view(torch.uint8) for x in (*pages, near.key)])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got.cpu(), want)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_decode_with_a_recent_window(dtype):
-    heads, dim, recent, sinks, lengths = 6, 64, 9, 3, [40, 12, 129]
-    member = random_membership(heads, 2, 3)
-    case = paged_caches(member, lengths, 16, dim, dim, dtype, DEVICE, stored=FLOAT8)
-    near = NearRing(
-        *(torch.randn(3, heads - 2, n, dim).to(dtype) for n in (recent, sinks)),
-        torch.arange(sinks, dtype=torch.int32).repeat(3, 1),
-        recent,
-    )
-    query, offset = torch.randn(3, heads, dim).to(dtype), torch.randn(3, heads)
-    want, _ = paged.paged_decode(
-        double(query), double(case.keys), double(case.values), case.table.cpu(), member,
-        lengths=case.lengths.cpu(), scale=0.2, offset=offset,
-        near=NearRing(near.ring.double(), near.sinks.double(), near.sink_positions, recent),
-    )  # fmt: skip
-    on_device = NearRing(
-        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), recent
-    )
-    got, _ = launch_decode.paged_decode(
-        query.to(DEVICE), case.keys, case.values, case.table, member.to(DEVICE),
-        lengths=case.lengths, scale=0.2, offset=offset.to(DEVICE), near=on_device,
-    )  # fmt: skip
-    assert_close(double(got), want, atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

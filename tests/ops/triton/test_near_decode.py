@@ -6,12 +6,11 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged, reference, windowed
+from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_dense
 from chai_attention.ops.ring import NearRing, decode_recent
 from chai_attention.ops.triton import launch_decode
 from helpers import random_membership
-from paged_caches import paged_caches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -125,49 +124,6 @@ def test_window_is_the_definition(
         offset=offset.to(DEVICE), valid=None if valid is None else valid.to(DEVICE), **options,
     )  # fmt: skip
     assert_close(got.double().cpu(), want, atol=TOLERANCE[dtype], rtol=0)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "clusters"), [(9, 9, 4), (6, 2, 1)])
-def test_window_over_pages(heads, kv_heads, clusters):
-    """The last row is padding, as CUDA graphs of a fixed batch have it."""
-    lengths, dim, recent, sinks = [70, 3, 129, 0], 64, 9, 4
-    member = random_membership(heads, clusters, 4, kv_heads)
-    case = paged_caches(member, lengths, 16, dim, dim, torch.float32, DEVICE)
-    slots = torch.tensor([2, 0, 4, -1], dtype=torch.int32)
-    near = NearRing(
-        torch.full((5, kv_heads - member.kept_keys, recent, dim), torch.nan),
-        torch.full((5, kv_heads - member.kept_keys, sinks, dim), torch.nan),
-        # of memories in use, what they hold; of others, anything
-        torch.tensor([[0, 1, 2, -1], [77] * 4, [0, 1, 2, 3], [5] * 4, [0, 1, 2, 3]]).int(),
-        recent,
-    )
-    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
-        removed = case.full_keys[row][member.removed_key_heads[row]]
-        near.sinks[slot, :, : min(sinks, length)] = removed[:, :sinks]
-        for token in range(max(0, length - recent), length):
-            near.ring[slot, :, token % recent] = removed[:, token]
-    query, offset = torch.randn(4, heads, dim), torch.randn(heads)[:, None].expand(-1, 4).T
-    options = {"scale": 0.2, "softcap": 4.0}
-    want = torch.cat(
-        [
-            decode_recent(
-                query[row, None, :, None],
-                case.full_keys[row][member.key_heads[row]][None],
-                case.full_values[row][member.value_heads[row]][None],
-                member.select(torch.tensor([row])), near.select(slots[row : row + 1].long()),
-                lengths=torch.tensor([length]), offset=offset[row : row + 1], **options,
-            )[:, 0]
-            for row, length in enumerate(lengths[:3])
-        ]
-    )  # fmt: skip
-    want = torch.cat([want, torch.zeros_like(want[:1])])
-    for function in (paged.paged_decode, launch_decode.paged_decode):
-        got, _ = function(
-            query.to(DEVICE), case.keys, case.values, case.table, member.to(DEVICE),
-            lengths=case.lengths, near=moved(near), slots=slots.to(DEVICE),
-            offset=offset.to(DEVICE), **options,
-        )  # fmt: skip
-        assert_close(got.cpu(), want, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("streaming", [0, 3])

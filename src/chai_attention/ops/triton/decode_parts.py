@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from chai_attention.ops.triton.decode import _line_of, _scores_base2
-from chai_attention.ops.triton.near_decode import _near, _near_row, _sink_stop
+from chai_attention.ops.triton.near_decode import _near, _sink_stop
 
 
 @triton.jit(
@@ -23,7 +23,7 @@ from chai_attention.ops.triton.near_decode import _near, _near_row, _sink_stop
     ]
 )  # fmt: skip
 def _parts(
-    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr,
     query_ptr, key_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
     ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, near_table_ptr, key_place_ptr,
     scale, softcap, size, near_programs, chunks, streaming, splits, recent, ring_size, ring_shift,
@@ -36,7 +36,7 @@ def _parts(
     BLOCK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
     NEAR: tl.constexpr, STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr,
     SINKS: tl.constexpr, SINKS_P: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
     STAGES: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -61,11 +61,10 @@ def _parts(
             head = tl.load(head_ptr + lane_at)
             if head >= 0:
                 length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
-                near_row = _near_row(row, slots_ptr, HAS_SLOTS)
                 place = tl.load(value_ptr + lane_at).to(tl.int64)
                 dv = tl.arange(0, DVP)
                 best, weight, out = _near(
-                    head, place, row, near_row, line, length, dv,
+                    head, place, row, line, length, dv,
                     q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr,
                     sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
                     ring_size, ring_shift, kept, kept_values,
@@ -96,8 +95,7 @@ def _parts(
         if NEAR_PAGE > 0:
             begin = SINKS
         elif SINKS > 0:
-            near_row = _near_row(row, slots_ptr, HAS_SLOTS)
-            begin = _sink_stop(sink_ptr, near_row, stride_sinks, SINKS, SINKS_P)
+            begin = _sink_stop(sink_ptr, row, stride_sinks, SINKS, SINKS_P)
     # whole blocks for every split, so that only the last block of all is cut; with pages the first
     # one too, since a block must lie in one page
     base = begin if PAGE == 0 else begin // BLOCK * BLOCK

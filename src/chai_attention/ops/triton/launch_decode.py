@@ -28,6 +28,7 @@ TILE_BYTES = 2 * 16384
 RESIDENT = {512: 3, 256: 4, 0: 6}
 RESIDENT_SMALL_PAGES = {256: 3, 0: 6}  # where a block of keys lies in several pages
 RESIDENT_8_BITS = {512: 2, 0: 3}
+REGISTERS = 65536  # of a processor
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 MAX_WAVES = 8
@@ -89,25 +90,20 @@ def paged_decode(
     scale: float,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    near: NearPages | NearRing | None = None,
-    slots: Tensor | None = None,
+    near: NearPages | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
     most_keys: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.paged.paged_decode` in two launches."""
-    if isinstance(near, NearPages):
-        check(query, pages=(key_pages, value_pages, near.key, near.value))
-    else:
-        memories = () if near is None else (memory for pair in near.memories for memory in pair)
-        check(query, *memories, pages=(key_pages, value_pages))
+    own = () if near is None else (near.key, near.value)
+    check(query, pages=(key_pages, value_pages, *own))
     lse = _lse(membership, query) if return_lse else None
     size = most_keys or block_table.shape[1] * key_pages.shape[1]
     result = _run(
         query, key_pages, value_pages, membership, lse, size, out=out, scale=scale,
-        lengths=lengths, softcap=softcap, table=block_table, rows=rows, near=near, slots=slots,
-        offset=offset,
+        lengths=lengths, softcap=softcap, table=block_table, rows=rows, near=near, offset=offset,
     )  # fmt: skip
     return result, lse
 
@@ -165,6 +161,8 @@ def _run(
         splits=splits,
         block=block,
         warps=warps,
+        # else the compiler may take more, and fewer programs run at a time than were planned for
+        registers=min(255, REGISTERS // (at_a_time * warps * 32) // 8 * 8),
         # wide loads of small pages wait for the block table: they are not worth running ahead
         stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
         # keys of different warps: with half the bytes to wait for, adding them up in every block

@@ -24,41 +24,20 @@ def near_block(keys: int, dim: int, warps: int) -> int:
 
 
 @triton.jit
-def _near_row(row, slots_ptr, HAS_SLOTS: tl.constexpr):
-    """Where the recent window's memories of a sequence are; a padded row may have slot -1."""
-    if HAS_SLOTS:
-        row = tl.maximum(tl.load(slots_ptr + row), 0).to(tl.int64)
-    return row
-
-
-@triton.jit
-def _sink_stop(sink_ptr, near_row, stride_sinks, SINKS: tl.constexpr, SINKS_P: tl.constexpr):
+def _sink_stop(sink_ptr, row, stride_sinks, SINKS: tl.constexpr, SINKS_P: tl.constexpr):
     """The position behind the last sink: every real token before it is one."""
     s = tl.arange(0, SINKS_P)
-    sinks = tl.load(sink_ptr + near_row * stride_sinks + s, mask=s < SINKS, other=-1)
+    sinks = tl.load(sink_ptr + row * stride_sinks + s, mask=s < SINKS, other=-1)
     return tl.max(sinks.to(tl.int32), axis=0) + 1
 
 
 @triton.jit
-def _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, seen,
-              PAGE: tl.constexpr):  # fmt: skip
-    """Offsets of tokens in a cache."""
-    if PAGE == 0:
-        at = row * stride_b + position.to(tl.int64) * stride_s
-    else:
-        page = tl.load(table_ptr + row * stride_table + position // PAGE, mask=seen, other=0)
-        at = page.to(tl.int64) * stride_b + (position % PAGE).to(tl.int64) * stride_s
-    return at
-
-
-@triton.jit
 def _held(
-    ptr, ring_ptr, first_ptr, place, kept, row, slot_row, position, at, j, d, inside, is_sink,
-    table_ptr, stride_table, stride_b, stride_h, stride_s, stride_rb, stride_rh, stride_rs,
-    stride_fb, stride_fh, stride_fs,
-    D: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_RING: tl.constexpr,
+    ptr, ring_ptr, first_ptr, place, kept, row, position, at, j, d, inside, is_sink,
+    stride_b, stride_h, stride_s, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
+    D: tl.constexpr, SINKS: tl.constexpr, HAS_RING: tl.constexpr,
 ):  # fmt: skip
-    """K or V of some tokens and one head, which the cache holds if its ``place`` is below ``kept``.
+    """K or V of some tokens and one head, which a dense cache holds if ``place`` is below ``kept``.
 
     What is masked out adds nothing.
     """
@@ -66,22 +45,22 @@ def _held(
     stored = inside
     if HAS_RING:
         stored = inside & (place + tl.zeros_like(at) < kept)
-    token = _token_at(position, row, table_ptr, stride_table, stride_b, stride_s, stored, PAGE)
     states = tl.load(
-        ptr + place * stride_h + token[:, None] + d[None, :],
+        ptr + row * stride_b + place * stride_h
+        + position.to(tl.int64)[:, None] * stride_s + d[None, :],
         mask=stored[:, None] & in_head, other=0.0,
     ).to(tl.float32)  # fmt: skip
     if HAS_RING:  # noqa: SIM102 - known when compiled
         if place >= kept:
             removed = place - kept
             states = tl.load(
-                ring_ptr + slot_row * stride_rb + removed * stride_rh
+                ring_ptr + row * stride_rb + removed * stride_rh
                 + at[:, None] * stride_rs + d[None, :],
                 mask=(inside & (j >= SINKS))[:, None] & in_head, other=0.0,
             ).to(tl.float32)  # fmt: skip
             if SINKS > 0:
                 states += tl.load(
-                    first_ptr + slot_row * stride_fb + removed * stride_fh
+                    first_ptr + row * stride_fb + removed * stride_fh
                     + j.to(tl.int64)[:, None] * stride_fs + d[None, :],
                     mask=(inside & is_sink)[:, None] & in_head, other=0.0,
                 ).to(tl.float32)  # fmt: skip
@@ -113,7 +92,7 @@ def _in_pages(
 
 @triton.jit
 def _step(
-    start, q, where, row, slot_row, length, place, d, dv,
+    start, q, where, row, length, place, d, dv,
     k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
     v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
@@ -131,7 +110,7 @@ def _step(
     if SINKS > 0:
         sink = j  # of a sequence in pages: its first tokens
         if NEAR_PAGE == 0:
-            sink = tl.load(sink_ptr + slot_row * stride_sinks + j, mask=is_sink, other=-1)
+            sink = tl.load(sink_ptr + row * stride_sinks + j, mask=is_sink, other=-1)
             sink = sink.to(tl.int32)
         # a sink among the last keys counts once, there
         position = tl.where(is_sink, sink, position)
@@ -156,15 +135,14 @@ def _step(
         # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
         at = ((position + ring_shift) % ring_size).to(tl.int64)
         k = _held(
-            k_ptr, ring_ptr, first_ptr, where, kept, row, slot_row, position, at, j, d, inside,
-            is_sink, table_ptr, stride_table, stride_kb, stride_kh, stride_ks, stride_rb,
-            stride_rh, stride_rs, stride_fb, stride_fh, stride_fs, D, PAGE, SINKS, True,
+            k_ptr, ring_ptr, first_ptr, where, kept, row, position, at, j, d, inside,
+            is_sink, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh, stride_rs, stride_fb,
+            stride_fh, stride_fs, D, SINKS, True,
         )  # fmt: skip
         v = _held(
-            v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, slot_row, position, at, j, dv,
-            inside, is_sink, table_ptr, stride_table, stride_vb, stride_vh, stride_vs, stride_vrb,
-            stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, DV, PAGE, SINKS,
-            HAS_VALUE_RING,
+            v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, position, at, j, dv,
+            inside, is_sink, stride_vb, stride_vh, stride_vs, stride_vrb, stride_vrh, stride_vrs,
+            stride_vfb, stride_vfh, stride_vfs, DV, SINKS, HAS_VALUE_RING,
         )  # fmt: skip
     s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
     return tl.where(inside, s, float("-inf")), v
@@ -172,7 +150,7 @@ def _step(
 
 @triton.jit
 def _near(
-    head, place, row, slot_row, line, length, dv,
+    head, place, row, line, length, dv,
     q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
     v_ring_ptr, v_first_ptr, key_place_ptr,
     scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
@@ -193,12 +171,14 @@ def _near(
     q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
     q = q.to(tl.float32) * scale
     where = tl.load(key_place_ptr + line * KV_HEADS + head // GROUP).to(tl.int64)
-    best = float("-inf")
-    weight = 0.0
-    acc = tl.zeros([DVP], dtype=tl.float32)
+    # each key of a step has sums of its own until the end: those of a step would have to wait for
+    # all warps, time and again
+    best = tl.full([NEAR], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([NEAR], dtype=tl.float32)
+    acc = tl.zeros([NEAR, DVP], dtype=tl.float32)
     for step in tl.range(0, STEPS, num_stages=1):
         s, v = _step(
-            step * NEAR, q, where, row, slot_row, length, place, d, dv,
+            step * NEAR, q, where, row, length, place, d, dv,
             k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
             v_ring_ptr, v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
@@ -206,11 +186,13 @@ def _near(
             stride_fs, stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
             stride_vfs, D, DV, PAGE, NEAR_PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
         )  # fmt: skip
-        new = tl.maximum(best, tl.max(s, axis=0))
+        new = tl.maximum(best, s)
         base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
         p = tl.exp2(s - base)
         old = tl.exp2(best - base)
-        weight = weight * old + tl.sum(p, axis=0)
-        acc = acc * old + tl.sum(p[:, None] * v, axis=0)
+        weight = weight * old + p
+        acc = acc * old[:, None] + p[:, None] * v
         best = new
-    return best, weight, acc
+    top = tl.max(best, axis=0)
+    share = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
+    return top, tl.sum(weight * share, axis=0), tl.sum(acc * share[:, None], axis=0)

@@ -148,7 +148,6 @@ def decode(
     table: Tensor | None = None,
     rows: Tensor | None = None,
     near: NearPages | NearRing | None = None,
-    slots: Tensor | None = None,
     offset: Tensor | None = None,
     key_place: Tensor | None = None,
     splits: int,
@@ -157,6 +156,7 @@ def decode(
     stages: int,
     lines: int = 1,
     early: bool,
+    registers: int | None = None,
     merge_columns: int | None = None,
 ) -> None:
     """Write ``out [B, H, Dv]`` for ``query [B, k or H, D]``; see `ops.reference.attention`.
@@ -178,7 +178,6 @@ def decode(
         rows: ``[B]`` int32, row of the chunks' tables of each sequence.
         near: exact recent window; needs a query of all heads, ``key_place``. Near pages go with a
             ``table``.
-        slots: ``[B]`` int32, row of ``near``'s memories of each sequence; None for its own.
         offset: ``[B, H]`` float32, added to the far keys' log-sum-exp.
         key_place: ``[rows, G]`` int32, `Membership.key_place`.
         splits: parts of the context.
@@ -188,6 +187,7 @@ def decode(
         lines: keys of a block whose sums are kept apart until the end.
         early: whether the merge may be launched while the last parts are written (Hopper and
             later).
+        registers: of a thread, at most; None for what the compiler takes.
         merge_columns: columns of V of a merging program; None for all.
     """
     batch, _, dim = query.shape
@@ -210,7 +210,7 @@ def decode(
     if near is not None:
         near_keys = near_block(near.recent + window.sinks, max(padded(dim), wide), warps)
     lengths, valid, table = by_line(lengths), by_line(valid), by_line(table)
-    rows, slots, offset = by_line(rows), by_line(slots), by_line(offset)
+    rows, offset = by_line(rows), by_line(offset)
     # a window is one part more, with sums of its own for every member
     own = near is not None
     parts, device = (batch, chunks.count), query.device
@@ -220,7 +220,7 @@ def decode(
     near_programs = batch * chunks.count * members * own
     tables = chunks.query if every_head else chunks.slot, chunks.key, chunks.value, chunks.head
     _parts[(near_programs + far_chunks * splits * batch,)](
-        query, key, value, lengths, valid, table, rows, slots, *tables, acc, sums,
+        query, key, value, lengths, valid, table, rows, *tables, acc, sums,
         *window.tensors, key_place,
         scale, softcap or 1.0, size, near_programs, chunks.count, chunks.streaming, splits,
         *window.sizes, kept, kept_values,
@@ -232,10 +232,10 @@ def decode(
         STEPS=triton.cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
         NEAR_PAGE=window.page, SINKS=window.sinks,
         SINKS_P=triton.next_power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
-        HAS_SLOTS=slots is not None, HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
+        HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
-        STAGES=stages, LINES=lines, EARLY=early, num_warps=warps,
+        STAGES=stages, LINES=lines, EARLY=early, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     columns = min(wide, merge_columns or wide)
     _merge[(chunks.count, members * (wide // columns), batch)](

@@ -38,22 +38,18 @@ def _narrow(new, inverse, dtype: tl.constexpr, IS_NARROW: tl.constexpr):
 
 @triton.jit
 def _remember(
-    held, ring_ptr, first_ptr, sink_ptr, near_row, position, at, in_ring, there, d, mask,
-    stride_rb, stride_rs, stride_fb, stride_fs, stride_sinks, SINKS: tl.constexpr,
+    held, ring_ptr, first_ptr, sink_ptr, position, at, in_ring, there, d, mask,
+    stride_rs, stride_fs, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Write new tokens to a head's place in a ring, and in the sinks if they are such."""
     held = held.to(ring_ptr.dtype.element_ty)
     tl.store(
-        ring_ptr + (near_row * stride_rb + at * stride_rs)[:, None] + d[None, :], held,
-        mask=in_ring[:, None] & mask,
+        ring_ptr + (at * stride_rs)[:, None] + d[None, :], held, mask=in_ring[:, None] & mask
     )  # fmt: skip
     for j in tl.static_range(SINKS):
-        sink = tl.load(sink_ptr + near_row * stride_sinks + j, mask=there, other=-1)
-        here = there & (position == sink)
-        tl.store(
-            first_ptr + j * stride_fs + (near_row * stride_fb)[:, None] + d[None, :],
-            held, mask=here[:, None] & mask,
-        )  # fmt: skip
+        here = there & (position == tl.load(sink_ptr + j))
+        one = (position * 0)[:, None] + d[None, :]  # only one token is a sink's
+        tl.store(first_ptr + j * stride_fs + one, held, mask=here[:, None] & mask)
 
 
 @triton.jit(
@@ -65,7 +61,7 @@ def _remember(
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
     k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, line_ptr,
-    near_row_ptr, sink_ptr, near_slot_ptr,
+    sink_ptr, near_slot_ptr,
     tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
     key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -79,8 +75,8 @@ def _write(
 ):  # fmt: skip
     """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
 
-    With pages, ``start_ptr`` holds each token's position, ``slot_ptr`` its slot in the pages. With
-    near pages, ``ring_ptr`` and ``v_ring_ptr`` are those.
+    With pages, ``slot_ptr`` holds each token's slot in them. With near pages, ``ring_ptr`` and
+    ``v_ring_ptr`` are those, and ``near_slot_ptr`` holds its slot there.
     """
     place, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -153,16 +149,7 @@ def _write(
             )  # fmt: skip
     elif HAS_NEAR:  # else no program comes here
         place -= kept + kept_values
-        if PAGE == 0:
-            near_row = row + tl.zeros([BLOCK], tl.int64)
-            in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
-        else:
-            position = tl.load(start_ptr + token, mask=there, other=0).to(tl.int32)
-            near_row = tl.load(near_row_ptr + token, mask=there, other=-1).to(tl.int64)
-            last = near_row < -1  # see `write_paged`: the ring has no place for this token any more
-            in_ring = there & (near_row >= 0)
-            there = there & (near_row != -1)
-            near_row = tl.where(last, -2 - near_row, near_row)
+        in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
         at = ((position + ring_shift) % ring_size).to(tl.int64)
         if place < removed:
             head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
@@ -171,9 +158,9 @@ def _write(
             new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
             held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
             _remember(
-                held, ring_ptr + place * stride_rh, first_ptr + place * stride_fh, sink_ptr,
-                near_row, position, at, in_ring, there, d, mask,
-                stride_rb, stride_rs, stride_fb, stride_fs, stride_sinks, SINKS,
+                held, ring_ptr + row * stride_rb + place * stride_rh,
+                first_ptr + row * stride_fb + place * stride_fh, sink_ptr + row * stride_sinks,
+                position, at, in_ring, there, d, mask, stride_rs, stride_fs, SINKS,
             )  # fmt: skip
         elif HAS_VALUE_RING:
             place -= removed
@@ -183,9 +170,9 @@ def _write(
             new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
             held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
             _remember(
-                held, v_ring_ptr + place * stride_vrh, v_first_ptr + place * stride_vfh, sink_ptr,
-                near_row, position, at, in_ring, there, d, mask,
-                stride_vrb, stride_vrs, stride_vfb, stride_vfs, stride_sinks, SINKS,
+                held, v_ring_ptr + row * stride_vrb + place * stride_vrh,
+                v_first_ptr + row * stride_vfb + place * stride_vfh, sink_ptr + row * stride_sinks,
+                position, at, in_ring, there, d, mask, stride_vrs, stride_vfs, SINKS,
             )  # fmt: skip
 
 
@@ -216,11 +203,9 @@ def write_paged(
     slot_mapping: Tensor,
     membership: Membership,
     rows: Tensor | None = None,
-    near: NearPages | NearRing | None = None,
-    positions: Tensor | None = None,
-    near_rows: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
+    near: NearPages | None = None,
     near_slot_mapping: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
 
@@ -228,13 +213,13 @@ def write_paged(
         return x.stride(0), x.stride(2), x.stride(1)
 
     _launch(
-        key, value, key_pages, value_pages, membership, near, positions, key.shape[0], 1,
+        key, value, key_pages, value_pages, membership, near, None, key.shape[0], 1,
         strides=(
             (0, key.stride(1), key.stride(0)), (0, value.stride(1), value.stride(0)),
             token_last(key_pages), token_last(value_pages),
         ),
-        page=key_pages.shape[1], slots=slot_mapping, lines=rows, near_rows=near_rows,
-        near_slots=near_slot_mapping, scales=scales,
+        page=key_pages.shape[1], slots=slot_mapping, lines=rows, near_slots=near_slot_mapping,
+        scales=scales,
     )  # fmt: skip
 
 
@@ -254,7 +239,6 @@ def _launch(
     page: int = 0,
     slots: Tensor | None = None,
     lines: Tensor | None = None,
-    near_rows: Tensor | None = None,
     near_slots: Tensor | None = None,
     ordered: bool = False,
     scales: tuple[float, float] = (1.0, 1.0),
@@ -288,8 +272,7 @@ def _launch(
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
-        by_line(start), by_line(slots), by_line(lines), by_line(near_rows), sink_positions,
-        by_line(near_slots),
+        by_line(start), by_line(slots), by_line(lines), sink_positions, by_line(near_slots),
         tokens, size, kept, kept_values, removed, removed_values,
         *((near.size, near.shift) if isinstance(near, NearRing) else (1, 0)),
         *(1 / scale for scale in scales),
