@@ -118,7 +118,7 @@ def table(folder: Path) -> None:
     found = {}
     for path in sorted(folder.glob("http-*.json")):
         result = json.loads(path.read_text())
-        found[result["kind"]] = result["loads"]
+        found[result.get("kind", path.stem.removeprefix("http-"))] = result["loads"]
     for name, results in found.items():
         for load, values in results.items():
             parts = []

@@ -79,15 +79,22 @@ class Request:
 
 
 def requests_of(count: int, text: str, longest: int, seed: int) -> list[Request]:
-    """Requests of mixed lengths up to ``longest`` letters, some streamed; one in six leaves."""
+    """Requests of mixed lengths up to ``longest`` letters, some streamed; one in six leaves.
+
+    Every third begins as the others of them do, for half of that length.
+    """
     chosen = random.Random(seed)
     made = []
-    for _ in range(count):
+    for number in range(count):
         size = max(3, longest // chosen.choice([400, 60, 12, 3, 1]))
         start = chosen.randrange(len(text) - size)
+        common = text[: longest // 2] if number % 3 == 0 else ""
+        size = size // 2 + 1 if common else size
         leaves = chosen.choice([None] * 5 + [chosen.randint(0, 5)])
         stream = leaves is not None or chosen.random() < 0.5
-        made.append(Request(text[start : start + size], chosen.randint(6, 40), stream, leaves))
+        made.append(
+            Request(common + text[start : start + size], chosen.randint(6, 40), stream, leaves)
+        )
     return made
 
 

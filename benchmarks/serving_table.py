@@ -18,6 +18,8 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in folder.glob("serving-*.json"):
         result = json.loads(path.read_text())
+        if "kind" not in result:
+            raise SystemExit(f"{path} was written by an earlier version of this script")
         found[result["kind"]] = result
     return {name: found[name] for name in KINDS if name in found}
 
