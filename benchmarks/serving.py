@@ -62,7 +62,10 @@ class Results:
         else:
             self.found[part][name] = value
         self.file.write_text(json.dumps(self.found, indent=1) + "\n")
-        progress(f"{name or part}: {json.dumps(value)}")
+        short = value
+        if isinstance(value, dict):
+            short = {key: each for key, each in value.items() if key not in ("runs", "groups")}
+        progress(f"{name or part}: {json.dumps(short)}")
 
 
 def run_job(job: dict[str, Any]) -> None:
