@@ -127,9 +127,10 @@ class Bench:
         """A profile of the calibration windows."""
         if self.options.weight is not None and settings.get("recipe") != "share":
             settings = {"recall": self.options.weight} | settings
+        longer = self.longer if self.longer.shape[1] > self.length else None
         return calibrate(
             self.model, self.tokenizer, self.windows, samples=len(self.windows), length=self.length,
-            held_out=self.check, longer=self.longer, store=self.store, seed=self.options.seed,
+            held_out=self.check, longer=longer, store=self.store, seed=self.options.seed,
             source=Path(self.options.text).name, **settings,
         )  # fmt: skip
 

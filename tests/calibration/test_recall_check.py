@@ -68,7 +68,7 @@ def test_what_the_full_model_cannot_recall_is_left_out_and_said(monkeypatch):
     check.begin(None, quiet)
     assert [task.length for task in check.tasks] == [80]
     assert check.note == (
-        "the full model recalls 0 of 4 (1 facts, 40 tokens): too few to promise anything"
+        "the full model recalls 0 of 4 (1 fact, 40 tokens): too few to promise anything"
     )
     assert check.measure(None, quiet).fall == 0
 
@@ -146,7 +146,7 @@ def test_the_search_goes_down_until_recall_holds(model, monkeypatch):
 
 def test_a_model_that_recalls_nothing_keeps_its_savings_and_the_profile_says_why(model):
     kept = calibrated(model, max_loss=0.5)
-    assert "the full model recalls 0 of 48" in kept.promise["recall"]["note"]
+    assert "the full model recalls 0 of 16 (1 fact, 500 tokens)" in kept.promise["recall"]["note"]
     assert "fall" not in kept.promise["recall"]
     assert "max_recall_loss" not in kept.promise
     assert "recall" in calibrated(model, save=0.2).promise
