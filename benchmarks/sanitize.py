@@ -26,6 +26,7 @@ from chai_attention.clustering.kmedoids import choices
 from chai_attention.integrations.transformers.plan import relative
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write, window_gram
+from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.probe import window_output_distances
 from chai_attention.ops.triton import online, write
 from helpers import random_membership
@@ -59,7 +60,9 @@ ATTENTION = [
     (config("near", 9, 3, 2, 48, recent=32, sinks=4, spare=True, padded=True), TOKENS),
     (config("paged", 8, 8, 3, 64), TOKENS),
     (config("paged", 9, 3, 4, 80, softcap=5.0, page=32), TOKENS),
+    (config("near", 8, 8, 3, 64, recent=5, sinks=2, streaming=3, spare=True), TOKENS),
     (config("paged near", 8, 8, 2, 64, recent=5, sinks=2), TOKENS),
+    (config("paged near", 9, 3, 2, 48, recent=20, sinks=4, streaming=4, near_page=48), 130),
     (config("paged prefill", 8, 8, 3, 64), TOKENS),
     (config("paged prefill", 9, 3, 4, 48, probe_end=5, page=32), TOKENS),
     (config("varlen", 8, 8, 3, 64, probe_end=5), TOKENS),
@@ -82,18 +85,23 @@ def writes_dense() -> None:
 
 
 def writes_paged() -> None:
-    """Cache write into pages, some tokens left out."""
-    member = random_membership(9, 4, 1)
+    """Cache write into far and near pages, some tokens left out."""
+    member = random_membership(9, 3, 1, streaming=4)
     key, value = (torch.randn(7, 9, 48) for _ in "kv")
     slots = torch.tensor([3, 40, -1, 17, 0, 31, 47])
+    near_slots = torch.tensor([3, -1, 8, 17, 0, 31, 15])
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
-        keys = torch.zeros(3, 16, 4, 48, device=device)
-        values = torch.zeros(3, 16, 9, 48, device=device)
-        function(
-            key.to(device), value.to(device), keys, values, slots.to(device), member.to(device)
+        keys, values, near_keys, near_values = (
+            torch.zeros(count, 16, heads, 48, device=device)
+            for count, heads in ((3, 3), (3, 5), (2, 6), (2, 4))
         )
-        results.append([keys.cpu(), values.cpu()])
+        near = NearPages(near_keys, near_values, torch.zeros(1, 1, dtype=torch.int32), 4, 1)
+        function(
+            key.to(device), value.to(device), keys, values, slots.to(device), member.to(device),
+            near=near, near_slot_mapping=near_slots.to(device),
+        )  # fmt: skip
+        results.append([x.cpu() for x in (keys, values, near_keys, near_values)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

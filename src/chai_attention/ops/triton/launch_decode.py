@@ -21,11 +21,11 @@ from chai_attention.ops.triton.split_decode import decode
 
 logger = logging.getLogger("chai_attention")
 
-# measured on an H100: numbers of V per key and per block of keys a program holds, and how many
-# programs a processor runs at a time, by the numbers per key
+# measured on an H100 and an H200: numbers of V per key and bytes per block of keys a program holds,
+# and how many programs a processor runs at a time, by the numbers per key (of 16 bits)
 COLUMNS = 1024
 TILE_BYTES = 2 * 16384
-RESIDENT = {512: 3, 256: 4, 0: 6}
+RESIDENT = {1024: 3, 256: 4, 0: 6}
 RESIDENT_SMALL_PAGES = {256: 3, 0: 6}  # where a block of keys lies in several pages
 RESIDENT_8_BITS = {512: 2, 0: 3}
 REGISTERS = 65536  # of a processor
@@ -144,7 +144,8 @@ def _run(
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
-    at_a_time = next(count for least, count in resident.items() if columns >= least)
+    width = columns * max(2, value.element_size()) // 2
+    at_a_time = next(count for least, count in resident.items() if width >= least)
     splits = splits_of(programs, at_a_time, size, query.device)
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
