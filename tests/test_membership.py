@@ -116,3 +116,10 @@ def test_streaming_heads_beside_a_membership_of_the_others(seed, streaming, grou
     assert again.kept_keys == member.kept_keys
     assert again.kept_values == member.kept_values
     assert again.select(torch.tensor([1])).streaming == member.streaming
+
+
+def test_moving_to_where_it_is_keeps_what_was_made_of_it():
+    member = random_membership(6, 2)
+    assert member.to("cpu") is member
+    assert member.derive(lambda made, size: [made, size], 3)[0] is member
+    assert len(member.derived) == 1

@@ -403,8 +403,10 @@ class Membership:
         return Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
 
     def to(self, device: torch.device | str) -> Membership:
-        """Return the membership on ``device``."""
+        """Return the membership on ``device``: this one, with all that was made of it, if it is."""
         rep = self.representatives.to(device)
+        if rep is self.representatives:
+            return self
         moved = Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
         if self.known_rows is not None:
             moved.__dict__["host_rows"] = self.known_rows

@@ -6,12 +6,14 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
+from chai_attention.membership import Membership
 from chai_attention.ops import cache_write
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.rows import update_rows
 from chai_attention.ops.triton import launch_decode, write
 from chai_attention.ops.windowed import head_offsets
-from helpers import random_membership
+from helpers import random_membership, random_representatives
 from near_pages_cases import case_definition, near_case
 
 CUDA = torch.cuda.is_available()
@@ -90,6 +92,32 @@ def test_pages_of_eight_bits(heads, kv_heads, clusters, streaming):
     query = torch.randn(3, heads, 64)
     got = attend(case, query, member, scale=0.2)
     assert_close(got, case_definition(case, query, member, 0.2, None), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "kept", "streaming"), [(6, 2, (1, 4)), (3, 2, (1, 4, 5)), (3, 3, (1, 4))]
+)
+def test_rows_that_change_while_their_tables_are_in_use(kv_heads, kept, streaming, monkeypatch):
+    """Online memberships: kernels' tables are made first, and nobody knows who will be where."""
+    monkeypatch.setattr(Membership, "known_rows", None)
+    others = torch.tensor([head for head in range(6) if head not in streaming])
+
+    def members(batch):
+        rep = torch.arange(6).repeat(batch, 1)
+        rep[:, others] = others[random_representatives(len(others), 2, batch)]
+        return Membership.from_representatives(rep, 2, kv_heads, kept, streaming)
+
+    tables, new, rows = members(5), members(2), torch.tensor([3, 0, 1])
+    tables = tables.to(DEVICE)
+    options = {"page": 16, "near_page": 32, "recent": 6, "sinks": 2, "dim": 32, "value_dim": 32}
+    query = torch.randn(3, 6, 32)
+    for changed in (False, True):
+        if changed:
+            update_rows(tables, torch.tensor([3, 1], device=DEVICE), new.to(DEVICE))
+        case = written(tables, [3, 40, 25], torch.float32, rows=rows, **options)
+        member = tables.to("cpu").select(rows)
+        got = attend(case, query, member, tables, rows, scale=0.3)
+        assert_close(got, case_definition(case, query, member, 0.3, None), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stored", [None, FLOAT8])
