@@ -40,6 +40,19 @@ PROFILES = {
     ),
     "static window": ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES, **WINDOW),
     "online window": ClusterProfile(CLUSTERS, window=8, **WINDOW),
+    # some heads stream beside clusters, all of a layer do, and none
+    "streaming": ClusterProfile(
+        (3, 8, 0),
+        "static",
+        representatives=[[0, 1, 0, 3, 4, 1, 3, 7], *[list(range(8))] * 2],
+        streaming=[(4, 7), (), tuple(range(8))],
+        recent=40,
+        sinks=20,
+        offsets=table(3),
+    ),
+    "online streaming": ClusterProfile(
+        (2, 8, 4), window=8, streaming=[(0, 3, 4, 7), (), (1, 2)], **WINDOW
+    ),
 }
 # with this seed no two tokens are so equally likely that rounding could tip them
 MIXED = prompts_of([120, 10, 33, 64, 11, 90, 47, 80], seed=6)
@@ -52,7 +65,9 @@ DROPPED = {1: 2, 3: 7, 0: 9, 6: 0}  # prompt: step in which its client goes
 
 def pool_of(kind: str) -> int:
     """Blocks that hold some of the requests at a time, but not all."""
-    return 16 if PROFILES[kind].recent else 10
+    if not PROFILES[kind].recent:
+        return 10
+    return 20 if kind == "streaming" else 16
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ class PageMemberships:
 
     def offsets(self, pages: Tensor) -> Tensor | None:
         """``[B, H]`` float32 added to the far keys' log-sum-exp (`windowed`), None for zeros."""
-        return None if self._offset is None else self._offset[pages.long()]
+        return None if self._offset is None else self._offset.index_select(0, pages)
 
     def publish(self, pages: Tensor, membership: Membership) -> None:
         """Set the memberships of requests with first pages ``[B]``.

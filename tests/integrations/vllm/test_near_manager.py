@@ -1,0 +1,198 @@
+"""Which near pages vLLM keeps, gives back and finds again, by its own manager of pages."""
+
+import pickle
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from chai_attention.integrations.vllm.near_spec import NearManager, NearSpec
+from chai_attention.integrations.vllm.prefixes import probed
+
+FAR, NEAR, HASH, HIT = 32, 48, 16, 96  # tokens of pages, of their hashes, and between hits
+RECENT = 50
+HEADS = {"num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+
+
+def near_spec(sinks: int, probe: int = 0, recent: int = RECENT) -> NearSpec:
+    return NearSpec(
+        block_size=NEAR, sliding_window=recent, sinks=sinks, probe_end=probe, num_head_slots=1,
+        state_content_bytes=64, **HEADS,
+    )  # fmt: skip
+
+
+def manager_of(sinks: int, blocks: int = 200, probe: int = 0, caching: bool = True):
+    far = FullAttentionSpec(block_size=FAR, **HEADS)
+    groups = [
+        KVCacheGroupSpec(["far"], probed(far, probe) if probe else far),
+        KVCacheGroupSpec(["near"], near_spec(sinks, probe)),
+    ]
+    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    made = KVCacheManager(
+        config, 4096, HIT, HASH if caching else HIT, enable_caching=caching, max_in_flight_tokens=64
+    )
+    assert isinstance(near_of(made), NearManager)
+    return made
+
+
+def near_of(manager: KVCacheManager) -> NearManager:
+    found: NearManager = manager.coordinator.single_type_managers[1]
+    return found
+
+
+def request(name: str, tokens: list[int]) -> Request:
+    init_none_hash(hash)
+    return Request(
+        name, tokens, SamplingParams(max_tokens=1000), None,
+        block_hasher=get_request_block_hasher(HASH, pickle.dumps),
+    )  # fmt: skip
+
+
+def begin(manager: KVCacheManager, new: Request, chunk: int) -> int:
+    """Take what is found and a first chunk behind it; returns the tokens found."""
+    blocks, found = manager.get_computed_blocks(new)[:2]
+    assert manager.allocate_slots(new, chunk, found, blocks) is not None
+    new.num_computed_tokens += chunk + found
+    return found
+
+
+def go_on(manager: KVCacheManager, running: Request, chunk: int) -> None:
+    """Compute more of the prompt, or generate."""
+    if running.num_computed_tokens >= running.num_tokens:
+        running.append_output_token_ids([7] * chunk)
+    assert manager.allocate_slots(running, chunk) is not None
+    running.num_computed_tokens += chunk
+
+
+def held(manager: KVCacheManager, name: str) -> list[bool]:
+    """Which of a request's near pages are its own."""
+    return [not page.is_null for page in near_of(manager).req_to_blocks[name]]
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 48, 60])
+@pytest.mark.parametrize("caching", [True, False])
+def test_pages_between_the_first_tokens_and_the_window_are_given_back(sinks, caching) -> None:
+    manager = manager_of(sinks, caching=caching)
+    one = request("a", list(range(500)))
+    begin(manager, one, 10)
+    for chunk in (90, 200, 100, 100, *[1] * 100):
+        computed = one.num_computed_tokens  # when the step is planned
+        go_on(manager, one, chunk)
+        first = -(-sinks // NEAR)
+        seen = max(0, computed - RECENT + 1) // NEAR  # the next token sees from here on
+        for index, own in enumerate(held(manager, "a")):
+            assert own == (index < first or index >= seen)
+    most = near_of(manager).kv_cache_spec.max_admission_blocks_per_request(200, 4096)
+    assert sum(held(manager, "a")) <= most
+    manager.free(one)
+    assert manager.block_pool.get_num_free_blocks() == 199
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 60])
+def test_a_prefix_is_found_with_its_first_pages_and_those_of_the_window(sinks) -> None:
+    manager = manager_of(sinks)
+    tokens = list(range(400))
+    one = request("a", tokens)
+    begin(manager, one, 400)
+    go_on(manager, one, 1)
+    two = request("b", [*tokens[:300], *[9] * 50])
+    assert begin(manager, two, 20) == 288  # whole pages of both kinds
+    first = -(-sinks // NEAR)
+    # behind position 287 the next one sees 239 and later ones
+    assert held(manager, "b") == [
+        index < first or index >= (288 - RECENT + 1) // NEAR for index in range(7)
+    ]
+    mine, others = (near_of(manager).req_to_blocks[name] for name in "ba")
+    for index in range(first):
+        assert mine[index] is others[index]
+        assert mine[index].ref_cnt == 2
+    manager.free(one)
+    manager.free(two)
+    assert manager.block_pool.get_num_free_blocks() == 199
+    assert begin(manager, request("c", tokens), 16) == 384  # of those that have ended, too
+
+
+def test_without_its_first_page_no_prefix_is_found() -> None:
+    for sinks in (4, 0):
+        manager = manager_of(sinks)
+        tokens = list(range(400))
+        one = request("a", tokens)
+        begin(manager, one, 400)
+        first = near_of(manager).req_to_blocks["a"][0]
+        assert manager.block_pool._maybe_evict_cached_block(first)
+        found = manager.get_computed_blocks(request("b", tokens))[1]
+        assert found == (0 if sinks else 384)
+
+
+def test_first_pages_are_kept_out_of_what_is_free_before_they_are_taken() -> None:
+    # a request that finds pages which nobody holds takes them out of the free ones
+    manager = manager_of(4)
+    one = request("a", list(range(400)))
+    begin(manager, one, 400)
+    manager.free(one)
+    two = request("b", list(range(400)))
+    blocks, found = manager.get_computed_blocks(two)[:2]
+    counted = manager.coordinator.get_num_blocks_to_allocate(
+        "b", 400, blocks.blocks, 0, found, found, 400
+    )
+    before = manager.block_pool.get_num_free_blocks()
+    assert manager.allocate_slots(two, 400 - found, found, blocks) is not None
+    assert before - manager.block_pool.get_num_free_blocks() == counted
+
+
+def test_hasty_decisions_are_found_in_neither_kind_of_pages() -> None:
+    manager = manager_of(4, probe=20)
+    tokens = list(range(300))
+    one = request("a", tokens)
+    begin(manager, one, 19)
+    go_on(manager, one, 281)
+    assert manager.get_computed_blocks(request("b", tokens))[1] == 0
+    assert not any(page.block_hash for page in near_of(manager).req_to_blocks["a"])
+    # a first chunk that is shorter than what hits are aligned to decides as well as any
+    two = request("c", tokens)
+    begin(manager, two, 20)
+    go_on(manager, two, 280)
+    assert manager.get_computed_blocks(request("d", tokens))[1] == 288
+
+
+def test_requests_at_random_leave_no_page_behind() -> None:
+    chosen = random.Random(3)
+    manager = manager_of(4, blocks=40)
+    texts = [[chosen.randrange(50) for _ in range(300)] for _ in range(3)]
+    running: list[Request] = []
+    found = 0
+    for number in range(400):
+        some = [*chosen.choice(texts)[: chosen.randint(1, 300)], number]
+        new = request(str(number), some)
+        blocks, hits = manager.get_computed_blocks(new)[:2]
+        chunk = min(chosen.randint(1, 120), len(some) - hits)
+        if manager.allocate_slots(new, chunk, hits, blocks) is None:
+            manager.free(running.pop(chosen.randrange(len(running))))
+            continue
+        found += hits
+        new.num_computed_tokens += chunk + hits
+        running.append(new)
+        for one in list(running):
+            if chosen.random() < 0.2:
+                manager.free(one)
+                running.remove(one)
+            elif one.num_computed_tokens < one.num_tokens:
+                left = one.num_tokens - one.num_computed_tokens
+                if manager.allocate_slots(one, left) is None:
+                    manager.free(one)
+                    running.remove(one)
+                else:
+                    one.num_computed_tokens += left
+    assert found > 5000
+    for one in running:
+        manager.free(one)
+    assert manager.block_pool.get_num_free_blocks() == 39
+    assert not near_of(manager).req_to_blocks
