@@ -13,9 +13,10 @@ from chai_attention.integrations.vllm.memberships import (
     FixedMembership,
     PageMemberships,
     full_tokens,
+    probe_range,
 )
 from chai_attention.integrations.vllm.per_request import Request, from_pages
-from chai_attention.integrations.vllm.step import Row, Step
+from chai_attention.integrations.vllm.step import Packed, Row, Step
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.packed import paged_near
@@ -172,35 +173,44 @@ class StepAttention:
         return {"recent": self.plan.recent, "sinks": self.plan.sinks}
 
     def _behind_probes(self, step: Step, probe: Probe | None, out: Tensor) -> None:
-        """Put right what `Probe` does to requests whose prompts end early."""
-        if probe is not None:
-            for row in step.ending_before(probe.end):
-                self._again(step, row, probe, out)
+        """Put right where `Probe` went too far: behind a prompt that ends in the probe window.
 
-    def _again(self, step: Step, row: Row, probe: Probe, out: Tensor) -> None:
-        """Attend by clusters where `Probe` went too far: behind a prompt that ends in the window.
-
-        The first tokens of the request up to the window's end are done again, which is rare and
-        little: short prompts of requests that were preempted, and prompts that decide nothing.
+        First tokens up to the window's end are done again, by clusters. That is rare and little:
+        prompts that decide nothing, all at once, and short ones of requests that were preempted.
         """
-        own, end = full_tokens(self.plan, row), min(probe.end, row.tokens)
-        if own == end:
+        if probe is None:
             return
-        start = row.start - step.prefills[0].start
-        tokens = slice(start, start + end)
+        reach = probe_range(self.plan)
+        undecided = step.undecided_tokens(*reach)
+        if undecided is not None:
+            out[undecided.tokens] = self._again(step, probe, undecided)
+        for row in step.begun_again(*reach):
+            own, end = full_tokens(self.plan, row), min(probe.end, row.tokens)
+            one = Packed(
+                torch.tensor([row.number], device=out.device),
+                torch.arange(row.start, row.start + end, device=out.device),
+                torch.arange(2, dtype=torch.int32, device=out.device) * end,
+                end,
+            )
+            out[row.start : row.start + end] = self._again(step, probe, one, own)
+
+    def _again(self, step: Step, probe: Probe, some: Packed, own: int = 0) -> Tensor:
+        """Attend with first tokens of requests, the first ``own`` with all heads: ``[T', H, Dv]``.
+
+        K and V of `Probe` begin where the requests behind the decodes do.
+        """
+        tokens = some.tokens - step.prefills[0].start
         q, k, v = (x[tokens] for x in (probe.query, probe.key, probe.value))
-        first = step.pages[row.number : row.number + 1]
+        first = step.pages[some.rows]
         member, rows = self.memberships.of(first)
         window = self._window()
         if window:
             window["offset"] = self.memberships.offsets(first)
-        varlen_prefill(
-            q, k, v, member,
-            query_starts=torch.arange(2, dtype=torch.int32, device=q.device) * end,
-            most_queries=end, scale=self.scale, softcap=self.softcap, rows=rows,
-            natural_order=True, probe=Probe(q, k, v, own) if own else None,
-            out=out[row.start : row.start + end], **window,
-        )  # fmt: skip
+        return varlen_prefill(
+            q, k, v, member, query_starts=some.starts, most_queries=some.most, scale=self.scale,
+            softcap=self.softcap, rows=rows, natural_order=True,
+            probe=Probe(q, k, v, own) if own else None, **window,
+        )[0]  # fmt: skip
 
     def _one(
         self,

@@ -151,7 +151,7 @@ class ChaiAttention(AttentionImpl[Step]):
         if cache.shape[0] == self.served.config.cache_config.num_gpu_blocks:
             self._held = None  # what is made now was counted; caches before that are for trials
         self._memberships: FixedMembership | PageMemberships = (
-            PageMemberships(self.layer, cache.shape[0], device)
+            PageMemberships(self.layer, cache.shape[0], device, runs_kernels(device))
             if plan.needs_probe
             else FixedMembership(self.layer, self.served.rows, device)
         )

@@ -20,9 +20,9 @@ from chai_attention.ops.rows import update_rows
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
 
 
-def decides(plan: LayerPlan, tokens: int) -> bool:
-    """Whether so many tokens of the probe window are enough to decide a membership."""
-    return tokens >= min(LEAST_PROBE, plan.window)
+def probe_range(plan: LayerPlan) -> tuple[int, int, int]:
+    """Where the probe window begins and ends, and how many of its tokens decide at least."""
+    return plan.probe_start, plan.probe_end, min(LEAST_PROBE, plan.window)
 
 
 def full_tokens(plan: LayerPlan, row: Row) -> int:
@@ -33,8 +33,9 @@ def full_tokens(plan: LayerPlan, row: Row) -> int:
     """
     if row.context or not plan.needs_probe:
         return 0
-    first = row.first(plan.probe_end)
-    return first if decides(plan, first - plan.probe_start) else 0
+    start, end, least = probe_range(plan)
+    first = row.first(end)
+    return first if first - start >= least else 0
 
 
 class FixedMembership:
@@ -69,10 +70,15 @@ class PageMemberships:
         layer: the layer.
         pages: P, pages of the cache.
         device: the cache's.
+        together: whether all requests that start in a step are clustered at once, as kernels want
+            it, or those with windows of one length, as the Transformers runtime does.
     """
 
-    def __init__(self, layer: ServedLayer, pages: int, device: torch.device):
+    def __init__(
+        self, layer: ServedLayer, pages: int, device: torch.device, together: bool = False
+    ):
         self.layer = layer
+        self.together = together
         self.pages = pages
         self._fallback = layer.membership(device)
         representatives = self._fallback.representatives.repeat(pages, 1)
@@ -109,10 +115,9 @@ class PageMemberships:
 
     def begin(self, step: Step) -> None:
         """Give requests that start with too few tokens to tell what is known without a request."""
-        plan = self.layer.plan
-        for group in step.beginners(plan.probe_start, plan.probe_end):
-            if not decides(plan, group.window.shape[1]):
-                self.publish(group.pages, self._fallback.expand(len(group.pages)))
+        rows = step.undecided(*probe_range(self.layer.plan))
+        if rows is not None:
+            self.publish(step.pages[rows], self._fallback.expand(len(rows)))
 
     def probe(
         self, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -128,13 +133,20 @@ class PageMemberships:
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
         """
-        plan = self.layer.plan
-        for group in step.beginners(plan.probe_start, plan.probe_end):
-            if not decides(plan, group.window.shape[1]):
-                continue
-            q, k, v = (x[group.window].transpose(1, 2) for x in (query, key, value))
-            found = plan.online_membership(q, k, v, scale, softcap)
+        start, end, least = probe_range(self.layer.plan)
+        if self.together:
+            found = step.deciders(start, end, least)
+            groups = [] if found is None else [found]
+        else:
+            groups = [g for g in step.beginners(start, end) if g.window.shape[1] >= least]
+        for group in groups:
+            q, k, v = (x[group.window] for x in (query, key, value))
+            if group.real is not None:
+                # without scores all heads' maps are alike, which moves no head from another
+                q = q.masked_fill(~group.real, 0.0)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            member = self.layer.plan.online_membership(q, k, v, scale, softcap)
             # how many K heads grouped queries need depends on the request; pages hold the most
-            same = found.kept_keys == self.layer.kept
-            member = found if same else self.layer.membership_of(found.representatives)
+            if member.kept_keys != self.layer.kept or member.streaming != self.layer.streaming:
+                member = self.layer.membership_of(member.representatives)
             self.publish(group.pages, member)

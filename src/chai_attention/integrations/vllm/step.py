@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,21 +58,42 @@ class NearTables(NamedTuple):
 
 
 class Beginners(NamedTuple):
-    """Requests that start with a step, with equally many tokens of prompt in the probe window.
+    """Requests that start with a step, and their prompts' tokens in the probe window.
 
     Attributes:
         pages: ``[n]`` int32, the first page of each.
         window: ``[n, W]`` int64, the window's tokens among those of the step; W is 0 for prompts
             that end before the window starts.
+        real: ``[n, W, 1, 1]`` bool, False behind prompts that end in the window, where another
+            token of the prompt stands; None where none does.
     """
 
     pages: Tensor
     window: Tensor
+    real: Tensor | None = None
+
+
+class Packed(NamedTuple):
+    """Some requests' first tokens, one request after the other.
+
+    Attributes:
+        rows: ``[n]`` int64, the requests.
+        tokens: ``[T']`` int64, their tokens among those of the step.
+        starts: ``[n + 1]`` int32, where each request's begin, and the end.
+        most: no request has more.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    starts: Tensor
+    most: int
 
 
 @dataclass
 class Step:
     """One forward of a batch; T tokens of B requests, packed.
+
+    What several layers derive from it is made once.
 
     Attributes:
         rows: the requests. Rows that only pad a CUDA graph are among the first ``decodes``.
@@ -104,9 +125,14 @@ class Step:
     most_keys: int
     is_capture: bool
     near: NearTables | None = None
-    _beginners: dict[tuple[int, int], list[Beginners]] = field(default_factory=dict)
-    _ending: dict[int, list[Row]] = field(default_factory=dict)
-    _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def _once(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What all layers that ask with these arguments share."""
+        key = make, *arguments
+        if key not in self._made:
+            self._made[key] = make(*arguments)
+        return self._made[key]
 
     @cached_property
     def fresh(self) -> list[Row]:
@@ -128,7 +154,7 @@ class Step:
     def prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
         """The pages of all requests behind the decodes, one after the other, and a block table.
 
-        For layers that attend to copies of these pages. Made once for all of them.
+        For layers that attend to copies of these pages.
 
         Args:
             page: N, tokens of a page.
@@ -136,54 +162,108 @@ class Step:
         Returns:
             ``[n]`` int64 numbers of pages, and ``[B - decodes, most]`` int32 places among them.
         """
-        if page not in self._tables:
-            count = torch.tensor(
-                [-(-row.length // page) if row.tokens else 0 for row in self.rows[self.decodes :]]
-            )
-            first = count.cumsum(0) - count
-            row = torch.repeat_interleave(count)
-            column = torch.arange(len(row)) - first[row]
-            most = torch.arange(max(1, int(count.max())))
-            table = (first[:, None] + most).clamp_max(max(0, len(row) - 1)).int()
-            if self.pages.is_cuda:
-                row, column, table = (
-                    x.pin_memory().to(self.pages.device, non_blocking=True)
-                    for x in (row, column, table)
-                )
-            self._tables[page] = self.block_table[row + self.decodes, column].long(), table
-        return self._tables[page]
+        found: tuple[Tensor, Tensor] = self._once(self._prefill_pages, page)
+        return found
+
+    def _prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
+        count = torch.tensor(
+            [-(-row.length // page) if row.tokens else 0 for row in self.rows[self.decodes :]]
+        )
+        first = count.cumsum(0) - count
+        row = torch.repeat_interleave(count)
+        column = torch.arange(len(row)) - first[row]
+        most = torch.arange(max(1, int(count.max())))
+        table = (first[:, None] + most).clamp_max(max(0, len(row) - 1)).int()
+        row, column, table = (self._sent(x) for x in (row, column, table))
+        return self.block_table[row + self.decodes, column].long(), table
 
     def beginners(self, start: int, end: int) -> list[Beginners]:
-        """`fresh` requests by the number of their prompts' tokens from ``start`` to ``end``.
+        """`fresh` requests by the number of their prompts' tokens from ``start`` to ``end``."""
+        found: list[Beginners] = self._once(self._beginners, start, end)
+        return found
 
-        Made once for all layers, and brought to the device without waiting for it.
+    def _beginners(self, start: int, end: int) -> list[Beginners]:
+        by_stop: dict[int, list[Row]] = {}
+        for row in self.fresh:
+            by_stop.setdefault(max(start, row.first(end)), []).append(row)
+        return [
+            Beginners(
+                self._pages_of(rows),
+                self._sent(
+                    torch.tensor([row.start + start for row in rows])[:, None]
+                    + torch.arange(stop - start)
+                ),
+            )
+            for stop, rows in by_stop.items()
+        ]
+
+    def deciders(self, start: int, end: int, least: int) -> Beginners | None:
+        """`fresh` requests whose prompts have ``least`` tokens or more from ``start`` to ``end``.
+
+        All together, with windows of one length; None if there are none.
         """
-        if (start, end) not in self._beginners:
-            by_stop: dict[int, list[Row]] = {}
-            for row in self.fresh:
-                by_stop.setdefault(max(start, row.first(end)), []).append(row)
-            self._beginners[start, end] = [
-                self._begin(rows, start, stop) for stop, rows in by_stop.items()
-            ]
-        return self._beginners[start, end]
+        found: Beginners | None = self._once(self._deciders, start, end, least)
+        return found
 
-    def ending_before(self, end: int) -> list[Row]:
-        """`prefills` that start with this step and bring less of their prompt than ``end`` tokens.
+    def _deciders(self, start: int, end: int, least: int) -> Beginners | None:
+        rows = [row for row in self.fresh if row.first(end) - start >= least]
+        if not rows:
+            return None
+        first, count = torch.tensor([[row.start + start, row.first(end) - start] for row in rows]).T
+        token = torch.arange(end - start)
+        window = first[:, None] + token.clamp_max(count[:, None] - 1)
+        real = None
+        if bool((count < end - start).any()):
+            real = self._sent((token < count[:, None])[:, :, None, None])
+        return Beginners(self._pages_of(rows), self._sent(window), real)
 
-        Made once for all layers.
+    def undecided(self, start: int, end: int, least: int) -> Tensor | None:
+        """``[n]`` int64, `fresh` requests that are none of `deciders`; None if there are none."""
+        found: Tensor | None = self._once(self._undecided, start, end, least)
+        return found
+
+    def _undecided(self, start: int, end: int, least: int) -> Tensor | None:
+        rows = [row.number for row in self.fresh if row.first(end) - start < least]
+        return self._sent(torch.tensor(rows)) if rows else None
+
+    def undecided_tokens(self, start: int, end: int, least: int) -> Packed | None:
+        """The first ``end`` tokens of `undecided` requests behind the decodes."""
+        found: Packed | None = self._once(self._undecided_tokens, start, end, least)
+        return found
+
+    def _undecided_tokens(self, start: int, end: int, least: int) -> Packed | None:
+        fresh = [row for row in self.fresh if row.number >= self.decodes]
+        rows = [row for row in fresh if row.first(end) - start < least]
+        if not rows:
+            return None
+        counts = [min(row.tokens, end) for row in rows]
+        tokens = [torch.arange(n) + row.start for row, n in zip(rows, counts, strict=True)]
+        return Packed(
+            self._sent(torch.tensor([row.number for row in rows])),
+            self._sent(torch.cat(tokens)),
+            self._sent(torch.tensor([0, *accumulate(counts)], dtype=torch.int32)),
+            max(counts),
+        )
+
+    def begun_again(self, start: int, end: int, least: int) -> list[Row]:
+        """`fresh` requests of `deciders` that bring more than a prompt that ends before ``end``.
+
+        Preempted ones, which start anew with what they have generated.
         """
-        if end not in self._ending:
-            self._ending[end] = [
-                row for row in self.prefills if row.context == 0 and row.first(end) < end
-            ]
-        return self._ending[end]
+        found: list[Row] = self._once(self._begun_again, start, end, least)
+        return found
 
-    def _begin(self, rows: Sequence[Row], start: int, stop: int) -> Beginners:
-        host = torch.tensor([[row.number, row.start + start] for row in rows])
+    def _begun_again(self, start: int, end: int, least: int) -> list[Row]:
+        return [row for row in self.fresh if start + least <= row.first(end) < min(end, row.tokens)]
+
+    def _pages_of(self, rows: Sequence[Row]) -> Tensor:
+        return self.pages[self._sent(torch.tensor([row.number for row in rows]))]
+
+    def _sent(self, host: Tensor) -> Tensor:
+        """Bring a table to the device without waiting for it."""
         if self.pages.is_cuda:
-            host = host.pin_memory().to(self.pages.device, non_blocking=True)
-        token = torch.arange(stop - start, device=host.device)
-        return Beginners(self.pages[host[:, 0]], host[:, 1:] + token)
+            return host.pin_memory().to(self.pages.device, non_blocking=True)
+        return host
 
 
 def rows_of(
