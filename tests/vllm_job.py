@@ -50,6 +50,15 @@ def reload(prompts: list[list[int]], tokens: int, at: int) -> Part:
     return {"do": "reload", "prompts": prompts, "tokens": tokens, "at": at}
 
 
+def crowd(prompts: list[list[int]], requests: list[list[int | None]]) -> Part:
+    """Requests that come and go.
+
+    Each is the number of its prompt, its tokens, the step it comes in, and the step in which its
+    client leaves, or None. What pages hold before is large numbers.
+    """
+    return {"do": "crowd", "prompts": prompts, "requests": requests}
+
+
 def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
     """Run a job in a process of its own; what vLLM says goes to ``log``.
 
@@ -235,4 +244,33 @@ def _stepwise(llm: Any, part: Part, before: Callable[[int, list[str]], None]) ->
     return {"ids": [[ids[name]] if name in ids else None for name in names]}
 
 
-_DOES = {"generate": _generate, "beams": _beams, "abort": _abort, "reload": _reload}
+def _crowd(llm: Any, part: Part) -> dict[str, Any]:
+    import torch
+
+    engine = llm.llm_engine
+    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
+        layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape) * 100)
+    prompts, requests = _prompts(part), part["requests"]
+    ids: dict[str, list[int]] = {}
+    cached, step, waiting = 0, 0, sorted(range(len(requests)), key=lambda n: requests[n][2])
+    while waiting or engine.has_unfinished_requests():
+        while waiting and requests[waiting[0]][2] <= step:
+            name = waiting.pop(0)
+            prompt, tokens = requests[name][:2]
+            engine.add_request(str(name), prompts[prompt], _params(tokens))
+        engine.abort_request([str(n) for n, request in enumerate(requests) if request[3] == step])
+        for request in engine.step():
+            if request.finished:
+                ids[request.request_id] = list(request.outputs[0].token_ids)
+                cached += request.num_cached_tokens
+        step += 1
+    return {"ids": [ids.get(str(name)) for name in range(len(requests))], "cached": cached}
+
+
+_DOES = {
+    "crowd": _crowd,
+    "generate": _generate,
+    "beams": _beams,
+    "abort": _abort,
+    "reload": _reload,
+}

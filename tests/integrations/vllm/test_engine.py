@@ -11,49 +11,17 @@ from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
 from runtime_tokens import narrow_losses, runtime_tokens
 from vllm_job import abort, beams, generate, reload
+from vllm_profiles import (
+    CLUSTERS,
+    HEADS,
+    LAYERS,
+    PAGE,
+    PROFILES,
+    REPRESENTATIVES,
+    STATIC,
+    prompts_of,
+)
 
-HEADS, LAYERS, PAGE = 8, 3, 32
-CLUSTERS = (3, 8, 5)
-REPRESENTATIVES = [[0, 1, 0, 3, 1, 1, 3, 0], list(range(8)), [0, 1, 2, 3, 4, 0, 3, 2]]
-
-
-def prompts_of(sizes: list[int], vocabulary: int = 256, seed: int = 0) -> list[list[int]]:
-    chosen = random.Random(seed)
-    return [[chosen.randrange(3, vocabulary) for _ in range(size)] for size in sizes]
-
-
-def table(seed: int) -> list[list[list[float]]]:
-    chosen = random.Random(seed)
-    heads = range(HEADS)
-    return [
-        [[0.0 if a == b else chosen.random() for b in heads] for a in heads] for _ in range(LAYERS)
-    ]
-
-
-STATIC = ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES)
-WINDOW = {"recent": 9, "sinks": 3, "offsets": table(1)}
-PROFILES = {
-    "static": STATIC,
-    "online": ClusterProfile(CLUSTERS, window=8),
-    "blend": ClusterProfile(
-        CLUSTERS, "blend", window=8, probe_start=2, features="value", blend=1.0, costs=table(2)
-    ),
-    "static window": ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES, **WINDOW),
-    "online window": ClusterProfile(CLUSTERS, window=8, **WINDOW),
-    # some heads stream beside clusters, all of a layer do, and none
-    "streaming": ClusterProfile(
-        (3, 8, 0),
-        "static",
-        representatives=[[0, 1, 0, 3, 4, 1, 3, 7], *[list(range(8))] * 2],
-        streaming=[(4, 7), (), tuple(range(8))],
-        recent=40,
-        sinks=20,
-        offsets=table(3),
-    ),
-    "online streaming": ClusterProfile(
-        (2, 8, 4), window=8, streaming=[(0, 3, 4, 7), (), (1, 2)], **WINDOW
-    ),
-}
 # with this seed no two tokens are so equally likely that rounding could tip them
 MIXED = prompts_of([120, 10, 33, 64, 11, 90, 47, 80], seed=6)
 SHARED = [MIXED[0][: 70 + 9 * extra] for extra in range(4)]  # the first pages are the same
