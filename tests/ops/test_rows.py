@@ -56,25 +56,3 @@ def test_all_tables_follow_in_place(reps, kv_heads: int, streaming, size: int) -
             assert torch.equal(table[:, :count], getattr(wanted, name)), name
             spare = table[:, count:]
             assert bool((spare == (table[0, -1] if spare.numel() == 0 else -1)).all()), name
-
-
-@pytest.mark.parametrize("kv_heads", [6, 3])
-def test_heads_that_stream_stay_and_the_others_tables_follow(kv_heads: int) -> None:
-    # heads 2 and 3 stream, of one K/V head with grouped queries
-    reps = ((0, 0, 2, 3, 4, 4), (1, 1, 2, 3, 1, 5), (0, 1, 2, 3, 0, 0), (5, 4, 2, 3, 4, 5))
-
-    def streaming(rows) -> Membership:
-        return Membership.from_representatives(torch.tensor(rows), 2, kv_heads, 2, (2, 3))
-
-    names = (*TABLES, "value_place", "removed_value_heads", "streams")
-    member = streaming((reps[0],) * 5)
-    far = member.far
-    assert far is not None
-    tables = {name: (getattr(member, name), getattr(far, name)) for name in names}
-    update_rows(member, torch.tensor([4, 1, 2]), streaming(reps[1:]))
-    fresh = streaming((reps[0], reps[2], reps[3], reps[0], reps[1]))
-    assert member.far is far
-    for name, (own, of_far) in tables.items():
-        assert getattr(member, name) is own
-        assert torch.equal(own, getattr(fresh, name)), name
-        assert torch.equal(of_far, getattr(fresh.far, name)), name
