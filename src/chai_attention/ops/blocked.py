@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +118,7 @@ def attention(
     return out, lse
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
+class Row(NamedTuple):
     """One sequence: query ``[k, Q, D]``, key ``[kept, S, D]``, value ``[G, S, Dv]``."""
 
     query: Tensor

@@ -8,8 +8,9 @@ ones. Near K, and V of streaming heads, are read where they stand in their rings
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ def _decode(
         far_out = out
         if tables.far_heads is not None:
             far_out = out.new_empty(1, len(tables.row_heads), out.shape[2])
-        leaders = replace(row, query=row.query.index_select(0, tables.leaders))
+        leaders = row._replace(query=row.query.index_select(0, tables.leaders))
         far = _Far(leaders, tables, tables.far, offset, window, sink)
         merges = membership is not None and places.at == list(range(len(places.at)))
         if merges and len(places.at) + places.window < size:
@@ -179,8 +180,7 @@ def _decode(
         out.index_copy_(1, tables.streamers, _ring_values(probs, near, index, places)[None])
 
 
-@dataclass(frozen=True, eq=False)
-class _Far:
+class _Far(NamedTuple):
     """The heads that see far keys.
 
     Attributes:
@@ -249,7 +249,7 @@ class _Far:
 
     def _shared(self, key: Tensor) -> Tensor:
         """``[H', S]``: scores of each head's representative for some keys, in the order of V."""
-        scores = decode_scores(replace(self.row, key=key), self.far)[:, 0]
+        scores = decode_scores(self.row._replace(key=key), self.far)[:, 0]
         return _capped(scores, self.row.softcap).index_select(0, self.far.slot_of_row)
 
     def _shift(self, rows: Tensor) -> None:
@@ -266,8 +266,7 @@ class _Far:
         rows.index_copy_(0, self.tables.followers, picked)
 
 
-@dataclass(frozen=True)
-class _Places:
+class _Places(NamedTuple):
     """Where one sequence's near keys stand.
 
     Attributes:

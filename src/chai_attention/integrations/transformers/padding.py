@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.ops.windowed import WindowTables, window_tables
 
 
@@ -50,6 +51,12 @@ class Padding:
             self._positions[count] = order[:, fill]
         return self._positions[count]
 
+    def sink_positions(self, count: int) -> Tensor:
+        """`first_positions` as int32."""
+        if self.valid is None:
+            return _plain_positions(min(count, self.length), self.batch, self.device)
+        return self.first_positions(count).int()
+
     def window_positions(self, start: int, window: int) -> Tensor:
         """``[B, window]``: the real tokens from the ``start``-th on, as `first_positions`."""
         return self.first_positions(start + window)[:, start:]
@@ -92,3 +99,10 @@ def _plain_tables(
 ) -> WindowTables:
     """Tables without padding: made by the first layer of a forward, the same for all others."""
     return window_tables(length, queries, recent, sinks, None, device)
+
+
+@lru_cache(maxsize=64)
+def _plain_positions(count: int, batch: int, device: torch.device) -> Tensor:
+    """``[B, count]`` int32: 0, 1, 2 and so on; the same for all steps."""
+    with lasting():
+        return torch.arange(count, dtype=torch.int32, device=device).expand(batch, -1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
+from chai_attention.integrations.transformers.buffers import lasting, pick_heads, pick_tokens
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.membership import Membership
 from chai_attention.ops.near import NearKeys
@@ -35,7 +35,34 @@ class RecentStates:
         self.sinks = sinks
         self.last: Tensor | None = None
         self.first: Tensor | None = None
+        self.begin = 0  # where the oldest of the last tokens stands: in a ring while decoding
+        self._is_ring = False  # memory of their own, which any forward may write to
         self._first_is_whole = False  # s real tokens of every sequence are held
+
+    def push(self, new: Tensor, recent: int, padding: Padding, record: bool) -> Tensor:
+        """Take one token ``[B, removed, 1, D]``: `extend` for who reads the last ones in a ring.
+
+        Returns:
+            ``[B, removed, w or fewer, D]``, the oldest at the place ``begin``.
+        """
+        if record or self.last is None or self.last.shape[2] != recent:
+            self.extend(new, recent - 1, recent, padding, record)
+            assert self.last is not None
+            return self.last[:, :, -recent:].contiguous()
+        self._extend_first(new, padding)
+        if not self._is_ring:
+            with lasting():
+                self.last = self.last.clone()
+            self._is_ring = True
+        self.last[:, :, self.begin : self.begin + 1] = new
+        self.begin = (self.begin + 1) % recent
+        return self.last
+
+    def _in_order(self) -> None:
+        """Put the oldest token first again, in memory that is not written to any more."""
+        if self.last is not None and self.begin:
+            self.last = self.last.roll(-self.begin, 2)
+        self.begin, self._is_ring = 0, False
 
     def extend(
         self, new: Tensor, reach: int, recent: int, padding: Padding, record: bool
@@ -53,6 +80,7 @@ class RecentStates:
             ``[B, removed, n + Q, D]``: at least ``reach`` old tokens, if they are held, and all
             new ones.
         """
+        self._in_order()
         self._extend_first(new, padding)
         if self.last is None:
             self.last = new if record else new[:, :, -recent:].clone()
@@ -66,6 +94,7 @@ class RecentStates:
 
     def cut(self, states: Tensor, recent: int, padding: Padding, record: bool) -> None:
         """Start from ``states [B, removed, S, D]``; ``padding`` may know later tokens."""
+        self.begin, self._is_ring = 0, False
         self.last = states if record else states[:, :, -recent:].clone()
         positions = padding.first_positions(min(self.sinks, padding.length))
         positions = positions.clamp_max(states.shape[2] - 1)  # later tokens are still to come
@@ -74,6 +103,7 @@ class RecentStates:
 
     def crop(self, tokens: int, recent: int | None) -> None:
         """Forget the last ``tokens``, and what a window of ``recent`` tokens does not need."""
+        self._in_order()
         assert self.last is not None
         left = max(0, self.last.shape[2] - tokens)
         begin = 0 if recent is None else max(0, left - recent)
@@ -82,6 +112,7 @@ class RecentStates:
 
     def cast(self, dtype: torch.dtype) -> None:
         """Hold the same in another dtype."""
+        self._in_order()
         if self.last is not None:
             self.last = self.last.to(dtype)
         if self.first is not None:
@@ -89,6 +120,7 @@ class RecentStates:
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences ``rows`` of the batch."""
+        self._in_order()
         if self.last is not None:
             self.last = self.last[rows]
         if self.first is not None:
@@ -188,7 +220,7 @@ class RecentWindow:
             record: whether to keep all tokens for a crop.
         """
         sinks = min(self.sinks, padding.length)
-        positions = padding.first_positions(sinks).int()
+        positions, begin = padding.sink_positions(sinks), 0
         memories: list[tuple[Tensor, Tensor]] = []
         for recent, new, removed in (
             (self.key, key, membership.removed_key_heads),
@@ -199,12 +231,11 @@ class RecentWindow:
                 memories.append((nothing, nothing.expand(-1, -1, sinks, -1)))
                 continue
             picked = pick_heads(new, removed)
-            recent.extend(picked, self.recent - 1, self.recent, padding, record)
-            assert recent.last is not None
+            last = recent.push(picked, self.recent, padding, record)
             assert recent.first is not None
-            memories.append((recent.last[:, :, -self.recent :].contiguous(), recent.first))
+            memories.append((last, recent.first))
+            begin = padding.length - last.shape[2] - recent.begin  # the same for K and V
         (last, first), (value_last, value_first) = memories
-        begin = padding.length - last.shape[2] if last.shape[1] else 0
         ring = NearRing(last, first, positions, self.recent, begin)
         if not value_last.shape[1]:
             return ring
