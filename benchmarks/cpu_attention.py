@@ -5,7 +5,8 @@
 LLaMA-7B's heads: 8 clusters without a window, with one of 32 + 4, and 8 clusters beside 12
 streaming heads with one of 128 + 4. Every call is checked against the float64 definition first.
 Calls take turns, so that what else goes on meets all of them; figures are medians, and the shortest
-times. The baseline is the fastest attention without clusters, by its median.
+times. The baseline is the fastest attention without clusters, by its median. On a machine that does
+other work, ``--one-thread`` counts the time of one thread alone, waiting left out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KINDS = {  # clusters, streaming heads, layout
     "8 clusters, 32+4": (8, 0, Layout(recent=32, sinks=4)),
     "8 K / 20 V heads, 128+4": (8, 12, Layout(recent=128, sinks=4)),
 }
+Clock = Callable[[], float]
 CODES = (choice.BLOCKED, choice.TORCH)
 SLOW = "SDPA math"  # never the fastest, and many times slower in decode
 WARM = 1
@@ -50,19 +52,28 @@ def main() -> None:
     """Measure and print; write everything to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--one-thread", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    clock = time.perf_counter
+    if given.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     torch.manual_seed(0)
-    report: dict[str, Any] = {"machine": machine("cpu"), "baselines": [], "results": []}
+    report: dict[str, Any] = {
+        "machine": machine("cpu"), "clock": clock.__name__, "baselines": [], "results": [],
+    }  # fmt: skip
     with torch.inference_mode():
         for text in CASES:
             for dtype in (torch.float32, torch.bfloat16):
-                measure(text, dtype, given.rounds, report)
+                measure(text, dtype, given.rounds, clock, report)
     if given.out is not None:
         given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(text: str, dtype: torch.dtype, rounds: int, report: dict[str, Any]) -> None:
+def measure(
+    text: str, dtype: torch.dtype, rounds: int, clock: Clock, report: dict[str, Any]
+) -> None:
     """One case in one dtype."""
     case = parse_case(text)
     about = {"case": str(case), "dtype": str(dtype).removeprefix("torch.")}
@@ -83,7 +94,7 @@ def measure(text: str, dtype: torch.dtype, rounds: int, report: dict[str, Any]) 
             found = accuracy(call(), inputs, member, layout)
             errors[name, code] = require_right(f"{name}, {code}, {case}", found).error
             calls[name, code] = call
-    times = in_turns(calls, rounds)
+    times = in_turns(calls, rounds, clock)
     medians = {key: statistics.median(found) for key, found in times.items()}
     base = min((key for key in calls if not key[0]), key=medians.__getitem__)
     kind = choice.kind_of(inputs.query, case.tokens, clustered=True)
@@ -123,16 +134,16 @@ def by(code: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def in_turns(
-    calls: dict[tuple[str, str], Callable[[], Tensor]], rounds: int
+    calls: dict[tuple[str, str], Callable[[], Tensor]], rounds: int, clock: Clock
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds of each call, round after round."""
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for turn in range(WARM + rounds):
         for key, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= WARM:
-                times[key].append(time.perf_counter() - start)
+                times[key].append(clock() - start)
     return times
 
 

@@ -45,13 +45,14 @@ class RowTables:
     Attributes:
         clusters: in the order of their slots.
         slots_per_key: if the slots of every kept K head are consecutive and equally many, else 0.
-        slot_of_row: ``[H]`` int64, slot of each head, heads in the order of the V cache.
+        slot_of_row: ``[H]`` int64, slot of each head, heads in the order of the V cache; None if
+            every row has the slot of its number.
         row_of_head: ``[H]`` int64, where each head is in that order; None if that is the natural.
     """
 
     clusters: tuple[Cluster, ...]
     slots_per_key: int
-    slot_of_row: Tensor
+    slot_of_row: Tensor | None
     row_of_head: Tensor | None
 
 
@@ -71,7 +72,8 @@ def row_tables(representatives: tuple[int, ...], kv_heads: int, kept: int) -> Ro
     even = key_places == [place for place in range(kept) for _ in range(each)]
     heads = sorted(range(len(slot)), key=value_slot.__getitem__)
     rows = None if heads == list(range(len(slot))) else torch.tensor(heads).argsort()
-    slots = torch.tensor([slot[head] for head in heads])
+    in_order = [slot[head] for head in heads]
+    slots = None if in_order == list(range(len(slot))) else torch.tensor(in_order)
     return RowTables(tuple(clusters), each if even else 0, slots, rows)
 
 
@@ -189,8 +191,13 @@ def _decode(row: Row, tables: RowTables, out: Tensor, lse: Tensor | None) -> Non
     probs = _softmax(row, scores, size - queries)
     if lse is not None:
         lse.copy_(_log_sum_exp(row, scores, probs))
-    rows = probs.to(row.value.dtype).index_select(0, tables.slot_of_row)  # [H, Q, S]
+    rows = by_row(probs.to(row.value.dtype), tables)  # [H, Q, S]
     weighted_values(rows, row.value, tables, out)
+
+
+def by_row(slots: Tensor, tables: RowTables) -> Tensor:
+    """What each slot has, ``[k, ...]``, for each head in the order of the V cache: ``[H, ...]``."""
+    return slots if tables.slot_of_row is None else slots.index_select(0, tables.slot_of_row)
 
 
 def weighted_values(rows: Tensor, value: Tensor, tables: RowTables, out: Tensor) -> None:
@@ -207,11 +214,14 @@ def weighted_values(rows: Tensor, value: Tensor, tables: RowTables, out: Tensor)
         torch.index_select(result.transpose(0, 1), 1, tables.row_of_head, out=out)
 
 
-def decode_scores(row: Row, tables: RowTables) -> Tensor:
-    """``[k, Q, S]`` scores; each kept K head is read once for all slots that use it."""
-    slots, queries, dim = row.query.shape
+def decode_scores(row: Row, tables: RowTables, query: Tensor | None = None) -> Tensor:
+    """``[k, Q, S]`` scores; each kept K head is read once for all slots that use it.
+
+    ``query`` is the row's, scaled, if it is at hand.
+    """
+    query = row.scaled_query if query is None else query
+    slots, queries, dim = query.shape
     kept, size, _ = row.key.shape
-    query = row.scaled_query
     if tables.slots_per_key:
         # K times Q: for few queries several times as fast as Q times K
         columns = query.reshape(kept, -1, dim).mT

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops import choice, fused
-from chai_attention.ops.blocked import Row, RowTables, decode_scores, row_tables, weighted_values
+from chai_attention.ops.blocked import (
+    Row,
+    RowTables,
+    by_row,
+    decode_scores,
+    row_tables,
+    weighted_values,
+)
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.scratch import widened
 
@@ -36,7 +43,7 @@ class _Tables:
         followers: ``[n]`` int64, rows of the far part, in the order of V, that are no leader's.
         own_of_followers: ``[n]`` int64, their own rows; None if these are just the own rows.
         streamers: ``[m]`` int64, heads whose V only the ring holds.
-        own_of_streamers: ``[m]`` int64, their own rows.
+        own_of_streamers: ``[m]`` int64, their own rows; None if these are just the own rows.
     """
 
     far: RowTables | None
@@ -48,7 +55,7 @@ class _Tables:
     followers: Tensor
     own_of_followers: Tensor | None
     streamers: Tensor
-    own_of_streamers: Tensor
+    own_of_streamers: Tensor | None
 
 
 @lru_cache(maxsize=4096)
@@ -87,7 +94,7 @@ def _tables(
         torch.tensor(follows, dtype=torch.long),
         None if same else torch.tensor(own_of_followers, dtype=torch.long),
         torch.tensor(streamers, dtype=torch.long),
-        torch.tensor([own[head] for head in streamers], dtype=torch.long),
+        None if streamers == list(own) else torch.tensor([own[h] for h in streamers]).long(),
     )
 
 
@@ -160,8 +167,8 @@ def _decode(
         far_out = out
         if tables.far_heads is not None:
             far_out = out.new_empty(1, len(tables.row_heads), out.shape[2])
-        leaders = row._replace(query=row.query.index_select(0, tables.leaders))
-        far = _Far(leaders, tables, tables.far, offset, window, sink)
+        leaders = query.index_select(0, tables.leaders)
+        far = _Far(row, leaders, tables, tables.far, offset, window, sink)
         merges = membership is not None and places.at == list(range(len(places.at)))
         if merges and len(places.at) + places.window < size:
             assert membership is not None
@@ -171,8 +178,10 @@ def _decode(
         if tables.far_heads is not None:
             out.index_copy_(1, tables.far_heads, far_out)
     if len(tables.streamers):
-        own_rows = tables.own_of_streamers
-        scores = torch.cat([x.index_select(0, own_rows) for x in (window, sink)], 1)
+        own_rows, parts = tables.own_of_streamers, (window, sink)
+        if own_rows is not None:
+            parts = (window.index_select(0, own_rows), sink.index_select(0, own_rows))
+        scores = torch.cat(parts, 1)
         seen = None
         if row.valid is not None:
             seen = torch.cat([row.valid[size - places.window :], row.valid[places.at]])
@@ -184,7 +193,8 @@ class _Far(NamedTuple):
     """The heads that see far keys.
 
     Attributes:
-        row: with the queries ``[k, 1, D]`` of the representatives.
+        row: the sequence, with the queries of all heads.
+        query: ``[k, 1, D]`` of the representatives, scaled.
         tables: of the sequence.
         far: of these heads.
         offset: ``[H]``, added to the log-sum-exp of far keys; None for zeros.
@@ -193,6 +203,7 @@ class _Far(NamedTuple):
     """
 
     row: Row
+    query: Tensor
     tables: _Tables
     far: RowTables
     offset: Tensor | None
@@ -223,12 +234,13 @@ class _Far(NamedTuple):
         size = key.shape[1]
         near = (slice(0, sinks), slice(size - places.window, size))
         far = slice(sinks, size - places.window)
+        leaders = self.row.query.index_select(0, self.tables.leaders)
         share, lse = fused.attention(
-            self.row.query[None], key[None, :, far], value[None, :, far], membership,
+            leaders[None], key[None, :, far], value[None, :, far], membership,
             scale=self.row.scale, return_lse=True,
         )  # fmt: skip
         assert lse is not None
-        weight = lse[0].index_select(0, self.far.slot_of_row)  # [H', 1]
+        weight = by_row(lse[0], self.far)  # [H', 1]
         self._shift(weight)
         own = (self.sink, self.window)
         columns = [weight]
@@ -249,8 +261,8 @@ class _Far(NamedTuple):
 
     def _shared(self, key: Tensor) -> Tensor:
         """``[H', S]``: scores of each head's representative for some keys, in the order of V."""
-        scores = decode_scores(self.row._replace(key=key), self.far)[:, 0]
-        return _capped(scores, self.row.softcap).index_select(0, self.far.slot_of_row)
+        scores = decode_scores(self.row._replace(key=key), self.far, self.query)[:, 0]
+        return by_row(_capped(scores, self.row.softcap), self.far)
 
     def _shift(self, rows: Tensor) -> None:
         """Add each head's offset to its scores of far keys."""
