@@ -47,7 +47,8 @@ def test_nothing_is_written(longest: int, window: int) -> None:
         near = near_layout.split(near_cache)
     before = cache.clone(), None if near_cache is None else near_cache.clone()
     memberships = FixedMembership(layer, 3, torch.device("cpu"))
-    attention = StepAttention(plan, memberships, near, 0.3, None, together=True)
+    given = None if near is None else lambda: near
+    attention = StepAttention(plan, memberships, given, 0.3, None, together=True)
     pages = layout.split(cache)
     for step in warm_up.steps(served(3, longest, near_cache), cache):
         query, key, value = torch.randn(3, step.tokens, 5, DIM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class StepAttention:
     Args:
         plan: the layer's heads on this rank.
         memberships: whom each request's heads follow.
-        near: near pages of K and V that far pages do not hold; None if there are none.
+        near: gives the near pages of K and V that far pages do not hold; None if there are none.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         together: whether whole batches go to one operation, as kernels want it.
@@ -48,7 +49,7 @@ class StepAttention:
         self,
         plan: LayerPlan,
         memberships: FixedMembership | PageMemberships,
-        near: Pages | None,
+        near: Callable[[], Pages] | None,
         scale: float,
         softcap: float | None,
         together: bool,
@@ -73,7 +74,7 @@ class StepAttention:
         if not self.plan.has_recent_window:
             return None
         if self.near is not None and step.near is not None:
-            (keys, values), table = self.near, step.near.block_table
+            (keys, values), table = self.near(), step.near.block_table
         else:  # far pages hold all heads
             keys, values = (states[:, :, :0] for states in pages)
             table = step.block_table

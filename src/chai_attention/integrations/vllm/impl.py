@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,9 @@ class ChaiAttention(AttentionImpl[Step]):
         )
         near = None
         if self.near_layout is not None and self.served.near is not None and self._name:
-            near = self.served.near.split(self._name, FLOAT8 if self.is_narrow else cache.dtype)
+            # not the pages themselves: vLLM makes a cache for trials, and its memory must get free
+            dtype = FLOAT8 if self.is_narrow else cache.dtype
+            near = partial(self.served.near.split, self._name, dtype)
         self._attention = StepAttention(
             plan, self._memberships, near, self.scale * self._scales[0], self.softcap,
             runs_kernels(device), self._copies,
