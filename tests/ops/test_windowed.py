@@ -67,7 +67,7 @@ def test_windowed_is_the_reference(data):
     heads, kv_heads = data.draw(st.sampled_from([(6, 6), (9, 9), (6, 3), (9, 3), (4, 1)]))
     streaming = data.draw(st.integers(0, heads))
     others = heads - streaming
-    clusters = data.draw(st.integers(1, max(1, others - 1))) if others else 0
+    clusters = data.draw(st.integers(1, others)) if others else 0
     queries = data.draw(st.sampled_from([1, 2, 5, 33, 63, 128, 129]))
     size = queries + data.draw(st.sampled_from([0, 1, 4, 40, 128]))
     recent = data.draw(st.sampled_from([1, 4, 32, 70]))
@@ -121,3 +121,21 @@ def test_representatives_of_a_lone_cluster_attend_as_always():
     want = definition(query, key, value, own, 0.4).float()
     torch.testing.assert_close(got[:, :, [0, 2]], want[:, :, [0, 2]], atol=1e-5, rtol=0)
     assert (got - want)[:, :, [1, 3]].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("heads", "kv_heads", "streaming"), [(6, 6, (1, 4)), (6, 3, (2, 3))])
+@pytest.mark.parametrize(("queries", "size"), [(150, 150), (20, 150), (3, 5)])
+def test_heads_beside_streaming_ones_see_all_keys_at_once(
+    heads, kv_heads, streaming, queries, size, softcap
+):
+    """Nobody shares, so that a window means nothing to heads that do not stream."""
+    member = Membership.from_representatives(
+        torch.arange(heads).repeat(2, 1), None, kv_heads, None, streaming
+    )
+    query = torch.randn(2, heads, queries, 8)
+    key, value = (torch.randn(2, kv_heads, size, 8) for _ in "kv")
+    options = {"recent": 32, "sinks": 2, "scale": 0.4, "softcap": softcap}
+    want = reference.recent_attention(query, key, value, member, **options)
+    got = run(member, query, key, value, **options)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

@@ -157,6 +157,10 @@ def attention(
         )  # fmt: skip
         if fused is not None:
             return fused
+    if not query.is_cuda and _only_streams(membership, tables, offset):
+        return _beside_streaming(
+            query, key, value, membership, near, tables, scale=scale, softcap=softcap
+        )
     out = lse = None
     if tables.far is not None and membership.far is not None:
         # Without its last w keys, the causal rule of clustered attention hides just what is near.
@@ -196,6 +200,47 @@ def attention(
         scale=scale,
         softcap=softcap,
     )
+
+
+def _only_streams(membership: Membership, tables: WindowTables, offset: Tensor | None) -> bool:
+    """Whether heads see all keys with their own scores, or near ones only, and none is padding."""
+    far = membership.far
+    if not membership.streaming or tables.padded or far is None or not far.is_identity:
+        return False
+    return offset is None or not bool(offset[:, list(membership.far_heads)].any())
+
+
+def _beside_streaming(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    membership: Membership,
+    near: NearKeys,
+    tables: WindowTables,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """`attention` where `_only_streams`: to all other heads there is no window."""
+    assert membership.far is not None
+    heads, streams = list(membership.far_heads), list(membership.streaming)
+    groups = membership.removed_value_heads[0]
+    whole, _ = clustered(query[:, heads], key, value, membership.far, scale=scale, softcap=softcap)
+    some = near_part.attention(
+        query[:, streams],
+        NearKeys(near.key[:, groups], near.value[:, groups]),
+        tables.bias,
+        None,
+        recent=tables.recent,
+        sinks=tables.sinks,
+        padded=False,
+        scale=scale,
+        softcap=softcap,
+    )
+    out = whole.new_empty(*whole.shape[:2], membership.heads, whole.shape[3])
+    for part, numbers in ((whole, heads), (some, streams)):
+        out.index_copy_(2, torch.tensor(numbers, device=out.device), part)
+    return out
 
 
 @overload
