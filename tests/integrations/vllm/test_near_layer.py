@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
 from chai_attention.integrations.transformers.plan import LayerPlan
+from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.impl import ChaiAttention
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.near_layer import NearLayer
@@ -59,18 +60,24 @@ def test_a_cache_for_trials_gets_free() -> None:
     impl.layer = ServedLayer(plan, 2, rep)
     impl.scale, impl.softcap, impl.is_narrow = 0.3, None, False
     impl._name, impl._copies, impl._held = "layer", None, None
-    impl.near_layout = impl.layer.near_layout(8, 8)
+    impl.layout, impl.near_layout = impl.layer.layout(8, 8), impl.layer.near_layout(8, 8)
     numbers = impl.near_layout.numbers_per_token
     near = NearLayer(None, None, {"layer": impl.near_layout}, numbers, [1], int, 4, 1, 0)
     cache_config = SimpleNamespace(num_gpu_blocks=None)
+    model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
     impl.served = SimpleNamespace(
         near=near, rows=3, config=SimpleNamespace(cache_config=cache_config)
     )
     far_memory = np.zeros((4, 1, 16, impl.layer.layout(8, 8).numbers_per_token), np.float32)
     near_memory = np.zeros((4, 1, 16, numbers), np.float32)
     near.kv_cache = torch.from_numpy(near_memory)
-    impl.prepare(torch.from_numpy(far_memory))
-    assert impl._attention.near()[0].numel()
+    cache = torch.from_numpy(far_memory)
+    impl.prepare(cache)
+    step = next(warm_up.decodes(SimpleNamespace(near=near, config=model), cache, [2]))
+    impl.num_heads, impl._scales = 5, (1.0, 1.0)
+    query, key, value = torch.randn(3, 2, 5, 8)
+    impl.forward(None, query, key, value, cache, step, torch.zeros(2, 5, 8))
+    del cache
     known = weakref.ref(far_memory), weakref.ref(near_memory)
     near.kv_cache = torch.tensor([])
     del far_memory, near_memory

@@ -10,6 +10,7 @@ from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import LEAST_VARLEN, StepAttention
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership
+from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.ops.cache_write import write_paged
 
 DIM, PAGE = 16, 16
@@ -47,15 +48,16 @@ def test_nothing_is_written(longest: int, window: int) -> None:
         near = near_layout.split(near_cache)
     before = cache.clone(), None if near_cache is None else near_cache.clone()
     memberships = FixedMembership(layer, 3, torch.device("cpu"))
-    given = None if near is None else lambda: near
-    attention = StepAttention(plan, memberships, given, 0.3, None, together=True)
-    pages = layout.split(cache)
+    attention = StepAttention(plan, memberships, 0.3, None, together=True)
+    pages = Pages(*layout.split(cache), *(near or ()))
     for step in warm_up.steps(served(3, longest, near_cache), cache):
         query, key, value = torch.randn(3, step.tokens, 5, DIM)
         out = torch.full_like(query, torch.nan)
+        near_table = None if step.near is None else step.near.block_table
         write_paged(
-            key, value, *pages, step.slot_mapping, memberships.of(step.pages)[0],
-            near=attention.near_pages(step, pages), near_slot_mapping=attention.near_slots(step),
+            key, value, pages.key, pages.value, step.slot_mapping, memberships.of(step.pages)[0],
+            near=attention.near_pages(pages, near_table, step.block_table),
+            near_slot_mapping=attention.near_slots(step, pages),
         )  # fmt: skip
         attention.run(step, query, key, value, pages, out)
         assert out.isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +15,15 @@ from chai_attention.integrations.vllm.memberships import (
     full_tokens,
     probe_range,
 )
+from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.integrations.vllm.per_request import Request, from_pages
-from chai_attention.integrations.vllm.step import Packed, Row, Step
+from chai_attention.integrations.vllm.step import Packed, Part, Row, Step
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.packed import paged_near
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 
-Pages = tuple[Tensor, Tensor]  # of K and V
 Window = dict[str, Any]  # the exact window's arguments of an operation
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
 
@@ -38,7 +37,6 @@ class StepAttention:
     Args:
         plan: the layer's heads on this rank.
         memberships: whom each request's heads follow.
-        near: gives the near pages of K and V that far pages do not hold; None if there are none.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         together: whether whole batches go to one operation, as kernels want it.
@@ -49,7 +47,6 @@ class StepAttention:
         self,
         plan: LayerPlan,
         memberships: FixedMembership | PageMemberships,
-        near: Callable[[], Pages] | None,
         scale: float,
         softcap: float | None,
         together: bool,
@@ -57,36 +54,51 @@ class StepAttention:
     ):
         self.plan = plan
         self.memberships = memberships
-        self.near = near
         self.scale = scale
         self.softcap = softcap
         self.together = together
         self.copies = copies
 
     def reads_new(self, step: Step) -> bool:
-        """Whether some requests attend to K and V of new tokens as they come, not in pages."""
-        return not self.together or (bool(step.prefills) and self.plan.needs_probe)
+        """Whether some requests attend to K and V of new tokens as they come, not in pages.
 
-    def near_pages(
-        self, step: Step, pages: Pages, start: int = 0, stop: int | None = None
-    ) -> NearPages | None:
-        """The exact window of the requests from ``start`` to ``stop``; None without one."""
+        Asked where pages are of 8 bits.
+        """
+        if not self.together:
+            return True
+        return bool(step.prefills) and (
+            self.plan.needs_probe or any(part.fresh for part in self._parts(step, is_narrow=True))
+        )
+
+    def _parts(self, step: Step, is_narrow: bool) -> list[Part]:
+        """The requests behind the decodes, by the operation that they need."""
+        # prompts read 8-bit pages as copies, which windows have none of
+        return step.prefilling(
+            None if is_narrow and not self.plan.has_recent_window else LEAST_VARLEN
+        )
+
+    def near_pages(self, pages: Pages, table: Tensor | None, far_table: Tensor) -> NearPages | None:
+        """The exact window of some requests of a step; None without one.
+
+        Args:
+            pages: the layer's.
+            table: the requests' block table of near pages, None if there are none.
+            far_table: that of far pages.
+        """
         if not self.plan.has_recent_window:
             return None
-        if self.near is not None and step.near is not None:
-            (keys, values), table = self.near(), step.near.block_table
-        else:  # far pages hold all heads
-            keys, values = (states[:, :, :0] for states in pages)
-            table = step.block_table
-        return NearPages(keys, values, table[start:stop], self.plan.recent, self.plan.sinks)
+        keys, values = pages.near_key, pages.near_value
+        if keys is None or values is None or table is None:  # far pages hold all heads
+            keys, values, table = pages.key[:, :, :0], pages.value[:, :, :0], far_table
+        return NearPages(keys, values, table, self.plan.recent, self.plan.sinks)
 
-    def near_slots(self, step: Step) -> Tensor | None:
+    def near_slots(self, step: Step, pages: Pages) -> Tensor | None:
         """``[T]`` int64, where new tokens go in `near_pages`; None without an exact window."""
         if not self.plan.has_recent_window:
             return None
-        return (
-            step.slot_mapping if self.near is None or step.near is None else step.near.slot_mapping
-        )
+        if pages.near_key is None or step.near is None:
+            return step.slot_mapping
+        return step.near.slot_mapping
 
     def run(
         self, step: Step, query: Tensor, key: Tensor, value: Tensor, pages: Pages, out: Tensor
@@ -98,74 +110,64 @@ class StepAttention:
                     self._one(step, row, query, key, value, pages, out)
             return
         if step.decodes:
-            self._decode(step, query[: step.decodes], pages, out[: step.decodes])
+            self._decode(step, step.decoding, query, pages, out)
         if step.prefills:
-            self._prefill(step, query, key, value, pages, out)
+            for part in self._parts(step, pages.key.dtype == FLOAT8):
+                self._prefill(step, part, query, key, value, pages, out)
+            if self.plan.needs_probe:
+                self._behind_probes(step, query, key, value, out)
 
-    def _decode(self, step: Step, query: Tensor, pages: Pages, out: Tensor) -> None:
+    def _decode(self, step: Step, part: Part, query: Tensor, pages: Pages, out: Tensor) -> None:
         """Attend with one token of each of the first requests."""
-        count = query.shape[0]
-        first = step.pages[:count]
-        member, rows = self.memberships.of(first)
+        member, rows = self.memberships.of(part.pages)
         window: Window = {}
         if self.plan.has_recent_window:
-            near = self.near_pages(step, pages, 0, count)
-            window = {"near": near, "offset": self.memberships.offsets(first)}
+            near = self.near_pages(pages, part.near_table, part.block_table)
+            window = {"near": near, "offset": self.memberships.offsets(part.pages)}
         paged_decode(
-            query, *pages, step.block_table[:count], member, lengths=step.lengths[:count],
-            scale=self.scale, softcap=self.softcap, rows=rows, out=out, most_keys=step.most_keys,
-            **window,
+            query[part.tokens], pages.key, pages.value, part.block_table, member,
+            lengths=part.lengths, scale=self.scale, softcap=self.softcap, rows=rows,
+            out=out[part.tokens], most_keys=step.most_keys, **window,
         )  # fmt: skip
 
     def _prefill(
         self,
         step: Step,
+        part: Part,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         pages: Pages,
         out: Tensor,
     ) -> None:
-        """Attend with the requests behind the decodes."""
-        count = step.decodes
-        tokens = slice(step.prefills[0].start, step.prefills[-1].stop)
-        query, key, value = query[tokens], key[tokens], value[tokens]
-        probe = None
-        if self.plan.needs_probe:
-            probe = Probe(query, key, value, self.plan.probe_end)
-        member, rows = self.memberships.of(step.pages[count:])
+        """Attend with some of the requests behind the decodes."""
+        query, key, value = (x[part.tokens] for x in (query, key, value))
+        member, rows = self.memberships.of(part.pages)
         options: dict[str, Any] = {
-            "query_starts": step.prefill_starts,
-            "most_queries": step.most_queries,
+            "query_starts": part.query_starts,
+            "most_queries": part.most_queries,
             "scale": self.scale,
             "softcap": self.softcap,
             "rows": rows,
-            "probe": probe,
-            "out": out[tokens],
+            "out": out[part.tokens],
         }
+        if self.plan.needs_probe:
+            options["probe"] = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
-            options["offset"] = self.memberships.offsets(step.pages[count:])
-        # short prompts could as well: through pages they need no kernels of their own
-        if (
-            pages[0].dtype != FLOAT8
-            and step.most_queries >= LEAST_VARLEN
-            and all(row.context == 0 for row in step.prefills)
-        ):
+            options["offset"] = self.memberships.offsets(part.pages)
+        if part.fresh:
             varlen_prefill(
                 query, key, value, member, natural_order=True, **options, **self._window()
             )
-            self._behind_probes(step, probe, out)
             return
-        table, near = step.block_table[count:], self.near_pages(step, pages, count)
-        if pages[0].dtype == FLOAT8 and self.copies is not None and near is None:
-            used, places = step.prefill_pages(pages[0].shape[1])
-            copied = self.copies.of(pages, used)
+        near = self.near_pages(pages, part.near_table, part.block_table)
+        far, table = (pages.key, pages.value), part.block_table
+        if pages.key.dtype == FLOAT8 and self.copies is not None and near is None:
+            used, places = step.prefill_pages(pages.key.shape[1])
+            copied = self.copies.of(far, used)
             if copied is not None:
-                pages, table = copied, places
-        paged_prefill(
-            query, *pages, table, member, lengths=step.lengths[count:], near=near, **options
-        )
-        self._behind_probes(step, probe, out)
+                far, table = copied, places
+        paged_prefill(query, *far, table, member, lengths=part.lengths, near=near, **options)
 
     def _window(self) -> Window:
         """The exact window of prompts that attend to K and V as they come."""
@@ -173,35 +175,36 @@ class StepAttention:
             return {}
         return {"recent": self.plan.recent, "sinks": self.plan.sinks}
 
-    def _behind_probes(self, step: Step, probe: Probe | None, out: Tensor) -> None:
+    def _behind_probes(
+        self, step: Step, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+    ) -> None:
         """Put right where `Probe` went too far: behind a prompt that ends in the probe window.
 
         First tokens up to the window's end are done again, by clusters. That is rare and little:
         prompts that decide nothing, all at once, and short ones of requests that were preempted.
         """
-        if probe is None:
-            return
         reach = probe_range(self.plan)
         undecided = step.undecided_tokens(*reach)
         if undecided is not None:
-            out[undecided.tokens] = self._again(step, probe, undecided)
+            out[undecided.tokens] = self._again(step, query, key, value, undecided)
         for row in step.begun_again(*reach):
-            own, end = full_tokens(self.plan, row), min(probe.end, row.tokens)
+            own, end = full_tokens(self.plan, row), min(self.plan.probe_end, row.tokens)
             one = Packed(
                 torch.tensor([row.number], device=out.device),
                 torch.arange(row.start, row.start + end, device=out.device),
                 torch.arange(2, dtype=torch.int32, device=out.device) * end,
                 end,
             )
-            out[row.start : row.start + end] = self._again(step, probe, one, own)
+            out[one.tokens] = self._again(step, query, key, value, one, own)
 
-    def _again(self, step: Step, probe: Probe, some: Packed, own: int = 0) -> Tensor:
+    def _again(
+        self, step: Step, query: Tensor, key: Tensor, value: Tensor, some: Packed, own: int = 0
+    ) -> Tensor:
         """Attend with first tokens of requests, the first ``own`` with all heads: ``[T', H, Dv]``.
 
-        K and V of `Probe` begin where the requests behind the decodes do.
+        Q, K and V are those of the step.
         """
-        tokens = some.tokens - step.prefills[0].start
-        q, k, v = (x[tokens] for x in (probe.query, probe.key, probe.value))
+        q, k, v = (x[some.tokens] for x in (query, key, value))
         first = step.pages[some.rows]
         member, rows = self.memberships.of(first)
         window = self._window()
@@ -231,9 +234,11 @@ class StepAttention:
             member = member.select(lines.long())
         q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
         table = step.block_table[row.number]
-        keys, values = (from_pages(states, table, row.length).to(q.dtype) for states in pages)
+        keys, values = (from_pages(x, table, row.length).to(q.dtype) for x in pages[:2])
         request = Request(q, k, v, keys, values, member, self.scale, self.softcap)
-        near = self.near_pages(step, pages, row.number, row.number + 1)
+        line = slice(row.number, row.number + 1)
+        near_table = None if step.near is None else step.near.block_table[line]
+        near = self.near_pages(pages, near_table, step.block_table[line])
         if near is None:
             out[tokens] = request.attend()
         else:

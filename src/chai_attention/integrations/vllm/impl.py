@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
 from chai_attention.integrations.vllm.near_layer import PACKED_LAYOUTS
 from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
+from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.integrations.vllm.served import ServedModel
 from chai_attention.integrations.vllm.step import Step
 from chai_attention.integrations.vllm.stock import (
@@ -156,13 +156,8 @@ class ChaiAttention(AttentionImpl[Step]):
             if plan.needs_probe
             else FixedMembership(self.layer, self.served.rows, device)
         )
-        near = None
-        if self.near_layout is not None and self.served.near is not None and self._name:
-            # not the pages themselves: vLLM makes a cache for trials, and its memory must get free
-            dtype = FLOAT8 if self.is_narrow else cache.dtype
-            near = partial(self.served.near.split, self._name, dtype)
         self._attention = StepAttention(
-            plan, self._memberships, near, self.scale * self._scales[0], self.softcap,
+            plan, self._memberships, self.scale * self._scales[0], self.softcap,
             runs_kernels(device), self._copies,
         )  # fmt: skip
         if cache.is_cuda:
@@ -193,6 +188,15 @@ class ChaiAttention(AttentionImpl[Step]):
             self._memberships.begin(step)
 
     # ---- one step
+
+    def _pages(self, cache: Tensor) -> Pages:
+        """View the layer's pages, far and near."""
+        dtype = FLOAT8 if self.is_narrow else cache.dtype
+        far = self.layout.split(cache.view(dtype) if self.is_narrow else cache)
+        if self.near_layout is None or self.served.near is None or self._name is None:
+            return Pages(far[0], far[1])
+        near = self.served.near.split(self._name, dtype)
+        return Pages(far[0], far[1], near[0], near[1])
 
     def forward(
         self,
@@ -226,7 +230,7 @@ class ChaiAttention(AttentionImpl[Step]):
         step, tokens = attn_metadata, attn_metadata.tokens
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         out = output[:tokens].view(tokens, self.num_heads, -1)
-        pages = self.layout.split(kv_cache.view(FLOAT8) if self.is_narrow else kv_cache)
+        pages = self._pages(kv_cache)
         scales = self._scales
         if self.is_narrow and self._attention.reads_new(step):
             # new tokens have to be what others read in pages
@@ -241,10 +245,11 @@ class ChaiAttention(AttentionImpl[Step]):
         member, lines = self._memberships.of(step.token_pages)
         if lines is None and member.batch > 1:
             lines = torch.arange(tokens, dtype=torch.int32)
+        table = None if step.near is None else step.near.block_table
         write_paged(
-            key, value, pages[0], pages[1], step.slot_mapping, member, lines,
-            self._attention.near_pages(step, pages), scales=scales,
-            near_slot_mapping=self._attention.near_slots(step),
+            key, value, pages.key, pages.value, step.slot_mapping, member, lines,
+            self._attention.near_pages(pages, table, step.block_table), scales=scales,
+            near_slot_mapping=self._attention.near_slots(step, pages),
         )  # fmt: skip
         self._attention.run(step, query, key, value, pages, out)
         if self._scales[1] != 1:

@@ -79,8 +79,8 @@ class NearLayer(AttentionLayerBase):
         self._like = like
         self._backend = backend
         self._layouts = dict(layouts)
-        ends = accumulate((layout.numbers_per_token for layout in layouts.values()), initial=0)
-        self._before = dict(zip(layouts, ends, strict=False))  # numbers per token of those before
+        ends = accumulate(layout.numbers_per_token for layout in layouts.values())
+        self._starts = dict(zip(layouts, [0, *ends], strict=False))
         self._numbers = numbers
         self._far = set(far)
         self._tokens = tokens
@@ -120,21 +120,4 @@ class NearLayer(AttentionLayerBase):
         Returns:
             K ``[P, N, removed K heads, D]`` and V ``[P, N, removed V heads, Dv]``.
         """
-        cache = self.kv_cache
-        if cache.dtype != dtype:
-            cache = cache.view(dtype)
-        count, _, tokens, _ = cache.shape
-        layout, numbers = self._layouts[name], self._before[name]
-        keys, values = (layout.key_heads, layout.head_dim), (layout.value_heads, layout.value_dim)
-        start = cache.storage_offset() + tokens * numbers
-        behind = start + tokens * layout.key_heads * layout.head_dim
-        # called in every step: one view each, made without looking at the pages between
-        return (
-            cache.as_strided((count, tokens, *keys), _strides(cache, *keys), start),
-            cache.as_strided((count, tokens, *values), _strides(cache, *values), behind),
-        )
-
-
-def _strides(cache: Tensor, heads: int, dim: int) -> tuple[int, ...]:
-    """Of ``[P, N, heads, dim]`` that stands in one piece in every page."""
-    return cache.stride(0), heads * dim, dim, 1
+        return self._layouts[name].split(self.kv_cache.view(dtype), self._starts[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -43,23 +44,47 @@ class PageLayout:
         """Bytes of a page of ``tokens``."""
         return tokens * self.numbers_per_token * element_size
 
-    def split(self, cache: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, cache: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """View the K and V pages of a layer's cache.
 
         Args:
-            cache: ``[P, 1, N, numbers_per_token]``, as vLLM hands it to attention.
+            cache: ``[P, 1, N, C]``, as vLLM hands it to attention; a page is one run of memory.
+            start: numbers of a page, per token, that stand before the layer's.
 
         Returns:
             ``[P, N, key_heads, D]`` and ``[P, N, value_heads, Dv]``.
         """
-        pages, tokens = cache.shape[0], cache.shape[2]
-        line = cache.flatten(1)
-        middle = tokens * self.key_heads * self.head_dim
-        end = middle + tokens * self.value_heads * self.value_dim
+        pages, tokens, stride = cache.shape[0], cache.shape[2], cache.stride(0)
+        line, end = self.key_heads * self.head_dim, self.value_heads * self.value_dim
+        first = cache.storage_offset() + tokens * start
         return (
-            line[:, :middle].view(pages, tokens, self.key_heads, self.head_dim),
-            line[:, middle:end].view(pages, tokens, self.value_heads, self.value_dim),
+            cache.as_strided(
+                (pages, tokens, self.key_heads, self.head_dim),
+                (stride, line, self.head_dim, 1),
+                first,
+            ),
+            cache.as_strided(
+                (pages, tokens, self.value_heads, self.value_dim),
+                (stride, end, self.value_dim, 1),
+                first + tokens * line,
+            ),
         )
+
+
+class Pages(NamedTuple):
+    """A layer's pages in one step; nobody keeps them, as vLLM replaces caches.
+
+    Attributes:
+        key: ``[P, N, kept K heads, D]``.
+        value: ``[P, N, kept V heads, Dv]``.
+        near_key: ``[P, N', removed K heads, D]`` of near pages; None if far pages hold all heads.
+        near_value: ``[P, N', removed V heads, Dv]``; the same.
+    """
+
+    key: Tensor
+    value: Tensor
+    near_key: Tensor | None = None
+    near_value: Tensor | None = None
 
 
 def near_page(page: int, far: int, near: int, recent: int) -> int:

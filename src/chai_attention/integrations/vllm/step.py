@@ -57,6 +57,31 @@ class NearTables(NamedTuple):
     slot_mapping: Tensor
 
 
+class Part(NamedTuple):
+    """Neighbouring requests of a step that one operation attends with.
+
+    Attributes:
+        tokens: theirs among those of the step.
+        query_starts: ``[n + 1]`` int32, where each request's tokens begin, from the first one of
+            the part, and the end.
+        most_queries: no request has more new tokens.
+        fresh: whether they have no context.
+        pages: ``[n]`` int32, as in `Step`, as are the next three.
+        block_table: ``[n, max_pages]`` int32.
+        lengths: ``[n]`` int32.
+        near_table: ``[n, max_near_pages]`` int32, None without near pages.
+    """
+
+    tokens: slice
+    query_starts: Tensor
+    most_queries: int
+    fresh: bool
+    pages: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    near_table: Tensor | None
+
+
 class Beginners(NamedTuple):
     """Requests that start with a step, and their prompts' tokens in the probe window.
 
@@ -89,7 +114,7 @@ class Packed(NamedTuple):
     most: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One forward of a batch; T tokens of B requests, packed.
 
@@ -147,9 +172,55 @@ class Step:
         return [row for row in self.rows if row.number >= self.decodes and row.tokens]
 
     @cached_property
-    def prefill_starts(self) -> Tensor:
-        """``[B - decodes + 1]`` int32: where the tokens of `prefills` begin, from their first."""
-        return self.query_starts[self.decodes :] - self.prefills[0].start
+    def decoding(self) -> Part:
+        """The decodes."""
+        tokens = slice(0, self.decodes)
+        return self._part(0, self.decodes, tokens, self.query_starts[: self.decodes + 1], 1, False)
+
+    def prefilling(self, least: int | None) -> list[Part]:
+        """The requests behind the decodes: with context, and behind them those without any.
+
+        Args:
+            least: tokens of the longest prompt without context that are worth a part of their own;
+                None for one part of all.
+        """
+        found: list[Part] = self._once(self._prefilling, least)
+        return found
+
+    def _prefilling(self, least: int | None) -> list[Part]:
+        rows = self.prefills
+        fresh = len(rows)
+        while fresh and rows[fresh - 1].context == 0:
+            fresh -= 1
+        if least is None or max((row.tokens for row in rows[fresh:]), default=0) < least:
+            fresh = len(rows)
+        parts = []
+        border = rows[fresh].number if fresh < len(rows) else len(self.rows)
+        for some, start, stop, is_fresh in (
+            (rows[:fresh], self.decodes, border, False),
+            (rows[fresh:], border if fresh else self.decodes, len(self.rows), True),
+        ):
+            if some:
+                starts = self.query_starts[start : stop + 1] - some[0].start
+                most = max(row.tokens for row in some)
+                tokens = slice(some[0].start, some[-1].stop)
+                parts.append(self._part(start, stop, tokens, starts, most, is_fresh))
+        return parts
+
+    def _part(
+        self, start: int, stop: int, tokens: slice, starts: Tensor, most: int, fresh: bool
+    ) -> Part:
+        rows = slice(start, stop)
+        return Part(
+            tokens,
+            starts,
+            most,
+            fresh,
+            self.pages[rows],
+            self.block_table[rows],
+            self.lengths[rows],
+            None if self.near is None else self.near.block_table[rows],
+        )
 
     def prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
         """The pages of all requests behind the decodes, one after the other, and a block table.
