@@ -46,3 +46,13 @@ PROFILES = {
         (2, 8, 4), window=8, streaming=[(0, 3, 4, 7), (), (1, 2)], **WINDOW
     ),
 }
+# for 8 heads of 4 K/V heads; heads 2 and 3 of the first layer stream, and 7 of another K/V head
+GROUPED = {
+    "static": ClusterProfile(
+        (3, 8, 4), "static", streaming=[(2, 3, 7), (), ()], **WINDOW,
+        representatives=[[0, 0, 2, 3, 4, 5, 4, 7], list(range(8)), [0, 1, 0, 1, 0, 1, 6, 7]],
+    ),
+    "online": ClusterProfile(
+        (4, 8, 2), target="k-bytes", window=8, streaming=[(2, 3), (), (0, 1, 6, 7)], **WINDOW
+    ),
+}  # fmt: skip

@@ -47,11 +47,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random multi-head model with heads of size 64, which vLLM's own attention takes."""
+    return saved_llama(tmp_path_factory.mktemp("tiny"), 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two query heads for a K/V head."""
+    return saved_llama(tmp_path_factory.mktemp("grouped"), 4)
+
+
+def saved_llama(folder: Path, kv_heads: int) -> Path:
     torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("tiny")
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=8, head_dim=64, vocab_size=256, initializer_range=0.15,
+        num_key_value_heads=kv_heads, head_dim=64, vocab_size=256, initializer_range=0.15,
         max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -13,6 +13,7 @@ from runtime_tokens import narrow_losses, runtime_tokens
 from vllm_job import abort, beams, generate, reload
 from vllm_profiles import (
     CLUSTERS,
+    GROUPED,
     HEADS,
     LAYERS,
     PAGE,
@@ -263,20 +264,49 @@ def test_tensor_parallel_ranks_cluster_their_own_heads(engine, tiny) -> None:
     assert found["parts"][0]["ids"] == runtime_tokens(tiny, apart, prompts, 16)
 
 
-@pytest.mark.parametrize("kind", ["static", "static window"])
-def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize("kind", list(GROUPED))
+def test_grouped_queries_through_hits_preemption_and_chunks(kind, together, engine, tiny_grouped):
+    profile = GROUPED[kind]
+    parts = {
+        "first": generate(MIXED, TOKENS), "shared": generate(SHARED, TOKENS),
+        "samples": generate(MIXED[:1], FEW, n=3), "again": generate(MIXED[:4], TOKENS),
+    }  # fmt: skip
+    found = engine(
+        tiny_grouped, list(parts.values()), profile, together=together, block_size=PAGE,
+        num_gpu_blocks_override=16, max_model_len=256,
+        max_num_batched_tokens=512 if kind == "online" else 48,
+    )  # fmt: skip
+    ids = {name: part["ids"] for name, part in zip(parts, found["parts"], strict=True)}
+    wanted = runtime_tokens(tiny_grouped, profile, MIXED, TOKENS)
+    assert found["preemptions"] >= 4
+    assert ids["first"] == wanted
+    assert ids["shared"] == runtime_tokens(tiny_grouped, profile, SHARED, TOKENS)
+    assert found["parts"][1]["cached"][1:] == [64, 64, 64]
+    assert ids["samples"] == [[wanted[0][0][:FEW]] * 3]
+    assert ids["again"] == wanted[:4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "together"),
+    [
+        ("static", False), ("static window", False), ("static window", True), ("online", True),
+        ("streaming", True), ("online streaming", False),
+    ],
+)  # fmt: skip
+def test_draft_tokens_of_n_grams(kind, together, engine, tiny) -> None:
     prompts = [prompts_of([12])[0] * 4, prompts_of([30], seed=5)[0]]
     profile = PROFILES[kind]
     found = engine(
-        tiny, [generate(prompts, 30)], profile, block_size=PAGE,
+        tiny, [generate(prompts, 30)], profile, block_size=PAGE, together=together,
         speculative_config={
             "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
         },
     )  # fmt: skip
     assert found["parts"][0]["ids"] == runtime_tokens(tiny, profile, prompts, 30)
-    # the planner gives the blocks of the formula
-    page = PAGE * 64 * 4 * sum(k + HEADS for k in CLUSTERS)
-    assert found["blocks"] == 2**30 // page
+    if "streaming" not in kind and not together:  # the planner gives the blocks of the formula
+        page = PAGE * 64 * 4 * sum(k + HEADS for k in CLUSTERS)
+        assert found["blocks"] == 2**30 // page
 
 
 @pytest.mark.parametrize(
