@@ -83,13 +83,11 @@ def test_costs_of_recalling_are_added_by_weight(model, windows):
     both = store.get_all(settings, [RECENT])[RECENT]
     alone = EvidenceStore(model, recall.tokens, counted=recall.counted)
     alone = alone.get_all(settings, [RECENT])[RECENT]
-    factor = plain.streaming.sum() / alone.streaming.sum()  # counted as if both were of one size
-    torch.testing.assert_close(both.streaming, plain.streaming + 0.5 * factor * alone.streaming)
-    assert (both.costs >= plain.costs).all()
-    assert both.streaming.sum() == pytest.approx(1.5 * float(plain.streaming.sum()))
+    torch.testing.assert_close(both.streaming, plain.streaming + 0.5 * alone.streaming)
+    assert (alone.streaming > 0).all()
     assert torch.equal(both.grams, plain.grams)
     twice = store.get_all(settings_of(model, recall=1.0), [RECENT])[RECENT]
-    assert twice.streaming.sum() == pytest.approx(2 * float(plain.streaming.sum()))
+    torch.testing.assert_close(twice.streaming, plain.streaming + alone.streaming)
     shared = Settings(recipe="share", recent=RECENT, save=0.02).resolve(describe(model))
     assert torch.equal(store.get(shared).costs, plain.costs)
 

@@ -64,20 +64,11 @@ class Costs:
     streaming: Tensor | None
 
     def plus(self, other: Costs, weight: float) -> Costs:
-        """Add costs of the same exact window from other text, in which other tokens count.
-
-        What a token's loss changes by is not the same there: the others are first brought to the
-        size of these, in the sum over all heads, so that ``weight`` says how much they count.
-        """
-        if self.streaming is None or other.streaming is None:
-            ours, theirs = self.sharing.sum(), other.sharing.sum()
-        else:
-            ours, theirs = self.streaming.sum(), other.streaming.sum()
-        factor = weight * float(ours / theirs) if theirs > 0 else 0.0
+        """Add costs of the same exact window, of other text, so many times."""
         streaming = self.streaming
         if streaming is not None and other.streaming is not None:
-            streaming = streaming + factor * other.streaming
-        return Costs(self.sharing + factor * other.sharing, streaming)
+            streaming = streaming + weight * other.streaming
+        return Costs(self.sharing + weight * other.sharing, streaming)
 
 
 def collect_costs(

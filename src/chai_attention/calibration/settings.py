@@ -61,8 +61,8 @@ class Settings:
             those of ``context`` tokens, exact windows counted.
         context: tokens of the contexts that are meant to be served; with streaming heads.
         removed: budget: the share of heads (or of K/V heads) to remove.
-        recall: weight of the costs of recalling facts (see `calibration.recall`), brought to the
-            size of the text's, beside those; 0 for none. By gradient costs only.
+        recall: weight of the costs of recalling facts beside those of the text (see
+            `calibration.recall`), both per token that counts; 0 for none. By gradient costs only.
         max_recall_loss: with ``max_loss``: how far the share of facts that are recalled may fall,
             0.05 for 5 points.
     """
