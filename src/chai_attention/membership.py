@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -110,9 +110,9 @@ class Membership:
             streaming,
         )
         sees = [head for head in made.far_heads if head not in streaming]
-        inside = torch.tensor([made.far_heads.index(head) for head in sees], device=device)
-        natural = torch.tensor(made.far_heads, device=device)
-        made.representatives[:, sees] = natural[far.representatives[:, inside]]
+        inside = table_of(tuple(made.far_heads.index(head) for head in sees), device)
+        followed = table_of(made.far_heads, device)[far.representatives[:, inside]]
+        made.representatives.index_copy_(1, table_of(tuple(sees), device), followed)
         made.__dict__["far"] = far
         return made
 
@@ -220,14 +220,13 @@ class Membership:
             self.far_heads.index(head) if head in self.far_heads else 0
             for head in range(self.heads)
         ]
-        return torch.tensor(places, device=self.representatives.device)
+        return table_of(tuple(places), self.representatives.device)
 
     @cached_property
     def streams(self) -> Tensor:
         """``[H]`` bool: whether a head sees near keys only."""
-        flags = torch.zeros(self.heads, dtype=torch.bool)
-        flags[list(self.streaming)] = True
-        return flags.to(self.representatives.device)
+        flags = tuple(int(head in self.streaming) for head in range(self.heads))
+        return table_of(flags, self.representatives.device).bool()
 
     # ---- who is where
 
@@ -280,7 +279,7 @@ class Membership:
         device = self.representatives.device
         if far_kv_heads is None:
             return torch.zeros(self.batch, 0, dtype=torch.long, device=device)
-        return torch.tensor(self.far_kv_heads, device=device)[far_kv_heads]
+        return table_of(self.far_kv_heads, device)[far_kv_heads]
 
     @cached_property
     def _needed_kv_heads(self) -> Tensor:
@@ -351,7 +350,7 @@ class Membership:
     def removed_value_heads(self) -> Tensor:
         """``[B, G - kept_values]`` int64: V heads no cache place holds, ascending."""
         removed = [head for head in range(self.kv_heads) if head not in self.far_kv_heads]
-        table = torch.tensor(removed, dtype=torch.long, device=self.representatives.device)
+        table = table_of(tuple(removed), self.representatives.device)
         return table.expand(self.batch, len(removed))
 
     @cached_property
@@ -411,6 +410,19 @@ class Membership:
         if self.known_rows is not None:
             moved.__dict__["host_rows"] = self.known_rows
         return moved
+
+
+def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A table for everybody to read and nobody to write: ``[n]`` int64."""
+    if device.type == "cuda":  # where making it waits for all that runs
+        return _kept_table(numbers, device)
+    return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
+@lru_cache(maxsize=4096)
+def _kept_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # also for what needs gradients
+        return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 def _true_positions(flags: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from chai_attention.clustering.kmedoids import choices
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
-from chai_attention.membership import Membership
+from chai_attention.membership import Membership, table_of
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.ops.online import fused_medoids, fused_membership
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
@@ -163,8 +163,10 @@ class LayerPlan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V of the heads that do not stream."""
         group = self.heads // self.kv_heads
-        groups = list(dict.fromkeys(head // group for head in self._far_heads))
-        return query[:, self._far_heads], key[:, groups], value[:, groups]
+        heads = table_of(tuple(self._far_heads), query.device)
+        groups = tuple(dict.fromkeys(head // group for head in self._far_heads))
+        key_heads = table_of(groups, query.device)
+        return query[:, heads], key[:, key_heads], value[:, key_heads]
 
     def _require_finite(self, found: Tensor) -> None:
         """Refuse to cluster what is no number; a GPU's answer would have to be waited for."""
