@@ -136,3 +136,22 @@ def test_a_kind_is_few_or_many_queries_and_keys():
     assert (few.decode, few.long, few.head_dim, few.clustered) == (True, False, 4, True)
     many = choice.kind_of(torch.zeros(1, 2, 9, 4), 1025, clustered=False)
     assert (many.decode, many.long, many.clustered) == (False, True, False)
+
+
+def test_results_that_must_not_depend_on_time_take_what_is_usual(monkeypatch):
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "_found", {})
+    monkeypatch.setattr(choice, "measured", lambda kind: pytest.fail("measured"))
+
+    @choice.reproducible()
+    def asked(kind):
+        return choice.chosen(kind)
+
+    assert [asked(kind) for kind in KINDS] == [choice.usual(kind) for kind in KINDS]
+    with cpu_attention("torch"):  # what somebody says counts
+        assert {asked(kind) for kind in KINDS} == {"torch"}
+    monkeypatch.setenv(choice.VARIABLE, "blocked")
+    assert {asked(kind) for kind in KINDS} == {"blocked"}
+    monkeypatch.setattr(choice, "measured", lambda kind: "torch")
+    monkeypatch.delenv(choice.VARIABLE)
+    assert choice.chosen(KIND) == "torch"  # and outside nothing has changed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration import calibrate, windows_of
@@ -106,7 +107,7 @@ def run_demo(
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     room = min(PASSAGE, limit - max_new_tokens - 2 * ids.shape[1])
     if room > 0:  # far keys need a context; what is decoded may be a few tokens more
-        passage = tokenizer.decode(test[0, :room], skip_special_tokens=True).strip()
+        passage = _passage(tokenizer, texts[1::2], test[0], room)
         ids = encode_prompt(tokenizer, f"{passage}\n\n{prompt}", chat=chat)
     ids = ids[:, -(limit - max_new_tokens) :].to(model.device)
     with evaluating(model):
@@ -118,6 +119,21 @@ def run_demo(
             clustered = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)
             clustered_loss = loss("with clusters")
     return DemoResult(profile, seconds, plain, clustered, plain_loss, clustered_loss)
+
+
+def _passage(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], window: Tensor, tokens: int
+) -> str:
+    """The beginning of the first document that is long enough, which is about one thing.
+
+    Where there is none, of a window of the test text, which may begin and end anywhere.
+    """
+    for document in documents:
+        # a token is seldom longer than eight characters, and most of a long text is not needed
+        ids = tokenizer(document[: 8 * tokens], add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            return str(tokenizer.decode(ids[:tokens], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(window[:tokens], skip_special_tokens=True)).strip()
 
 
 def built_in_text() -> list[str]:

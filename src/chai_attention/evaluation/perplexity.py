@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.integrations.transformers.modes import evaluating
+from chai_attention.ops.choice import reproducible
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class PairedRise:
 
 
 @torch.no_grad()
+@reproducible()
 def token_loss(
     model: PreTrainedModel,
     windows: Tensor,

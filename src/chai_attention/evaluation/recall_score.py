@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.modes import evaluating
+from chai_attention.ops.choice import reproducible
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
@@ -22,6 +23,7 @@ MOST_TOKENS = 1 << 14  # of a forward, unless one case has more
 
 
 @torch.no_grad()
+@reproducible()
 def recall_score(
     model: PreTrainedModel,
     cases: Sequence[RecallCase],

@@ -23,6 +23,7 @@ from chai_attention.evaluation.tasks import (
     text_length,
 )
 from chai_attention.integrations.transformers.digest import weights_digest
+from chai_attention.ops.choice import reproducible
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
@@ -77,6 +78,7 @@ class Scorer:
             count = len(source.rows)
         return count if self._limit is None else min(count, self._limit)
 
+    @reproducible()
     def score(
         self,
         method: Comparator,

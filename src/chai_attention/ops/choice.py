@@ -29,6 +29,7 @@ logger = logging.getLogger("chai_attention")
 AUTO, BLOCKED, TORCH = "auto", "blocked", "torch"
 NAMES = (AUTO, BLOCKED, TORCH)
 VARIABLE = "CHAI_CPU_ATTENTION"  # of the environment: one of `NAMES`
+_USUAL = "usual"  # stands for what is `usual`, in `reproducible`
 
 LONG = 1024  # keys from which a call counts as a long one
 TRIALS = 3
@@ -83,6 +84,23 @@ def cpu_attention(name: str) -> Iterator[None]:
         _given.reset(token)
 
 
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Take what is usual in place of what is measured, in a ``with`` block or a decorated function.
+
+    For results that must not depend on how long something took: another process, or another run,
+    may find the other code faster, which rounds otherwise. What was decided by hand stays so.
+    """
+    if _given.get() is not None:
+        yield
+        return
+    token = _given.set(_USUAL)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 def kind_of(query: Tensor, keys: int, *, clustered: bool) -> Kind:
     """Kind of a call with ``query [B, heads, Q, D]`` and so many keys."""
     return Kind(
@@ -104,9 +122,12 @@ def chosen(kind: Kind) -> str:
         AttentionInputError: the environment's ``CHAI_CPU_ATTENTION`` is none of `NAMES`.
     """
     name = _given.get()
-    if name is None:
-        name = _checked(os.environ.get(VARIABLE, AUTO), f"{VARIABLE} is")
-    if name != AUTO:
+    if name in (None, _USUAL):
+        by_hand = _checked(os.environ.get(VARIABLE, AUTO), f"{VARIABLE} is")
+        name = by_hand if by_hand != AUTO else name or AUTO
+    if name == _USUAL:
+        return usual(kind)
+    if name is not None and name != AUTO:
         return name
     if kind in _found:
         return _found[kind]
