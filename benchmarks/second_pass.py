@@ -10,11 +10,9 @@ would cost to share or to stream. Each choice is measured on the test text.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,7 +29,7 @@ from chai_attention.integrations.transformers.intervene import MaskedCall, repla
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.ops.reference import recent_attention
 from chai_attention.profile import ClusterProfile
-from streaming_quality import HELD_OUT, LEARNT, LENGTH, Bench
+from streaming_quality import Bench, bench_parser
 
 WINDOWS = 64  # of test text
 
@@ -139,25 +137,13 @@ def _clustered(plan: LayerPlan, call: MaskedCall) -> Tensor:
 
 def main() -> None:
     """Measure all budgets."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = bench_parser(__doc__)
+    # contexts decide which windows there are costs for; these are the ones of the frontiers
+    parser.set_defaults(contexts=[256, 1024, 2048])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--budgets", default="30,37")
-    parser.add_argument("--samples", type=int, default=LEARNT)
-    parser.add_argument("--held-out", type=int, default=HELD_OUT)
-    parser.add_argument("--length", type=int, default=LENGTH)
-    parser.add_argument("--evidence", type=Path, help="file of evidence; default: in the folder")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    # what else `Bench` asks for; contexts decide which windows there are costs for
-    options.contexts, options.batch, options.weight = [256, 1024, 2048], 8, None
-    options.dtype, options.tokens, options.seconds = "float32", 16384, float("inf")
     passes = Passes(Bench(options), options.context)
-    assert passes.bench.store is not None
     for budget in options.budgets.split(","):
         passes.run(float(budget) / 100)
 

@@ -339,26 +339,39 @@ class Recall:
         return found
 
 
-def main() -> None:
-    """Measure all parts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def bench_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of `Bench` itself, for scripts that measure with one.
+
+    Args:
+        doc: of the script; its first line says what it is.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     add = parser.add_argument
     add("model")
     add("--text", required=True)
     add("--test", required=True)
-    add("--other", nargs="*", default=[])
     add("--out", type=Path, required=True)
-    add("--parts", nargs="*", choices=PARTS, default=PARTS)
     add("--device", default="auto")
-    add("--dtype", default="float32", help="of promises on unseen text, and of recall")
     add("--samples", type=int, default=LEARNT, help="windows to learn from")
     add("--held-out", type=int, default=HELD_OUT)
     add("--length", type=int, default=LENGTH)
     add("--batch", type=int, default=8, help="windows of a forward for evidence")
-    add("--tokens", type=int, default=16384, help="of a forward, when something is measured")
     add("--weight", type=float, help="of text to recall from; 0 for none")
-    add("--windows", type=int, default=32, help="of test text, of the longest context")
     add("--contexts", type=_numbers, default=[1024, 2048])
+    add("--evidence", type=Path, help="file that keeps it, shared by several --out")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    """Measure all parts."""
+    parser = bench_parser(__doc__)
+    add = parser.add_argument
+    add("--other", nargs="*", default=[])
+    add("--parts", nargs="*", choices=PARTS, default=PARTS)
+    add("--dtype", default="float32", help="of promises on unseen text, and of recall")
+    add("--tokens", type=int, default=16384, help="of a forward, when something is measured")
+    add("--windows", type=int, default=32, help="of test text, of the longest context")
     add("--budgets", type=_shares, default=[x / 100 for x in range(10, 90, 10)])
     add("--recipes", nargs="*", help="of frontiers and promises")
     add("--max-loss", type=float, default=0.01)
@@ -369,8 +382,6 @@ def main() -> None:
     add("--curve", type=_shares, default=[0.2, 0.3, 0.4, 0.5])
     add("--curve-methods", nargs="*", choices=(*NAMES, *RIVALS), default=["default"])
     add("--curve-weights", nargs="*", type=float, default=[], help="of recall, to compare")
-    add("--evidence", type=Path, help="file that keeps it, shared by several --out")
-    add("--seed", type=int, default=0)
     add("--seconds", type=float, default=float("inf"))
     bench = Bench(parser.parse_args())
     parts = bench.options.parts

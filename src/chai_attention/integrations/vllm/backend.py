@@ -10,8 +10,8 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from chai_attention.integrations.vllm.options import EIGHT_BITS, PAGE_MULTIPLE
-from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.integrations.vllm.options import EIGHT_BITS
+from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE, PageLayout
 from chai_attention.integrations.vllm.prefixes import probed
 
 LEAST_FLOAT8 = (8, 9)  # compute capability that converts 8-bit floats

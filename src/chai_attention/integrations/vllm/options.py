@@ -10,7 +10,7 @@ from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
-from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE as PAGE_MULTIPLE
+from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
 from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
 
 # drafts that come without a model of their own, whose layers would need pages too

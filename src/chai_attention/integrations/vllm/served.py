@@ -19,12 +19,12 @@ from chai_attention.integrations.vllm.layers import (
 )
 from chai_attention.integrations.vllm.options import (
     EIGHT_BITS,
-    PAGE_MULTIPLE,
     Asked,
     mark,
     profile_of,
     refuse,
 )
+from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.near_layer import NearLayer
