@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
-from chai_attention.ops import near, reference, windowed
+from chai_attention.ops import cpu_attention, near, near_flash, reference, windowed
 from helpers import clustered_inputs, definition, random_membership, recent_definition
 
 
@@ -63,7 +63,7 @@ def test_reference_is_the_definition(heads, kv_heads, clusters, streaming, recen
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_windowed_is_the_reference(data):
-    """Any shape, membership, padding, window; float32 and bfloat16; one query or many blocks."""
+    """Any shape, membership, padding, window, code; float32, bfloat16; one query or many blocks."""
     heads, kv_heads = data.draw(st.sampled_from([(6, 6), (9, 9), (6, 3), (9, 3), (4, 1)]))
     streaming = data.draw(st.integers(0, heads))
     others = heads - streaming
@@ -80,7 +80,8 @@ def test_windowed_is_the_reference(data):
     member = random_membership(heads, clusters, batch, kv_heads, streaming)
     query = torch.randn(batch, heads, queries, 16).to(dtype)
     key = torch.randn(batch, kv_heads, size, 16).to(dtype)
-    value = torch.randn(batch, kv_heads, size, 24).to(dtype)
+    width = data.draw(st.sampled_from([16, 24]))
+    value = torch.randn(batch, kv_heads, size, width).to(dtype)
     if data.draw(st.booleans()):  # as a model's projections leave them
         query, key, value = (
             x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)
@@ -94,12 +95,31 @@ def test_windowed_is_the_reference(data):
         "recent": recent, "sinks": sinks, "scale": 0.4, "softcap": softcap, "valid": valid,
         "offsets": torch.randn(heads, heads) if data.draw(st.booleans()) else None,
     }  # fmt: skip
-    got = run(member, query, key, value, **options)
+    with cpu_attention(data.draw(st.sampled_from(["blocked", "torch"]))):
+        got = run(member, query, key, value, **options)
     want = reference.recent_attention(*(x.double() for x in (query, key, value)), member, **options)
     assert got.dtype == dtype
-    assert got.shape == (batch, queries, heads, 24)
+    assert got.shape == (batch, queries, heads, width)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "streaming"), [(6, 6, 0), (6, 6, 2), (6, 3, 2)])
+@pytest.mark.parametrize(("queries", "size"), [(150, 150), (20, 150), (70, 71)])
+def test_near_keys_by_torchs_kernel(monkeypatch, heads, kv_heads, streaming, queries, size):
+    """Prompts that torch's kernel takes go to it, whatever is far."""
+    calls = []
+    kept = near_flash.attention
+    monkeypatch.setattr(near_flash, "attention", lambda *a, **k: calls.append(1) or kept(*a, **k))
+    member = random_membership(heads, 2, 2, kv_heads, streaming)
+    query = torch.randn(2, heads, queries, 8)
+    key, value = (torch.randn(2, kv_heads, size, 8) for _ in "kv")
+    options = {"recent": 32, "sinks": 3, "scale": 0.4, "offsets": torch.randn(heads, heads)}
+    with cpu_attention("torch"):
+        got = run(member, query, key, value, **options)
+    assert calls
+    want = reference.recent_attention(*(x.double() for x in (query, key, value)), member, **options)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
 
 
 def test_many_blocks_are_worked_on_in_parts(monkeypatch):
