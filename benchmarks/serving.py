@@ -5,10 +5,12 @@ engine runs in a process of its own and measures, in this order: K,V capacity; t
 (of all rows of a batch) and time per output token (of steps in which all rows decode); throughput
 with more requests waiting than run, of lengths like those of chats and of long prompts; chats
 behind one system prompt, with hits in the prefix cache and without. With several cards as many
-engines run at the same time. Results are written after each part.
+engines run at the same time; models that need several cards ("33b ...", "66b ...") take --ranks.
+Results are written after each part.
 
     python benchmarks/serving.py time --work /tmp/serving --out results --cards 2
     python benchmarks/serving.py time --out results --only stock --only default --part chats
+    python benchmarks/serving.py time --cards 2 --ranks 2 --out large --only "66b stock"
     python benchmarks/serving.py table --out results
     python benchmarks/serving.py time --tiny --out /tmp/tiny       # on a CPU, to try the script
 """
@@ -23,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from serving_jobs import capacity, engine, in_process, kind_jobs, label, on_cards, progress
-from serving_kinds import EIGHT, KINDS, SHAPES, TINY
-from serving_loads import FULL, LOADS, SHARED, SMALL, Case, Scale, run_case, shared_prompt
+from serving_kinds import KINDS, SHAPES, TINY
+from serving_loads import SHARED, Case, Scale, run_case, scale_of, shared_prompt
 from serving_loads import throughput as measure_throughput
 from serving_table import table
 
@@ -86,7 +88,8 @@ def run_job(job: dict[str, Any]) -> None:
         "tiny": tiny,
         "options": options,
     }
-    scale, kind = SMALL if tiny else FULL, KINDS[job["name"]]
+    kind = KINDS[job["name"]]
+    scale = scale_of(kind.model, tiny)
     vocabulary = (TINY if tiny else SHAPES)[kind.model].vocabulary
     results = Results(Path(job["result"]), job["name"], about)
     start = time.perf_counter()
@@ -94,15 +97,17 @@ def run_job(job: dict[str, Any]) -> None:
     results.add("start_s", None, round(time.perf_counter() - start, 1))
     results.add("capacity", None, capacity(llm, scale.context))
     run_case(llm, Case(2, scale.longest // 16, 8, 1), vocabulary)  # compiled at the first call
-    for case in scale.grouped if kind.model == EIGHT else scale.cases:
+    for case in scale.cases:
         if may_run(case.name, job):
             results.add("cases", case.name, run_case(llm, case, vocabulary))
-    for load in LOADS:
-        if may_run(load, job):
+    for load in scale.loads:
+        if not may_run(load, job):
+            continue
+        if load == SHARED:
+            found = shared_prompt(llm, scale, vocabulary)
+        else:
             found = measure_throughput(llm, load, scale, vocabulary)
-            results.add("throughput", load, found)
-    if may_run(SHARED, job):
-        results.add("throughput", SHARED, shared_prompt(llm, scale, vocabulary))
+        results.add("throughput", load, found)
 
 
 def may_run(part: str, job: dict[str, Any]) -> bool:
@@ -117,12 +122,14 @@ def may_run(part: str, job: dict[str, Any]) -> bool:
 
 def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The jobs that the command line asks for."""
-    scale = SMALL if options.tiny else FULL
-    common = engine_options(scale) | {"tensor_parallel_size": options.ranks}
-    if options.tiny:
-        del common["compilation_config"]
-        common["enforce_eager"] = True
-    made = kind_jobs(options.only or FIRST, common, options.work, options.tiny, options.ranks)
+    made: list[dict[str, Any]] = []
+    for name in options.only or FIRST:
+        scale = scale_of(KINDS[name].model, options.tiny)
+        common = engine_options(scale) | {"tensor_parallel_size": options.ranks}
+        if options.tiny:
+            del common["compilation_config"]
+            common["enforce_eager"] = True
+        made += kind_jobs([name], common, options.work, options.tiny, options.ranks)
     for job in made:
         page = options.stock_page if job["profile"] is None else options.page
         job["options"] |= {} if page is None else {"block_size": page}

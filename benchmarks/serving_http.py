@@ -22,7 +22,7 @@ from typing import Any
 from serving import engine_options
 from serving_jobs import compile_caches, kind_jobs, label
 from serving_kinds import KINDS, stock_of
-from serving_loads import FULL, LOADS, requests_of
+from serving_loads import FULL, LOADS, requests_of, scale_of
 from serving_soak import running
 
 WORDS = 32000
@@ -138,7 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving"), help="models and logs")
     parser.add_argument("--out", type=Path, default=Path("serving-http"), help="folder of results")
-    parser.add_argument("--only", action="append", choices=KINDS, help="repeatable")
+    one_card = [name for name, kind in KINDS.items() if LOADS[0] in scale_of(kind.model).loads]
+    parser.add_argument("--only", action="append", choices=one_card, help="repeatable")
     parser.add_argument("--part", action="append", choices=[*LOADS], help="default: all")
     parser.add_argument("--table", action="store_true", help="print what is there")
     options = parser.parse_args()

@@ -7,9 +7,10 @@ run at the same bytes and operations per second; nothing else takes time.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from serving_kinds import Kind, Shape
 
@@ -20,37 +21,37 @@ Lengths = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Ideal:
-    """Times of one engine if only bytes and operations took time."""
+    """Times of one engine if only bytes and operations took time; of all its ranks together."""
 
     shape: Shape
     kind: Kind
-
-    @property
-    def _clustered(self) -> int:
-        return self.shape.layers - self.kind.plain_layers(self.shape)
+    ranks: int = 1
 
     @property
     def _element(self) -> int:
         return 1 if self.kind.cache_dtype == "fp8" else 2
 
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads of a clustered layer with own scores, with others', and with near keys."""
-        own = self.shape.heads if self.kind.own is None else self.kind.own
-        return own, self.shape.heads - own - self.kind.streaming, self.kind.streaming
+    @cached_property
+    def _layers(self) -> Counter[tuple[int, int]]:
+        """Query heads with scores of their own, and those that stream: how many layers."""
+        return Counter(self.kind.layers(self.shape, self.ranks))
 
-    def kept(self) -> tuple[int, int]:
-        """K heads and V heads of a clustered layer that are kept for all tokens."""
-        own, shared, _ = self.heads()
+    def kept(self, own: int, streaming: int) -> tuple[int, int]:
+        """K heads and V heads of a layer that are kept for all tokens."""
         group = self.shape.heads // self.shape.kv_heads
-        return own // group, (own + shared) // group
+        return own // group, (self.shape.heads - streaming) // group
+
+    @cached_property
+    def _numbers(self) -> tuple[int, int]:
+        """Heads of K and V of all layers that are kept for all tokens, and all others."""
+        far = sum(count * sum(self.kept(*layer)) for layer, count in self._layers.items())
+        return far, 2 * self.shape.layers * self.shape.kv_heads - far
 
     def cache_bytes(self, length: int) -> float:
         """K and V of one request."""
-        one, shape = self.shape.head_dim * self._element, self.shape
-        full, far = 2 * shape.kv_heads, sum(self.kept())
+        far, others = self._numbers
         near = min(length, self.kind.recent + self.kind.sinks)
-        plain = (shape.layers - self._clustered) * full * length
-        return one * (plain + self._clustered * (far * length + (full - far) * near))
+        return self.shape.head_dim * self._element * (far * length + others * near)
 
     @property
     def weights(self) -> float:
@@ -64,13 +65,15 @@ class Ideal:
 
     def attention(self, tokens: int, context: int = 0) -> float:
         """Operations of the attention of ``tokens`` behind ``context`` others."""
-        shape, (own, shared, streaming) = self.shape, self.heads()
         pairs = tokens * (context + tokens / 2)
         near = min(pairs, tokens * (self.kind.recent + self.kind.sinks))
-        plain = (shape.layers - self._clustered) * 2 * shape.heads * pairs
-        # own scores of near keys for those that share; scores and V for those that stream
-        each = (own + own + shared) * pairs + (shared + 2 * streaming) * near
-        return 2 * shape.head_dim * (plain + self._clustered * each)
+        found = 0.0
+        for (own, streaming), count in self._layers.items():
+            shared = self.shape.heads - own - streaming
+            # own scores of near keys for those that share; scores and V for those that stream
+            each = (own + own + shared) * pairs + (shared + 2 * streaming) * near
+            found += count * each
+        return 2 * self.shape.head_dim * found
 
     def prompt(self, tokens: int, context: int = 0) -> float:
         """Seconds of a prompt, or of a part of it."""

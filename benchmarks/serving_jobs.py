@@ -108,6 +108,7 @@ def in_process(
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU: ranks need no NUMA nodes of their own
         "HF_HUB_OFFLINE": "1",
         **compile_caches(work),
         **os.environ,

@@ -6,11 +6,12 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import count as counting
 from typing import Any
 
 from serving_jobs import params
+from serving_kinds import EIGHT, SIXTY, THIRTY
 
 Requests = list[tuple[int, int]]  # tokens of each one's prompt and output
 _seeds = counting()  # no two prompts begin alike, as prefixes are cached
@@ -46,6 +47,7 @@ class Scale:
         cases: batches, the quick ones first.
         chats: requests with lengths like those of chats: log-normal, of ShareGPT's order.
         long: requests with long prompts.
+        large: requests for models with learned positions for 2,048 tokens.
         shared: requests behind one system prompt.
         system: its tokens.
         shrink: what lengths of chats and long prompts are divided by.
@@ -53,6 +55,7 @@ class Scale:
         longest: ``max_model_len``.
         budget: ``max_num_batched_tokens``.
         most: ``max_num_seqs``.
+        loads: what throughput is measured with.
     """
 
     cases: tuple[Case, ...] = (
@@ -60,6 +63,7 @@ class Scale:
     )  # fmt: skip
     chats: int = 800
     long: int = 36
+    large: int = 96
     shared: int = 200
     system: int = 1000
     shrink: int = 1
@@ -67,21 +71,34 @@ class Scale:
     longest: int = 32768
     budget: int = 8192
     most: int = 640
-    grouped: tuple[Case, ...] = field(
-        default=(
-            Case(1, 2048, 40, 11), Case(16, 8192, 40, 2), Case(1, 32768, 40, 3),
-        )
-    )  # fmt: skip
+    loads: tuple[str, ...] = ("chats", "long prompts", "shared prompt")
 
 
+LOADS = ("chats", "long prompts")
+SHARED = "shared prompt"
+LARGE = "batch"
 FULL = Scale()
 SMALL = Scale(
     cases=(Case(1, 200, 4, 2), Case(3, 300, 4, 2), Case(4, 300, 1, 2), Case(1, 500, 4, 1)),
-    grouped=(Case(1, 200, 4, 2), Case(4, 300, 4, 2), Case(1, 500, 4, 1)),
-    chats=12, long=3, shared=6, system=200, shrink=16, context=512, longest=512, budget=256, most=8,
+    chats=12, long=3, shared=6, large=6, system=200, shrink=16, context=512, longest=512,
+    budget=256, most=8,
 )  # fmt: skip
-LOADS = ("chats", "long prompts")
-SHARED = "shared prompt"
+_GROUPED = (Case(1, 2048, 40, 11), Case(16, 8192, 40, 2), Case(1, 32768, 40, 3))
+_GROUPED_SMALL = (Case(1, 200, 4, 2), Case(4, 300, 4, 2), Case(1, 500, 4, 1))
+_LARGE = (Case(1, 2048, 40, 6), Case(8, 2048, 40, 3))
+_LARGE_SMALL = (Case(1, 200, 4, 2), Case(3, 300, 4, 2))
+
+
+def scale_of(model: str, tiny: bool = False) -> Scale:
+    """Sizes for a model of `serving_kinds`."""
+    scale = SMALL if tiny else FULL
+    if model == EIGHT:
+        return replace(scale, cases=_GROUPED_SMALL if tiny else _GROUPED)
+    if model in (THIRTY, SIXTY):
+        cases = _LARGE_SMALL if tiny else _LARGE
+        lengths = {} if tiny else {"context": 2048, "longest": 2048, "most": 128}
+        return replace(scale, cases=cases, loads=(LARGE,), **lengths)
+    return scale
 
 
 def prompts_of(sizes: Sequence[int], vocabulary: int) -> list[dict[str, list[int]]]:
@@ -96,6 +113,9 @@ def requests_of(name: str, scale: Scale) -> Requests:
     chosen, parts = random.Random(7), scale.shrink
     if name == "long prompts":
         sizes = [(chosen.randint(4096, 7600), chosen.randint(128, 320)) for _ in range(scale.long)]
+        return [(a // parts, max(2, b // parts)) for a, b in sizes]
+    if name == LARGE:
+        sizes = [(chosen.randint(1024, 1792), chosen.randint(128, 224)) for _ in range(scale.large)]
         return [(a // parts, max(2, b // parts)) for a, b in sizes]
     number = scale.chats if name == "chats" else scale.shared
     drawn = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from serving_ideal import Ideal
 from serving_kinds import KINDS, SHAPES, TINY, stock_of
-from serving_loads import FULL, LOADS, SHARED, SMALL, Case, Scale, requests_of
+from serving_loads import SHARED, Case, requests_of, scale_of
 
 Rows = dict[str, tuple[float, float, bool]]  # what: measured, ideal, whether more is better
 
@@ -30,17 +30,17 @@ def rows_of(name: str, result: dict[str, Any], room: float) -> Rows:
     Args:
         name: the kind's.
         result: of its file.
-        room: bytes of the K,V cache of vLLM as it is.
+        room: bytes of the K,V cache of vLLM as it is, of all ranks.
     """
     kind = KINDS[name]
     tiny = result["about"]["tiny"]
-    scale: Scale = SMALL if tiny else FULL
-    ideal = Ideal((TINY if tiny else SHAPES)[kind.model], kind)
+    scale = scale_of(kind.model, tiny)
+    ideal = Ideal((TINY if tiny else SHAPES)[kind.model], kind, ranks_of(result))
     rows: Rows = {}
     if "capacity" in result:
         best = room / ideal.cache_bytes(scale.context)
         rows["capacity, requests"] = (result["capacity"]["requests"], best, True)
-    cases = {case.name: case for case in (*scale.cases, *scale.grouped)}
+    cases = {case.name: case for case in scale.cases}
     for case_name, times in result["cases"].items():
         case: Case = cases[case_name]
         prompt = case.length - case.new
@@ -93,10 +93,15 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def ranks_of(result: dict[str, Any]) -> int:
+    """GPUs of the engine."""
+    return int(result["about"]["options"].get("tensor_parallel_size", 1))
+
+
 def _room(result: dict[str, Any]) -> int:
-    """Bytes of an engine's K,V cache."""
+    """Bytes of an engine's K,V cache, which every rank has a part of."""
     held = result["capacity"]
-    return int(held["blocks"]) * int(held["block_bytes"])
+    return ranks_of(result) * int(held["blocks"]) * int(held["block_bytes"])
 
 
 def _cell(
@@ -124,4 +129,4 @@ def _hits(found: dict[str, dict[str, Any]], kinds: list[str]) -> list[str]:
     return rows
 
 
-__all__ = ["LOADS", "results", "rows_of", "table"]
+__all__ = ["results", "rows_of", "table"]

@@ -12,27 +12,26 @@ from chai_attention.profile import ClusterProfile
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from serving_ideal import Ideal
 from serving_kinds import KINDS, SHAPES, TINY, stock_of
-from serving_loads import FULL, LOADS, requests_of
+from serving_loads import FULL, LOADS, requests_of, scale_of
 
 CLUSTERED = [name for name, kind in KINDS.items() if kind.own is not None]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("shapes", [SHAPES, TINY], ids=["full", "tiny"])
 @pytest.mark.parametrize("name", CLUSTERED)
 def test_profiles_of_kinds_fit_their_models_and_keep_what_ideals_count(name, shapes, ranks) -> None:
     kind = KINDS[name]
     shape = shapes[kind.model]
     model = ModelShape(
-        "llama", shape.layers, shape.heads, shape.kv_heads, shape.head_dim, (True,) * shape.layers,
-        shape.hidden,
+        "llama" if shape.learned is None else "opt", shape.layers, shape.heads, shape.kv_heads,
+        shape.head_dim, (True,) * shape.layers, shape.hidden,
     )  # fmt: skip
     profile = ClusterProfile.from_json(kind.profile(shape, ranks))
     profile.check(model)
-    keys, values = Ideal(shape, kind).kept()
+    wanted = [Ideal(shape, kind, ranks).kept(*layer) for layer in kind.layers(shape, ranks)]
     for layers in (served_layers(model, profile, ranks, rank) for rank in range(ranks)):
-        last = layers[-1]
-        assert (last.kept * ranks, last.kept_values * ranks) == (keys, values)
+        assert [(layer.kept * ranks, layer.kept_values * ranks) for layer in layers] == wanted
 
 
 def test_ideals_are_those_of_the_bytes() -> None:
@@ -45,10 +44,25 @@ def test_ideals_are_those_of_the_bytes() -> None:
     assert ideal("default").cache_bytes(8192) == full * 28 / 64 + 132 * 524_288 * 36 / 64
     assert ideal("grouped streaming").cache_bytes(100) == ideal("grouped stock").cache_bytes(100)
     assert full / ideal("published").cache_bytes(8192) == pytest.approx(1 / (1 - 0.1914), rel=1e-3)
+    # the schedule that is published for LLaMA-33B, and its shares of OPT-66B
+    for name in ("33b", "66b"):
+        kept, full = (ideal(f"{name} {kind}").cache_bytes(8) for kind in ("published", "stock"))
+        assert kept / full == pytest.approx(1 - 0.265, abs=5e-4)
     for name in CLUSTERED:
         other = ideal(stock_of(name))
         assert ideal(name).step([8192] * 14) < other.step([8192] * 14)
         assert ideal(name).prompt(8192) < other.prompt(8192)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("tiny", [False, True])
+def test_requests_fit_their_model(model: str, tiny: bool) -> None:
+    shape, scale = (TINY if tiny else SHAPES)[model], scale_of(model, tiny)
+    assert scale.longest <= (shape.learned or scale.longest)
+    assert max(case.length for case in scale.cases) <= scale.longest
+    for load in scale.loads:
+        system = scale.system if load == "shared prompt" else 0
+        assert max(map(sum, requests_of(load, scale))) + system <= scale.longest
 
 
 @pytest.mark.parametrize("name", LOADS)
