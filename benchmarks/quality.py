@@ -374,7 +374,8 @@ def main() -> None:
         print("no plots: matplotlib is not installed")
         return
     for name in frontiers.values():
-        frontier_plot(load_points(options.out / f"{name}.json"), options.out / f"{name}.png")
+        points = load_points(options.out / f"{name}.json")
+        frontier_plot({name: points}, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":

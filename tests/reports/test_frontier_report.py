@@ -114,7 +114,7 @@ def figure_of(points, path, monkeypatch):
         return save(self, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    assert frontier_plot(points, path) == path
+    assert frontier_plot({"m": points}, path) == path
     return drawn[0]
 
 
@@ -171,10 +171,10 @@ def test_ticks_reach_around_the_points(low, high, ticks):
 
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(FrontierError, match="no points"):
-        frontier_plot([], tmp_path / "f.png")
+        frontier_plot({}, tmp_path / "f.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(FrontierError, match="cannot write"):
-        frontier_plot(PAPER, tmp_path / "file" / "f.png")
+        frontier_plot({"m": PAPER}, tmp_path / "file" / "f.png")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ChaiError, match=r"chai-attention\[plots\]"):
-        frontier_plot(PAPER, tmp_path / "f.png")
+        frontier_plot({"m": PAPER}, tmp_path / "f.png")

@@ -9,6 +9,7 @@ import pytest
 
 from chai_attention.cli.tables import render
 from chai_attention.evaluation.points import load_points
+from chai_attention.profile import ClusterProfile
 from chai_attention.reports.frontier import frontier_plot, frontier_table
 from chai_attention.reports.page import write_page
 from chai_attention.reports.result_files import load_sections
@@ -62,6 +63,55 @@ def test_what_was_run_on_what_with_baselines_errors_and_ideals(page_file):
     ):
         assert said in text, said
     assert "Do not trust" not in text
+
+
+def test_the_page_opens_with_what_was_saved_what_it_costs_and_gains(runs, tmp_path):
+    profile = tmp_path / "profile.json"
+    measured = {"rise": 0.004, "standard_error": 0.001, "windows": 64, "length": 1024}
+    ClusterProfile(
+        (2,), membership="static", representatives=((0, 0, 2, 2),), provenance={"text": "c.txt"},
+        promise={**measured, "saved": 0.132, "longer": {**measured, "saved": 0.233, "length": 4096},
+                 "recall": {"fall": 0.01, "standard_error": 0.008}},
+    ).save(profile)  # fmt: skip
+    page = write_page([profile, runs], tmp_path / "page.html").read_text()
+    short = re.sub(r"\s+", " ", page.split("<nav")[0].split("In short")[1])
+    saves, costs, gains = (part.split("</div>")[0] for part in short.split("<dt>")[1:])
+    assert "13.2% of the K,V cache at 1,024 tokens" in saves
+    assert "23.3% of the K,V cache at 4,096 tokens" in saves
+    assert "perplexity +0.40% ±0.10%, 64 windows of 1,024 tokens of held-out text of c.txt" in costs
+    assert "1.0 ±0.8 points fewer facts recalled" in costs
+    assert "-2.00 ±0.50 points in average of piqa (chai; 10.0% of K,V saved" in costs
+    assert "perplexity rises by more than 1% on 256 tokens of t.txt" in costs
+    assert "1.75x (decode 16 x 8,192, 4 clusters, bfloat16; ideal 1.78x), Some GPU" in gains
+    assert '<a href="#run-1">' in saves
+    bare = write_page([runs / "redundancy.json"], tmp_path / "bare.html").read_text()
+    assert bare.count("not in these results; it comes from") == 3
+
+
+def test_long_tables_are_folded_below_their_figure(page_file):
+    text = page_file.read_text()
+    assert "<summary>All points: 8 rows</summary>" in text
+    assert text.index("<summary>All points") > text.index("Perplexity rise against")
+    assert "<figcaption>Clustered attention</figcaption>" in text  # two rows stand open
+
+
+@pytest.mark.parametrize("name", ["f.svg", "f.png"])
+def test_a_picture_of_frontiers_has_a_panel_per_model(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    runs = [frontier(tmp_path / f"{i}.json") for i in range(2)]
+    runs[1].write_text(runs[1].read_text().replace("tiny-frontier", "other-model"))
+    picture = write_page(runs, tmp_path / name, "A title").read_bytes()
+    if name == "f.png":
+        assert picture.startswith(b"\x89PNG")
+        return
+    for said in ("tiny-frontier, 256 tokens", "other-model, 1024 tokens", "A title", "gradient"):
+        assert said in picture.decode()
+    assert write_page(runs, tmp_path / name, "A title").read_bytes() == picture
+
+
+def test_a_picture_needs_frontiers(runs, tmp_path):
+    with pytest.raises(ReportError, match="a picture is of frontiers"):
+        write_page([runs / "model.json"], tmp_path / "f.svg")
 
 
 def test_the_page_needs_nothing_else(page_file):
@@ -184,7 +234,7 @@ def test_a_value_of_another_kind_is_one_line_that_names_the_file(
 def test_names_with_dollars_and_brackets_are_text(tmp_path):
     pytest.importorskip("matplotlib")
     points = load_points(frontier(tmp_path / "f.json", "gradient$^{[/red]\\frac"))
-    assert frontier_plot(points, tmp_path / "f.png").stat().st_size > 0
+    assert frontier_plot({"m": points}, tmp_path / "f.png").stat().st_size > 0
     assert "gradient$^{[/red]" in render(frontier_table(points), width=300)
 
 

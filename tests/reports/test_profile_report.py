@@ -36,7 +36,7 @@ def test_every_head_is_a_square_of_its_kind(run, tmp_path):
     for kind, count in (("keep", 8), ("share", 2), ("forget", 8)):
         assert len(re.findall(rf"layer \d+, head \d+: {kind}<", page)) == count
     assert "<title>layer 0, head 4: share</title>" in page
-    assert "rise 0.004" in page
+    assert '<th scope="row">rise</th><td>0.004</td>' in page
 
 
 def test_an_online_profile_states_its_numbers(tmp_path):

@@ -200,7 +200,7 @@ def frontier_command(
     shown.say(table)
     write_whole(out / "frontier.txt", f"{table}\n".encode(), FrontierError)
     shown.say(f"points and table written to {out / 'frontier.json'}, {out / 'frontier.txt'}")
-    shown.say(f"plot written to {frontier_plot(points, out / 'frontier.png')}")
+    shown.say(f"plot written to {frontier_plot({'': points}, out / 'frontier.png')}")
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:

@@ -20,9 +20,16 @@ def report_command(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Write the page here (HTML).", callback=options.output_file)
+        Path,
+        typer.Option(
+            help="Write the page here (HTML); if it ends in .svg or .png, one picture of the "
+            "frontiers among RUN.",
+            callback=options.output_file,
+        ),
     ],
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "CHAI report",
+    title: Annotated[
+        str | None, typer.Option(help="Heading of the page.", show_default="CHAI report")
+    ] = None,
 ) -> None:
     """Show results on one page that opens offline: figures, plots, heads to explore."""
     from chai_attention.reports.page import write_page
@@ -31,4 +38,5 @@ def report_command(
         typer.echo(f"left out {path}: no result of a chai command of this release", err=True)
 
     path = write_page(runs, out, title, skipped)
-    typer.echo(f"page written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    kind = "picture" if path.suffix in (".png", ".svg") else "page"
+    typer.echo(f"{kind} written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

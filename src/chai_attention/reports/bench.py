@@ -25,7 +25,7 @@ def attention_tables(report: Row) -> list[Table]:
     """Return the tables of ``chai bench attention``: the clusters, then every baseline."""
     rows: Sequence[Row] = report["results"]
     main = _table(
-        f"{_machine(report)}; {_shape(report)}; {report['layout']}",
+        f"{machine_name(report)}; {_shape(report)}; {report['layout']}",
         ("case", "dtype"),
         (
             "k",
@@ -91,7 +91,7 @@ def _unfused_note(report: Row) -> str:
 def model_tables(report: Row) -> list[Table]:
     """Return the table of ``chai bench model``."""
     table = _table(
-        f"{_machine(report)}; {report['model']['name']}: {report['model']['layers']} layers, "
+        f"{machine_name(report)}; {report['model']['name']}: {report['model']['layers']} layers, "
         f"{report['model']['heads']} heads x {report['model']['head_dim']}, {report['dtype']}; "
         f"{report['profile']}",
         ("prompt", "run"),
@@ -156,7 +156,7 @@ def attention_plot(report: Row, path: Path) -> Path:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("clusters", fontsize=8)
 
-    title = f"Speed-up of clustered attention, {_shape(report)}, {_machine(report)}"
+    title = f"Speed-up of clustered attention, {_shape(report)}, {machine_name(report)}"
     return _panels(len(cases), draw, path, title)
 
 
@@ -184,7 +184,10 @@ def model_plot(report: Row, path: Path) -> Path:
         axes.set_title(f"{case}: {name.upper()}, ms", fontsize=8)
 
     return _panels(
-        len(panels), draw, path, f"{report['model']['name']}, {report['dtype']}, {_machine(report)}"
+        len(panels),
+        draw,
+        path,
+        f"{report['model']['name']}, {report['dtype']}, {machine_name(report)}",
     )
 
 
@@ -255,7 +258,8 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _machine(report: Row) -> str:
+def machine_name(report: Row) -> str:
+    """The GPU, or the processor and its threads."""
     machine = report["machine"]
     if machine["device"] == "cuda":
         return str(machine["gpu"])

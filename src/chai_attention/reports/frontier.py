@@ -116,12 +116,17 @@ def _caption(points: Sequence[Point]) -> str:
     )
 
 
-def frontier_plot(points: Sequence[Point], path: Path) -> Path:
-    """Draw perplexity rise against K,V bytes saved: a panel per text and context length.
+def frontier_plot(
+    models: Mapping[str, Sequence[Point]],
+    path: Path,
+    title: str = "Perplexity rise against K,V cache saved",
+) -> Path:
+    """Draw perplexity rise against K,V bytes saved: a panel per model, text and context length.
 
     Args:
-        points: of one model.
-        path: where the PNG goes; its folder is made if missing.
+        models: points by the name of their model.
+        path: where the PNG, or by its name the SVG, goes; its folder is made if missing.
+        title: above all panels.
 
     Returns:
         The path.
@@ -130,14 +135,22 @@ def frontier_plot(points: Sequence[Point], path: Path) -> Path:
         FrontierError: no points, or the file cannot be written.
         ChaiError: matplotlib is not installed.
     """
+    points = [point for found in models.values() for point in found]
     if not points:
         raise FrontierError("there are no points to plot")
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    texts = list(dict.fromkeys(point.text for point in points))
-    contexts = sorted({point.context for point in points})
+    panels = {
+        (model, text, context): [p for p in found if (p.text, p.context) == (text, context)]
+        for model, found in models.items()
+        for text in dict.fromkeys(point.text for point in found)
+        for context in sorted({point.context for point in found})
+    }
+    texts = len({panel[:2] for panel in panels})
+    columns = len(panels) // texts if len(panels) > texts else min(texts, 2)
+    rows = math.ceil(len(panels) / columns)
     bounds = {point.recipe for point in points if point.at_least}
     labels = {
         point.recipe: point.recipe + (" (saves at least)" if point.recipe in bounds else "")
@@ -147,22 +160,21 @@ def frontier_plot(points: Sequence[Point], path: Path) -> Path:
         100 * min(point.rise - point.standard_error for point in points),
         100 * max(point.rise + point.standard_error for point in points),
     )
-    figure = Figure(
-        figsize=(4.6 * len(contexts) + 2.4, 4.0 * len(texts) + 0.6), layout="constrained"
-    )
+    figure = Figure(figsize=(4.6 * columns + 2.4, 4.0 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("Perplexity rise against K,V cache saved", fontsize=12)
-    grid = figure.subplots(len(texts), len(contexts), squeeze=False, sharex=True, sharey=True)
-    for row, text in enumerate(texts):
-        for column, context in enumerate(contexts):
-            panel = [p for p in points if (p.text, p.context) == (text, context)]
-            _draw(grid[row][column], panel, labels, ticks)
-            title = f"{context} tokens" + (f", {text}" if len(texts) > 1 else "")
-            grid[row][column].set_title(title, fontsize=10)
-        grid[row][0].set_ylabel("perplexity rise, %")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for axes, ((model, text, context), panel) in zip(grid.flat, panels.items(), strict=False):
+        _draw(axes, panel, labels, ticks)
+        named = [f"{context} tokens", *([text] if texts > 1 else [])]
+        axes.set_title(", ".join([*([model] if len(models) > 1 else []), *named]), fontsize=10)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("perplexity rise, %")
     for axes in grid[-1]:
         axes.set_xlabel("K,V bytes saved, %")
-    handles: dict[str, Any] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label] = handle

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-from chai_attention.reports.result_files import BROKEN, Skipped, broken, files_of, load_sections
+from chai_attention.reports.answer import MEASURED_BY
+from chai_attention.reports.frontier import frontier_plot
+from chai_attention.reports.result_files import (
+    BROKEN,
+    Skipped,
+    broken,
+    files_of,
+    load_frontiers,
+    load_sections,
+)
 from chai_attention.reports.sections import Bars, ReportError, Section
 from chai_attention.whole_files import require_file, require_other, write_whole
 
@@ -29,22 +38,39 @@ def render_page(sections: Sequence[Section], title: str) -> str:
     )
     environment.tests["bars"] = lambda group: isinstance(group, Bars)
     return environment.get_template("page.html").render(
-        title=title, sections=sections, release=version("chai-attention")
+        title=title,
+        sections=sections,
+        measured_by=MEASURED_BY,
+        answers=answers_of(sections),
+        release=version("chai-attention"),
     )
+
+
+def answers_of(sections: Sequence[Section]) -> dict[str, list[tuple[str, int]]]:
+    """Sentences about savings, costs and gains, each with the number of its section from 1."""
+    return {
+        kind: [
+            (text, number)
+            for number, section in enumerate(sections, start=1)
+            for found, text in section.answer
+            if found == kind
+        ]
+        for kind in MEASURED_BY
+    }
 
 
 def write_page(
     runs: Sequence[Path],
     out: Path,
-    title: str = "CHAI report",
+    title: str | None = None,
     on_skipped: Skipped = lambda path: None,
 ) -> Path:
-    """Make a page of result files.
+    """Make a page of result files, or one picture of the frontiers among them.
 
     Args:
         runs: files and folders (see `load_sections`).
-        out: where the page goes; written in one step.
-        title: of the page.
+        out: where the page goes; written in one step. A picture, if it ends in .png or .svg.
+        title: of the page or picture; None for its usual one.
         on_skipped: called with each file of a folder that is no result of a command.
 
     Raises:
@@ -53,7 +79,9 @@ def write_page(
     """
     require_file(out, ReportError)
     require_other([out], files_of(runs), ReportError)
-    page = _rendered(load_sections(runs, on_skipped), title)
+    if out.suffix in (".png", ".svg"):
+        return frontier_plot(load_frontiers(runs), out, *([] if title is None else [title]))
+    page = _rendered(load_sections(runs, on_skipped), title or "CHAI report")
     write_whole(out, page.encode(), ReportError)
     return out
 

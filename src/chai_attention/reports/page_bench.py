@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from chai_attention.reports.answer import attention_answer, model_answer
 from chai_attention.reports.bench import (
     STEADY,
     attention_tables,
     case_of,
     duration,
+    machine_name,
     model_tables,
     size,
 )
@@ -77,6 +79,9 @@ def attention_section(report: Row, source: str) -> Section:
                 f"{shape['kv_heads']} K/V heads; {report['layout']}",
             ),
         ],
+        answer=attention_answer(
+            [row for row in rows if row["clusters"] < shape["heads"]], machine_name(report)
+        ),
         summary=[
             *_warning(report),
             "Speed-up over the fastest attention without clusters: on a GPU of what is fused and "
@@ -153,6 +158,7 @@ def model_section(report: Row, source: str) -> Section:
             ("profile", str(report["profile"])),
             ("clusters per layer", ", ".join(map(str, report["clusters"]))),
         ],
+        answer=model_answer([row for row in rows if row["run"] == CLUSTERED], machine_name(report)),
         summary=_warning(report),
         charts=[group for group in (latency, held) if group.panels],
         tables=[grid_of(table, "All figures") for table in model_tables(report)],

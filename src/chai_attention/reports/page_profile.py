@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from chai_attention.profile import ClusterProfile
+from chai_attention.reports.answer import profile_answer
 from chai_attention.reports.head_kinds import (
     FORGET,
     KINDS,
@@ -32,9 +33,6 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
         near = f"the last {profile.recent} and first {profile.sinks} keys"
         facts.append(("exact for every head", near))
     summary, charts = [], []
-    if profile.promise is not None:
-        found = ", ".join(f"{name} {_words(value)}" for name, value in profile.promise.items())
-        summary.append(f"Measured on held-out text: {found}.")
     if kinds is None:
         summary.append("Every request decides which heads keep their far keys and which share.")
     else:
@@ -54,9 +52,10 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
         title=f"Profile of {about.get('architecture', 'a model')}",
         source=source,
         facts=facts,
+        answer=profile_answer(profile),
         summary=summary,
         charts=charts,
-        tables=[_layers(profile)],
+        tables=[_layers(profile), *_promise(profile)],
         profile=None if kinds is None else profile,
     )
 
@@ -133,6 +132,14 @@ def _layers(profile: ClusterProfile) -> Grid:
         names = ", ".join(map(str, streaming)) or "-"
         rows.append([str(layer), *(str(counts[kind]) for kind in KINDS), names])
     return Grid("Layers", ["layer", *KINDS, f"heads that {FORGET}"], rows)
+
+
+def _promise(profile: ClusterProfile) -> list[Grid]:
+    """All that was measured on held-out text."""
+    if profile.promise is None:
+        return []
+    rows = [[str(name), _words(value)] for name, value in profile.promise.items()]
+    return [Grid("Measured on held-out text", ["", ""], rows)]
 
 
 def _square(kind: str) -> Markup:

@@ -9,6 +9,7 @@ from typing import Any
 from chai_attention.evaluation.points import Point
 from chai_attention.evaluation.table import LEGEND, rich_tables
 from chai_attention.evaluation.tasks import facts_and_length
+from chai_attention.reports.answer import eval_answer, frontier_answer
 from chai_attention.reports.frontier import LINEAR_BELOW, PAPER, axis_ticks, frontier_table
 from chai_attention.reports.page_recall import recall_charts
 from chai_attention.reports.sections import (
@@ -20,6 +21,8 @@ from chai_attention.reports.sections import (
     legend_of,
 )
 from chai_attention.reports.svg import Axis, Series, line_chart, linear_axis
+
+FRONTIER_OF = "Quality against memory: "
 
 
 def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: str) -> Section:
@@ -66,13 +69,14 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
         )
     return Section(
         kind="quality frontier",
-        title=f"Quality against memory: {model}",
+        title=f"{FRONTIER_OF}{model}",
         source=source,
         facts=[
             *((str(name), _words(value)) for name, value in about.items() if value is not None),
             ("tested on", workload),
-            ("hardware", "not recorded in this file"),
+            *([] if about.get("hardware") else [("hardware", "not recorded in this file")]),
         ],
+        answer=frontier_answer(points),
         summary=summary,
         charts=[
             Charts(
@@ -82,6 +86,7 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
             )
         ],
         tables=[grid_of(frontier_table(points), "All points")],
+        points=points,
     )
 
 
@@ -110,6 +115,7 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
             ("tasks", items),
             ("seed", str(run["seed"])),
         ],
+        answer=eval_answer(table),
         summary=[
             f"Every row is compared with {names[0]}, the full model, item by item; bars are one "
             "standard error of that difference.",

@@ -138,7 +138,7 @@ def small_multiples(count: int, draw: Any, path: Path, title: str) -> Path:
 
 
 def save_figure(figure: Figure, path: Path, error: type[ChaiError], dpi: int = 130) -> Path:
-    """Write a figure as PNG, as `write_whole` writes; its folder is made if missing.
+    """Write a figure as PNG, or as SVG by its name; its folder is made if missing.
 
     Raises:
         ChaiError: ``error``, if the file cannot be written.
@@ -148,8 +148,13 @@ def save_figure(figure: Figure, path: Path, error: type[ChaiError], dpi: int = 1
     # they hold names of models and files, in which a dollar begins no formula
     for text in (*chain(*texts), *(axes.title for axes in figure.axes)):
         text.set_parse_math(False)
-    content = BytesIO()
-    figure.savefig(content, dpi=dpi, format="png")
+    from matplotlib import rc_context
+
+    content, svg = BytesIO(), path.suffix == ".svg"
+    # the same figure is the same file, with text that can be read and searched
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chai"}):
+        figure.savefig(content, dpi=dpi, format="svg" if svg else "png",
+                       metadata={"Date": None} if svg else None)  # fmt: skip
     write_whole(path, content.getvalue(), error, make_folder=True)
     return path
 

@@ -12,14 +12,14 @@ from rich.errors import ConsoleError
 
 from chai_attention.benchmarking.attention import SCHEMA_VERSION as BENCH_VERSION
 from chai_attention.errors import ChaiError
-from chai_attention.evaluation.points import load_points
+from chai_attention.evaluation.points import Point, load_points
 from chai_attention.evaluation.redundancy_files import KIND as REDUNDANCY
 from chai_attention.evaluation.redundancy_files import parse_redundancy
 from chai_attention.evaluation.runs import SCHEMA_VERSION as EVAL_VERSION
 from chai_attention.profile import ClusterProfile
 from chai_attention.reports.page_bench import attention_section, model_section
 from chai_attention.reports.page_profile import explorer_profile, profile_section
-from chai_attention.reports.page_quality import eval_section, frontier_section
+from chai_attention.reports.page_quality import FRONTIER_OF, eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
 from chai_attention.strict_json import load_json
@@ -69,6 +69,21 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
     if not sections:
         raise ReportError(f"there is nothing to report: give what {_COMMANDS} wrote")
     return with_profiles(list(sections.values()))
+
+
+def load_frontiers(runs: Sequence[Path]) -> dict[str, list[Point]]:
+    """The points of all frontiers among files and folders, by the name of their model.
+
+    Raises:
+        ReportError: there is none, or one cannot be read.
+    """
+    found: dict[str, list[Point]] = {}
+    for section in load_sections(runs):
+        if section.points:
+            found.setdefault(section.title.removeprefix(FRONTIER_OF), []).extend(section.points)
+    if not found:
+        raise ReportError("a picture is of frontiers: give what chai frontier wrote")
+    return found
 
 
 def with_profiles(sections: Sequence[Section]) -> list[Section]:

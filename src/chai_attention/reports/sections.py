@@ -10,8 +10,11 @@ from markupsafe import Markup
 from rich.table import Table
 
 from chai_attention.errors import ChaiError
+from chai_attention.evaluation.points import Point
 from chai_attention.profile import ClusterProfile
 from chai_attention.reports.svg import Series, swatch
+
+MOST_ROWS = 6  # of a table that stands open on a page
 
 
 class ReportError(ChaiError):
@@ -27,6 +30,11 @@ class Grid:
     rows: Sequence[Sequence[str]]
     note: str = ""
     breaks: frozenset[int] = frozenset()
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is too long to stand open on a page."""
+        return len(self.rows) > MOST_ROWS
 
 
 @dataclass(frozen=True)
@@ -82,22 +90,26 @@ class Section:
         title: its heading.
         source: the file it comes from.
         facts: what was run, on what.
+        answer: what it says of savings, costs and gains, for the top of the page.
         summary: what to know before the figures; warnings too.
         charts: groups of charts.
         tables: tables.
         explorer: data of the head-similarity explorer, None without one.
         profile: whose memberships explorers of the same model offer too.
+        points: of a frontier, for a picture of several.
     """
 
     kind: str
     title: str
     source: str
     facts: Sequence[tuple[str, str]]
+    answer: Sequence[tuple[str, str]] = ()
     summary: Sequence[str] = ()
     charts: Sequence[Charts] = ()
     tables: Sequence[Grid] = ()
     explorer: Mapping[str, Any] | None = field(default=None, repr=False)
     profile: ClusterProfile | None = field(default=None, repr=False)
+    points: Sequence[Point] = field(default=(), repr=False)
 
 
 def grid_of(table: Table, title: str | None = None) -> Grid:

@@ -21,5 +21,7 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new Event("themechange")));
   const before = recall();
   show(before in names ? before : "auto");
+  // paper cannot be unfolded
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
   button.hidden = false;
 })();
