@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.checks import not_finite
-from chai_attention.calibration.pairs import PairCosts, bands_of, gradient_costs, value_costs
+from chai_attention.calibration.pairs import (
+    PairCosts,
+    bands_of,
+    factor,
+    gradient_costs,
+    value_costs,
+)
 from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
 from chai_attention.integrations.transformers.modes import evaluating
@@ -130,17 +136,21 @@ def collect_costs(
         offsets = [_offset(nears[place], call.layer, shape.heads, device) for place in places]
         cost = torch.zeros(*total.shape[::2], total.shape[3], device=device, dtype=total.dtype)
         for row in range(call.query.shape[0]):
-            value = call.value[row].float().repeat_interleave(group, dim=0)  # [H, S, Dv]
-            if not differentiate:
-                value = value @ roots[call.layer]
+            value = call.value[row]  # [G, S, Dv]
+            if differentiate:
+                value = factor(value)
+            else:
+                value = value.float().repeat_interleave(group, dim=0) @ roots[call.layer]
+                value = value.transpose(0, 1).contiguous().transpose(0, 1)  # [H, S, E]
             for bands in bands_of(
                 call.query[row], call.key[row], call.scale, call.softcap, recents, sinks
             ):
                 if gradient is None:
                     found = value_costs(bands, value, offsets[: len(recents)])
                 else:
-                    slope = gradient[row, bands.rows].float().transpose(0, 1)  # [H, R, Dv]
+                    slope = gradient[row, bands.rows].transpose(0, 1)  # [H, R, Dv]
                     found = gradient_costs(bands, value, slope, offsets[: len(recents)])
+                del bands  # its memory serves the next ones
                 for place, costs in zip(places, found, strict=True):
                     _add(cost[place], costs, weights[first + row])
         total[:, call.layer] += cost.cpu()
@@ -226,6 +236,7 @@ class OffsetStatistics:
                     own = (weight * far).sum(-1, keepdim=True)
                     self._weighted[number, call.layer] += (own - weight @ far.T).cpu()
                     self._weights[number, call.layer] += weight.sum(-1, keepdim=True).cpu()
+                del bands  # its memory serves the next ones
 
     @property
     def sums(self) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ head has no far part.
 
 Windows of several w are told from one set of maps: keys are cut into bands by their distance, so
 that what is near and what is far to each w are runs of bands, merged by their log-sum-exp.
+
+Everything goes by blocks of queries: the more keys they see, the fewer queries, so that the memory
+does not depend on how long the text is.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import isqrt
 
 import torch
 from torch import Tensor
 
-ROWS = 256  # queries whose maps exist at a time
+ROWS = 256  # queries whose maps exist at a time, at most
+SCORES = 1 << 27  # scores of all heads that do, at most: 512 MB
+ALIGNED = 16  # queries of a block are a multiple of this, where there are so many
 
 
 @dataclass(frozen=True)
@@ -41,21 +47,36 @@ class Band:
 
     Attributes:
         keys: which keys; ``n`` of them.
-        scores: ``[H, R, n]``, minus infinity for keys that are not of a query's band.
+        scores: ``[H, R, n]``, minus infinity for keys that are not of a query's band. They are
+            gone, their memory used, as soon as one of the properties is asked for.
     """
 
     keys: slice
     scores: Tensor
 
     @cached_property
-    def map(self) -> Tensor:
-        """``[H, R, n]`` probabilities over the band, zeros for queries that have no key in it."""
-        return torch.softmax(self.scores, -1).nan_to_num(0.0)
+    def _top(self) -> Tensor:
+        top = self.scores.amax(-1, keepdim=True)
+        return top.masked_fill_(top == -torch.inf, 0.0)
 
     @cached_property
+    def weights(self) -> Tensor:
+        """``[H, R, n]``, probabilities times `total`: zeros for queries without a key."""
+        return self.scores.sub_(self._top).exp_()
+
+    @cached_property
+    def _sum(self) -> Tensor:
+        return self.weights.sum(-1)
+
+    @property
+    def total(self) -> Tensor:
+        """``[H, R]`` sums of the weights, 1 for queries that have no key in the band."""
+        return self._sum.masked_fill(self._sum == 0, 1.0)
+
+    @property
     def lse(self) -> Tensor:
         """``[H, R]`` log-sum-exp of the scores, minus infinity for queries without a key."""
-        return self.scores.logsumexp(-1)
+        return self._top[..., 0] + self._sum.log()
 
 
 @dataclass(frozen=True)
@@ -94,8 +115,10 @@ class PairCosts:
 
 def maps_of(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Iterator[Maps]:
     """Causal maps of ``query [H, S, D]`` over ``key [G, S, D]``, some queries at a time."""
-    for rows, scores, _ in _scores(query, key, scale, softcap):
-        yield Maps(rows, torch.softmax(scores, -1))
+    for rows, scores in _scores(query, key, scale, softcap):
+        made = [torch.softmax(scores, -1)]
+        del scores
+        yield Maps(rows, made.pop())  # nothing of a block is held while the next one is made
 
 
 def bands_of(
@@ -118,37 +141,100 @@ def bands_of(
     """
     bounds = [0, *recents, query.shape[1] + 1] if recents else []
     near = tuple(range(1 + bool(sinks), 1 + bool(sinks) + len(recents)))
-    for rows, scores, behind in _scores(query, key, scale, softcap):
-        seen = rows.stop
-        bands = [] if recents else [Band(slice(0, seen), scores)]
-        if recents and sinks:
-            first = slice(0, min(sinks, seen))
-            bands.append(Band(first, scores[..., first]))
-        for low, high in pairwise(bounds):
-            # at least one key, which the mask hides where the band has none
-            start = min(max(sinks, rows.start - high + 1), seen - 1)
-            keys = slice(start, max(seen - low, start + 1))
-            distance = behind[:, keys]
-            inside = (distance >= low) & (distance < high)
-            inside[:, : max(0, sinks - start)] = False
-            bands.append(Band(keys, scores[..., keys].masked_fill(~inside, -torch.inf)))
-        yield Bands(rows, tuple(bands), near)
+    for rows, scores in _scores(query, key, scale, softcap):
+        made = [Bands(rows, _cut(scores, rows, bounds, sinks), near)]
+        del scores
+        yield made.pop()
+
+
+def _cut(scores: Tensor, rows: slice, bounds: Sequence[int], sinks: int) -> tuple[Band, ...]:
+    """Cut scores ``[H, R, S]`` at these distances; the last band is made in their memory."""
+    seen = rows.stop
+    if not bounds:
+        return (Band(slice(0, seen), scores),)
+    bands = []
+    if sinks:
+        first = slice(0, min(sinks, seen))
+        bands.append(Band(first, scores[..., first].clone()))
+    pairs = list(pairwise(bounds))
+    for number, (low, high) in enumerate(pairs, start=1):
+        # at least one key, which the mask hides where the band has none
+        start = min(max(sinks, rows.start - high + 1), seen - 1)
+        keys = slice(start, max(seen - low, start + 1))
+        part = scores[..., keys]
+        if number < len(pairs):
+            part = part.clone()
+        # what is between is seen by all of the queries
+        left = max(seen - high, sinks, start)
+        right = max(left, rows.start - low + 1)
+        for ends in (slice(start, min(left, keys.stop)), slice(right, keys.stop)):
+            if ends.start < ends.stop:
+                hidden = _outside(rows, ends, low, high, sinks, scores.device)
+                part[..., ends.start - start : ends.stop - start].masked_fill_(hidden, -torch.inf)
+        bands.append(Band(keys, part))
+    return tuple(bands)
+
+
+def _outside(
+    rows: slice, keys: slice, low: int, high: int, sinks: int, device: torch.device
+) -> Tensor:
+    """``[R, n]``: whether a key is nearer than ``low``, as far as ``high``, or a sink."""
+    position = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    distance = position - key
+    return (distance < low) | (distance >= high) | (key < sinks)
 
 
 def _scores(
     query: Tensor, key: Tensor, scale: float, softcap: float | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Queries, their causal scores ``[H, R, S]``, and how far behind them keys are ``[R, S]``."""
-    heads, size, _ = query.shape
-    keys = key.float().repeat_interleave(heads // key.shape[0], dim=0)
-    position = torch.arange(size, device=query.device)
-    for start in range(0, size, ROWS):
-        rows = slice(start, min(start + ROWS, size))
-        scores = query[:, rows].float() @ keys[:, : rows.stop].mT * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        behind = position[rows, None] - position[: rows.stop]
-        yield rows, scores.masked_fill(behind < 0, -torch.inf), behind
+) -> Iterator[tuple[slice, Tensor]]:
+    """Queries, and their causal scores ``[H, R, S]`` up to the last of them, to be used up."""
+    key = factor(key)
+    for rows in _blocks(query.shape[0], query.shape[1]):
+        yield rows, _score_block(query[:, rows], key[:, : rows.stop], rows, scale, softcap)
+
+
+def _score_block(
+    query: Tensor, key: Tensor, rows: slice, scale: float, softcap: float | None
+) -> Tensor:
+    scores = products(query, key).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    count = rows.stop - rows.start
+    later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
+    scores[..., rows.start :].masked_fill_(later, -torch.inf)
+    return scores
+
+
+def _blocks(heads: int, size: int) -> Iterator[slice]:
+    """Deal queries to blocks with at most `SCORES` scores; one query at least."""
+    start = 0
+    while start < size:
+        # n with n * (start + n) keys and heads
+        room = max(1, (isqrt(start * start + 4 * (SCORES // heads)) - start) // 2)
+        count = min(ROWS, room if room < ALIGNED else room // ALIGNED * ALIGNED)
+        yield slice(start, min(start + count, size))
+        start += count
+
+
+def factor(states: Tensor) -> Tensor:
+    """``states`` as `products` takes them: once for many products."""
+    return states if states.is_cuda and states.dtype.itemsize == 2 else states.float()
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products ``[H, R, S]`` float32 of ``left [H, R, D]`` with ``right [G, S, D]``.
+
+    Numbers of 16 bits are multiplied as they are on a GPU: what is summed in float32 is exact.
+    """
+    heads, count, dim = left.shape
+    left, right = factor(left), factor(right)
+    rows = left.reshape(right.shape[0], -1, dim)  # queries of a K/V head's heads side by side
+    if left.dtype == right.dtype and left.dtype != torch.float32:
+        found = torch.bmm(rows, right.mT, out_dtype=torch.float32)
+    else:
+        found = rows.float() @ right.float().mT
+    return found.view(heads, count, right.shape[1])
 
 
 def gradient_costs(
@@ -162,20 +248,18 @@ def gradient_costs(
 
     Args:
         bands: of R queries.
-        value: ``[H, S, Dv]``.
+        value: ``[G, S, Dv]``.
         gradient: ``[H, R, Dv]`` of the summed loss with respect to each head's output.
         offsets: ``[H (h), H (r)]`` for every w.
     """
     # what one more unit of probability on a key does to the loss
-    slope = gradient @ value[:, : bands.rows.stop].mT  # [H, R, S]
-    slopes = [slope[..., band.keys] for band in bands.bands]
-    own = [
-        (band.map * part).sum(-1).T for band, part in zip(bands.bands, slopes, strict=True)
-    ]  # [R, h]
-    used = [
-        band.map.permute(1, 0, 2) @ part.permute(1, 2, 0)
-        for band, part in zip(bands.bands, slopes, strict=True)
-    ]  # [R, r, h]
+    slope = products(gradient, value[:, : bands.rows.stop])  # [H, R, S]
+    used = []
+    for band in bands.bands:
+        part = slope[..., band.keys].permute(1, 2, 0)
+        found = band.weights.permute(1, 0, 2) @ part
+        used.append(found.div_(band.total.T[:, :, None]))  # [R, r, h]
+    own = [part.diagonal(dim1=1, dim2=2) for part in used]  # [R, h]
     lse = [band.lse.T for band in bands.bands]  # [R, H]
     if not bands.near:
         return [PairCosts((used[0] - own[0][:, None, :]).square().sum(0).T, None)]
@@ -198,11 +282,14 @@ def value_costs(bands: Bands, value: Tensor, offsets: Sequence[Tensor]) -> list[
     Args:
         bands: of R queries.
         value: ``[H, S, E]``, V times a square root of ``W_O W_O^T`` of its head, which makes the
-            norm that of the layer's output.
+            norm that of the layer's output. Nothing is copied if it lies token by token.
         offsets: ``[H (h), H (r)]`` for every w.
     """
     heads, rows = bands.bands[0].lse.shape
-    own = [(band.map @ value[:, band.keys]).transpose(0, 1) for band in bands.bands]  # [R, h, E]
+    own = [
+        (band.weights @ value[:, band.keys]).div_(band.total[..., None]).transpose(0, 1)
+        for band in bands.bands
+    ]  # [R, h, E]
     lse = [band.lse.T for band in bands.bands]  # [R, H]
     near = _merged(own, lse)
     whole = near[-1][0]
@@ -219,7 +306,7 @@ def value_costs(bands: Bands, value: Tensor, offsets: Sequence[Tensor]) -> list[
     sharing: list[list[Tensor]] = [[] for _ in shares or (None,)]
     for other in range(heads):
         used = [
-            (band.map[other] @ part).view(rows, heads, -1)
+            (band.weights[other] @ part).div_(band.total[other][:, None]).view(rows, heads, -1)
             for band, part in zip(bands.bands, columns, strict=True)
         ]  # [R, h, E]
         if not shares:

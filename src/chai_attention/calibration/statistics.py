@@ -29,6 +29,7 @@ class GramStatistics:
             for maps in maps_of(query, key, call.scale, call.softcap):
                 features = maps.whole.flatten(1)  # [H, R * S]
                 self.grams[call.layer] += (features @ features.T).double().cpu()
+                del maps, features  # their memory serves the next ones
 
 
 @torch.no_grad()

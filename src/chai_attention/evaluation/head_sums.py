@@ -49,6 +49,7 @@ class HeadSums:
                 first = maps.whole[:, :, 0]
                 self._first_gram[place] += (first @ first.T).double().cpu()
                 self._first_sum[place] += first.sum(1).double().cpu()
+                del maps, first  # their memory serves the next ones
             self._grams[place].append(grams.cumsum(0))
             self._seen[place] += query.shape[1]
 
