@@ -98,7 +98,7 @@ def interrupted(monkeypatch, batch):
     from chai_attention.calibration import costs
 
     seen = []
-    loss = costs._summed_loss
+    loss = costs.summed_loss
 
     def stop(*args):
         seen.append(1)
@@ -106,7 +106,7 @@ def interrupted(monkeypatch, batch):
             raise KeyboardInterrupt
         return loss(*args)
 
-    monkeypatch.setattr(costs, "_summed_loss", stop)
+    monkeypatch.setattr(costs, "summed_loss", stop)
     return seen
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from chai_attention.calibration.pairs import (
 )
 from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
+from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
@@ -35,7 +36,6 @@ SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)
 
 ACTIVATIONS = 40  # of a layer and token, in hidden sizes, roughly
-IGNORED = -100  # target of a token whose loss does not count
 KEEP_BYTES = 3e9  # activations of a batch that are kept rather than computed twice
 
 Progress = Callable[[int, int], None]
@@ -105,7 +105,7 @@ def collect_costs(
             without.
         counted: ``[N, S]`` bool, tokens whose loss counts, by gradient costs only; None for all.
             Every window of text weighs the same, however few of its tokens count.
-        batch_size: windows per forward.
+        batch_size: windows per forward; fewer where they are long.
         sums: ``[len(nears), L, H, H + 1]`` float64 (see `empty_sums`), costs of the first
             ``start`` windows, to be added to in place; None for zeros.
         start: windows that ``sums`` holds already.
@@ -171,6 +171,7 @@ def collect_costs(
 
     if differentiate:
         _require_gradients(model)
+    batch_size = rows_at_once(batch_size, windows.shape[1])
     tokens = batch_size * windows.shape[1]
     gradients = _gradients_of_activations(model, tokens) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
@@ -178,7 +179,7 @@ def collect_costs(
             rows = slice(first, first + batch_size)
             batch = windows[rows].to(model.device)
             if differentiate:
-                _summed_loss(model, batch, None if counted is None else counted[rows]).backward()
+                summed_loss(model, batch, None if counted is None else counted[rows]).backward()
                 _require_all(reached, shape.layers)
             else:
                 model.base_model(batch, use_cache=False)
@@ -287,17 +288,6 @@ def _weights(windows: Tensor, counted: Tensor | None, differentiate: bool) -> li
             "first in every row"
         )
     return (windows.shape[1] / counted.sum(1).double()).tolist()
-
-
-def _summed_loss(model: PreTrainedModel, batch: Tensor, counted: Tensor | None) -> Tensor:
-    """Negative log-likelihood of the tokens that count but the first of each row, nats."""
-    logits = model(batch, use_cache=False).logits[:, :-1].float()
-    targets = batch[:, 1:]
-    if counted is not None:
-        targets = targets.masked_fill(~counted[:, 1:].to(batch.device), IGNORED)
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
-    )
 
 
 def _require_gradients(model: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.enable import enabled
+from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
@@ -63,7 +64,7 @@ def refit(
         kind: "output" or "bias".
         held_out: ``[M, S]`` tokens. A refit that does not lower the loss on them is dropped,
             which the profile's provenance says. None keeps it unseen.
-        batch_size: windows per forward.
+        batch_size: windows per forward; fewer where they are long.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -125,7 +126,7 @@ class _Streams:
         self._profile = profile
         self._modules = attention_modules(model)
         self._layers = decoder_layers(model)
-        size = min(batch_size, len(windows))
+        size = min(rows_at_once(batch_size, windows.shape[1]), len(windows))
         # masks and positions are kept from one forward, so batches are of one size
         batches = windows[: len(windows) // size * size].to(model.device).split(size)
         self._plain_options, _ = _observed(model, self._layers, batches[0])

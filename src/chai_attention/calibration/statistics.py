@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import maps_of
 from chai_attention.integrations.transformers.capture import AttentionCall, Callback, capture
+from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
 
 
@@ -45,7 +46,8 @@ def observe(
     """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
     The first ``start`` windows are left out: they were shown before. ``progress`` is called with
-    (sequences done, sequences in all) after every batch. What watchers compute, they compute in
+    (sequences done, sequences in all) after every batch, of ``batch_size`` windows or, where they
+    are long, fewer. What watchers compute, they compute in
     the dtypes they choose, whatever ``torch.autocast`` is in force.
     """
 
@@ -57,7 +59,7 @@ def observe(
     decoder = model.base_model  # the vocabulary's logits are not needed
     with evaluating(model), capture(model, show):
         done = start
-        for batch in windows[start:].split(batch_size):
+        for batch in windows[start:].split(rows_at_once(batch_size, windows.shape[1])):
             if not len(batch):  # all were shown before
                 break
             decoder(batch.to(model.device), use_cache=False)

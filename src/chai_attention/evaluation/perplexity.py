@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.integrations.transformers.logits import rows_at_once, token_losses
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.ops.choice import reproducible
 
@@ -72,7 +73,7 @@ def token_loss(
     Args:
         model: a causal language model, clustered heads enabled or not.
         windows: ``[N, S]`` int64 token ids.
-        batch_size: windows per forward.
+        batch_size: windows per forward; fewer where they are long.
         progress: called with (windows done, windows in all).
 
     Raises:
@@ -82,13 +83,8 @@ def token_loss(
         raise ValueError("perplexity needs at least one window of two or more tokens")
     losses: list[float] = []
     with evaluating(model):
-        for batch in windows.split(batch_size):
-            batch = batch.to(model.device)
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
-            )
-            losses += loss.view(batch.shape[0], -1).mean(1).tolist()
+        for batch in windows.split(rows_at_once(batch_size, windows.shape[1])):
+            losses += token_losses(model, batch.to(model.device)).mean(1).tolist()
             if progress is not None:
                 progress(len(losses), windows.shape[0])
     return Loss(tuple(losses))

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+SCORES = 1 << 27  # of all heads that exist at a time, where attention is not fused: 512 MB
 
 
 def plain_attention(
@@ -38,10 +41,30 @@ def plain_attention(
         return out
     group = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
-    scores = softcap * torch.tanh(query.float() @ keys.mT * (scale / softcap))  # [B, H, Q, S]
-    if mask is None:
-        queries, size = scores.shape[-2:]
-        mask = torch.ones(queries, size, dtype=torch.bool, device=query.device)
-        mask = mask.tril(size - queries)
-    probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1).nan_to_num(0.0)
-    return (probs @ values).transpose(1, 2).to(value.dtype).contiguous()
+    (batch, heads, queries, _), size = query.shape, key.shape[2]
+    step = max(1, SCORES // (batch * heads * size))
+    parts = []
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        seen = None if mask is None else mask[..., rows, :]
+        if seen is None:
+            seen = torch.ones(rows.stop - start, size, dtype=torch.bool, device=query.device)
+            seen = seen.tril(size - queries + start)
+        part = query[:, :, rows]
+        if step < queries and torch.is_grad_enabled():  # else all blocks' scores would be kept
+            attended = checkpoint(
+                _capped, part, keys, values, seen, scale, softcap, use_reentrant=False
+            )
+        else:
+            attended = _capped(part, keys, values, seen, scale, softcap)
+        parts.append(attended)
+    return torch.cat(parts, 2).transpose(1, 2).to(value.dtype).contiguous()
+
+
+def _capped(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention of some queries ``[B, H, R, D]``, float32, with a cap on the scores."""
+    scores = softcap * torch.tanh(query.float() @ keys.mT * (scale / softcap))  # [B, H, R, S]
+    probs = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).nan_to_num(0.0)
+    return probs @ values
