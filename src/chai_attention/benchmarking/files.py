@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.benchmarking.cases import BenchmarkError
-from chai_attention.reports.plots import require_matplotlib
+from chai_attention.reports.drawing import require_matplotlib
 from chai_attention.whole_files import require_file, require_other, write_whole
 
 

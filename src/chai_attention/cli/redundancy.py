@@ -85,7 +85,7 @@ def redundancy_command(
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
-    from chai_attention.reports.plots import require_matplotlib
+    from chai_attention.reports.drawing import require_matplotlib
     from chai_attention.reports.redundancy import redundancy_plots, redundancy_table
 
     require_matplotlib()

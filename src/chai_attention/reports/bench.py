@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from chai_attention.errors import ChaiError
-from chai_attention.reports.plots import require_matplotlib, save_figure
+from chai_attention.reports.drawing import SOFT, Panel, bars, curve, save_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
-MEASURED, IDEAL, BASELINE, UNFUSED = "#2b6cb0", "#c05621", "#718096", "#a0aec0"
-COLUMNS = 3
+CLUSTERED = "CHAI"  # the run of ``chai bench model`` that all others are compared with
 STEADY = 1.3  # by how much ceilings before and after may differ
 
 
@@ -133,84 +133,105 @@ def model_tables(report: Row) -> list[Table]:
 
 
 def attention_plot(report: Row, path: Path) -> Path:
-    """Draw speed-up over the baseline against the number of clusters, per case.
+    """Draw `attention_panels` into a file.
 
     Raises:
         ChaiError: no baseline ran, matplotlib is not installed, or the file cannot be written.
     """
-    rows = [row for row in report["results"] if row["speedup"] is not None]
-    if not rows:
+    panels = attention_panels(report)
+    if not panels:
         raise ChaiError("there is no speed-up to plot: no baseline ran")
-    cases = list(dict.fromkeys((case_of(row), row["dtype"]) for row in rows))
+    title = f"Speed-up of clustered attention, {_shape(report)}, {machine_name(report)}"
+    return save_panels(panels, path, ChaiError, title)
 
-    def draw(axes: Axes, index: int) -> None:
-        case, dtype = cases[index]
+
+def attention_panels(report: Row) -> list[Panel]:
+    """Speed-up over the baseline against the number of clusters, a panel per case."""
+    rows = [row for row in report["results"] if row["speedup"] is not None]
+    top = max((max(row["speedup"], row["ideal_speedup"]) for row in rows), default=1)
+    panels = []
+    for case, dtype in dict.fromkeys((case_of(row), row["dtype"]) for row in rows):
         part = [row for row in rows if (case_of(row), row["dtype"]) == (case, dtype)]
         part.sort(key=lambda row: row["clusters"])
-        counts = [row["clusters"] for row in part]
-        ideal = [row["ideal_speedup"] for row in part]
-        axes.plot(counts, ideal, "--", color=IDEAL, label="ideal")
-        axes.plot(counts, [row["speedup"] for row in part], "o-", color=MEASURED, label="measured")
-        axes.axhline(1, color=BASELINE, linewidth=0.8)
-        axes.set_title(f"{case}, {dtype}, against {part[0]['baseline']}", fontsize=8)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("clusters", fontsize=8)
+        title = f"{case}, {dtype}, against {part[0]['baseline']}"
+        panels.append(Panel(title, partial(_draw_speed_ups, part, top)))
+    return panels
 
-    title = f"Speed-up of clustered attention, {_shape(report)}, {machine_name(report)}"
-    return _panels(len(cases), draw, path, title)
+
+def _draw_speed_ups(rows: Sequence[Row], top: float, axes: Axes) -> None:
+    ideal = [(row["clusters"], row["ideal_speedup"], 0.0) for row in rows]
+    curve(axes, ideal, "ideal", 2, line="--", tips=[f"ideal {y:.2f}x" for _, y, _ in ideal])
+    curve(
+        axes,
+        [(row["clusters"], row["speedup"], 0.0) for row in rows],
+        "measured",
+        1,
+        tips=[
+            f"{row['clusters']} clusters: {duration(row['us'])} against "
+            f"{duration(row['baseline_us'])}, {row['speedup']:.2f}x"
+            for row in rows
+        ],
+    )
+    axes.axhline(1, color=SOFT, linewidth=0.8)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.1 * top)
+    axes.set_xlabel("clusters")
+    axes.set_ylabel("speed-up")
 
 
 def model_plot(report: Row, path: Path) -> Path:
-    """Draw time to first token and time per token of every run beside its ideal, per case.
+    """Draw `latency_panels` into a file.
 
     Raises:
         ChaiError: nothing ran, matplotlib is not installed, or the file cannot be written.
     """
-    rows = [row for row in report["results"] if "missing" not in row]
-    if not rows:
+    panels = latency_panels(report)
+    if not panels:
         raise ChaiError("there is nothing to plot: no run fitted the memory")
-    panels = [
-        (case, name) for case in dict.fromkeys(map(case_of, rows)) for name in ("ttft", "tpot")
+    title = f"{report['model']['name']}, {report['dtype']}, {machine_name(report)}"
+    return save_panels(panels, path, ChaiError, title, 2)
+
+
+def latency_panels(report: Row) -> list[Panel]:
+    """Time to first token and time per token of every run beside its ideal, per case."""
+    names = (("ttft", "time to first token"), ("tpot", "time per token"))
+    return [
+        _bars(f"{case}: {long}", part, f"{name}_us", duration, f"ideal_{name}_us")
+        for case, part in _by_case(report)
+        for name, long in names
     ]
 
-    def draw(axes: Axes, index: int) -> None:
-        case, name = panels[index]
-        part = [row for row in rows if case_of(row) == case]
-        names = [row["run"] for row in part]
-        colors = [MEASURED if row["run"] == "CHAI" else UNFUSED for row in part]
-        axes.bar(names, [row[f"{name}_us"] / 1e3 for row in part], color=colors)
-        ideal = [row[f"ideal_{name}_us"] / 1e3 for row in part]
-        axes.scatter(names, ideal, marker="_", s=600, color=IDEAL, label="ideal", zorder=3)
-        axes.set_title(f"{case}: {name.upper()}, ms", fontsize=8)
 
-    return _panels(
-        len(panels),
-        draw,
-        path,
-        f"{report['model']['name']}, {report['dtype']}, {machine_name(report)}",
-    )
+def memory_panels(report: Row) -> list[Panel]:
+    """Bytes of the K,V cache, and at the peak where it is known, of every run, per case."""
+    return [
+        _bars(f"{case}: {long}", part, name, size)
+        for case, part in _by_case(report)
+        for long, name in (("K,V cache", "kv_bytes"), ("peak", "peak_bytes"))
+        if all(row[name] is not None for row in part)
+    ]
 
 
-def _panels(count: int, draw: Any, path: Path, title: str) -> Path:
-    """Draw ``count`` panels on one page."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _by_case(report: Row) -> list[tuple[str, list[Row]]]:
+    """The runs that came about, by case."""
+    rows = [row for row in report["results"] if "missing" not in row]
+    cases = dict.fromkeys(map(case_of, rows))
+    return [(case, [row for row in rows if case_of(row) == case]) for case in cases]
 
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.6, 2.8 * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= count:
-            axes.set_axis_off()
-            continue
-        draw(axes, index)
-        axes.tick_params(labelsize=7)
-        axes.legend(fontsize=7, frameon=False)
-    return save_figure(figure, path, ChaiError)
+
+def _bars(
+    title: str, rows: Sequence[Row], name: str, show: Callable[[Any], str], ideal: str | None = None
+) -> Panel:
+    ideals = [None if ideal is None else row[ideal] for row in rows]
+    texts = [
+        show(row[name]) + ("" if best is None else f" (ideal {show(best)})")
+        for row, best in zip(rows, ideals, strict=True)
+    ]
+    draw = partial(
+        bars, names=[row["run"] for row in rows], values=[row[name] for row in rows], texts=texts,
+        ideals=ideals, main=CLUSTERED,
+    )  # fmt: skip
+    return Panel(title, draw, (3.4, 0.4 + 0.36 * len(rows)))
 
 
 def case_of(row: Row) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from chai_attention.evaluation.points import FrontierError, Point
-from chai_attention.reports.plots import require_matplotlib, save_figure
+from chai_attention.reports.drawing import SOFT, Panel, curve, save_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 PAPER = "paper"
 CLEAR = 2.0  # standard errors from which a rise of the paper's recipe can be compared with
 LINEAR_BELOW = 1.0  # percent; the plot's y axis is logarithmic above
-COLORS = (
-    "#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#00838f", "#8d6e63", "#9e9d24",
-)  # fmt: skip
-MARKERS = "osD^vP*X"
 
 
 def paper_ratio(point: Point, points: Sequence[Point], reference: str = PAPER) -> float | None:
@@ -121,103 +118,80 @@ def frontier_plot(
     path: Path,
     title: str = "Perplexity rise against K,V cache saved",
 ) -> Path:
-    """Draw perplexity rise against K,V bytes saved: a panel per model, text and context length.
+    """Draw `frontier_panels` into a file: PNG, or SVG by its name.
 
     Args:
         models: points by the name of their model.
-        path: where the PNG, or by its name the SVG, goes; its folder is made if missing.
+        path: the file; its folder is made if missing.
         title: above all panels.
-
-    Returns:
-        The path.
 
     Raises:
         FrontierError: no points, or the file cannot be written.
         ChaiError: matplotlib is not installed.
     """
-    points = [point for found in models.values() for point in found]
-    if not points:
+    panels = frontier_panels(models)
+    if not panels:
         raise FrontierError("there are no points to plot")
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    contexts = len({point.context for points in models.values() for point in points})
+    return save_panels(panels, path, FrontierError, title, contexts if contexts > 1 else 2)
 
-    panels = {
-        (model, text, context): [p for p in found if (p.text, p.context) == (text, context)]
-        for model, found in models.items()
-        for text in dict.fromkeys(point.text for point in found)
-        for context in sorted({point.context for point in found})
-    }
-    texts = len({panel[:2] for panel in panels})
-    columns = len(panels) // texts if len(panels) > texts else min(texts, 2)
-    rows = math.ceil(len(panels) / columns)
+
+def frontier_panels(models: Mapping[str, Sequence[Point]]) -> list[Panel]:
+    """A panel per model, text and context length, with equal axes so that they can be compared."""
+    points = [point for found in models.values() for point in found]
     bounds = {point.recipe for point in points if point.at_least}
     labels = {
         point.recipe: point.recipe + (" (saves at least)" if point.recipe in bounds else "")
         for point in points
     }
-    ticks = axis_ticks(
-        100 * min(point.rise - point.standard_error for point in points),
-        100 * max(point.rise + point.standard_error for point in points),
-    )
-    figure = Figure(figsize=(4.6 * columns + 2.4, 4.0 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    handles: dict[str, Any] = {}
-    for axes, ((model, text, context), panel) in zip(grid.flat, panels.items(), strict=False):
-        _draw(axes, panel, labels, ticks)
-        named = [f"{context} tokens", *([text] if texts > 1 else [])]
-        axes.set_title(", ".join([*([model] if len(models) > 1 else []), *named]), fontsize=10)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes in grid[:, 0]:
-        axes.set_ylabel("perplexity rise, %")
-    for axes in grid[-1]:
-        axes.set_xlabel("K,V bytes saved, %")
-    for axes in grid.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
-    names = [label for label in labels.values() if label in handles]
-    figure.legend(
-        [handles[name] for name in names], names, loc="outside right upper", frameon=False
-    )
-    return save_figure(figure, path, FrontierError)
+    reach = [100 * (p.rise + sign * p.standard_error) for p in points for sign in (-1, 1)]
+    ticks = axis_ticks(min(reach, default=0), max(reach, default=0))
+    most = max((100 * point.saved for point in points), default=0)
+    texts = {(model, point.text) for model, found in models.items() for point in found}
+    panels = []
+    for model, text in dict.fromkeys((m, p.text) for m, found in models.items() for p in found):
+        here = [point for point in models[model] if point.text == text]
+        for context in sorted({point.context for point in here}):
+            names = [model] if len(models) > 1 else []
+            names += [f"{context} tokens", *([text] if len(texts) > 1 else [])]
+            part = [point for point in here if point.context == context]
+            panels.append(Panel(", ".join(names), partial(_draw, part, labels, ticks, most)))
+    return panels
 
 
 def _draw(
-    axes: Axes, panel: Sequence[Point], labels: Mapping[str, str], ticks: Sequence[float]
+    points: Sequence[Point],
+    labels: Mapping[str, str],
+    ticks: Sequence[float],
+    most: float,
+    axes: Axes,
 ) -> None:
-    """One curve per recipe, with error bars."""
+    """One curve per recipe, with error bars; the paper's is black and dashed."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     others = [recipe for recipe in labels if recipe != PAPER]
     for recipe, label in labels.items():
-        curve = sorted((p for p in panel if p.recipe == recipe), key=lambda p: (p.saved, p.rise))
-        if not curve:
-            continue
-        paper = recipe == PAPER
-        number = 0 if paper else others.index(recipe)
-        axes.errorbar(
-            [100 * p.saved for p in curve],
-            [100 * p.rise for p in curve],
-            yerr=[100 * p.standard_error for p in curve],
-            label=label,
-            color="black" if paper else COLORS[number % len(COLORS)],
-            linestyle="--" if paper else "-",
-            marker="s" if paper else MARKERS[number % len(MARKERS)],
-            markersize=4.5,
-            linewidth=1.3,
-            zorder=3 if paper else 2,
-            capsize=2.5,
-        )
+        part = sorted((p for p in points if p.recipe == recipe), key=lambda p: (p.saved, p.rise))
+        if part:
+            curve(
+                axes,
+                [(100 * p.saved, 100 * p.rise, 100 * p.standard_error) for p in part],
+                label,
+                0 if recipe == PAPER else 1 + others.index(recipe),
+                line="--" if recipe == PAPER else "-",
+                tips=[
+                    f"{recipe}: {p.rise:+.2%} ±{p.standard_error:.2%} at {p.saved:.1%} saved"
+                    for p in part
+                ],
+            )
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.6)
     axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.axhline(0, color="#718096", linewidth=0.8)
-    axes.grid(alpha=0.25)
-    axes.tick_params(labelsize=8, labelleft=True)
+    axes.set_xlim(0, 1.05 * most)
+    axes.axhline(0, color=SOFT, linewidth=0.8)
+    axes.set_xlabel("K,V bytes saved, %")
+    axes.set_ylabel("perplexity rise, %")
 
 
 def axis_ticks(low: float, high: float) -> list[float]:

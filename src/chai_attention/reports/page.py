@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from chai_attention.reports.answer import MEASURED_BY
+from chai_attention.reports.drawing import require_matplotlib
 from chai_attention.reports.frontier import frontier_plot
 from chai_attention.reports.result_files import (
     BROKEN,
@@ -18,7 +19,7 @@ from chai_attention.reports.result_files import (
     load_frontiers,
     load_sections,
 )
-from chai_attention.reports.sections import Bars, ReportError, Section
+from chai_attention.reports.sections import ReportError, Section
 from chai_attention.whole_files import require_file, require_other, write_whole
 
 
@@ -36,7 +37,6 @@ def render_page(sections: Sequence[Section], title: str) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.tests["bars"] = lambda group: isinstance(group, Bars)
     return environment.get_template("page.html").render(
         title=title,
         sections=sections,
@@ -77,6 +77,7 @@ def write_page(
         ReportError: a run cannot be used, or the page cannot be written, or would be written over
             one of the runs.
     """
+    require_matplotlib()
     require_file(out, ReportError)
     require_other([out], files_of(runs), ReportError)
     if out.suffix in (".png", ".svg"):

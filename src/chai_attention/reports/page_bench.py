@@ -7,65 +7,24 @@ from typing import Any
 
 from chai_attention.reports.answer import attention_answer, model_answer
 from chai_attention.reports.bench import (
+    CLUSTERED,
     STEADY,
+    attention_panels,
     attention_tables,
-    case_of,
-    duration,
+    latency_panels,
     machine_name,
+    memory_panels,
     model_tables,
-    size,
 )
-from chai_attention.reports.sections import (
-    Bar,
-    Bars,
-    Charts,
-    Panel,
-    Section,
-    grid_of,
-    legend_of,
-    machine_facts,
-)
-from chai_attention.reports.svg import Series, line_chart, linear_axis
+from chai_attention.reports.sections import Charts, Section, grid_of, machine_facts
 
 Row = Mapping[str, Any]
-CLUSTERED = "CHAI"
 
 
 def attention_section(report: Row, source: str) -> Section:
     """Speed-up over the fastest fused baseline beside the ideal, per case."""
-    shape = report["shape"]
+    shape, panels = report["shape"], attention_panels(report)
     rows: Sequence[Row] = [row for row in report["results"] if row["speedup"] is not None]
-    cases = list(dict.fromkeys((case_of(row), row["dtype"]) for row in rows))
-    top = [max(row["speedup"], row["ideal_speedup"]) for row in rows]
-    panels, legend = [], []
-    for case, dtype in cases:
-        part = sorted(
-            (row for row in rows if (case_of(row), row["dtype"]) == (case, dtype)),
-            key=lambda row: row["clusters"],
-        )
-        curves = [
-            Series(
-                "ideal",
-                [(row["clusters"], row["ideal_speedup"], 0.0) for row in part],
-                style=1,
-                dashed=True,
-                labels=[f"ideal {row['ideal_speedup']:.2f}x" for row in part],
-            ),
-            Series(
-                "measured",
-                [(row["clusters"], row["speedup"], 0.0) for row in part],
-                labels=[
-                    f"{row['clusters']} clusters: {duration(row['us'])} against "
-                    f"{duration(row['baseline_us'])}, {row['speedup']:.2f}x"
-                    for row in part
-                ],
-            ),
-        ]
-        legend = legend_of(curves)
-        title = f"{case}, {dtype}, against {part[0]['baseline']}"
-        x = linear_axis("clusters", [row["clusters"] for row in part])
-        y = linear_axis("speed-up", top)
-        panels.append(Panel(title, line_chart(title, x, y, curves, marks=[1.0])))
     return Section(
         kind="attention speed",
         title=f"Attention alone: {shape['name']}, {report['layout']}",
@@ -89,7 +48,7 @@ def attention_section(report: Row, source: str) -> Section:
             "The ideal divides the bytes that have to be read (decode) or the matrix work "
             "(prefill); the line at 1 is the baseline.",
         ],
-        charts=[Charts("Speed-up beside the ideal", panels, legend)] if panels else [],
+        charts=[Charts("Speed-up beside the ideal", panels)] if panels else [],
         tables=[
             grid_of(table, title)
             for table, title in zip(
@@ -103,46 +62,13 @@ def model_section(report: Row, source: str) -> Section:
     """Time to first token, time per token and memory of every run, ideals beside them."""
     rows: Sequence[Row] = [row for row in report["results"] if "missing" not in row]
     model = report["model"]
-    times, memory = [], []
-    for case in dict.fromkeys(map(case_of, rows)):
-        part = [row for row in rows if case_of(row) == case]
-        for name, long in (("ttft", "time to first token"), ("tpot", "time per token")):
-            times.append(
-                Bars(
-                    f"{case}: {long}",
-                    [
-                        Bar(
-                            row["run"],
-                            row[f"{name}_us"],
-                            duration(row[f"{name}_us"]),
-                            row[f"ideal_{name}_us"],
-                            duration(row[f"ideal_{name}_us"]),
-                            row["run"] == CLUSTERED,
-                        )
-                        for row in part
-                    ],
-                )
-            )
-        kinds = [("K,V cache", "kv_bytes")]
-        if all(row["peak_bytes"] is not None for row in part):
-            kinds.append(("peak", "peak_bytes"))
-        memory += [
-            Bars(
-                f"{case}: {long}",
-                [
-                    Bar(row["run"], row[name], size(row[name]), main=row["run"] == CLUSTERED)
-                    for row in part
-                ],
-            )
-            for long, name in kinds
-        ]
     latency = Charts(
         "Latency beside the ideal",
-        times,
-        note="The mark is the ideal: weights, K and V once through memory, or all matrix work, at "
+        latency_panels(report),
+        "The mark is the ideal: weights, K and V once through memory, or all matrix work, at "
         "the measured ceilings.",
     )
-    held = Charts("Memory", memory, note="Bytes allocated, not computed.")
+    held = Charts("Memory", memory_panels(report), "Bytes allocated, not computed.")
     return Section(
         kind="model speed",
         title=f"Whole model: {model['name']}",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup, escape
-
 from chai_attention.profile import ClusterProfile
 from chai_attention.reports.answer import profile_answer
 from chai_attention.reports.head_kinds import (
@@ -17,10 +15,8 @@ from chai_attention.reports.head_kinds import (
     head_kinds,
     kind_numbers,
 )
-from chai_attention.reports.sections import Charts, Grid, Panel, Section
-
-LEFT, TOP, BOTTOM, WIDTH = 34, 20, 34, 340
-LARGEST = 14  # a square's side
+from chai_attention.reports.plots import heads_panel
+from chai_attention.reports.sections import Charts, Grid, Section
 
 
 def profile_section(profile: ClusterProfile, source: str) -> Section:
@@ -40,13 +36,7 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
         summary.append(
             ", ".join(f"{counts[kind]} heads {kind} ({MEANING[kind]})" for kind in KINDS) + "."
         )
-        charts.append(
-            Charts(
-                "Heads: keep, share, forget",
-                [Panel("What each head does with its far keys", heads_chart(kinds))],
-                [(_square(kind), f"{kind}: {MEANING[kind]}") for kind in KINDS],
-            )
-        )
+        charts.append(Charts("Heads: keep, share, forget", [heads_panel(kinds)]))
     return Section(
         kind="profile",
         title=f"Profile of {about.get('architecture', 'a model')}",
@@ -81,43 +71,6 @@ def explorer_profile(section: Section, heads: int, layers: Sequence[int]) -> dic
     }
 
 
-def heads_chart(kinds: Sequence[Sequence[str]]) -> Markup:
-    """A square for every layer (across) and head (down)."""
-    layers, heads = len(kinds), len(kinds[0])
-    side = min(LARGEST, (WIDTH - LEFT - 6) / layers)
-    bottom = TOP + side * heads
-    parts = [
-        '<text class="label" x="2" y="13">head</text>',
-        f'<text class="label" x="{LEFT + side * layers:.1f}" y="{bottom + 28:.1f}" '
-        'text-anchor="end">layer</text>',
-    ]
-    gap = 1 if side > 4 else 0
-    for layer, row in enumerate(kinds):
-        for head, kind in enumerate(row):
-            parts.append(
-                f'<rect class="kind {kind}" x="{LEFT + side * layer:.1f}" '
-                f'y="{TOP + side * head:.1f}" width="{side - gap:.1f}" height="{side - gap:.1f}">'
-                f"<title>layer {layer}, head {head}: {kind}</title></rect>"
-            )
-    for number in range(0, layers, max(1, -(-layers // 10))):
-        parts.append(
-            f'<text class="tick" x="{LEFT + side * (number + 0.5):.1f}" y="{bottom + 13:.1f}" '
-            f'text-anchor="middle">{number}</text>'
-        )
-    for number in range(0, heads, max(1, -(-heads // 10))):
-        parts.append(
-            f'<text class="tick" x="{LEFT - 5}" y="{TOP + side * (number + 0.5) + 3.5:.1f}" '
-            f'text-anchor="end">{number}</text>'
-        )
-    counts = count_kinds(kinds)
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
-    said = escape(f"What each of {heads} heads of {layers} layers does with its far keys: {told}")
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {bottom + BOTTOM:.0f}" role="img" '
-        f'aria-label="{said}">{"".join(parts)}</svg>'
-    )
-
-
 def _layers(profile: ClusterProfile) -> Grid:
     """How many heads of each layer do what, and which of them forget."""
     heads = (profile.model or {}).get("heads")
@@ -140,13 +93,6 @@ def _promise(profile: ClusterProfile) -> list[Grid]:
         return []
     rows = [[str(name), _words(value)] for name, value in profile.promise.items()]
     return [Grid("Measured on held-out text", ["", ""], rows)]
-
-
-def _square(kind: str) -> Markup:
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 28 14" aria-hidden="true">'
-        f'<rect class="kind {kind}" x="8" y="1" width="12" height="12"/></svg>'
-    )
 
 
 def _words(value: Any) -> str:

@@ -1,27 +1,44 @@
-"""PNG plots of a profile."""
+"""Figures of a profile."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Sequence
-from io import BytesIO
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chai_attention.errors import ChaiError, ProfileError
+from chai_attention.errors import ProfileError
 from chai_attention.profile import ClusterProfile
-from chai_attention.reports.head_kinds import FORGET, KEEP, KINDS, SHARE, count_kinds, head_kinds
-from chai_attention.whole_files import require_folder, write_whole
+from chai_attention.reports.drawing import (
+    BAR,
+    CARD,
+    IDEAL,
+    MAIN,
+    Panel,
+    curve,
+    require_matplotlib,
+    save_panels,
+    tip,
+)
+from chai_attention.reports.head_kinds import (
+    FORGET,
+    KEEP,
+    KINDS,
+    MEANING,
+    SHARE,
+    count_kinds,
+    head_kinds,
+)
+from chai_attention.whole_files import require_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLUMNS = 6
 PROFILE_PLOTS = ("elbow.png", "similarity.png", "heads.png")
-KIND_COLORS = {KEEP: "#2b6cb0", SHARE: "#c3cfdd", FORGET: "#c05621"}
+KIND_COLORS = {KEEP: MAIN, SHARE: BAR, FORGET: IDEAL}
+_SMALL = (1.9, 1.7)
 
 
 def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
@@ -40,126 +57,88 @@ def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
         ChaiError: matplotlib is not installed.
     """
     kinds = head_kinds(profile)
-    curves = profile.error is not None and profile.similarity is not None
-    if not curves and kinds is None:
+    if profile.error is not None and profile.similarity is not None:
+        curves = [
+            Panel(_title(profile, layer), partial(_draw_elbow, curve_, len(table), chosen), _SMALL)
+            for layer, (curve_, table, chosen) in enumerate(
+                zip(profile.error, profile.similarity, profile.clusters, strict=True)
+            )
+        ]
+        maps = [
+            Panel(f"layer {layer}", partial(_draw_similarity, table), _SMALL)
+            for layer, table in enumerate(profile.similarity)
+        ]
+    elif kinds is None:
         raise ProfileError("this profile has no error curves to plot: make one with chai calibrate")
+    else:
+        curves = maps = []
     require_matplotlib()
     require_folder(folder, ProfileError, PROFILE_PLOTS, "plots")
-    paths = [_elbows(profile, folder), _similarities(profile, folder)] if curves else []
-    return paths if kinds is None else [*paths, _heads(kinds, folder)]
-
-
-def _heads(kinds: Sequence[Sequence[str]], folder: Path) -> Path:
-    """What every head does with its far keys: a square per layer and head."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    layers, heads = len(kinds), len(kinds[0])
-    figure = Figure(figsize=(max(4.5, 0.16 * heads + 1), 0.16 * layers + 1.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    numbers = [[KINDS.index(kind) for kind in row] for row in kinds]
-    colors = ListedColormap([KIND_COLORS[kind] for kind in KINDS])
-    axes.imshow(numbers, vmin=0, vmax=len(KINDS) - 1, cmap=colors, aspect="equal")
-    axes.set_xlabel("head", fontsize=8)
-    axes.set_ylabel("layer", fontsize=8)
-    axes.tick_params(labelsize=6)
-    # white lines between the squares
-    axes.set_xticks([head - 0.5 for head in range(1, heads)], minor=True)
-    axes.set_yticks([layer - 0.5 for layer in range(1, layers)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.6)
-    axes.tick_params(which="minor", length=0)
-    counts = count_kinds(kinds)
-    patches = [Patch(color=KIND_COLORS[kind], label=f"{kind} ({counts[kind]})") for kind in KINDS]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(KINDS), fontsize=7)
-    figure.suptitle("What each head does with its far keys", fontsize=10)
-    return save_figure(figure, folder / "heads.png", ProfileError)
-
-
-def _elbows(profile: ClusterProfile, folder: Path) -> Path:
-    """Error against the number of clusters; the chosen number is marked."""
-    assert profile.error is not None
-    assert profile.similarity is not None
-
-    def draw(axes: Axes, layer: int) -> None:
-        curve, chosen = profile.error[layer], profile.clusters[layer]  # type: ignore[index]
-        step = len(profile.similarity[layer]) // len(curve)  # type: ignore[index]
-        counts = [step * (i + 1) for i in range(len(curve))]
-        axes.plot(counts, curve, marker="o", markersize=2.5, linewidth=1, color="#2b6cb0")
-        axes.axvline(chosen, color="#c05621", linewidth=1)
-        forget = len(profile.streaming_heads(layer))
-        rest = f", {forget} stream" if forget else ""
-        axes.set_title(f"layer {layer}: {chosen} clusters{rest}", fontsize=8)
-        axes.set_ylim(0, 1.05)
-
-    return small_multiples(
-        len(profile.clusters),
-        draw,
-        folder / "elbow.png",
+    titles = (
         "Clustering error by number of clusters, relative to the fewest; the line marks the choice",
-    )
-
-
-def _similarities(profile: ClusterProfile, folder: Path) -> Path:
-    """Cosine similarity of the heads' attention maps."""
-
-    def draw(axes: Axes, layer: int) -> None:
-        axes.imshow(profile.similarity[layer], vmin=0, vmax=1, cmap="viridis")  # type: ignore[index]
-        axes.set_title(f"layer {layer}", fontsize=8)
-
-    return small_multiples(
-        len(profile.clusters),
-        draw,
-        folder / "similarity.png",
         "Similarity of the heads' attention maps (cosine; dark 0, bright 1), head by head",
+        "What each head does with its far keys",
+    )
+    heads = [] if kinds is None else [heads_panel(kinds)]
+    return [
+        save_panels(panels, folder / name, ProfileError, title, COLUMNS)
+        for panels, name, title in zip((curves, maps, heads), PROFILE_PLOTS, titles, strict=True)
+        if panels
+    ]
+
+
+def heads_panel(kinds: Sequence[Sequence[str]]) -> Panel:
+    """What every head does with its far keys: a square for every layer (across) and head (down)."""
+    layers, heads = len(kinds), len(kinds[0])
+    side = min(0.14, 2.9 / layers)
+    counts = count_kinds(kinds)
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.patches import Rectangle
+
+        squares = [[KINDS.index(kinds[layer][head]) for layer in range(layers)]
+                   for head in range(heads)]  # fmt: skip
+        drawn = axes.pcolormesh(
+            range(-1, layers), range(-1, heads), squares, vmin=0, vmax=len(KINDS) - 1,
+            cmap=ListedColormap([KIND_COLORS[kind] for kind in KINDS]), edgecolors=CARD,
+            linewidth=0.5,
+        )  # fmt: skip
+        told = [[f"layer {layer}, head {head}: {kinds[layer][head]}" for layer in range(layers)]
+                for head in range(heads)]  # fmt: skip
+        tip(drawn, list(chain(*told)))
+        for kind in KINDS:
+            label = f"{kind} ({counts[kind]}): {MEANING[kind]}"
+            axes.add_patch(Rectangle((0, 0), 0, 0, color=KIND_COLORS[kind], label=label))
+        axes.grid(visible=False)
+        for set_ticks, count in ((axes.set_xticks, layers), (axes.set_yticks, heads)):
+            shown = range(0, count, -(-count // 10))
+            set_ticks([number - 0.5 for number in shown], [str(number) for number in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("layer")
+        axes.set_ylabel("head")
+
+    return Panel(
+        "What each head does with its far keys", draw, (0.5 + side * layers, 0.5 + side * heads)
     )
 
 
-def small_multiples(count: int, draw: Any, path: Path, title: str) -> Path:
-    """Draw ``count`` small plots on one page."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(COLUMNS, count)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(1.9 * columns + 0.4, 1.7 * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index >= count:
-            axes.set_axis_off()
-            continue
-        draw(axes, index)
-        axes.tick_params(labelsize=6)
-    return save_figure(figure, path, ProfileError)
+def _title(profile: ClusterProfile, layer: int) -> str:
+    forget = len(profile.streaming_heads(layer))
+    return f"layer {layer}: {profile.clusters[layer]} clusters" + (
+        f", {forget} stream" if forget else ""
+    )
 
 
-def save_figure(figure: Figure, path: Path, error: type[ChaiError], dpi: int = 130) -> Path:
-    """Write a figure as PNG, or as SVG by its name; its folder is made if missing.
-
-    Raises:
-        ChaiError: ``error``, if the file cannot be written.
-    """
-    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
-    texts = [figure.texts, *(legend.get_texts() for legend in legends if legend is not None)]
-    # they hold names of models and files, in which a dollar begins no formula
-    for text in (*chain(*texts), *(axes.title for axes in figure.axes)):
-        text.set_parse_math(False)
-    from matplotlib import rc_context
-
-    content, svg = BytesIO(), path.suffix == ".svg"
-    # the same figure is the same file, with text that can be read and searched
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "chai"}):
-        figure.savefig(content, dpi=dpi, format="svg" if svg else "png",
-                       metadata={"Date": None} if svg else None)  # fmt: skip
-    write_whole(path, content.getvalue(), error, make_folder=True)
-    return path
+def _draw_elbow(errors: Sequence[float], heads: int, chosen: int, axes: Axes) -> None:
+    """Error against the number of clusters; the chosen number is marked."""
+    step = heads // len(errors)
+    curve(axes, [(step * i, error, 0.0) for i, error in enumerate(errors, start=1)], "_", 1)
+    axes.axvline(chosen, color=IDEAL, linewidth=1)
+    axes.set_ylim(0, 1.05)
 
 
-def require_matplotlib() -> None:
-    """Raise `ChaiError` where there is none."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ChaiError("plots need matplotlib: pip install 'chai-attention[plots]'")
+def _draw_similarity(matrix: Sequence[Sequence[float]], axes: Axes) -> None:
+    """Cosine similarity of the heads' attention maps."""
+    axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.grid(visible=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +13,31 @@ from rich.table import Table
 
 from chai_attention.evaluation.redundancy_files import (
     LayerRedundancy,
+    Matrix,
     Redundancy,
     RedundancyError,
     off_diagonal,
 )
-from chai_attention.reports.plots import require_matplotlib, save_figure, small_multiples
+from chai_attention.reports.drawing import (
+    BAR,
+    CARD,
+    MAIN,
+    SOFT,
+    Panel,
+    curve,
+    require_matplotlib,
+    save_panels,
+    tip,
+    values_as_ticks,
+)
 from chai_attention.whole_files import require_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REDUNDANCY_PLOTS = ("correlation.png", "elbow.png", "sizes.png", "stability.png")
-COLOR, ACCENT = "#2b6cb0", "#c05621"
+AGREEMENT = "agreement (ARI)"
+CURVES = 6  # elbow curves in one panel
 MOST_SIZES = 6  # cluster sizes that a line of text names
 
 
@@ -79,101 +95,139 @@ def redundancy_plots(study: Redundancy, folder: Path) -> list[Path]:
     """
     require_matplotlib()
     require_folder(folder, RedundancyError, REDUNDANCY_PLOTS, "plots")
-    paths = [_correlations(study, folder), _elbows(study, folder), _sizes(study, folder)]
-    return [*paths, *([_stability(study, folder)] if study.stability else [])]
-
-
-def _correlations(study: Redundancy, folder: Path) -> Path:
-    def draw(axes: Axes, index: int) -> None:
-        layer = study.layers[index]
-        axes.imshow(layer.correlation, vmin=0, vmax=1, cmap="viridis")
-        axes.set_title(f"layer {layer.layer}: mean {layer.mean_correlation:.2f}", fontsize=8)
-
-    return small_multiples(
-        len(study.layers),
-        draw,
-        folder / "correlation.png",
-        f"{study.model['name']}: correlation of the heads' attention maps, head by head "
-        "(dark 0 or less, bright 1)",
-    )
-
-
-def _elbows(study: Redundancy, folder: Path) -> Path:
-    def draw(axes: Axes, index: int) -> None:
-        layer = study.layers[index]
-        top = layer.inertia[0] or 1.0
-        counts = range(1, len(layer.inertia) + 1)
-        curve = [error / top for error in layer.inertia]
-        axes.plot(counts, curve, "o-", markersize=2.5, linewidth=1, color=COLOR)
-        axes.axvline(layer.elbow, color=ACCENT, linewidth=1)
-        axes.set_title(f"layer {layer.layer}: elbow {layer.elbow}", fontsize=8)
-        axes.set_ylim(0, 1.05)
-
-    return small_multiples(
-        len(study.layers),
-        draw,
-        folder / "elbow.png",
-        f"{study.model['name']}: k-means inertia by number of clusters, relative to one cluster",
-    )
-
-
-def _sizes(study: Redundancy, folder: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    names = [str(layer.layer) for layer in study.layers]
-    bottom = [0] * len(names)
-    for rank in range(study.model["heads"]):
-        height = [layer.sizes[rank] if rank < len(layer.sizes) else 0 for layer in study.layers]
-        axes.bar(
-            names, height, bottom=bottom, color=("#2b6cb0", "#90cdf4")[rank % 2], edgecolor="white"
-        )
-        bottom = [low + more for low, more in zip(bottom, height, strict=True)]
-    axes.set_xlabel("layer")
-    axes.set_ylabel("heads")
-    axes.set_title(f"{study.model['name']}: sizes of the clusters, a box each", fontsize=10)
-    axes.tick_params(labelsize=7)
-    return save_figure(figure, folder / "sizes.png", RedundancyError, dpi=110)
-
-
-def _stability(study: Redundancy, folder: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    assert study.stability is not None
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    lengths, found = study.lengths, study.stability
-    for layer in study.layers:
-        if layer.stability is not None:
-            left.plot(lengths, layer.stability.agreement[0], color="#a0aec0", linewidth=0.7)
-    for axes, curves in (
-        (left, [("all layers", found.agreement[0], found.agreement_error[0])]),
-        (
-            right,
+    name = study.model["name"]
+    found = {
+        "correlation": (
             [
-                ("whole request", found.agreement[-1], found.agreement_error[-1]),
-                ("other requests (static)", found.static, found.static_error),
+                Panel(f"layer {la.layer}: mean {la.mean_correlation:.2f}",
+                      partial(_draw_matrix, la.correlation), (1.9, 1.7))
+                for la in study.layers
             ],
+            "correlation of the heads' attention maps, head by head (dark 0 or less, bright 1)",
         ),
-    ):
-        for name, mean, error in curves:
-            axes.errorbar(lengths, mean, error, label=name, marker="o", markersize=3, linewidth=1.3)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(lengths))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([str(n) for n in lengths])
+        "elbow": (elbow_panels(study), "k-means inertia by number of clusters"),
+        "sizes": ([sizes_panel(study)], "sizes of the clusters, a box each"),
+        "stability": (stability_panels(study), "do clusters stay while a request grows?"),
+    }  # fmt: skip
+    return [
+        save_panels(panels, folder / f"{file}.png", RedundancyError, f"{name}: {title}",
+                    6 if file == "correlation" else 3)
+        for file, (panels, title) in found.items()
+        if panels
+    ]  # fmt: skip
+
+
+def _draw_matrix(matrix: Matrix, axes: Axes) -> None:
+    axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.grid(visible=False)
+
+
+def correlation_panel(study: Redundancy) -> Panel:
+    """Mean correlation of two heads, by layer."""
+    curves = {
+        "all keys": [la.mean_correlation for la in study.layers],
+        "without the first key": [off_diagonal(la.without_first) for la in study.layers],
+        "probability on the first key": [la.first_share for la in study.layers],
+    }
+
+    def draw(axes: Axes) -> None:
+        for style, (label, values) in enumerate(curves.items(), start=1):
+            points = [(la.layer, y, 0.0) for la, y in zip(study.layers, values, strict=True)]
+            curve(axes, points, label, style, line="--" if style == len(curves) else "-")
+        axes.set_ylim(min(0.0, *chain(*curves.values())), 1.02)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("mean over pairs")
+
+    return Panel("Mean correlation of two heads' maps", draw)
+
+
+def elbow_panels(study: Redundancy) -> list[Panel]:
+    """Inertia against the number of clusters, of a few layers each; the elbows are marked."""
+
+    def draw(layers: Sequence[LayerRedundancy], axes: Axes) -> None:
+        for style, layer in enumerate(layers, start=1):
+            top = layer.inertia[0] or 1.0
+            points = [(k, error / top, 0.0) for k, error in enumerate(layer.inertia, start=1)]
+            curve(axes, points, "_", style, marked=False)
+            told = f"layer {layer.layer}: elbow at {layer.elbow} clusters"
+            label = f"layer {layer.layer}: {layer.elbow}"
+            curve(axes, [points[layer.elbow - 1]], label, style, line="", tips=[told])
+        axes.set_ylim(0, 1.05)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("clusters")
+        axes.set_ylabel("inertia, share of one cluster's")
+
+    parts = [study.layers[at : at + CURVES] for at in range(0, len(study.layers), CURVES)]
+    return [
+        Panel(f"layers {part[0].layer} to {part[-1].layer}; the elbow of each",
+              partial(draw, part), own_legend=True)
+        for part in parts
+    ]  # fmt: skip
+
+
+def sizes_panel(study: Redundancy) -> Panel:
+    """A column of boxes for every layer, a box per cluster."""
+
+    def draw(axes: Axes) -> None:
+        for place, layer in enumerate(study.layers):
+            below = 0
+            for rank, count in enumerate(layer.sizes):
+                color = (MAIN, BAR)[rank % 2]
+                (box,) = axes.bar(place, count, 0.9, below, color=color, edgecolor=CARD)
+                tip(box, [f"{layer.layer}: {count}"])
+                below += count
+        shown = range(0, len(study.layers), -(-len(study.layers) // 12))
+        axes.set_xticks(shown, [str(study.layers[place].layer) for place in shown])
+        axes.set_xlabel("layer")
+        axes.set_ylabel("heads")
+
+    return Panel("Every box is a cluster", draw)
+
+
+def stability_panels(study: Redundancy) -> list[Panel]:
+    """How far memberships of the first tokens agree with later ones; none if none can change."""
+    found, lengths = study.stability, study.lengths
+    if found is None:
+        return []
+    single = [la.stability.agreement[0] for la in study.layers if la.stability is not None]
+    last = len(lengths) - 1
+
+    def draw(
+        label: str, curves: Mapping[str, tuple[int, Sequence[float], Sequence[float]]], axes: Axes
+    ) -> None:
+        if label == AGREEMENT:
+            for thin in single if len(curves) == 1 else ():
+                axes.plot(lengths, thin, color=SOFT, linewidth=0.6, alpha=0.5)
+            axes.axhline(0, color=SOFT, linewidth=0.8)
+        axes.set_ylim(min(0.0, *chain(*single)) if label == AGREEMENT else 0, 1.02)
+        for name, (style, values, errors) in curves.items():
+            curve(axes, list(zip(lengths, values, errors, strict=True)), name, style)
+        values_as_ticks(axes, lengths)
         axes.set_xlabel("membership from the first n tokens")
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=7, frameon=False)
-    left.set_ylabel("agreement (adjusted Rand index)")
-    left.set_title(f"with the first {lengths[0]} tokens; thin: single layers", fontsize=9)
-    right.set_title("with that of the whole request, or of other requests", fontsize=9)
-    figure.suptitle(f"{study.model['name']}: do clusters stay while a request grows?", fontsize=10)
-    return save_figure(figure, folder / "stability.png", RedundancyError, dpi=110)
+        axes.set_ylabel(label)
+
+    agreement, errors = found.agreement, found.agreement_error
+    return [
+        Panel(title, partial(draw, label, curves))
+        for title, label, curves in (
+            (
+                f"with the clusters of the first {lengths[0]} tokens; thin: single layers",
+                AGREEMENT,
+                {f"first {lengths[0]}": (1, agreement[0], errors[0])},
+            ),
+            (
+                "with the clusters of the whole request, or of all others",
+                AGREEMENT,
+                {
+                    "whole request": (2, agreement[last], errors[last]),
+                    "all other requests (static)": (3, found.static, found.static_error),
+                },
+            ),
+            (
+                f"share of heads still in their cluster of the first {lengths[0]}",
+                "share of heads",
+                {"kept": (4, found.kept, found.kept_error)},
+            ),
+        )
+    ]

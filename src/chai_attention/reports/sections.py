@@ -12,7 +12,7 @@ from rich.table import Table
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation.points import Point
 from chai_attention.profile import ClusterProfile
-from chai_attention.reports.svg import Series, swatch
+from chai_attention.reports.drawing import Key, Panel, panel_svg
 
 MOST_ROWS = 6  # of a table that stands open on a page
 
@@ -38,47 +38,22 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """One bar: a value with its text, and the ideal where there is one."""
-
-    name: str
-    value: float
-    text: str
-    ideal: float | None = None
-    ideal_text: str = ""
-    main: bool = False
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Bars that share a scale from 0."""
-
-    title: str
-    bars: Sequence[Bar]
-
-    @property
-    def top(self) -> float:
-        """The longest bar or ideal."""
-        return max(max(bar.value, bar.ideal or 0.0) for bar in self.bars) or 1.0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart with its title, and a legend of its own where the group's does not say it."""
-
-    title: str
-    svg: Markup
-    legend: Sequence[tuple[Markup, str]] = ()
-
-
-@dataclass(frozen=True)
 class Charts:
-    """Charts that share a legend, (swatch, name), and a note."""
+    """Panels under one heading, with one legend and a note."""
 
     title: str
-    panels: Sequence[Panel | Bars]
-    legend: Sequence[tuple[Markup, str]] = ()
+    panels: Sequence[Panel]
     note: str = ""
+
+    def drawn(self) -> tuple[list[tuple[Panel, Markup, list[Key]]], list[Key]]:
+        """Every panel with its SVG and the legend of its own, and the legend of all."""
+        found, legend = [], {}
+        for panel in self.panels:
+            svg, keys = panel_svg(panel)
+            found.append((panel, svg, keys if panel.own_legend else []))
+            if not panel.own_legend:
+                legend.update({key.name: key for key in keys})
+        return found, [*legend.values()]
 
 
 @dataclass(frozen=True)
@@ -122,11 +97,6 @@ def grid_of(table: Table, title: str | None = None) -> Grid:
         note=str(table.caption or ""),
         breaks=frozenset(i for i, row in enumerate(table.rows[:-1]) if row.end_section),
     )
-
-
-def legend_of(series: Sequence[Series]) -> list[tuple[Markup, str]]:
-    """Swatches with names, each name once; faint series are left out."""
-    return list({one.name: (swatch(one), one.name) for one in series if not one.faint}.values())
 
 
 def machine_facts(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
