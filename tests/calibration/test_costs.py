@@ -1,9 +1,12 @@
 """Costs of pairs of heads against their definition, computed one pair at a time in float64."""
 
+import weakref
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from chai_attention.calibration import calibrate, costs, pairs
+from chai_attention.calibration import backward, calibrate, costs, pairs
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
@@ -219,13 +222,53 @@ def test_offsets_are_the_weighted_mean_difference():
 def test_recomputed_activations_give_the_same_costs(monkeypatch):
     model, ids = tiny_model("llama-grouped"), torch.randint(3, 97, (3, SIZE))
     (kept,) = collect_costs(model, ids, "gradient")
-    monkeypatch.setattr(costs, "KEEP_BYTES", 0)
+    monkeypatch.setattr(backward, "KEEP_BYTES", 0)
     assert torch.equal(collect_costs(model, ids, "gradient")[0].sharing, kept.sharing)
+
+
+def test_activations_that_are_recomputed_are_not_kept_until_then(monkeypatch):
+    """Q, K and V of all layers took more memory than anything else of a large model."""
+    monkeypatch.setattr(backward, "KEEP_BYTES", 0)
+    model, alive, most = tiny_model("llama"), [], 0
+
+    @contextmanager
+    def watched(model, callback):
+        def noted(call, out):
+            nonlocal most
+            alive.append(weakref.ref(call))
+            callback(call, out)
+            del call
+            most = max(most, sum(ref() is not None for ref in alive))
+
+        with capture(model, noted):
+            yield
+
+    monkeypatch.setattr(costs, "capture", watched)
+    collect_costs(model, torch.randint(3, 97, (3, SIZE)), "gradient", batch_size=1, in_flight=2)
+    assert len(alive) == 3 * 3 * 2  # windows, layers, forwards
+    assert most == 1
+
+
+@pytest.mark.parametrize("kind", ["value", "gradient"])
+@pytest.mark.parametrize("keep", [0, 1e9])
+def test_batches_in_flight_change_no_bit(kind, keep, monkeypatch):
+    """As on several devices, where a batch begins before the one before it has ended."""
+    monkeypatch.setattr(backward, "KEEP_BYTES", keep)
+    model, ids = tiny_model("llama-grouped"), torch.randint(3, 97, (7, SIZE))
+    found, seen = [], []
+    for flight in (None, 1, 2, 3, 9):
+        options = {"nears": [Near(4, 2), Near(8, 2)], "batch_size": 2, "in_flight": flight}
+        found.append(collect_costs(model, ids, kind, progress=lambda *x: seen.append(x), **options))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert torch.equal(one.sharing, two.sharing)
+            assert torch.equal(one.streaming, two.streaming)
+    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)] * 5
 
 
 @pytest.mark.parametrize("keep", [0, 1e9])
 def test_the_model_is_left_as_it_was(keep, monkeypatch):
-    monkeypatch.setattr(costs, "KEEP_BYTES", keep)
+    monkeypatch.setattr(backward, "KEEP_BYTES", keep)
     model = tiny_model("llama")
     layer = model.model.layers[0]
     model.lm_head.weight.requires_grad_(False)

@@ -18,6 +18,7 @@ from chai_attention.benchmarking.ceilings import Ceilings, drift, measure_ceilin
 from chai_attention.benchmarking.memory import (
     free_bytes,
     peak_bytes,
+    peaks_of_gpus,
     release,
     reset_peak,
     score_bytes,
@@ -33,6 +34,14 @@ from chai_attention.benchmarking.runners import make_runner, measure_speed, wait
 from chai_attention.benchmarking.timing import machine
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import enabled, saved_weight_bytes
+from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
+from chai_attention.integrations.transformers.placement import Placement, random_weights
+from chai_attention.integrations.transformers.room import (
+    Work,
+    available,
+    empty_model,
+    tensor_bytes,
+)
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
@@ -67,21 +76,39 @@ class ModelRequest:
 
 
 def random_model(
-    config: PreTrainedConfig, dtype: torch.dtype, device: str, seed: int
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    placement: Placement | None = None,
+    room: int = 0,
 ) -> PreTrainedModel:
     """Build a model with random weights where it will run.
 
+    Args:
+        config: of the model.
+        dtype: of the weights.
+        device: that holds them.
+        seed: of the weights.
+        placement: divides the model among devices, in place of ``device``.
+        room: bytes to leave on each of them.
+
     Raises:
         BenchmarkError: it does not fit the memory.
+        LoadError: nor that of several devices.
     """
     torch.manual_seed(seed)
     try:
+        if placement is not None:
+            empty = empty_model(config, dtype)
+            return random_weights(empty, placement.divide(empty, room))
         with torch.device(device):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval()
     except torch.OutOfMemoryError as error:
         raise BenchmarkError(
-            f"the weights do not fit the memory ({error}): use --layers for a part of the model"
+            f"the weights do not fit the memory ({error}): use --layers for a part of the model, "
+            "or --device-map auto for several GPUs"
         ) from error
 
 
@@ -93,7 +120,8 @@ def require_memory(
     device: str,
     *,
     random: bool,
-) -> None:
+    divided: bool = False,
+) -> int:
     """Refuse, before anything is built, a model and cases that do not fit the memory.
 
     Args:
@@ -104,32 +132,38 @@ def require_memory(
         device: where they will be.
         random: weights are counted, as `random_model` makes them; of a checkpoint, which may be
             quantised, they are not.
+        divided: a device map divides the model, and finds out itself whether it fits.
+
+    Returns:
+        Bytes that the largest case takes beside the weights, roughly: K and V, and activations.
 
     Raises:
         BenchmarkError: says what needs how much.
     """
+    shape = describe(config)
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+    room = max(
+        batch * (tokens + new_tokens) * token + Work(batch * tokens).bytes(config, dtype)
+        for batch, tokens in sizes
+    )
     free = free_bytes(torch.device(device).type)
-    if free is None:
-        return
-    weights = 0
-    if random:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if free is None or divided:
+        return room
+    weights = tensor_bytes(empty_model(config, dtype)) if random else 0
     if weights > free:
         raise BenchmarkError(
             f"the weights need {weights / 1e9:,.1f} GB in {name_of(dtype)}, {free / 1e9:,.1f} are "
-            "free: use --layers for a part of the model"
+            "free: use --layers for a part of the model, or --device-map auto for several GPUs"
         )
-    shape = describe(config)
-    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
     for batch, tokens in sizes:
         needed = batch * (tokens + new_tokens) * token
         if weights + needed > free:
             raise BenchmarkError(
                 f"K and V of {batch}x{tokens} need {needed / 1e9:,.1f} GB, "
-                f"{max(0, free - weights) / 1e9:,.1f} are left for them: use a smaller case"
+                f"{max(0, free - weights) / 1e9:,.1f} are left for them: use a smaller case, or "
+                "--device-map auto for several GPUs"
             )
+    return room
 
 
 def bench_model(
@@ -164,6 +198,7 @@ def bench_model(
         "schema_version": SCHEMA_VERSION,
         "benchmark": "model",
         "machine": machine(device),
+        "devices": [str(device) for device in devices_of(model)],
         "model": {"name": request.name, **asdict(shape)},
         "dtype": name_of(dtype),
         "profile": request.profile_name,
@@ -183,10 +218,10 @@ def bench_model(
             rows = []
             for run in RUNS:
                 progress(f"{batch} x {tokens}, {run}", done, total)
-                rows.append(_run(model, run, request, ids, ceilings))
+                rows.append(measure_run(model, run, request, ids, ceilings))
                 release()
                 done += 1
-            report["results"] += _gains(rows)
+            report["results"] += gains(rows)
         after = measure_ceilings(device, dtype, min(1.0, request.seconds))
         report["drift"] = {name_of(dtype): drift(ceilings, after)}
     progress("done", total, total)
@@ -204,14 +239,17 @@ def _require_positions(model: PreTrainedModel, request: ModelRequest) -> None:
         )
 
 
-def _run(
+def measure_run(
     model: PreTrainedModel, run: str, request: ModelRequest, ids: Tensor, ceilings: Ceilings
 ) -> dict[str, Any]:
     """One row: times, memory and ideals of one run, or why there are none."""
     batch, tokens = ids.shape
     device, shape = model.device.type, describe(model)
+    several = on_several_devices(model)
     row: dict[str, Any] = {"batch": batch, "tokens": tokens, "run": run}
     free = free_bytes(device)
+    if several:  # scores are where their layer is
+        free = min(available(place) or 0 for place in devices_of(model))
     needed = score_bytes(batch, shape.heads, tokens, tokens, model.dtype)
     if run == UNFUSED and free is not None and needed > free:
         return {**row, "missing": f"its scores need {needed / 1e9:.0f} GB, {free / 1e9:.0f} free"}
@@ -254,6 +292,7 @@ def _run(
             "weight_bytes": weights,
             "removed_weight_bytes": saved_weight_bytes(model),
             "peak_bytes": peak,
+            **({"peak_bytes_of": peaks_of_gpus()} if several else {}),
         }
 
 
@@ -272,7 +311,7 @@ def _attention(model: PreTrainedModel, run: str, profile: ClusterProfile | None)
         model.set_attn_implementation(before)
 
 
-def _gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add how much faster each run is than the others, and what it would be at the ideals."""
     by = {row["run"]: row for row in rows if "missing" not in row}
     whole = [by[run] for run in (FUSED, WHOLE) if run in by]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.benchmarking.timing import Timing, summary
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
+from chai_attention.integrations.transformers.devices import on_several_devices
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 
@@ -44,6 +45,10 @@ def make_runner(model: PreTrainedModel, profile: ClusterProfile | None, most_tok
         most_tokens: that a sequence will have, new ones included.
     """
     whole = all(describe(model).clusterable)  # sliding windows cannot be captured in a graph
+    if model.device.type == "cuda" and whole and on_several_devices(model):
+        from chai_attention.benchmarking.split_steps import SplitRunner
+
+        return SplitRunner(model, profile, most_tokens)
     if model.device.type == "cuda" and whole:
         from chai_attention.benchmarking.static_runner import StaticRunner
 
@@ -126,5 +131,10 @@ def measure_speed(
 
 
 def wait_for(device: str) -> Callable[[], None]:
-    """Return the function that waits for a device."""
-    return torch.cuda.synchronize if device == "cuda" else lambda: None
+    """Return the function that waits for a device; of several GPUs, for all of them."""
+    return _wait_for_gpus if device == "cuda" else lambda: None
+
+
+def _wait_for_gpus() -> None:
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(index)

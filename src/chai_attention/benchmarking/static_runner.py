@@ -37,13 +37,13 @@ class StaticRunner:
         self._profile = profile
         self._most = most_tokens
         self._cache: Any = None
-        self._step: _PlainStep | DecodeGraph | None = None
+        self._step: Any = None
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         """Read ``ids [B, S]`` into an empty cache; logits ``[B, V]`` of the last token."""
+        self._renew()
         if self._profile is None:
-            self._step = None
             self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         elif self._cache is None:
             self._cache = StaticClusteredCache(self._model, self._profile, self._most)
@@ -52,6 +52,11 @@ class StaticRunner:
         out: Any = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _renew(self) -> None:
+        """A new prompt: what was captured of a plain model is of memory that is gone."""
+        if self._profile is None:
+            self._step = None
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ class StaticRunner:
         if self._step is None:
             if self._profile is None:
                 count = self._cache.get_seq_length()
-                self._cache = _moved(self._model, self._cache, self._most)
+                self._cache = moved(self._model, self._cache, self._most)
                 self._step = _PlainStep(self._model, self._cache, count)
             else:
                 self._step = DecodeGraph(self._model, self._cache)
@@ -76,7 +81,7 @@ class StaticRunner:
         return memory_of(self._cache)
 
 
-def _moved(model: PreTrainedModel, cache: DynamicCache, most_tokens: int) -> StaticCache:
+def moved(model: PreTrainedModel, cache: DynamicCache, most_tokens: int) -> StaticCache:
     """Move K and V into a static cache, a layer at a time, so that no two caches are held."""
     static = StaticCache(model.config.get_text_config(decoder=True), most_tokens)
     for new, old in zip(static.layers, cache.layers, strict=True):

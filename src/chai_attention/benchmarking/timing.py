@@ -127,6 +127,7 @@ def machine(device: str) -> dict[str, str | int]:
         import triton
 
         facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpus"] = torch.cuda.device_count()
         facts["triton"] = triton.__version__
         facts["cuda"] = str(torch.version.cuda)
         facts["gpu_memory"] = torch.cuda.get_device_properties(0).total_memory

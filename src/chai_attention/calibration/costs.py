@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.backward import (
+    Recomputation,
+    gradients_of_activations,
+    require_all,
+    require_gradients,
+)
 from chai_attention.calibration.checks import not_finite
 from chai_attention.calibration.pairs import (
     PairCosts,
@@ -20,23 +24,20 @@ from chai_attention.calibration.pairs import (
     gradient_costs,
     value_costs,
 )
-from chai_attention.errors import CalibrationError, UnsupportedModelError
+from chai_attention.calibration.statistics import Later
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
+from chai_attention.integrations.transformers.devices import devices_of, input_device
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
-    decoder_layers,
     describe,
-    output_projection,
     output_weight,
 )
 
 SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)
 
-ACTIVATIONS = 40  # of a layer and token, in hidden sizes, roughly
-KEEP_BYTES = 3e9  # activations of a batch that are kept rather than computed twice
 
 Progress = Callable[[int, int], None]
 
@@ -88,6 +89,7 @@ def collect_costs(
     sums: Tensor | None = None,
     start: int = 0,
     progress: Progress | None = None,
+    in_flight: int | None = None,
 ) -> list[Costs]:
     """Mean costs per token, for any number of exact recent windows from one run of the model.
 
@@ -110,6 +112,7 @@ def collect_costs(
             ``start`` windows, to be added to in place; None for zeros.
         start: windows that ``sums`` holds already.
         progress: called with (windows done, windows in all) after every batch.
+        in_flight: batches that are under way at a time; None for one per device of the model.
 
     Returns:
         Costs for each of ``nears``, in their order.
@@ -129,9 +132,8 @@ def collect_costs(
     shape = describe(model)
     total = empty_sums(len(nears), shape.layers, shape.heads) if sums is None else sums
     roots = {} if differentiate else _output_roots(model)
-    first = start  # window of text at the beginning of the batch in the model
 
-    def add(call: AttentionCall, gradient: Tensor | None) -> None:
+    def add(call: AttentionCall, gradient: Tensor | None, batch: _Batch) -> None:
         group, device = call.query.shape[1] // call.value.shape[1], call.query.device
         offsets = [_offset(nears[place], call.layer, shape.heads, device) for place in places]
         cost = torch.zeros(*total.shape[::2], total.shape[3], device=device, dtype=total.dtype)
@@ -152,39 +154,76 @@ def collect_costs(
                     found = gradient_costs(bands, value, slope, offsets[: len(recents)])
                 del bands  # its memory serves the next ones
                 for place, costs in zip(places, found, strict=True):
-                    _add(cost[place], costs, weights[first + row])
-        total[:, call.layer] += cost.cpu()
+                    _add(cost[place], costs, weights[batch.first + row])
+        batch.costs.append((call.layer, cost))
 
     reached: set[int] = set()
-
-    def arrived(call: AttentionCall, gradient: Tensor) -> None:
-        reached.add(call.layer)
-        with torch.autocast(gradient.device.type, enabled=False):
-            add(call, gradient)
+    recomputed: dict[int, AttentionCall] = {}  # of the layer that is differentiated
 
     def watch(call: AttentionCall, out: Tensor) -> None:
+        layer, batch = call.layer, begun
         if not differentiate:
             with torch.autocast(out.device.type, enabled=False):
-                add(call, None)
-        elif out.requires_grad:
-            out.register_hook(lambda gradient: arrived(call, gradient))
+                add(call, None, batch)
+            return
+        if again.under_way:
+            recomputed[layer] = call
+            return
+        # Q, K and V of a layer that is computed again need not be kept until then
+        kept = None if again.expected else call
+
+        def arrived(gradient: Tensor) -> None:
+            reached.add(layer)
+            with torch.autocast(gradient.device.type, enabled=False):
+                add(recomputed.pop(layer) if kept is None else kept, gradient, batch)
+
+        if out.requires_grad:
+            out.register_hook(arrived)
+
+    def settle(batch: _Batch) -> None:
+        """Add a batch's costs on the host, which waits for them."""
+        for layer, cost in batch.costs:
+            total[:, layer] += cost.cpu()
+        if progress is not None:
+            progress(batch.end, len(windows))
+
+    def differentiate_next() -> None:
+        batch = forwarded.popleft()
+        assert batch.loss is not None
+        batch.loss.backward()
+        batch.loss = None
+        require_all(reached, shape.layers)
+        finished.append(batch)
 
     if differentiate:
-        _require_gradients(model)
+        require_gradients(model)
+    again, device = Recomputation(), input_device(model)
+    # with a model on several devices, a batch runs on one while the next does on another
+    flight = len(devices_of(model)) if in_flight is None else in_flight
+    forwarded: deque[_Batch] = deque()
+    finished: deque[_Batch] = deque()
     batch_size = rows_at_once(batch_size, windows.shape[1])
     tokens = batch_size * windows.shape[1]
-    gradients = _gradients_of_activations(model, tokens) if differentiate else torch.no_grad()
+    gradients = gradients_of_activations(model, tokens, again) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
         for first in range(start, len(windows), batch_size):
-            rows = slice(first, first + batch_size)
-            batch = windows[rows].to(model.device)
+            begun = _Batch(first, min(first + batch_size, len(windows)))
+            rows = slice(first, begun.end)
+            batch = windows[rows].to(device)
             if differentiate:
-                summed_loss(model, batch, None if counted is None else counted[rows]).backward()
-                _require_all(reached, shape.layers)
+                begun.loss = summed_loss(model, batch, None if counted is None else counted[rows])
+                forwarded.append(begun)
+                if len(forwarded) >= flight:
+                    differentiate_next()
             else:
                 model.base_model(batch, use_cache=False)
-            if progress is not None:
-                progress(min(first + batch_size, len(windows)), len(windows))
+                finished.append(begun)
+            if len(finished) >= flight:
+                settle(finished.popleft())
+        while forwarded:
+            differentiate_next()
+        while finished:
+            settle(finished.popleft())
     if not total.isfinite().all():
         raise not_finite(model, f"a {kind} cost")
     mean = total / windows.numel()
@@ -193,6 +232,23 @@ def collect_costs(
         Costs(table[..., :-1].clone(), table[..., -1].clone() if near.recent else None)
         for table, near in zip(mean, nears, strict=True)
     ]
+
+
+@dataclass
+class _Batch:
+    """Windows of text under way.
+
+    Attributes:
+        first: of them.
+        end: of them, exclusive.
+        loss: of all of them, until its gradients have been computed.
+        costs: layer, and ``[len(nears), H, H + 1]`` where it is.
+    """
+
+    first: int
+    end: int
+    loss: Tensor | None = None
+    costs: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 def empty_sums(nears: int, layers: int, heads: int) -> Tensor:
@@ -226,8 +282,12 @@ class OffsetStatistics:
         self._weighted = torch.zeros(*shape, heads, dtype=torch.float64)
         self._weights = torch.zeros(*shape, 1, dtype=torch.float64)
 
-    def add(self, call: AttentionCall, out: Tensor | None = None) -> None:
-        """Add a layer's queries and keys; the output is not needed."""
+    def add(self, call: AttentionCall, out: Tensor | None = None) -> Later:
+        """See a layer's queries and keys, not its output; what is returned adds to the sums."""
+        weighted, weights = (  # where the layer is
+            torch.zeros_like(sums[:, call.layer], device=call.query.device)
+            for sums in (self._weighted, self._weights)
+        )
         for query, key in zip(call.query, call.key, strict=True):
             for bands in bands_of(query, key, call.scale, call.softcap, self._recents, self._sinks):
                 for number, (near_lse, far_lse) in enumerate(bands.near_and_far_lse()):
@@ -235,9 +295,15 @@ class OffsetStatistics:
                     weight = (share * (1 - share)).double()  # [H, R]
                     far = far_lse.double().masked_fill(weight == 0, 0.0)
                     own = (weight * far).sum(-1, keepdim=True)
-                    self._weighted[number, call.layer] += (own - weight @ far.T).cpu()
-                    self._weights[number, call.layer] += weight.sum(-1, keepdim=True).cpu()
+                    weighted[number] += own - weight @ far.T
+                    weights[number] += weight.sum(-1, keepdim=True)
                 del bands  # its memory serves the next ones
+
+        def later() -> None:
+            self._weighted[:, call.layer] += weighted.cpu()
+            self._weights[:, call.layer] += weights.cpu()
+
+        return later
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -290,42 +356,6 @@ def _weights(windows: Tensor, counted: Tensor | None, differentiate: bool) -> li
     return (windows.shape[1] / counted.sum(1).double()).tolist()
 
 
-def _require_gradients(model: PreTrainedModel) -> None:
-    """Refuse a model whose matrix products have no gradients."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise CalibrationError(
-            "cost gradient needs a backward pass, which this quantised model does not have: load "
-            f"it in bfloat16 or float32, or use {_without_gradients(model)}"
-        )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise CalibrationError(
-            "cost gradient needs a backward pass, which weights that were made under "
-            "torch.inference_mode do not have: load the model outside of it, or use "
-            f"{_without_gradients(model)}"
-        )
-
-
-def _without_gradients(model: PreTrainedModel) -> str:
-    """Costs that this model can be calibrated by, without a backward pass."""
-    try:
-        for module in attention_modules(model).values():
-            output_projection(module)
-    except UnsupportedModelError:  # the errors of values are those of weights that can be read
-        return "--cost scores"
-    return "--cost value or --cost scores"
-
-
-def _require_all(reached: set[int], layers: int) -> None:
-    """Refuse costs of layers that no gradient has reached: they would count as nothing."""
-    missed = sorted(set(range(layers)) - reached)
-    if missed:
-        raise CalibrationError(
-            f"no gradient reaches the attention of layer {missed[0]}: its projections, or those "
-            "behind it, have no backward pass, as quantised ones may not. Load the model in "
-            "bfloat16 or float32, or use --cost scores"
-        )
-
-
 def _output_roots(model: PreTrainedModel) -> dict[int, Tensor]:
     """Per layer ``[H, Dv, Dv]``: M with ``|v M| = |v W_O|`` for the output weights of each head."""
     heads = describe(model).heads
@@ -336,43 +366,3 @@ def _output_roots(model: PreTrainedModel) -> dict[int, Tensor]:
         values, vectors = torch.linalg.eigh(parts @ parts.mT)
         roots[layer] = vectors * values.clamp_min(0).sqrt()[:, None, :]
     return roots
-
-
-@contextmanager
-def _gradients_of_activations(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """Let gradients flow to the layers' activations only.
-
-    These are recomputed layer by layer where those of a batch of ``tokens`` would fill memory.
-    """
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    embedding = model.get_input_embeddings()
-    layers = decoder_layers(model)
-    width = embedding.weight.shape[1] * ACTIVATIONS * embedding.weight.element_size()
-    if tokens * len(layers) * width < KEEP_BYTES:
-        layers = []
-    hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
-    replaced = {layer: layer.__dict__.get("forward") for layer in layers}
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for layer in layers:
-            layer.forward = _checkpointed(layer.forward)
-        with torch.enable_grad():
-            yield
-    finally:
-        hook.remove()
-        for layer, before in replaced.items():
-            del layer.forward
-            if before is not None:
-                layer.forward = before
-        for parameter, wanted_gradient in wanted.items():
-            parameter.requires_grad_(wanted_gradient)
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``forward`` with its inner activations recomputed in the backward pass."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

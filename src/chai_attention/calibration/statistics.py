@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import maps_of
-from chai_attention.integrations.transformers.capture import AttentionCall, Callback, capture
+from chai_attention.integrations.transformers.capture import AttentionCall, capture
+from chai_attention.integrations.transformers.devices import devices_of, input_device
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
+
+Later = Callable[[], None]
+Watcher = Callable[[AttentionCall, Tensor], Later | None]
 
 
 class GramStatistics:
@@ -24,48 +29,74 @@ class GramStatistics:
     def __init__(self, layers: int, heads: int):
         self.grams = torch.zeros(layers, heads, heads, dtype=torch.float64)
 
-    def add(self, call: AttentionCall, out: Tensor | None = None) -> None:
-        """Add the causal maps of a layer's queries and keys; the output is not needed."""
+    def add(self, call: AttentionCall, out: Tensor | None = None) -> Later:
+        """See a layer's queries and keys, not its output; what is returned adds their maps."""
+        heads = call.query.shape[1]
+        gram = torch.zeros(heads, heads, dtype=torch.float64, device=call.query.device)
         for query, key in zip(call.query, call.key, strict=True):
             for maps in maps_of(query, key, call.scale, call.softcap):
                 features = maps.whole.flatten(1)  # [H, R * S]
-                self.grams[call.layer] += (features @ features.T).double().cpu()
+                gram += (features @ features.T).double()
                 del maps, features  # their memory serves the next ones
+
+        def later() -> None:
+            self.grams[call.layer] += gram.cpu()
+
+        return later
 
 
 @torch.no_grad()
 def observe(
     model: PreTrainedModel,
     windows: Tensor,
-    watchers: Sequence[Callback],
+    watchers: Sequence[Watcher],
     *,
     batch_size: int,
     start: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    in_flight: int | None = None,
 ) -> None:
     """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
     The first ``start`` windows are left out: they were shown before. ``progress`` is called with
     (sequences done, sequences in all) after every batch, of ``batch_size`` windows or, where they
-    are long, fewer. What watchers compute, they compute in
-    the dtypes they choose, whatever ``torch.autocast`` is in force.
+    are long, fewer. What watchers compute, they compute in the dtypes they choose, whatever
+    ``torch.autocast`` is in force. What they return is called before that progress is told: the
+    place to wait for a device. So as many batches are ``in_flight`` as the model has devices
+    (None), and these work side by side.
     """
 
     def show(call: AttentionCall, out: Tensor) -> None:
         with torch.autocast(call.query.device.type, enabled=False):
             for watcher in watchers:
-                watcher(call, out)
+                if (later := watcher(call, out)) is not None:
+                    left.append(later)
 
     decoder = model.base_model  # the vocabulary's logits are not needed
+    device = input_device(model)
+    flight = len(devices_of(model)) if in_flight is None else in_flight
+    batches: deque[tuple[int, list[Later]]] = deque()
+
+    def settle() -> None:
+        done, rest = batches.popleft()
+        for later in rest:
+            later()
+        if progress is not None:
+            progress(done, windows.shape[0])
+
     with evaluating(model), capture(model, show):
         done = start
         for batch in windows[start:].split(rows_at_once(batch_size, windows.shape[1])):
             if not len(batch):  # all were shown before
                 break
-            decoder(batch.to(model.device), use_cache=False)
+            left: list[Later] = []
+            decoder(batch.to(device), use_cache=False)
             done += batch.shape[0]
-            if progress is not None:
-                progress(done, windows.shape[0])
+            batches.append((done, left))
+            if len(batches) >= flight:
+                settle()
+        while batches:
+            settle()
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:

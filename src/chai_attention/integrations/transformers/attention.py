@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
+from chai_attention.integrations.transformers.devices import PADDING_TAG, launched_on
 from chai_attention.integrations.transformers.eager import eager
 from chai_attention.integrations.transformers.gradients import without_gradients
 from chai_attention.integrations.transformers.layer import ClusteredLayer
@@ -26,7 +27,6 @@ from chai_attention.integrations.transformers.static_layer import StaticClustere
 
 NAME = "chai"
 PLAN_ATTRIBUTE = "_chai_plan"
-PADDING_TAG = "_chai_padding"
 
 
 def is_enabled(model: nn.Module) -> bool:
@@ -136,7 +136,7 @@ def clustered_attention(
         padding = layer.begin(queries)  # its cache has taken the mask already
     else:
         padding = _padding_of(attention_mask, query, layer.get_seq_length() + queries)
-    with torch.no_grad(), no_autocast(query):
+    with torch.no_grad(), no_autocast(query), launched_on(query):
         out = layer.attend(query, padding, scale, softcap)
     return without_gradients(out, query, key, value), None
 

@@ -18,10 +18,16 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import attention, forwards, graphs
 from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.corrections import Corrections
+from chai_attention.integrations.transformers.devices import hook_masks, on_several_devices
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.projections import Projections
 from chai_attention.integrations.transformers.seal import Seal
-from chai_attention.integrations.transformers.support import attention_modules, describe, unwrapped
+from chai_attention.integrations.transformers.support import (
+    attention_modules,
+    decoder_layers,
+    describe,
+    unwrapped,
+)
 from chai_attention.integrations.transformers.switch import Switch
 from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile
@@ -140,6 +146,8 @@ def _switch_on(
     for layer, module in modules.items():
         setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
     state.hooks = forwards.hook_forwards(model, modules, plans, seal)
+    if on_several_devices(model):
+        state.hooks += hook_masks(decoder_layers(model))
     vars(model)["get_compiled_call"] = graphs.GraphedCall(model)
     if hasattr(model, forwards.PREPARE):
         vars(model)[forwards.PREPARE] = forwards.PreparedCache(model, plans)

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.integrations.transformers.buffers import lasting
+from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
 from chai_attention.integrations.transformers.precision import autocast_state
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
@@ -62,6 +63,11 @@ class DecodeGraph:
             raise UnsupportedModelError(
                 f"decode steps are captured in CUDA graphs, which {model.device} does not have: "
                 "call the model itself"
+            )
+        if on_several_devices(model):
+            raise UnsupportedModelError(
+                f"this model is on {len(devices_of(model))} devices, and a decode step across "
+                "them cannot be captured in a CUDA graph: call the model itself"
             )
         if not cache.is_compileable:
             raise UnsupportedModelError(
@@ -262,6 +268,7 @@ def _call(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
         not plain
         or not isinstance(cache, StaticClusteredCache)
         or not (cache.is_compileable and cache.is_ready)
+        or cache.tokens.devices > 1  # a step across devices runs as it is
         or not isinstance(ids, Tensor)
         or ids.shape[1] != 1
         or inputs.get("position_ids") is None

@@ -19,16 +19,38 @@ from transformers.utils import logging as transformers_logging
 
 from chai_attention.errors import ChaiError, LoadError
 from chai_attention.hub import SMOLLM2, find_model
+from chai_attention.integrations.transformers.placement import (
+    EXTRA,
+    Place,
+    Placement,
+    drop_inner_hooks,
+)
+from chai_attention.integrations.transformers.room import (
+    Work,
+    WorkOf,
+    available,
+    empty_model,
+    gigabytes,
+    is_surely_small,
+    tensor_bytes,
+)
 
 __all__ = ["SMOLLM2", "load_config", "load_model", "resolve_device", "resolve_dtype", "saved_dtype"]
 
+_LITTLE = 2 * 10**9  # bytes that any work with a small model needs at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str = "auto", *, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    placement: Placement | None = None,
+    work: WorkOf | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer; what does not fit is refused before.
 
     Args:
         name: a folder, a name on the hub, a ``.gguf`` file, or "smollm2-135m" for the model that
@@ -36,26 +58,99 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
         device: cpu, cuda, or auto.
         trust_remote_code: run Python code that the model comes with.
+        placement: divide the model among devices, in place of ``device``.
+        work: what is to be done with it, by its config; None for a few forwards.
 
     Raises:
-        LoadError: no such model, one that needs code of its own, or an impossible dtype or device.
+        LoadError: no such model, one that needs code of its own or does not fit, or an impossible
+            dtype or device.
     """
+    if placement is not None and device != "auto":
+        raise LoadError("--device-map says where the model goes: leave out --device")
     device = resolve_device(device)
     chosen = resolve_dtype(dtype, device)
     options = {"local_files_only": find_model(name), "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     path = Path(name)
+    places = _places(name, chosen, torch.device(device), trust_remote_code, placement, work)
     try:
         if name == SMOLLM2:
             return _load_gguf(_smollm2_file(), chosen, device)
         if path.suffix == ".gguf":
             return _load_gguf(path, chosen, device)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(name, **options)
+        model: Any
+        if places is not None:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=chosen, device_map=places, **options
+            )
+            drop_inner_hooks(model)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen, **options).to(device)
+        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
     except ChaiError:
         raise
     except Exception as error:  # loading fails in a different way for every kind of mistake
         raise _load_error(name, error) from error
+
+
+def _places(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    placement: Placement | None,
+    work: WorkOf | None,
+) -> dict[str, Place] | None:
+    """Where each part of a model goes; None for all of it to the device.
+
+    Raises:
+        LoadError: it does not fit.
+    """
+    gguf = name == SMOLLM2 or Path(name).suffix == ".gguf"
+    if placement is not None and gguf:
+        raise LoadError("--device-map is for checkpoints in folders, not for .gguf files")
+    free = available(device)
+    small = free is None or name == SMOLLM2 or is_surely_small(name, _LITTLE, free)
+    if placement is None and small:
+        return None
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if placement is None and hasattr(config, "quantization_config") and not gguf:
+        return None  # how large it will be is known to its quantiser only
+    room = (work or (lambda config: Work()))(config).bytes(config, dtype)
+    try:
+        model = empty_model(config, dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a config without a causal language model
+        raise _load_error(name, error) from error
+    if placement is not None:
+        return placement.divide(model, room)
+    require_room(name, tensor_bytes(model), room, dtype, device)
+    return None
+
+
+def require_room(
+    name: str, weights: int, room: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a model that a device cannot hold, and name the option that divides it.
+
+    Args:
+        name: of the model.
+        weights: bytes of them.
+        room: bytes that the work with it takes besides.
+        dtype: of the weights.
+        device: that they are meant for.
+
+    Raises:
+        LoadError: one line.
+    """
+    free = available(device)
+    if free is None or weights + room <= free:
+        return
+    divided = "several GPUs" if device.type == "cuda" else "GPUs and the host's memory"
+    raise LoadError(
+        f"{name} needs about {gigabytes(weights + room)} on {device} ({gigabytes(weights)} of "
+        f"weights in {str(dtype).removeprefix('torch.')}, {gigabytes(room)} for the work), and "
+        f"{gigabytes(free)} are free: --device-map auto divides it among {divided} ({EXTRA})"
+    )
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

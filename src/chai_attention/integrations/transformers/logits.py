@@ -81,7 +81,11 @@ def summed_loss(model: PreTrainedModel, ids: Tensor, counted: Tensor | None = No
         def loss(part: Tensor, rows: slice) -> Tensor:
             return _losses(halves.logits(part), targets[:, rows]).sum()
 
-        blocks = [rows for rows in _blocks(targets.shape[1], step) if _counts(targets[:, rows])]
+        blocks = [
+            rows
+            for rows in _blocks(targets.shape[1], step)
+            if counted is None or _counts(targets[:, rows])  # which waits for the device
+        ]
         summed: Tensor = _BlockByBlock.apply(hidden, loss, blocks)  # type: ignore[no-untyped-call]
         return summed
 

@@ -6,16 +6,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import tokens_kept
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
-from chai_attention.integrations.transformers.support import decoder_config, describe, unwrapped
+from chai_attention.integrations.transformers.support import (
+    ModelShape,
+    decoder_config,
+    decoder_layers,
+    describe,
+    unwrapped,
+)
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -44,8 +52,8 @@ class StaticClusteredCache(Cache):
         model: the model or its config.
         profile: the profile that the model is enabled with.
         max_tokens: tokens a sequence can hold, padding included.
-        batch_size: B, to allocate the memory now, on the model's device and in its dtype. None
-            leaves that to the first forward.
+        batch_size: B, to allocate the memory now, where each layer is and in the model's dtype.
+            None leaves that to the first forward.
 
     Raises:
         CacheError: ``batch_size`` for a config alone, or no room for a token.
@@ -78,9 +86,16 @@ class StaticClusteredCache(Cache):
             return
         if not isinstance(model, PreTrainedModel):
             raise CacheError("batch_size allocates memory for a model, so a config is not enough")
-        self.early_initialization(
-            batch_size, shape.kv_heads, shape.head_dim, model.dtype, model.device
-        )
+        self._allocate(model, batch_size, shape)
+
+    def _allocate(self, model: PreTrainedModel, batch_size: int, shape: ModelShape) -> None:
+        """Make every layer's memory where the layer is."""
+        sizes = (batch_size, shape.kv_heads, 0, shape.head_dim)
+        for layer, block in zip(self.layers, decoder_layers(model), strict=True):
+            weight = next(block.parameters())
+            device = input_device(model) if weight.is_meta else weight.device
+            states = torch.zeros(sizes, dtype=model.dtype, device=device)
+            layer.lazy_initialization(states, states)
 
     @property
     def is_compileable(self) -> bool:
@@ -140,7 +155,7 @@ class StaticClusteredCache(Cache):
 
     def replayed(self) -> None:
         """Count a token per sequence that a replayed graph has written."""
-        self.tokens.count += 1
+        self.tokens.replayed()
         for layer in self._clustered():
             layer.rewind(self.tokens.count)
 
@@ -161,7 +176,7 @@ class StaticClusteredCache(Cache):
             )
         super().batch_select_indices(indices)
         if self.tokens.count:
-            self.tokens.select(indices.to(self.tokens.lengths.device))
+            self.tokens.select(indices)
 
     def _clustered(self) -> list[StaticClusteredLayer]:
         return [layer for layer in self.layers if isinstance(layer, StaticClusteredLayer)]

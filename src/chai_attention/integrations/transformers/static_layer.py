@@ -20,7 +20,7 @@ from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plan import LayerPlan, slot_queries
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
-from chai_attention.integrations.transformers.static_tokens import StaticTokens
+from chai_attention.integrations.transformers.static_tokens import STOPPED, StaticTokens
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.cache_write import write_dense
@@ -32,7 +32,8 @@ class StaticClusteredLayer(ClusteredLayer):
 
     Args:
         plan: of the layer.
-        tokens: of the cache; the layer that a forward comes to first advances them.
+        tokens: of the cache; the layer that a forward comes to first advances them. Of a layer
+            on another device than the first they are those of its own.
     """
 
     is_compileable = True  # generate() asks the model for a fast decode step then
@@ -56,6 +57,7 @@ class StaticClusteredLayer(ClusteredLayer):
         plan, capacity = self.plan, self.tokens.capacity
         batch, _, _, dim = key_states.shape
         kept, kept_values, value_dim = kept_keys(plan), plan.kept_values, value_states.shape[3]
+        self.tokens = self.tokens.at(key_states.device)
         self.tokens.allocate(batch, key_states.device)
         self._key = key_states.new_empty(batch, kept, capacity, dim)
         # V of clusters is read best token by token, of single heads head by head
@@ -98,10 +100,7 @@ class StaticClusteredLayer(ClusteredLayer):
             if self._seen == tokens.count:
                 tokens.advance(queries)
             if self._seen + queries != tokens.count:
-                raise CacheError(
-                    "an earlier forward with this cache stopped midway, so its layers hold "
-                    "different tokens: call cache.reset() and run the prompt again"
-                )
+                raise CacheError(STOPPED)
         except CacheError:
             self._incoming = None  # refused, so the next forward may come
             raise

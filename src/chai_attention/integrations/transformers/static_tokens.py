@@ -1,4 +1,8 @@
-"""Where a static cache stands: its length on host and device, its padding, its first tokens."""
+"""Where a static cache stands: its length on host and device, its padding, its first tokens.
+
+A model on several devices has tables on each of them: those of its first layer's device, and
+`StaticTokens` beside them for every other one, which a forward advances when it comes there.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,24 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.padding import Padding
 
+STOPPED = (
+    "an earlier forward with this cache stopped midway, so its layers hold different tokens: call "
+    "cache.reset() and run the prompt again"
+)
+
 
 class StaticTokens:
     """What all layers of a static cache know about the tokens they hold.
 
     Every sequence holds equally many, padding included. Their number stands on the host, for
     checks and shapes, and on the device, for kernels: a decode step changes the device's tensors
-    in place, without a look at them, so that it can be captured in a CUDA graph.
+    in place, without a look at them, so that it can be captured in a CUDA graph. What is done to
+    the first device's, by the cache, is done to those of the other devices, too.
 
     Args:
         capacity: tokens that a sequence can hold.
         sinks: s, first real tokens that every head attends to with its own scores; 0 for none.
+        first: those of the device that a forward comes to first, for all others.
 
     Attributes:
         count: tokens held, those of the forward under way included.
@@ -36,12 +47,15 @@ class StaticTokens:
     sink_positions: Tensor
     padding: Padding
 
-    def __init__(self, capacity: int, sinks: int):
+    def __init__(self, capacity: int, sinks: int, first: StaticTokens | None = None):
         self.capacity = capacity
         self.sinks = min(sinks, capacity)
         self.count = 0
         self.batch = 0
+        self._first = first
+        self._others: dict[torch.device, StaticTokens] = {}
         self._mask: Tensor | None = None
+        self._told: Tensor | None = None  # the mask of the forward under way
         self._valid: Tensor | None = None  # [B, capacity], True in spare room
         self._is_padded = False
 
@@ -50,11 +64,27 @@ class StaticTokens:
         """``[B, capacity]`` bool, False for padding; None if all tokens are known to be real."""
         return self._valid if self._is_padded else None
 
+    def at(self, device: torch.device) -> StaticTokens:
+        """Those of a device; the first that is asked for is the first of all."""
+        if not self.batch or self.lengths.device == device:
+            return self
+        if device not in self._others:
+            other = StaticTokens(self.capacity, self.sinks, first=self)
+            other.offer(self._told)
+            self._others[device] = other
+        return self._others[device]
+
+    @property
+    def devices(self) -> int:
+        """How many devices the layers are on, as far as they were reached."""
+        return 1 + len(self._others)
+
     def tensors(self) -> list[Tensor]:
         """All memory that is held."""
         if not self.batch:
             return []
         held = [self.lengths, self.start, self.sink_positions]
+        held += [tensor for other in self._others.values() for tensor in other.tensors()]
         return held if self._valid is None else [*held, self._valid]
 
     def allocate(self, batch: int, device: torch.device) -> None:
@@ -78,13 +108,15 @@ class StaticTokens:
             )
         if device != self.lengths.device:
             raise CacheError(
-                f"a static cache lives on one device, here {self.lengths.device}, but a layer runs "
-                f"on {device}: use ClusteredCache for models on several devices"
+                f"this static cache has a layer on {self.lengths.device} that runs on {device} "
+                "now: make another one for a model that has been moved"
             )
 
     def offer(self, mask: Tensor | None) -> None:
         """Hear, before a forward, what its 2D attention mask is; `advance` looks at it."""
-        self._mask = mask
+        self._mask = self._told = mask
+        for other in self._others.values():
+            other.offer(mask)
 
     def require(self, queries: int) -> None:
         """Check that there is room.
@@ -103,8 +135,11 @@ class StaticTokens:
         """Count the new tokens of a forward that begins.
 
         Raises:
-            CacheError: no room, or a mask that does not cover all tokens.
+            CacheError: no room, a mask that does not cover all tokens, or a device that an
+                earlier forward did not reach.
         """
+        if self._first is not None and self.count + queries != self._first.count:
+            raise CacheError(STOPPED)
         self.require(queries)
         mask, self._mask = self._mask, None
         if mask is not None:
@@ -144,8 +179,16 @@ class StaticTokens:
         assert self._valid is not None
         self._valid[:, :total].copy_(mask)
 
+    def replayed(self) -> None:
+        """Count a token per sequence that a replayed graph has written."""
+        self.count += 1
+        for other in self._others.values():
+            other.replayed()
+
     def crop(self, keep: int) -> None:
         """Go back to ``keep`` tokens."""
+        for other in self._others.values():
+            other.crop(keep)
         self.count = keep
         self.lengths.fill_(keep)
         self.sink_positions.masked_fill_(self.sink_positions >= keep, -1)
@@ -154,13 +197,18 @@ class StaticTokens:
 
     def reset(self) -> None:
         """Forget all tokens and their padding."""
-        self._mask = None
+        self._mask = self._told = None
         self._is_padded = False
+        for other in self._others.values():
+            other.reset()
         if self.batch:
             self.crop(0)
 
     def select(self, rows: Tensor) -> None:
         """Put the sequences ``rows [B]`` in the place of all."""
+        for other in self._others.values():
+            other.select(rows)
+        rows = rows.to(self.lengths.device)
         self.sink_positions.copy_(self.sink_positions[rows])
         if self._valid is not None:
             self._valid.copy_(self._valid[rows])

@@ -25,6 +25,7 @@ from chai_attention.integrations.transformers.attention import (
     padding_mask,
 )
 from chai_attention.integrations.transformers.cache import ClusteredCache
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.plan import layer_plans
@@ -84,7 +85,7 @@ def _runs(model: PreTrainedModel, modules: Mapping[int, nn.Module], shape: Model
     """Run a few tokens; False if the model does not run them on its own either."""
     whole = ClusterProfile(clusters=(shape.heads,) * shape.layers)
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(2 * _TOKENS, device=model.device).view(2, -1) % min(vocabulary, 32)
+    ids = torch.arange(2 * _TOKENS, device=input_device(model)).view(2, -1) % min(vocabulary, 32)
     real = torch.ones_like(ids)
     real[1, :_PADDED] = 0
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real, "use_cache": True}
@@ -175,7 +176,8 @@ class _Calls:
             raise _DifferentError(
                 f"layer {layer} puts out {list(theirs.shape)}, not {list(ours.shape)}"
             )
-        want, got = theirs[self._real].float(), ours[self._real].float()
+        real = self._real.to(theirs.device)
+        want, got = theirs[real].float(), ours[real].float()
         off, scale = (got - want).abs().max(), want.abs().max()
         # NaN is no answer: the weights are broken, not the way they are used
         if bool(off > _TOLERANCE.get(query.dtype, 5e-2) * scale):
