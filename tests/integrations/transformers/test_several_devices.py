@@ -271,7 +271,7 @@ def test_offloaded_layers_have_maps_but_no_gradients(tmp_path):
         observe(each, windows, [grams.add], batch_size=2)
         found.append(grams.grams)
     torch.testing.assert_close(found[0], found[1])
-    with pytest.raises(CalibrationError, match="some of this model are offloaded.*--cost scores"):
+    with pytest.raises(CalibrationError, match=r"some of this model are offloaded.*--cost scores"):
         collect_costs(other, windows, "gradient")
 
 
