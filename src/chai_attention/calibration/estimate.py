@@ -23,6 +23,7 @@ from chai_attention.calibration.sources import Source
 from chai_attention.calibration.steps import Steps
 from chai_attention.calibration.texts import SELF, self_text
 from chai_attention.evaluation.perplexity import token_loss
+from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import Progress, quiet
@@ -42,7 +43,7 @@ class Estimate:
         seconds: that each step takes, by its name.
         tries: profiles that are measured at most; 0 without a budget to measure.
         seconds_per_try: of one of them.
-        memory: bytes at the peak: of the GPU, else of this process.
+        memory: bytes at the peak: of the GPU (of several, the sum), else of this process.
         weights: bytes of the model's weights.
     """
 
@@ -198,18 +199,20 @@ def _stand_in(model: PreTrainedModel, length: int) -> Tensor:
 
 
 def _finish_work() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.synchronize(index)
 
 
 def _begin_memory(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
+    for device in devices_of(model):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def _memory(model: PreTrainedModel) -> int:
     """Bytes at the peak."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
+    gpus = [device for device in devices_of(model) if device.type == "cuda"]
+    if gpus:
+        return sum(torch.cuda.max_memory_allocated(device) for device in gpus)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -20,6 +20,7 @@ from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
@@ -128,7 +129,7 @@ class _Streams:
         self._layers = decoder_layers(model)
         size = min(rows_at_once(batch_size, windows.shape[1]), len(windows))
         # masks and positions are kept from one forward, so batches are of one size
-        batches = windows[: len(windows) // size * size].to(model.device).split(size)
+        batches = windows[: len(windows) // size * size].to(input_device(model)).split(size)
         self._plain_options, _ = _observed(model, self._layers, batches[0])
         with enabled(model, profile):
             self._shared_options, _ = _observed(model, self._layers, batches[0])

@@ -43,6 +43,7 @@ from chai_attention.calibration.texts import (
 )
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
@@ -93,7 +94,7 @@ class TextRequest:
         return {
             "weights": weights_digest(model),
             "dtype": str(model.dtype),
-            "device": model.device.type,
+            "device": input_device(model).type,
             "text": [[s.name, s.weight, _digest(Path(s.name))] for s in self.sources],
             "sizes": [self.samples, self.held_out, self.length, self.seed],
             "versions": {name: version(name) for name in packages},

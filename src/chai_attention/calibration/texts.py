@@ -29,6 +29,7 @@ from chai_attention.calibration.text_files import (
 from chai_attention.calibration.token_text import TokenText
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.hub import require_dataset
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.modes import evaluating
 
 SELF = "self"
@@ -290,13 +291,14 @@ def self_text(
     begin = torch.full((1, 2), start)
     require_tokens(model, begin)
     require_finite(model, begin)  # sampling from NaN would end a process that uses a GPU
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = input_device(model)
+    devices = [device] if device.type == "cuda" else []
     windows = []
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         for first in range(0, samples, batch_size):
             rows = min(batch_size, samples - first)
-            prompt = torch.full((rows, 1), start, device=model.device)
+            prompt = torch.full((rows, 1), start, device=device)
             windows.append(
                 _written(
                     model,

@@ -189,6 +189,8 @@ def model_command(
     ] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     seconds: Seconds = None,
     seed: Seed = 0,
     out: Out = None,
@@ -205,7 +207,12 @@ def model_command(
     from chai_attention.cli.progress import import_libraries, progress_bar
 
     import_libraries(quiet=quiet)
-    from chai_attention.benchmarking.cases import default_seconds, parse_size, resolve_device
+    from chai_attention.benchmarking.cases import (
+        BenchmarkError,
+        default_seconds,
+        parse_size,
+        resolve_device,
+    )
     from chai_attention.benchmarking.files import require_writable
     from chai_attention.benchmarking.model import (
         ModelRequest,
@@ -219,10 +226,15 @@ def model_command(
         load_model,
         resolve_dtype,
     )
+    from chai_attention.integrations.transformers.placement import parse_placement
+    from chai_attention.integrations.transformers.room import Work
     from chai_attention.reports.bench import model_plot, model_tables
 
     require_writable(out, plot)
     options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
+    placement = parse_placement(device_map, max_memory)
+    if placement is not None and device != "auto":
+        raise BenchmarkError("--device-map says where the model goes: leave out --device")
     device = resolve_device(device)
     sizes = [parse_size(text) for text in case or ["1x2048"]]
     longest = max(tokens for _, tokens in sizes) + new_tokens + 1
@@ -230,12 +242,19 @@ def model_command(
     plan = resolve_model(model, profile, layers, longest, read_config)
     kind = resolve_dtype(dtype, device)
     config = read_config(str(model)) if plan.config is None else plan.config
-    require_memory(config, sizes, new_tokens, kind, device, random=plan.config is not None)
+    room = require_memory(
+        config, sizes, new_tokens, kind, device, random=plan.config is not None,
+        divided=placement is not None,
+    )  # fmt: skip
     if plan.config is None:
         with progress_bar(f"loading {model}", quiet=quiet):
-            loaded, _ = load_model(str(model), dtype, device, trust_remote_code=trust_remote_code)
+            loaded, _ = load_model(
+                str(model), dtype, "auto" if placement is not None else device,
+                trust_remote_code=trust_remote_code, placement=placement,
+                work=lambda config: Work(0, beside=room),
+            )  # fmt: skip
     else:
-        loaded = random_model(config, kind, device, seed)
+        loaded = random_model(config, kind, device, seed, placement, room)
     request = ModelRequest(
         name=plan.name,
         profile=plan.profile,

@@ -198,6 +198,8 @@ def calibrate_command(
     ] = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[
         bool,
@@ -218,12 +220,15 @@ def calibrate_command(
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
+    from chai_attention.calibration.work import work_of
     from chai_attention.cli.records import profile_record
     from chai_attention.cli.tables import estimate_lines, profile_table, promise_line, summary_line
     from chai_attention.integrations.transformers.loading import load_model
+    from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.profile_files import corrections_file
 
+    placement = parse_placement(device_map, max_memory)
     named, recall = split_recall(text or ["self"])
     settings = Settings(
         recipe=recipe,
@@ -246,7 +251,7 @@ def calibrate_command(
         max_recall_loss=options.share("--max-recall-loss", max_recall_loss),
     )
     sources = parse_sources(named)
-    options.keep_inputs([out], [model, *(source.name for source in sources)])
+    options.keep_inputs([out], [model, device_map, *(source.name for source in sources)])
     request = TextRequest(sources, samples, held_out, length, seed, probe_from)
     evidence = out.with_name(f"{out.name}{EVIDENCE}")
     # a missing file, or one in the way, should not wait for the model to load
@@ -255,7 +260,10 @@ def calibrate_command(
     if settings.refit not in (None, "none"):
         require_file(corrections_file(out), FileError)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
-        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
+            work=work_of(settings, length),
+        )  # fmt: skip
         if dry_run:
             found = estimate(loaded, tokenizer, request, settings, bar.tell)
         else:

@@ -108,6 +108,8 @@ def eval_command(
     seed: Annotated[int, options.seed("Of every choice.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -123,6 +125,7 @@ def eval_command(
 
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.cli.tables import render
+    from chai_attention.errors import EvaluationError
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
     from chai_attention.evaluation.recall_tasks import parse_lengths, recall_sources, recall_text
@@ -130,8 +133,15 @@ def eval_command(
     from chai_attention.evaluation.table import LEGEND, rich_tables
     from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model
+    from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.profile import ClusterProfile
 
+    placement = parse_placement(device_map, max_memory)
+    if placement is not None and jobs > 1:
+        raise EvaluationError(
+            "--jobs loads the model once for every process, --device-map divides one over all "
+            "GPUs: leave one of them out"
+        )
     chosen = None if profile is None else ClusterProfile.resolve(profile)
     calibration = Calibration(
         sources=tuple(parse_sources(calibration_text or ["self"])),
@@ -143,13 +153,15 @@ def eval_command(
     )
     options.keep_inputs(
         [out / "results.json", out / "table.md"],
-        [model, profile, text, data, *(source.name for source in calibration.sources)],
+        [model, profile, text, data, device_map, *(source.name for source in calibration.sources)],
     )
     names = task_names(tasks)
     sources = task_sources(names, data, text, seed)
     lengths = None if recall_lengths is None else parse_lengths(recall_lengths)
     documents = recall_text(data, text) if RECALL in names else []
-    load = partial(load_model, model, dtype, device, trust_remote_code=trust_remote_code)
+    load = partial(
+        load_model, model, dtype, device, trust_remote_code=trust_remote_code, placement=placement
+    )
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load()
     if RECALL in names:

@@ -80,6 +80,8 @@ def frontier_command(
     seed: Annotated[int, options.seed("Which windows of the texts are used.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -105,10 +107,13 @@ def frontier_command(
     )
     from chai_attention.evaluation.points import FrontierError
     from chai_attention.integrations.transformers.loading import load_model
+    from chai_attention.integrations.transformers.placement import parse_placement
+    from chai_attention.integrations.transformers.room import Work
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
     from chai_attention.whole_files import place_of, write_whole
 
+    placement = parse_placement(device_map, max_memory)
     asked = {"bytes": "save", "heads": "removed"}.get(of)
     if asked is None:
         raise FrontierError(f"--of is bytes or heads, not {of!r}")
@@ -126,7 +131,13 @@ def frontier_command(
             raise FrontierError(f"{path} is calibration text: measure on another")
     options.keep_inputs(
         [out / name for name in _FILES],
-        [model, *names.values(), *(source.name for source in sources), *recipes.split(",")],
+        [
+            model,
+            device_map,
+            *names.values(),
+            *(source.name for source in sources),
+            *recipes.split(","),
+        ],
     )
     # a missing file should not wait for the model to load
     longest = max(lengths)
@@ -134,7 +145,10 @@ def frontier_command(
         check_source(name)
     options.make_folder(command, out, FrontierError)
     with progress_bar(f"loading {model}", quiet=quiet):
-        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
+            work=lambda config: Work(gradients=True, length=length or 256),
+        )  # fmt: skip
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
     chosen = for_context(chosen, context or max(lengths), recall)

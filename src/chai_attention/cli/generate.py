@@ -49,6 +49,8 @@ def generate_command(
     seed: Annotated[int, options.seed("Of the sampling.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: Annotated[
@@ -67,15 +69,20 @@ def generate_command(
         from chai_attention.cli.records import written_record
         from chai_attention.cli.tables import compared_line, generation_table
         from chai_attention.integrations.transformers import enable, saved_weight_bytes
+        from chai_attention.integrations.transformers.devices import input_device
         from chai_attention.integrations.transformers.loading import load_model
+        from chai_attention.integrations.transformers.placement import parse_placement
         from chai_attention.integrations.transformers.support import describe
         from chai_attention.integrations.transformers.writing import encode_prompt, write
         from chai_attention.profile import ClusterProfile
 
+        placement = parse_placement(device_map, max_memory)
         chosen = ClusterProfile.resolve(_profile_of(model) if profile is None else profile)
-        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, dtype, device, trust_remote_code=trust_remote_code, placement=placement
+        )
         chosen.check(describe(loaded))
-        ids = encode_prompt(tokenizer, prompt, chat=chat).to(loaded.device)
+        ids = encode_prompt(tokenizer, prompt, chat=chat).to(input_device(loaded))
 
     def written(name: str) -> Written:
         if compare:

@@ -59,6 +59,24 @@ Device = Annotated[
         help="cpu, cuda, or auto: a GPU if there is one.", autocompletion=offer(*_DEVICES)
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|balanced|FILE",
+        help="Divide the model among all GPUs (accelerate): auto and balanced as evenly as may be, "
+        "or a JSON file of modules and devices.",
+        autocompletion=offer("auto", "balanced"),
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0=SIZE,cpu=SIZE",
+        help="With --device-map: what weights may take of each GPU, and of the host where cpu is "
+        "named: 0=70GiB,1=70GiB,cpu=100GiB.",
+        show_default="what GPUs have free, less room for the work",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -72,6 +72,8 @@ def redundancy_command(
     ] = 4,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    max_memory: options.MaxMemory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -85,15 +87,23 @@ def redundancy_command(
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
+    from chai_attention.integrations.transformers.placement import parse_placement
+    from chai_attention.integrations.transformers.room import Work
     from chai_attention.reports.drawing import require_matplotlib
     from chai_attention.reports.redundancy import redundancy_plots, redundancy_table
 
     require_matplotlib()
+    placement = parse_placement(device_map, max_memory)
     sources = parse_sources(text)
-    options.keep_inputs([out / _FILES[0]], [model, *(source.name for source in sources)])
+    options.keep_inputs(
+        [out / _FILES[0]], [model, device_map, *(source.name for source in sources)]
+    )
     asked = None if lengths is None else parse_lengths(lengths)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
-        loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(
+            model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
+            work=lambda config: Work(batch_size * (length or 256), length=length or 256),
+        )  # fmt: skip
         bar.describe("reading text")
         length = window_length(loaded, length=length)
         windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)

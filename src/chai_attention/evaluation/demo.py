@@ -12,6 +12,7 @@ from chai_attention.calibration import calibrate, windows_of
 from chai_attention.calibration.calibrate import longest_text
 from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.writing import Written, encode_prompt, write
 from chai_attention.profile import ClusterProfile
@@ -109,7 +110,7 @@ def run_demo(
     if room > 0:  # far keys need a context; what is decoded may be a few tokens more
         passage = _passage(tokenizer, texts[1::2], test[0], room)
         ids = encode_prompt(tokenizer, f"{passage}\n\n{prompt}", chat=chat)
-    ids = ids[:, -(limit - max_new_tokens) :].to(model.device)
+    ids = ids[:, -(limit - max_new_tokens) :].to(input_device(model))
     with evaluating(model):
         write(model, tokenizer, ids, max_new_tokens=2)  # the first call pays for one-time set-up
         plain = write(model, tokenizer, ids, max_new_tokens=max_new_tokens)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import rows_at_once, token_losses
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.ops.choice import reproducible
@@ -84,7 +85,7 @@ def token_loss(
     losses: list[float] = []
     with evaluating(model):
         for batch in windows.split(rows_at_once(batch_size, windows.shape[1])):
-            losses += token_losses(model, batch.to(model.device)).mean(1).tolist()
+            losses += token_losses(model, batch.to(input_device(model))).mean(1).tolist()
             if progress is not None:
                 progress(len(losses), windows.shape[0])
     return Loss(tuple(losses))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.ops.choice import reproducible
 
@@ -64,7 +65,7 @@ def recall_score(
             answers = [cases[index].answer for index in chosen]
             rows = [torch.cat([cases[index].prompt, cases[index].answer])[:-1] for index in chosen]
             longest = max(map(len, answers))
-            tokens = torch.stack(rows).to(model.device)
+            tokens = torch.stack(rows).to(input_device(model))
             if method is None:
                 logits = _logits(model, tokens, longest)
             else:

@@ -31,6 +31,7 @@ from chai_attention.evaluation.redundancy_files import (
     RedundancyError,
     Stability,
 )
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.progress import Progress, quiet
 
@@ -163,7 +164,7 @@ def study(
             },
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        machine={**machine(model.device.type), "transformers": transformers.__version__},
+        machine={**machine(input_device(model).type), "transformers": transformers.__version__},
         text={
             "sources": list(sources),
             "requests": len(windows),

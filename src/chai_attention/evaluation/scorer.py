@@ -22,6 +22,7 @@ from chai_attention.evaluation.tasks import (
     TaskSource,
     text_length,
 )
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.ops.choice import reproducible
 
@@ -187,7 +188,7 @@ def run_settings(model: PreTrainedModel, name: str, batch_size: int, seed: int) 
         "model": name,
         "weights": weights_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": input_device(model).type,
         "batch_size": batch_size,
         "seed": seed,
         "versions": {name: version(name) for name in packages},

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.evaluation.comparators.chai import stacked
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.intervene import edited_heads
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
@@ -76,7 +77,7 @@ class HeadPredictors:
         """Train on tokens sampled from windows ``[S]`` of text."""
         inputs, importance = self._collect(model, stacked(tokens), progress)
         with torch.enable_grad():
-            self._train(inputs, importance, model.device, progress)
+            self._train(inputs, importance, input_device(model), progress)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """Predict the log-importance of heads, ``[..., H]`` float32, from ``[..., E]``."""
@@ -114,7 +115,7 @@ class HeadPredictors:
         with evaluating(model), edited_heads(model, note, see):
             for start in range(0, len(windows), batch):
                 chosen = wanted[start : start + batch]
-                model(windows[start : start + batch].to(model.device), use_cache=False)
+                model(windows[start : start + batch].to(input_device(model)), use_cache=False)
                 progress("importance of heads", min(start + batch, len(windows)), len(windows))
         return (
             torch.stack([torch.cat(rows) for rows in seen]),

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.errors import EvaluationError
+from chai_attention.integrations.transformers.devices import input_device
 
 if TYPE_CHECKING:
     from chai_attention.evaluation.comparators.base import Comparator
@@ -52,10 +53,10 @@ def cached_logits(
         options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
         if takes_positions:
             # a cache that evicts tokens is shorter than the text before the next token
-            options["position_ids"] = torch.arange(start, end, device=model.device)[None]
+            options["position_ids"] = torch.arange(start, end, device=input_device(model))[None]
         if "logits_to_keep" in parameters:
             options["logits_to_keep"] = answer  # those of all tokens would fill the memory
-        out = model(tokens[:, start:end].to(model.device), **options)
+        out = model(tokens[:, start:end].to(input_device(model)), **options)
         cache = out.past_key_values
         if cache is None:
             raise EvaluationError(f"{method.name} needs a model that returns its K,V cache")

@@ -19,6 +19,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.integrations.lm_eval import NAME
 from chai_attention.integrations.lm_eval.cached import cached_logits, tokens_before_answers
 from chai_attention.integrations.transformers import enable
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class ChaiLM(HFLM):
         if isinstance(pretrained, str) and _is_gguf(pretrained):
             pretrained, options["tokenizer"] = _load(pretrained, device, dtype)
         super().__init__(pretrained=pretrained, device=device, dtype=dtype, **options)
+        self._device = input_device(self.model)  # of a model in parts, that of its first
         self.progress: Callable[[int, int], None] | None = None
         self.lengths: dict[Any, tuple[int, int]] = {}
         self._method: Comparator | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.eager import eager
 
 PADDING_TAG = "_chai_padding"
@@ -43,6 +44,23 @@ def input_device(model: nn.Module) -> torch.device:
 def has_offloaded_weights(model: nn.Module) -> bool:
     """Whether weights wait elsewhere (accelerate's offloading) until their layer runs."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def held_weight(model: nn.Module, name: str) -> Tensor:
+    """A weight by its name, also one that is offloaded.
+
+    Raises:
+        UnsupportedModelError: it is nowhere in reach.
+    """
+    weight = model.get_parameter(name)
+    if not weight.is_meta:
+        return weight
+    owner, _, own = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(owner), "_hf_hook", None), "weights_map", None)
+    if kept is None:
+        raise UnsupportedModelError(f"{name} has no contents: load the model before it is used")
+    found: Tensor = kept[own]
+    return found
 
 
 def launched_on(states: Tensor) -> AbstractContextManager[object]:

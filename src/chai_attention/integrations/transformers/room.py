@@ -29,11 +29,13 @@ class Work:
         tokens: of a forward.
         gradients: whether there is a backward pass.
         length: tokens of a window whose attention maps are looked at; 0 if none are.
+        beside: bytes that it takes besides, such as K and V.
     """
 
     tokens: int = 4096
     gradients: bool = False
     length: int = 0
+    beside: int = 0
 
     def bytes(self, config: PreTrainedConfig, dtype: torch.dtype) -> int:
         """What it takes, roughly: activations, logits and attention maps."""
@@ -42,7 +44,7 @@ class Work:
         heads = getattr(text, "num_attention_heads", 0) or 0
         layers = getattr(text, "num_hidden_layers", 0) or 0
         vocabulary = getattr(text, "vocab_size", 0) or 0
-        size = self.tokens * ACTIVATIONS * hidden * dtype.itemsize
+        size = self.beside + self.tokens * ACTIVATIONS * hidden * dtype.itemsize
         size += min(ROWS * self.length * heads, SCORES) * MAPS * 4
         if self.gradients:
             # every layer's input, and of the logits a copy in float32 with its gradients
