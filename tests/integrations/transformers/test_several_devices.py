@@ -1,4 +1,7 @@
-"""Models divided by accelerate: the results of one device, and everything where its layer is."""
+"""Models divided by accelerate: the results of one device, and everything where its layer is.
+
+With a single GPU the second device is the CPU.
+"""
 
 import copy
 from dataclasses import replace
@@ -25,14 +28,16 @@ from chai_attention.integrations.transformers.devices import (
     has_offloaded_weights,
     input_device,
 )
-from chai_attention.integrations.transformers.placement import dispatched, drop_inner_hooks
+from chai_attention.integrations.transformers.placement import drop_inner_hooks
 from chai_attention.integrations.transformers.support import decoder_layers
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 
 pytest.importorskip("accelerate")
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+two_devices = pytest.mark.skipif(not GPUS, reason="needs a CUDA device")
+FIRST = torch.device("cuda", 0)
+SECOND = torch.device("cuda", 1) if GPUS > 1 else torch.device("cpu")
 
 REP = ((0, 0, 4, 4, 4, 0), (0, 1, 2, 3, 4, 5), (3, 1, 1, 3, 3, 5))
 GENERATOR = torch.Generator().manual_seed(3)
@@ -81,10 +86,21 @@ def places_of(family, *places):
 
 
 def divided(family, *places):
-    """A tiny model on one GPU, and its copy on several."""
-    model = tiny_model(family).cuda(0)
+    """A tiny model on the first device, and its copy on both: 0 is the first, 1 the second."""
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    model = tiny_model(family).to(FIRST)
     other = copy.deepcopy(model)
-    return model, dispatched(other, places_of(family, *places))
+    where = {name: (FIRST, SECOND)[place] for name, place in places_of(family, *places).items()}
+    # what dispatch_model does, which takes the CPU for a place to wait in
+    attach_align_device_hook_on_blocks(
+        other, execution_device={**where, "": FIRST}, offload=dict.fromkeys(where, False),
+        skip_keys=other._skip_keys_device_placement,
+    )  # fmt: skip
+    other.hf_device_map = where
+    other.tie_weights()
+    drop_inner_hooks(other)
+    return model, other
 
 
 def prompts(lengths=(30, 21), seed=0):
@@ -97,17 +113,17 @@ def prompts(lengths=(30, 21), seed=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-# ---- two GPUs
+# ---- two devices
 
 
-@two_gpus
+@two_devices
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("kind", PROFILES)
-def test_generation_on_two_gpus_is_that_of_one(family, kind):
+def test_generation_on_two_devices_is_that_of_one(family, kind):
     one, two = divided(family, 0, 1, 1)
     assert len(devices_of(two)) == 2
-    given = {name: tensor.cuda(0) for name, tensor in prompts().items()}
+    given = {name: tensor.to(FIRST) for name, tensor in prompts().items()}
     alone = {"input_ids": given["input_ids"][:1]}
     ways = {
         "growing": (given, {}),
@@ -126,7 +142,7 @@ def test_generation_on_two_gpus_is_that_of_one(family, kind):
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
 
-@two_gpus
+@two_devices
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PROFILES)
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
@@ -147,14 +163,13 @@ def test_what_a_cache_holds_is_where_its_layer_is(kind, static):
             attention_mask=given["attention_mask"][:, :stop],
             past_key_values=cache,
         )
-    for layer, index in zip(cache.layers, (0, 1, 0), strict=True):
-        place = torch.device("cuda", index)
+    for layer, place in zip(cache.layers, (FIRST, SECOND, FIRST), strict=True):
         assert {tensor.device for tensor in layer.tensors().values()} == {place}
         assert layer.membership.representatives.device == place
     assert cache.memory().tokens == 30
 
 
-@two_gpus
+@two_devices
 @torch.no_grad()
 def test_padding_is_looked_at_once_per_device(monkeypatch):
     from chai_attention.integrations.transformers import attention
@@ -170,18 +185,18 @@ def test_padding_is_looked_at_once_per_device(monkeypatch):
     _, model = divided("llama", 0, 1, 1)
     enable(model, PROFILES["window"])
     model(**prompts())
-    assert sorted(str(device) for device in made) == ["cuda:0", "cuda:1"]
+    assert made == [FIRST, SECOND]
 
 
-@two_gpus
-def test_a_graph_across_gpus_is_refused_and_generation_does_without(caplog):
+@two_devices
+def test_a_graph_across_devices_is_refused_and_generation_does_without(caplog):
     _, model = divided("llama", 0, 1, 1)
     profile = PROFILES["static"]
     enable(model, profile)
     cache = StaticClusteredCache(model, profile, 60)
     with pytest.raises(UnsupportedModelError, match="on 2 devices"):
         DecodeGraph(model, cache)
-    ids = prompts()["input_ids"].cuda(0)
+    ids = prompts()["input_ids"].to(FIRST)
     options = {name: value for name, value in GREEDY.items() if name != "disable_compile"}
     got = model.generate(ids, **options, past_key_values=cache)
     assert cache.graph is None
@@ -189,9 +204,9 @@ def test_a_graph_across_gpus_is_refused_and_generation_does_without(caplog):
     assert torch.equal(got, want)
 
 
-@two_gpus
+@two_devices
 @pytest.mark.parametrize("keep", [0, 1e9], ids=["recomputed", "kept"])
-def test_evidence_on_two_gpus_is_that_of_one(keep, monkeypatch):
+def test_evidence_on_two_devices_is_that_of_one(keep, monkeypatch):
     monkeypatch.setattr(backward, "KEEP_BYTES", keep)
     windows = torch.randint(3, 97, (7, 40))
     nears = [Near(4, 2), Near(8, 2)]
@@ -218,16 +233,16 @@ def test_evidence_on_two_gpus_is_that_of_one(keep, monkeypatch):
             torch.testing.assert_close(two.streaming, one.streaming, **close)
 
 
-@two_gpus
+@two_devices
 @torch.no_grad()
-def test_rows_of_removed_heads_leave_both_gpus():
+def test_rows_of_removed_heads_leave_both_devices():
     one, two = divided("llama", 0, 1, 1)
     for model in (one, two):
         enable(model, PROFILES["static"])
     assert saved_weight_bytes(two) == saved_weight_bytes(one) > 0
     disable(two)
     disable(one)
-    given = {name: tensor.cuda(0) for name, tensor in prompts().items()}
+    given = {name: tensor.to(FIRST) for name, tensor in prompts().items()}
     torch.testing.assert_close(two(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-4)
 
 

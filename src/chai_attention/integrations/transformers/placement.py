@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +57,22 @@ class Placement:
 
         given = self.max_memory
         memory = dict(_free_for_weights(room) if given is None else given)
-        most, blocks = dict(memory), list(model._no_split_modules or [])
+        too_large = _too_large(model, memory, room, given is None)
+        if tensor_bytes(model) > sum(memory.values()):
+            raise LoadError(too_large)
+        blocks = list(model._no_split_modules or [])
         model.tie_weights()
-        if self.device_map != "sequential":
-            memory = get_balanced_memory(
-                model, memory, no_split_module_classes=blocks,
-                low_zero=self.device_map == "balanced_low_0",
-            )  # fmt: skip
-        found: dict[str, Place] = infer_auto_device_map(
-            model, memory, no_split_module_classes=blocks
-        )
+        with warnings.catch_warnings(action="ignore"):  # of what is refused here
+            if self.device_map != "sequential":
+                low_zero = self.device_map == "balanced_low_0"
+                memory = get_balanced_memory(
+                    model, memory, no_split_module_classes=blocks, low_zero=low_zero
+                )
+            found: dict[str, Place] = infer_auto_device_map(
+                model, memory, no_split_module_classes=blocks
+            )
         if DISK in found.values():
-            raise LoadError(_too_large(model, most, room, given is None))
+            raise LoadError(too_large)
         return found
 
 
