@@ -101,8 +101,12 @@ def test_resolve_takes_a_path_and_names_what_it_knows(tmp_path):
         ("\udcff", "is not JSON"),
         ("[]", "JSON object"),
         ("{}", "needs 'clusters'"),
-        ({"schema_version": 3, "clusters": [1]}, "schema version 3 is unknown"),
+        ({"schema_version": 4, "clusters": [1]}, "schema version 4 is unknown"),
         ({"schema_version": 1, "clusters": [1], "streaming": [[0]]}, "needs schema version 2"),
+        ({"schema_version": 2, "clusters": [1], "tensor_parallel": 2}, "needs schema version 3"),
+        ({"clusters": [1], "tensor_parallel": 0}, "tensor_parallel 0 is not a whole number of 1"),
+        ({"clusters": [1], "tensor_parallel": 2.0}, "tensor_parallel 2.0 is not a whole number"),
+        ({"clusters": [1], "tensor_parallel": 2}, "belongs to a static membership only"),
         ({"clusters": [0], "streaming": [[0]]}, "need a recent window"),
         ({"clusters": [1], "streaming": [[1, 0]], "recent": 4}, "once each, ascending"),
         ({"clusters": [1], "streaming": [[-1]], "recent": 4}, "once each, ascending"),
@@ -447,3 +451,36 @@ def test_streaming_heads_that_a_model_cannot_have(clusters, streaming, message):
     )  # fmt: skip
     with pytest.raises(ProfileError, match=message):
         ClusterProfile(clusters, recent=4, streaming=streaming).check(shape)
+
+
+def for_ranks(ranks, rep, streaming=()):
+    return ClusterProfile(
+        (len(set(rep)) - len(streaming),), "static", representatives=(rep,), tensor_parallel=ranks,
+        streaming=(streaming,) if streaming else None, recent=4 if streaming else 0,
+    )  # fmt: skip
+
+
+def test_a_profile_for_ranks_is_of_schema_3_and_comes_back(tmp_path):
+    for profile in (for_ranks(2, (0, 0, 3, 3)), for_ranks(2, (0, 1, 2, 3), (1, 2))):
+        profile.check(ModelShape("llama", 1, 4, 4, 16, (True,)))
+        profile.save(tmp_path / "p.json")
+        assert ClusterProfile.load(tmp_path / "p.json") == profile
+        assert json.loads((tmp_path / "p.json").read_text())["schema_version"] == 3
+        assert "tensor_parallel" not in json.loads(replace(profile, tensor_parallel=1).to_json())
+
+
+@pytest.mark.parametrize(
+    ("profile", "kv_heads", "message"),
+    [
+        (for_ranks(3, (0, 1, 2, 3)), 4, "4 heads cannot be dealt to 3 ranks: choose 1, 2, 4"),
+        (for_ranks(2, (0, 2, 2, 3)), 4, "head 1 uses the scores of head 2 on another rank"),
+        (for_ranks(2, (0, 0, 2, 3)), 4, "made for 2 ranks, but ranks keep 1, 2 K heads"),
+        (for_ranks(2, (0, 0, 2, 3), (3,)), 4, "made for 2 ranks, but ranks keep 2, 1 V heads"),
+        # both ranks of a K/V head hold it; one needs nothing of it
+        (for_ranks(4, (0, 1, 2, 3), (1,)), 2, "ranks keep 1, 0, 1, 1 K heads"),
+    ],
+)
+def test_a_profile_for_ranks_leaves_them_nothing_to_spare(profile, kv_heads, message):
+    shape = ModelShape("llama", 1, 4, kv_heads, 16, (True,))
+    with pytest.raises(ProfileError, match=message):
+        profile.check(shape)

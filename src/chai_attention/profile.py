@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
-from chai_attention.profile_checks import problems_of, refit_problems, tuples
+from chai_attention.profile_checks import problems_of, rank_problems, refit_problems, tuples
 from chai_attention.profile_files import load_corrections, save_corrections
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import write_whole
@@ -19,7 +19,8 @@ from chai_attention.whole_files import write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 2  # 1: without streaming heads, and written where there are none
+# 1: neither streaming heads nor ranks; 2: no ranks. The lowest that says all is written
+SCHEMA_VERSION = 3
 ONLINE, STATIC, BLEND = "online", "static", "blend"
 MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
@@ -34,7 +35,8 @@ PUBLISHED: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
 }
 
 # not of every profile, so that simple ones stay readable
-_LATER = ("probe_start", "features", "blend", "recent", "sinks")
+_LATER = ("probe_start", "features", "blend", "recent", "sinks", "tensor_parallel")
+_SINCE = {"streaming": 2, "tensor_parallel": 3}  # the schema version that brought a key
 
 
 class Shape(Protocol):
@@ -87,6 +89,9 @@ class ClusterProfile:
             sinks (schema 2). None if all see far keys.
         recent: w, the last keys that every head attends to with its own scores; 0 for none.
         sinks: s, the first keys that it does; only with a recent window.
+        tensor_parallel: N, ranks that heads were chosen for (schema 3): no cluster crosses them,
+            and in every layer all of them keep as many K heads and V heads as each other. So it is
+            with every number of ranks that divides N, too. Static profiles only, above 1.
         offsets: per layer, ``H x H``: added to the log-sum-exp of head r's scores of all other
             keys when head h uses them; None for zeros. Only with a recent window.
         refit: corrections of the weights that go with the profile: kind ("output" or "bias"),
@@ -114,6 +119,7 @@ class ClusterProfile:
     costs: tuple[tuple[tuple[float, ...], ...], ...] | None = None
     recent: int = 0
     sinks: int = 0
+    tensor_parallel: int = 1
     offsets: tuple[tuple[tuple[float, ...], ...], ...] | None = None
     refit: Mapping[str, str] | None = None
     corrections: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
@@ -201,8 +207,9 @@ class ClusterProfile:
             raise ProfileError(
                 f"schema version {version!r} is unknown; this release reads 1 to {SCHEMA_VERSION}"
             )
-        if version == 1 and "streaming" in data:
-            raise ProfileError("'streaming' needs schema version 2")
+        early = [name for name in data if _SINCE.get(name, 1) > version]
+        if early:
+            raise ProfileError(f"'{early[0]}' needs schema version {_SINCE[early[0]]}")
         known = {item.name for item in dataclass_fields(cls)} - {"corrections"}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -213,7 +220,8 @@ class ClusterProfile:
 
     def to_json(self) -> str:
         """Return the profile as JSON, one line per layer and key; defaults are left out."""
-        lines = [f'"schema_version": {1 if self.streaming is None else SCHEMA_VERSION}']
+        version = 3 if self.tensor_parallel > 1 else 1 if self.streaming is None else 2
+        lines = [f'"schema_version": {version}']
         for item in dataclass_fields(self):
             value = getattr(self, item.name)
             if value is None or item.name == "corrections":
@@ -265,6 +273,7 @@ class ClusterProfile:
             )
         if not problems:
             problems = self._layer_problems(shape) + refit_problems(self, shape)
+        problems = problems or rank_problems(self, shape)
         if problems:
             raise ProfileError("profile does not fit the model: " + "; ".join(problems))
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from chai_attention.ranks import rank_problem, spare
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -70,7 +72,11 @@ def problems_of(profile: ClusterProfile) -> list[str]:
             problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
     return (
         problems
-        or _membership(profile) + _recent(profile) + _notes(profile) + _streaming(profile)
+        or _membership(profile)
+        + _recent(profile)
+        + _notes(profile)
+        + _streaming(profile)
+        + _ranks(profile)
         or _representatives(profile) + _curves(profile) + _squares(profile)
     )
 
@@ -129,6 +135,31 @@ def _recent(profile: ClusterProfile) -> list[str]:
     if not profile.recent and (profile.sinks or profile.offsets is not None):
         return ["'sinks' and 'offsets' need a recent window of at least 1 token"]
     return []
+
+
+def _ranks(profile: ClusterProfile) -> list[str]:
+    """What is wrong with the number of ranks that heads were chosen for."""
+    ranks: Any = profile.tensor_parallel
+    if not _is_count(ranks) or ranks > MOST_HEADS:
+        return [f"tensor_parallel {ranks!r} is not a whole number of 1 to {MOST_HEADS}"]
+    if ranks > 1 and profile.membership != "static":
+        return ["'tensor_parallel' belongs to a static membership only"]
+    return []
+
+
+def rank_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
+    """Where ranks that a profile was made for would keep heads to spare in a model of ``shape``."""
+    ranks = profile.tensor_parallel
+    if ranks == 1:
+        return []
+    problem = rank_problem(shape.heads, shape.kv_heads, ranks)
+    if problem is not None:
+        return [problem]
+    return [
+        f"layer {layer}: made for {ranks} ranks, but {reason}"
+        for layer, rep in enumerate(profile.representatives or ())
+        for reason in spare(rep, profile.streaming_heads(layer), shape.kv_heads, ranks)
+    ]
 
 
 def _streaming(profile: ClusterProfile) -> list[str]:

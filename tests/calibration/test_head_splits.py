@@ -28,9 +28,10 @@ def evidence_of(layers=3, seed=0, scale=1.0):
     return Evidence(torch.eye(HEADS).expand(layers, -1, -1), sharing, None, streaming)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("recipe", ["share", "stream", "both"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_no_other_splits_of_the_layers_are_cheaper(kv_heads, recipe):
+def test_no_other_splits_of_the_layers_are_cheaper(kv_heads, recipe, ranks):
     splits = HeadSplits(
         shape_of(kv_heads=kv_heads),
         evidence_of(),
@@ -38,8 +39,10 @@ def test_no_other_splits_of_the_layers_are_cheaper(kv_heads, recipe):
         4,
         share=recipe != "stream",
         stream=recipe != "share",
+        ranks=ranks,
     )
-    assert splits.most == 3 * (kv_heads - 1 if recipe == "share" else 2 * kv_heads)
+    local = kv_heads // ranks
+    assert splits.most == 3 * (local - 1 if recipe == "share" else 2 * local)
     for units in range(splits.most + 1):
         found = splits.at(units)
         assert sum(split.saved for split in found) >= units
@@ -50,6 +53,17 @@ def test_no_other_splits_of_the_layers_are_cheaper(kv_heads, recipe):
         )
         assert sum(split.cost for split in found) == pytest.approx(best)
         assert splits.rise(units) == pytest.approx(torch.tensor(best / 2).expm1().item())
+
+
+def test_a_unit_of_ranks_is_of_all_of_them():
+    """As many bytes are saved with fewer units, and never more cheaply."""
+    one, two = (HeadSplits(shape_of(), evidence_of(), 16, 4, ranks=n) for n in (1, 2))
+    assert (one.units, two.units) == (24, 12)
+    assert two.unit_share(100) == pytest.approx(2 * one.unit_share(100))
+    for units in range(two.most + 1):
+        assert two.saved(two.at(units), 100) >= units * two.unit_share(100) - 1e-9
+        assert two.rise(units) >= one.rise(2 * units) - 1e-12
+    assert sum(two.rise(n) > one.rise(2 * n) + 1e-6 for n in range(two.most + 1)) > 3
 
 
 def test_a_layer_that_cannot_be_clustered_is_left_alone():

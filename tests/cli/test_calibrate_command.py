@@ -33,6 +33,38 @@ def test_what_a_saving_costs_is_measured_and_shown(chai, tmp_path, option):
     assert "(asked: 10.0% of the" in text
 
 
+def test_a_profile_for_ranks_says_what_they_cost(chai, tmp_path):
+    out = tmp_path / "p.json"
+    code, text, _ = chai(
+        "calibrate", "llama", "--out", out, "--text", "text.txt", *SMALL, "--save", "10%",
+        "--tensor-parallel", 3,
+    )  # fmt: skip
+    assert code == 0
+    profile = ClusterProfile.load(out)
+    rises = [profile.provenance[f"predicted_rise{end}"] for end in ("", "_one_rank")]
+    line = (
+        "made for 3 tensor-parallel ranks, and their divisors: all of them save the same; costs "
+        f"predict {rises[0]:+.2%} perplexity, and {rises[1]:+.2%} if one rank saved as much"
+    )
+    assert line in text
+    code, text, _ = chai("inspect", out)
+    assert line in text
+    assert "for 3 tensor-parallel ranks" in text.replace("\n", " ").split("made for")[0]
+    assert json.loads(chai("inspect", out, "--json")[1])["tensor_parallel"] == 3
+
+
+def test_ranks_that_heads_cannot_be_dealt_to_are_one_line(chai, folder):
+    for options, message in (
+        (("--tensor-parallel", 4), "6 heads cannot be dealt to 4 ranks: choose 1, 2, 3, 6"),
+        (("--tensor-parallel", 2, "--recipe", "paper"), "tensor_parallel is for static member"),
+    ):
+        code, _, err = chai(
+            "calibrate", "llama", "--out", "no.json", "--text", "text.txt", *options
+        )
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

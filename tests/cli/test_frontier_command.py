@@ -33,6 +33,22 @@ def asked(monkeypatch):
     return calls
 
 
+def test_every_recipe_is_measured_for_every_number_of_ranks(chai, asked, tmp_path):
+    code, text, _ = chai(
+        "frontier", "llama", *SMALL, "--recipes", "default,counts.json", "--budgets", 10,
+        "--tensor-parallel", "1,2,3", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert [call.get("tensor_parallel", 1) for call in asked] == [1, 2, 3]
+    for name in ("default", "default, 2 ranks", "default, 3 ranks", "counts.json"):
+        assert sum(line.strip().startswith(f"{name}  ") for line in text.splitlines()) == 2
+    code, _, error = chai(
+        "frontier", "llama", *SMALL, "--tensor-parallel", "0", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "--tensor-parallel is whole numbers above 0" in error
+
+
 def test_points_table_and_plot_are_written_and_a_rerun_reads_them(chai, asked, tmp_path):
     arguments = (
         "frontier", "llama", *SMALL, "--recipes", "paper,gradient,counts.json",

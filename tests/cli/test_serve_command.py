@@ -82,7 +82,9 @@ def test_estimate_of_so_many_requests_of_a_context(chai, seven, folder) -> None:
         row.split("│")[1].strip() for row in out.splitlines() if "at most " in row and "│" in row
     ] == ["8,192"]
     assert "ranks" not in out
-    assert "what the profile saves on one GPU is kept nevertheless" in chai(*options, "-tp=2")[1]
+    two = chai(*options, "-tp=2")[1]
+    assert "saved on each of 2 ranks, 56.2% on one GPU: pages of one size keep 100.0%" in two
+    assert "chai calibrate --tensor-parallel 2 chooses heads so that they keep nothing" in two
     code, out, _ = chai(*options, "--context", "300", "--json")
     found = json.loads(out)["contexts"]
     assert [row["context"] for row in found] == [300, 8192]
@@ -90,6 +92,21 @@ def test_estimate_of_so_many_requests_of_a_context(chai, seven, folder) -> None:
     code, _, err = chai("serve", seven, "--profile", "default.json", "--context", "8192")
     assert code == 2
     assert "--context and --requests go with --estimate" in err
+
+
+def test_estimate_of_a_profile_that_is_made_for_ranks_loses_nothing(chai, seven, folder) -> None:
+    profile = {
+        "clusters": [16] * 32, "membership": "static", "tensor_parallel": 4,
+        "representatives": [[head // 2 * 2 for head in range(32)]] * 32,
+    }  # fmt: skip
+    (folder / "four.json").write_text(json.dumps(profile))
+    options = ("serve", seven, "--profile", "four.json", "--estimate", "--tensor-parallel-size")
+    line = "25.0% of the K,V bytes per token saved on each of {} ranks, as on one GPU"
+    for ranks in (2, 4):
+        assert f"{line.format(ranks)} (the profile is made for 4)" in chai(*options, str(ranks))[1]
+    found = json.loads(chai(*options, "4", "--json")[1])
+    assert (found["ranks"], found["lost_by_ranks"]) == (4, 0.0)
+    assert found["savings"]["made_for"] == 4
 
 
 @pytest.mark.parametrize(

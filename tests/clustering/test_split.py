@@ -43,6 +43,39 @@ def tried(sharing, streaming, kv_heads):
     return np.minimum.accumulate(best[::-1])[::-1]
 
 
+def tried_on_ranks(sharing, streaming, kv_heads, ranks):
+    """`tried` where ranks have heads of their own, and keep as many K and V heads as each other."""
+    heads = len(sharing if streaming is None else streaming)
+    own, group, local = heads // ranks, heads // kv_heads, kv_heads // ranks
+    tables = []
+    for rank in range(ranks):
+        mine = range(rank * own, (rank + 1) * own)
+        choices = [
+            [KEEP]
+            + ([r for r in mine if r != head] if sharing is not None else [])
+            + ([STREAM] if streaming is not None else [])
+            for head in mine
+        ]
+        table = {}
+        for does in itertools.product(*choices):
+            does = dict(zip(mine, does, strict=True))
+            if any(r >= 0 and does[r] != KEEP for r in does.values()):
+                continue
+            cost = sum(
+                0.0 if r == KEEP else streaming[h].item() if r == STREAM else sharing[h, r].item()
+                for h, r in does.items()
+            )
+            parts = [list(does.values())[g * group : (g + 1) * group] for g in range(local)]
+            held = sum(KEEP in part for part in parts), sum(set(part) != {STREAM} for part in parts)
+            table[held] = min(cost, table.get(held, np.inf))
+        tables.append(table)
+    best = np.full(2 * local + 1, np.inf)
+    for keys, values in set.intersection(*map(set, tables)):
+        saved = 2 * local - keys - values
+        best[saved] = min(best[saved], sum(table[keys, values] for table in tables))
+    return np.minimum.accumulate(best[::-1])[::-1]
+
+
 def random_costs(heads, seed, kind="plain"):
     generator = torch.Generator().manual_seed(seed)
     sharing = torch.rand(heads, heads, generator=generator, dtype=torch.float64)
@@ -99,6 +132,51 @@ def test_nothing_is_cheaper(heads, kv_heads, kind, recipe, how, monkeypatch):
     check(found, share, stream, kv_heads)
 
 
+@pytest.mark.parametrize("how", ["all choices", "programs"])
+@pytest.mark.parametrize("recipe", ["share", "stream", "both"])
+@pytest.mark.parametrize("kind", ["plain", "far apart", "streaming is dear"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ranks"), [(8, 8, 2), (8, 4, 2), (8, 8, 4), (12, 4, 4), (6, 6, 3)]
+)
+def test_nothing_is_cheaper_on_ranks(heads, kv_heads, ranks, kind, recipe, how, monkeypatch):
+    if how == "programs":
+        monkeypatch.setattr(split, "MAX_TRIED", 0)
+    sharing, streaming = random_costs(heads, heads + kv_heads, kind)
+    share = sharing if recipe != "stream" else None
+    stream = streaming if recipe != "share" else None
+    found = best_splits(share, stream, kv_heads, ranks=ranks)
+    want = tried_on_ranks(share, stream, kv_heads, ranks)
+    assert len(found) == np.isfinite(want).sum()
+    assert [entry.cost for entry in found] == pytest.approx(want[: len(found)], rel=1e-6)
+    own, group = heads // ranks, heads // kv_heads
+    for entry in found:
+        held = []
+        for rank in range(ranks):
+            mine = range(rank * own, (rank + 1) * own)
+            assert all(entry.representatives[h] in mine for h in mine)
+            far = [h for h in mine if h not in entry.streaming]
+            held.append(
+                (
+                    len({entry.representatives[h] // group for h in far}),
+                    len({h // group for h in far}),
+                )
+            )
+        assert len(set(held)) == 1  # nobody keeps a head to spare
+        assert entry.saved == 2 * kv_heads // ranks - sum(held[0])
+
+
+def test_a_head_shares_though_streaming_is_cheaper_where_all_ranks_keep_its_v():
+    """One unit each: sharing is cheap on the first rank, streaming would be on the second."""
+    sharing = torch.full((4, 4), 9.0)
+    sharing[1, 0], sharing[3, 2] = 0.1, 0.5
+    streaming = torch.tensor([8.0, 5.0, 8.0, 0.2])
+    one, two = best_splits(sharing, streaming, 4, ranks=2)[1:3]
+    assert (one.representatives, one.streaming) == ((0, 0, 2, 2), ())
+    assert (one.saved, one.cost) == (1, pytest.approx(0.6))
+    assert (two.representatives, two.streaming) == ((0, 1, 2, 3), (1, 3))
+    assert (two.saved, two.cost) == (2, pytest.approx(5.2))
+
+
 @pytest.mark.parametrize("kind", ["plain", "far apart", "streaming is dear"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (24, 12)])
 def test_programs_find_what_trying_all_choices_finds(heads, kv_heads, kind, monkeypatch):
@@ -116,7 +194,7 @@ def test_many_heads():
     found = best_splits(sharing, streaming, 32)
     assert len(found) == 65
     check(found, sharing, streaming, 32)
-    layer = split._Layer(sharing, streaming, 32, None)
+    layer = split._Heads(sharing.numpy(), streaming.numpy(), 32)
     for units in (6, 20, 33, 50):
         does = found[units]
         kept = np.array(
@@ -124,8 +202,10 @@ def test_many_heads():
         )
         one, two = np.eye(32, dtype=bool)[:, None], np.eye(32, dtype=bool)[None]
         others = (kept ^ one ^ two).reshape(-1, 32)
-        costs, _ = layer.curves(np.concatenate([others, kept ^ one[:, 0]]))
-        assert costs[:, units:].min() >= does.cost * (1 - 1e-6)
+        tries = np.concatenate([others, kept ^ one[:, 0]])
+        costs, _ = layer.curves(tries)  # by the V heads given up
+        saved = (~tries).sum(1)[:, None] + np.arange(33)
+        assert costs[saved >= units].min() >= does.cost * (1 - 1e-6)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "target"), [(9, 9, "scores"), (12, 4, "k-bytes")])
@@ -185,3 +265,5 @@ def test_costs_that_are_none_are_refused(wrong):
 def test_heads_that_do_not_split_over_kv_heads_are_refused():
     with pytest.raises(ValueError, match="4 heads cannot be split over 3"):
         best_splits(*random_costs(4, 0), 3)
+    with pytest.raises(ValueError, match="4 K/V heads cannot be split over 3 ranks"):
+        best_splits(*random_costs(4, 0), 4, ranks=3)

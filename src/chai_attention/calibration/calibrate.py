@@ -40,6 +40,7 @@ from chai_attention.integrations.transformers.support import (
 )
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.ranks import distinct_ranks
 
 DEFAULT_LENGTH = 256
 STREAMING_LENGTH = 1024  # far keys have to be far away
@@ -100,7 +101,8 @@ def calibrate(
             and added to; one of other windows is left alone.
         progress: called with (which step of how many is going on, done, in all of that step).
         settings: fields of `Settings`: recipe, cost, membership, target, window, recent, sinks,
-            context, refit, a budget (max_loss, save, removed, clusters or max_error), recall, ...
+            context, refit, a budget (max_loss, save, removed, clusters or max_error), recall,
+            tensor_parallel, ...
 
     Returns:
         A profile with error curves and head similarities; the same arguments give the same one.
@@ -305,9 +307,11 @@ def steps_of(passes: int, chosen: Settings, measured: bool, shape: ModelShape) -
     if chosen.max_loss is not None:
         free = sum(shape.clusterable)
         if chosen.streams:
-            units = 2 * shape.layers * shape.kv_heads
+            # of one rank: all save the same
+            held = 2 * shape.kv_heads // distinct_ranks(shape.kv_heads, chosen.tensor_parallel)
+            units = held * shape.layers
             # the guess is known with the costs only: the worst of all
-            most = 2 * free * shape.kv_heads
+            most = held * free
             tries = max(
                 most_tries(most, 1 << n, max(1, units // 100)) for n in range(most.bit_length())
             )

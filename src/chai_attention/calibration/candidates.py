@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from chai_attention.calibration.costs import GRADIENT
 from chai_attention.calibration.evidence import Evidence
+from chai_attention.calibration.head_splits import predicted_rise
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import cosine_similarity, rounded
 from chai_attention.clustering.allocation import Allocation, Level
-from chai_attention.clustering.assign import K_BYTES, assign
+from chai_attention.clustering.assign import K_BYTES, assign, on_ranks
 from chai_attention.clustering.elbow import elbow, error_curve
 from chai_attention.clustering.exact import best_assignment
 from chai_attention.errors import CalibrationError
@@ -24,7 +26,8 @@ from chai_attention.profile import BLEND, FOR_EVER, STATIC, ClusterProfile
 class Candidates:
     """Profiles of one model, recipe and text, by the number of units removed.
 
-    A unit is a head, or a K/V head with target "k-bytes".
+    A unit is a head, or a K/V head with target "k-bytes"; on each rank, if the profile is to be
+    served on several.
 
     Args:
         shape: of the model.
@@ -56,7 +59,10 @@ class Candidates:
     def curves(self) -> list[list[float]]:
         """Per layer, the summed cost for every entry of ``counts``, relative to the first."""
         if self.evidence.costs is None:
-            return [error_curve(gram, self.shape.kv_heads, self.target) for gram in self._grams]
+            return [
+                error_curve(gram, self.shape.kv_heads, self.target, self._ranks)
+                for gram in self._grams
+            ]
         return [
             [cost / curve[0] if curve[0] > 0 else 0.0 for cost in curve] for curve in self._costs
         ]
@@ -65,10 +71,14 @@ class Candidates:
     def _assignments(self) -> list[list[Tensor]]:
         """Per layer and entry of ``counts``, the best membership ``[H]`` by the costs."""
         assert self.evidence.costs is not None
-        return [
-            [best_assignment(cost, k, self.shape.kv_heads, self.target) for k in self.counts]
-            for cost in self.evidence.costs
-        ]
+        ranks, kv_heads = self._ranks, self.shape.kv_heads // self._ranks
+
+        def best(cost: Tensor, k: int) -> Tensor:
+            return on_ranks(
+                cost, ranks, lambda part: best_assignment(part, k // ranks, kv_heads, self.target)
+            )
+
+        return [[best(cost, k) for k in self.counts] for cost in self.evidence.costs]
 
     @cached_property
     def _costs(self) -> list[list[float]]:
@@ -82,6 +92,11 @@ class Candidates:
                 curve.append(min([total, *curve[-1:]]))
             curves.append(curve)
         return curves
+
+    @property
+    def _ranks(self) -> int:
+        """Ranks whose heads share among themselves."""
+        return self.settings.tensor_parallel
 
     @property
     def _grams(self) -> Tensor:
@@ -111,7 +126,8 @@ class Candidates:
     @property
     def unit(self) -> str:
         """What a unit is called."""
-        return "K/V heads" if self.target == K_BYTES else "heads"
+        several = " of each rank" if self._ranks > 1 else ""
+        return ("K/V heads" if self.target == K_BYTES else "heads") + several
 
     @property
     def resolution(self) -> int:
@@ -187,9 +203,31 @@ class Candidates:
             recent=int(settings.recent or 0),
             sinks=settings.sinks or 0,
             offsets=rounded(evidence.offsets, 4),
-            provenance=self._provenance,
+            tensor_parallel=self._ranks,
+            provenance=self._provenance | self._predicted(clusters),
             **self._facts,
         )
+
+    def _predicted(self, clusters: list[int]) -> dict[str, Any]:
+        """What costs predict of these clusters on several ranks, and of as many heads on one."""
+        if self._ranks == 1 or self.settings.cost != GRADIENT:
+            return {}
+        chosen, one = (c._chosen_cost(clusters) for c in (self, self._one_rank))
+        return predictions(chosen, one)
+
+    def _chosen_cost(self, clusters: list[int]) -> float:
+        """The cost of these clusters, or where a budget is dealt out, of the best of as many."""
+        if self.settings.measurable:
+            freed = sum(self.shape.heads - k for k in clusters)
+            assert isinstance(self._plan, Allocation)
+            return float(self._plan.costs[freed * len(self.counts) // self.shape.heads])
+        index = [self.counts.index(k) for k in clusters]
+        return sum(curve[i] for curve, i in zip(self._costs, index, strict=True))
+
+    @cached_property
+    def _one_rank(self) -> Candidates:
+        """The candidates if no rank were to be heeded."""
+        return Candidates(self.shape, replace(self.settings, tensor_parallel=1), self.evidence)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -201,11 +239,28 @@ class Candidates:
             index = [self.counts.index(k) for k in clusters]
             found = [layer[i] for layer, i in zip(self._assignments, index, strict=True)]
         else:
-            found = [
-                assign(gram[None], k, self.shape.kv_heads, self.target)[0]
-                for gram, k in zip(self._grams, clusters, strict=True)
-            ]
+            ranks, kv_heads = self._ranks, self.shape.kv_heads // self._ranks
+
+            def nearest(gram: Tensor, k: int) -> Tensor:
+                return on_ranks(
+                    gram,
+                    ranks,
+                    lambda part: assign(part[None], k // ranks, kv_heads, self.target)[0],
+                )
+
+            found = [nearest(gram, k) for gram, k in zip(self._grams, clusters, strict=True)]
         return tuple(tuple(rep.tolist()) for rep in found)
+
+
+def predictions(cost: float, one_rank: float) -> dict[str, float]:
+    """What a profile for several ranks says of the costs of its heads.
+
+    Args:
+        cost: gradient costs, summed.
+        one_rank: those of as many saved bytes if no rank were to be heeded.
+    """
+    found = {"predicted_rise": cost, "predicted_rise_one_rank": one_rank}
+    return {name: round(predicted_rise(each), 6) for name, each in found.items()}
 
 
 def facts_of(shape: ModelShape, grams: Tensor, curves: Sequence[Sequence[float]]) -> dict[str, Any]:

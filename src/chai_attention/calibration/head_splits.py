@@ -19,9 +19,9 @@ from chai_attention.integrations.transformers.support import ModelShape
 class HeadSplits:
     """The cheapest ways to keep, share and stream heads with one exact recent window.
 
-    A unit is K or V of far keys of one K/V head: all units are of one size, so that whoever deals
-    them out deals out bytes. Within a layer splits are optimal as `best_splits` says, over layers
-    by dynamic programming.
+    A unit is K or V of far keys of one K/V head on each rank: all units are of one size, so that
+    whoever deals them out deals out bytes. Within a layer splits are optimal as `best_splits`
+    says, over layers by dynamic programming.
 
     Args:
         shape: of the model.
@@ -30,6 +30,7 @@ class HeadSplits:
         sinks: s.
         share: whether heads may use each other's scores of far keys.
         stream: whether heads may see near keys only.
+        ranks: that hold different K/V heads, and share and save by themselves (see `best_splits`).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class HeadSplits:
         *,
         share: bool = True,
         stream: bool = True,
+        ranks: int = 1,
     ):
         assert evidence.costs is not None
         assert evidence.streaming is not None
@@ -50,6 +52,7 @@ class HeadSplits:
         self.sinks = sinks
         self._share = share
         self._stream = stream
+        self.ranks = ranks
 
     @cached_property
     def layers(self) -> list[list[Split]]:
@@ -63,6 +66,7 @@ class HeadSplits:
                 streaming if self._stream and free else None,
                 shape.kv_heads,
                 shape.heads,
+                self.ranks,
             )
             for costs, streaming, free in zip(
                 evidence.costs, evidence.streaming, shape.clusterable, strict=True
@@ -76,7 +80,7 @@ class HeadSplits:
     @property
     def units(self) -> int:
         """Units of the whole model."""
-        return 2 * self.shape.layers * self.shape.kv_heads
+        return 2 * self.shape.layers * self.shape.kv_heads // self.ranks
 
     @property
     def most(self) -> int:
@@ -94,9 +98,13 @@ class HeadSplits:
         removed = self._plan.removed(units)
         return [layer[n] for layer, n in zip(self.layers, removed, strict=True)]
 
+    def cost(self, units: int) -> float:
+        """Cost of `at`, summed over heads and layers."""
+        return float(self._plan.costs[units])
+
     def rise(self, units: int) -> float:
         """Relative rise of perplexity that the costs of `at` predict: half their sum, in nats."""
-        return math.expm1(self._plan.costs[units] / 2)
+        return predicted_rise(self._plan.costs[units])
 
     def unit_share(self, tokens: int) -> float:
         """Share of the K,V bytes of ``tokens`` tokens that one unit saves, its ring taken off.
@@ -106,7 +114,7 @@ class HeadSplits:
         shape = self.shape
         sliding = min(1.0, (shape.sliding_window or tokens) / tokens)
         layers = sum(1.0 if free else sliding for free in shape.clusterable)
-        units = 2 * shape.kv_heads * layers
+        units = 2 * shape.kv_heads // self.ranks * layers
         return (1 - min(1.0, (self.recent + self.sinks) / tokens)) / units
 
     def saved(self, splits: list[Split], tokens: int) -> float:
@@ -129,20 +137,25 @@ class HeadSplits:
         return int(np.searchsorted(costs, 2 * math.log1p(max_loss) * (1 + 1e-12), "right")) - 1
 
 
-_made: dict[tuple[bytes | None, bytes | None, int, int], list[Split]] = {}
+def predicted_rise(cost: float) -> float:
+    """Relative rise of perplexity that gradient costs, summed over heads and layers, predict."""
+    return math.expm1(cost / 2)
+
+
+_made: dict[tuple[bytes | None, bytes | None, int, int, int], list[Split]] = {}
 MOST_MADE = 4096  # layers whose splits are remembered
 
 
 def _splits(
-    sharing: Tensor | None, streaming: Tensor | None, kv_heads: int, heads: int
+    sharing: Tensor | None, streaming: Tensor | None, kv_heads: int, heads: int, ranks: int
 ) -> list[Split]:
     """`best_splits`, remembered: a frontier asks for them once a budget, of the same costs."""
     parts = (None if x is None else x.numpy().tobytes() for x in (sharing, streaming))
-    key = (next(parts), next(parts), kv_heads, heads)
+    key = (next(parts), next(parts), kv_heads, heads, ranks)
     if key not in _made:
         if len(_made) >= MOST_MADE:
             _made.clear()
-        _made[key] = best_splits(sharing, streaming, kv_heads, heads)
+        _made[key] = best_splits(sharing, streaming, kv_heads, heads, ranks)
     return _made[key]
 
 

@@ -13,6 +13,7 @@ from chai_attention.clustering.elbow import cluster_counts
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import BLEND, DEFAULT_WINDOW, MEMBERSHIPS, ONLINE, STATIC
+from chai_attention.ranks import rank_problem
 
 PAPER_WINDOW = 5
 DEFAULT_RECENT, DEFAULT_SINKS = 32, 4
@@ -63,6 +64,8 @@ class Settings:
         removed: budget: the share of heads (or of K/V heads) to remove.
         recall: weight of the costs of recalling facts beside those of the text (see
             `calibration.recall`), both per token that counts; 0 for none. By gradient costs only.
+        tensor_parallel: N, ranks that the profile will be served on: heads share within a rank
+            only, and all ranks keep as many K heads and V heads (see `ClusterProfile`).
         max_recall_loss: with ``max_loss``: how far the share of facts that are recalled may fall,
             0.05 for 5 points.
     """
@@ -86,6 +89,7 @@ class Settings:
     context: int | None = None
     recall: float | None = None
     max_recall_loss: float | None = None
+    tensor_parallel: int = 1
 
     @property
     def streams(self) -> bool:
@@ -255,6 +259,35 @@ class Settings:
                 "least 1"
             )
         self._check_budget(shape)
+        self._check_ranks(shape)
+
+    def _check_ranks(self, shape: ModelShape) -> None:
+        ranks = self.tensor_parallel
+        if ranks < 1:
+            raise CalibrationError(f"tensor_parallel is a number of ranks, not {ranks}")
+        if ranks == 1:
+            return
+        problem = rank_problem(shape.heads, shape.kv_heads, ranks)
+        if problem is not None:
+            raise CalibrationError(f"tensor_parallel: {problem}")
+        if self.membership != STATIC:
+            raise CalibrationError(
+                f"tensor_parallel is for static memberships: with {self.membership} ones each rank "
+                f"clusters its own heads when it serves, and keeps nothing to spare if {ranks} "
+                "divides the clusters of every layer"
+            )
+        if self.streams:
+            return
+        if shape.kv_heads <= ranks:
+            raise CalibrationError(
+                f"tensor_parallel {ranks} leaves each rank one K/V head, whose K nobody can do "
+                "without by sharing: use recipe default or stream"
+            )
+        if self.target == SCORES and shape.kv_heads < shape.heads:
+            raise CalibrationError(
+                "tensor_parallel needs target k-bytes in a grouped-query model: which K heads "
+                "clusters of query heads leave to each rank cannot be chosen"
+            )
 
     def _check_budget(self, shape: ModelShape) -> None:
         given = {
@@ -297,7 +330,7 @@ class Settings:
     def layer_counts(self, shape: ModelShape) -> list[int]:
         """Numbers of clusters a layer can have, ascending."""
         assert self.target is not None
-        return cluster_counts(shape.heads, shape.kv_heads, self.target)
+        return cluster_counts(shape.heads, shape.kv_heads, self.target, self.tensor_parallel)
 
     def given_clusters(self, shape: ModelShape) -> list[int] | None:
         """Numbers of clusters as one per layer; None if they are not given.

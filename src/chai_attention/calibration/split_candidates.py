@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from chai_attention.calibration.candidates import facts_of
+from chai_attention.calibration.candidates import facts_of, predictions
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.head_splits import HeadSplits, best_recent
 from chai_attention.calibration.settings import STREAM, Settings
@@ -16,6 +16,7 @@ from chai_attention.clustering.split import Split
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.ranks import distinct_ranks
 
 USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told with this w
 
@@ -23,7 +24,8 @@ USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told w
 class SplitCandidates:
     """Profiles of one model, recipe and text, by the number of units saved.
 
-    A unit is K or V of the far keys of one K/V head. With several windows the one is taken that
+    A unit is K or V of the far keys of one K/V head, on each rank if the profile is to be served
+    on several. With several windows the one is taken that
     serves the budget best by what the costs predict (`best_recent`).
 
     Args:
@@ -35,8 +37,6 @@ class SplitCandidates:
     Raises:
         CalibrationError: a saving that no window can give.
     """
-
-    unit = "units (K or V of a K/V head)"
 
     def __init__(
         self,
@@ -50,10 +50,17 @@ class SplitCandidates:
         self._provenance = provenance or {}
         assert settings.sinks is not None
         share = settings.recipe != STREAM
+        ranks = distinct_ranks(shape.kv_heads, settings.tensor_parallel)
         self._splits = {
-            w: HeadSplits(shape, found, w, settings.sinks, share=share)
+            w: HeadSplits(shape, found, w, settings.sinks, share=share, ranks=ranks)
             for w, found in evidence.items()
         }
+
+    @property
+    def unit(self) -> str:
+        """What units are called."""
+        several = " on each rank" if self.settings.tensor_parallel > 1 else ""
+        return f"units (K or V of a K/V head{several})"
 
     @property
     def context(self) -> int:
@@ -136,9 +143,24 @@ class SplitCandidates:
             recent=best.recent,
             sinks=best.sinks,
             offsets=rounded(best.evidence.offsets, 4) if shares else None,
-            provenance=self._provenance,
+            tensor_parallel=self.settings.tensor_parallel,
+            provenance=self._provenance | self._predicted(splits),
             **self._facts,
         )
+
+    def _predicted(self, splits: Sequence[Split]) -> dict[str, Any]:
+        """What costs predict of splits for several ranks, and of as many bytes saved on one."""
+        if self.settings.tensor_parallel == 1:
+            return {}
+        one = self._one_rank
+        units = sum(split.saved for split in splits) * self.best.ranks
+        return predictions(sum(split.cost for split in splits), one.cost(units))
+
+    @cached_property
+    def _one_rank(self) -> HeadSplits:
+        """The splits of the same window if no rank were to be heeded."""
+        best, share = self.best, self.settings.recipe != STREAM
+        return HeadSplits(self.shape, best.evidence, best.recent, best.sinks, share=share)
 
     @property
     def _target(self) -> str:

@@ -196,6 +196,15 @@ def calibrate_command(
             rich_help_panel=_RECIPE,
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="GPUs that the profile will be served on: heads share within a GPU, and all of "
+            "them save the same.",
+            min=1,
+            rich_help_panel=_RECIPE,
+        ),
+    ] = 1,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
@@ -222,7 +231,13 @@ def calibrate_command(
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.calibration.work import work_of
     from chai_attention.cli.records import profile_record
-    from chai_attention.cli.tables import estimate_lines, profile_table, promise_line, summary_line
+    from chai_attention.cli.tables import (
+        estimate_lines,
+        profile_table,
+        promise_line,
+        ranks_lines,
+        summary_line,
+    )
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.support import describe
@@ -249,6 +264,7 @@ def calibrate_command(
         context=context,
         recall=recall,
         max_recall_loss=options.share("--max-recall-loss", max_recall_loss),
+        tensor_parallel=tensor_parallel,
     )
     sources = parse_sources(named)
     options.keep_inputs([out], [model, device_map, *(source.name for source in sources)])
@@ -285,6 +301,8 @@ def calibrate_command(
     shown.say(summary_line(profile, shape, loaded.dtype.itemsize))
     if profile.promise is not None:
         shown.say(promise_line(profile))
+    for line in ranks_lines(profile):
+        shown.say(line)
     shown.say(f"profile written to {out}")
 
 

@@ -65,6 +65,13 @@ def frontier_command(
             help="scores or k-bytes, as in chai calibrate; paper of heads is always scores."
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        str,
+        typer.Option(
+            help="GPUs that profiles are to be served on, as in chai calibrate; of several, such "
+            "as 1,2,4, every recipe is measured for each."
+        ),
+    ] = "1",
     samples: Annotated[
         int, typer.Option(help="Windows of calibration text; a quarter more checks refits.", min=4)
     ] = 128,
@@ -102,6 +109,7 @@ def frontier_command(
         digest_of,
         for_bytes,
         for_context,
+        for_ranks,
         frontier,
         recipes_named,
     )
@@ -121,6 +129,7 @@ def frontier_command(
     sources = parse_sources(named)
     shares = [percent / 100 for percent in _numbers("--budgets", budgets, float)]
     lengths = _numbers("--contexts", contexts, int)
+    ranks = list(dict.fromkeys(_numbers("--tensor-parallel", tensor_parallel, int)))
     chosen = recipes_named(recipes.split(","))
     names = {Path(name).name: name for name in test}
     if len(names) < len(test):
@@ -151,7 +160,7 @@ def frontier_command(
         )  # fmt: skip
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))
-    chosen = for_context(chosen, context or max(lengths), recall)
+    chosen = for_ranks(for_context(chosen, context or max(lengths), recall), ranks)
     length, longest = window_length(loaded, length=length), window_length(loaded, length=longest)
     tests = {}
     for name, path in names.items():

@@ -40,7 +40,7 @@ def inspect_command(
 ) -> None:
     """Show a profile: clusters per layer, errors, the promise, and the K,V bytes per token."""
     from chai_attention.cli.records import profile_record
-    from chai_attention.cli.tables import profile_table, promise_line, summary_line
+    from chai_attention.cli.tables import profile_table, promise_line, ranks_lines, summary_line
     from chai_attention.profile import ClusterProfile
 
     shown = Output(as_json)
@@ -63,6 +63,8 @@ def inspect_command(
         shown.say(promise_line(profile))
     else:
         shown.say("no loss was measured for this profile: chai calibrate --max-loss does")
+    for line in ranks_lines(profile):
+        shown.say(line)
     if shape is not None:
         shown.say(summary_line(profile, shape, 2) + " (16-bit)")
     else:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chai_attention.evaluation.demo import DemoResult
     from chai_attention.integrations.transformers.writing import Written
 
-_FACTS = ("membership", "window", "probe_start", "target", "recent", "sinks")
+_FACTS = ("membership", "window", "probe_start", "target", "recent", "sinks", "tensor_parallel")
 
 
 def profile_record(

@@ -26,16 +26,13 @@ def serving_table(
         requests: that are to be served at a time; None: 16, of which nobody asks whether they fit.
     """
     full, kept = found.token_bytes
+    ranks = found.savings.ranks
     lines = [
         f"memory for K and V: about {found.budget.cache / 1e9:.1f} GB of "
         f"{found.budget.total / 1e9:.1f} GB (weights {found.budget.weights / 1e9:.1f} GB)",
         f"K,V bytes per token: {full:,}, with clusters {kept:,} ({1 - kept / full:.1%} saved)",
+        *([found.savings.line] if ranks > 1 else []),
     ]
-    if found.lost_by_ranks > 0.0005:
-        lines.append(
-            f"of {found.ranks} ranks each keeps pages of one size: {found.lost_by_ranks:.1%} of "
-            "what the profile saves on one GPU is kept nevertheless"
-        )
     if found.clustered.per.near_page is not None:
         lines += _window(found.clustered.per)
     if found.budget.tables:
@@ -88,7 +85,8 @@ def serving_record(
         record[name]["per"] |= {"block_bytes": held.per.block_bytes, "wasted": held.per.wasted}
     return {
         **record,
-        "lost_by_ranks": found.lost_by_ranks,
+        "ranks": found.savings.ranks,
+        "lost_by_ranks": found.savings.lost,
         "contexts": [
             {
                 "context": context,

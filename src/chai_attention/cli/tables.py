@@ -102,6 +102,20 @@ def promise_line(profile: ClusterProfile) -> str:
     return line
 
 
+def ranks_lines(profile: ClusterProfile) -> list[str]:
+    """What it costs that a profile serves several ranks, as far as it says so."""
+    ranks, found = profile.tensor_parallel, profile.provenance or {}
+    if ranks == 1:
+        return []
+    line = f"made for {ranks} tensor-parallel ranks, and their divisors: all of them save the same"
+    if "predicted_rise" in found:
+        line += (
+            f"; costs predict {_percent(found, 'predicted_rise', '+')} perplexity, and "
+            f"{_percent(found, 'predicted_rise_one_rank', '+')} if one rank saved as much"
+        )
+    return [line]
+
+
 def _recall_line(recall: Mapping[str, Any], most: object) -> str:
     """How many facts hidden in held-out text are recalled."""
     line = "facts recalled in held-out text: "
@@ -196,6 +210,8 @@ def _title(profile: ClusterProfile) -> str:
         text += f" behind the first {profile.probe_start}" if profile.probe_start else ""
     if profile.recent:
         text += f", exact for the last {profile.recent} and first {profile.sinks} tokens"
+    if profile.tensor_parallel > 1:
+        text += f", for {profile.tensor_parallel} tensor-parallel ranks"
     if profile.refit is not None:
         text += f", {profile.refit['kind']} refit"
     source = (profile.provenance or {}).get("text")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from chai_attention.clustering.kmeans import (
@@ -71,3 +74,23 @@ def _kept_groups(cost: Tensor, clusters: int, kv_heads: int, tie: Tensor) -> Ten
     if clusters % group:
         raise ValueError(f"target k-bytes needs k to be a multiple of {group}, not {clusters}")
     return kmedoids(cost, kv_heads, clusters // group, tie)
+
+
+def on_ranks(table: Tensor, ranks: int, assign_one: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return each head's representative where every rank assigns its own heads.
+
+    Args:
+        table: ``[H, H]``, inner products or costs.
+        ranks: that hold H / ranks neighbouring heads each.
+        assign_one: called with the ``[H / ranks, H / ranks]`` part of one rank.
+
+    Returns:
+        ``[H]`` int64.
+    """
+    return torch.cat([first + assign_one(part) for first, part in rank_parts(table, ranks)])
+
+
+def rank_parts(table: Tensor, ranks: int) -> list[tuple[int, Tensor]]:
+    """Each rank's first head, and its part of an ``[H, H]`` table."""
+    own = len(table) // ranks
+    return [(i, table[i : i + own, i : i + own]) for i in range(0, len(table), own)]

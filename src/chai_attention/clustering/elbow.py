@@ -7,19 +7,22 @@ import warnings
 from kneed import KneeLocator
 from torch import Tensor
 
-from chai_attention.clustering.assign import K_BYTES, assign
+from chai_attention.clustering.assign import K_BYTES, assign, rank_parts
 from chai_attention.clustering.kmeans import inertia, squared_distances
 
 LEAST_BEND = 0.1  # share of the error by which a short curve's elbow lies below a straight line
 
 
-def cluster_counts(heads: int, kv_heads: int, target: str) -> list[int]:
-    """Numbers of representatives a layer can have, ascending; the last keeps all heads."""
-    step = heads // kv_heads if target == K_BYTES else 1
+def cluster_counts(heads: int, kv_heads: int, target: str, ranks: int = 1) -> list[int]:
+    """Numbers of representatives a layer can have, ascending; the last keeps all heads.
+
+    With several ranks those that all ranks have as many of.
+    """
+    step = ranks * (heads // kv_heads if target == K_BYTES else 1)
     return list(range(step, heads + 1, step))
 
 
-def error_curve(gram: Tensor, kv_heads: int, target: str) -> list[float]:
+def error_curve(gram: Tensor, kv_heads: int, target: str, ranks: int = 1) -> list[float]:
     """Clustering error for every entry of `cluster_counts`, relative to the first.
 
     For "scores" the k-means inertia (CHAI, 3.2), the squared distance of every head's features
@@ -30,7 +33,17 @@ def error_curve(gram: Tensor, kv_heads: int, target: str) -> list[float]:
         gram: ``[H, H]`` inner products of the heads' features.
         kv_heads: G.
         target: "scores" or "k-bytes".
+        ranks: that cluster H / ranks neighbouring heads each, by themselves.
     """
+    local = kv_heads // ranks
+    parts = [_errors(part, local, target) for _, part in rank_parts(gram, ranks)]
+    errors = [sum(each) for each in zip(*parts, strict=True)]
+    first = errors[0]
+    return [error / first for error in errors] if first > 0 else [0.0 for _ in errors]
+
+
+def _errors(gram: Tensor, kv_heads: int, target: str) -> list[float]:
+    """`error_curve` of one rank's heads, absolute."""
     batch = gram[None].double()
     heads = gram.shape[0]
     errors: list[float] = []
@@ -41,8 +54,7 @@ def error_curve(gram: Tensor, kv_heads: int, target: str) -> list[float]:
         else:
             error = inertia(batch, rep).item()
         errors.append(min([error, *errors[-1:]]))
-    first = errors[0]
-    return [error / first for error in errors] if first > 0 else [0.0 for _ in errors]
+    return errors
 
 
 def elbow(counts: list[int], errors: list[float], max_error: float | None = None) -> int:

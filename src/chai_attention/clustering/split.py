@@ -5,8 +5,12 @@ heads uses the scores of the cheapest head whose K is kept, or streams (sees nea
 that costs less. One whose query heads all stream needs no V of far keys either and saves two
 units. In multi-head attention every head is a K/V head of its own.
 
-Once it is known who keeps K, the rest is a sort: `_Layer.curves`. So only that choice is searched:
-all choices are tried where that is quick, else `split_program` proves the best one.
+Where heads are dealt to tensor-parallel ranks, each rank has a split of its own: nobody uses
+scores of another rank, and all ranks keep as many K heads and as many V heads as each other, as
+their pages have one size. A unit is then K, or V, of one K/V head on each rank.
+
+Once it is known who keeps K, the rest is a sort: `_Heads.curves`. So only that choice is searched:
+all choices of a rank are tried where that is quick, else `split_program` proves the best one.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ class Split:
         representatives: H entries, the head whose scores each head uses; a streaming head's is
             itself.
         streaming: heads that see near keys only, ascending.
-        saved: units, of 2 G in the layer.
+        saved: units, of 2 G / ranks in the layer.
         cost: summed over heads.
     """
 
@@ -41,7 +45,11 @@ class Split:
 
 
 def best_splits(
-    sharing: Tensor | None, streaming: Tensor | None, kv_heads: int, heads: int | None = None
+    sharing: Tensor | None,
+    streaming: Tensor | None,
+    kv_heads: int,
+    heads: int | None = None,
+    ranks: int = 1,
 ) -> list[Split]:
     """Return the cheapest splits that save at least 0, 1, 2, ... units, as far as it goes.
 
@@ -56,108 +64,128 @@ def best_splits(
             head may stream.
         kv_heads: G.
         heads: H, where neither cost is given.
+        ranks: that hold G / ranks neighbouring K/V heads each.
 
     Returns:
-        The split for every number of units: up to 2 G with streaming, else G - 1 with sharing,
-        else 0. Costs never fall; a split may save more than its place says.
+        The split for every number of units: up to 2 G / ranks with streaming, else G / ranks - 1
+        with sharing, else 0. Costs never fall; a split may save more than its place says.
 
     Raises:
-        ValueError: costs that are negative or not finite, or heads that do not split over the
-            K/V heads.
+        ValueError: costs that are negative or not finite, heads that do not split over the K/V
+            heads, or K/V heads that do not split over the ranks.
     """
-    layer = _Layer(sharing, streaming, kv_heads, heads)
-    best = _Best(layer)
+    given = next((x for x in (sharing, streaming) if x is not None), None)
+    heads = heads if given is None else len(given)
+    if heads is None or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} heads cannot be split over {kv_heads} K/V heads")
+    if ranks < 1 or kv_heads % ranks:
+        raise ValueError(f"{kv_heads} K/V heads cannot be split over {ranks} ranks")
+    share, stream = _checked(sharing, (heads, heads)), _checked(streaming, (heads,))
+    own, local = heads // ranks, kv_heads // ranks
+    spans = [slice(rank * own, (rank + 1) * own) for rank in range(ranks)]
+    parts = [_Heads(share[mine, mine], stream[mine], local) for mine in spans]
+    best = _Best(parts)
     if sharing is None:  # the cheapest K/V heads stream
-        order = np.argsort(layer.streamed, kind="stable")
-        kept = np.ones((kv_heads + 1, kv_heads), dtype=bool)
-        for count in range(kv_heads + 1):
-            kept[count, order[:count]] = False
-        best.add(kept)
-    elif 1 << kv_heads <= MAX_TRIED:
-        best.add(np.array(list(product((True, False), repeat=kv_heads))))
+        for rank, part in enumerate(parts):
+            best.add(rank, _cheapest_stream(part))
+    elif 1 << local <= MAX_TRIED:
+        every = np.array(list(product((True, False), repeat=local)))
+        for rank in range(ranks):
+            best.add(rank, every)
     else:
-        best.add(_greedy(layer))
-        program = Program(layer.nearest, layer.stream, layer.own)
-        for units in range(1, layer.most + 1):
-            known = best.costs[units:].min()
+        for rank, part in enumerate(parts):
+            best.add(rank, _greedy(part))
+        nearest = np.full((heads, kv_heads), np.inf)
+        for rank, part in enumerate(parts):
+            nearest[spans[rank], rank * local : (rank + 1) * local] = part.nearest
+        program = Program(nearest, stream, np.arange(heads) // (heads // kv_heads), ranks)
+        for units in range(1, best.most + 1):
+            known = best.cheapest(units)
             found = program.kept(units, known)
             if found is not None:
-                best.add(found[None])
+                for rank, kept in enumerate(found.reshape(ranks, local)):
+                    best.add(rank, kept[None])
     return best.splits()
 
 
-class _Layer:
-    """Costs of a layer, by K/V heads."""
+class _Heads:
+    """Costs of the heads of a layer, or of those that one rank holds, by K/V heads.
 
-    def __init__(
-        self,
-        sharing: Tensor | None,
-        streaming: Tensor | None,
-        kv_heads: int,
-        heads: int | None,
-    ):
-        given = next((x for x in (sharing, streaming) if x is not None), None)
-        heads = heads if given is None else len(given)
-        if heads is None or kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"{heads} heads cannot be split over {kv_heads} K/V heads")
-        self.heads, self.kv_heads = heads, kv_heads
-        self.most = 2 * kv_heads if streaming is not None else kv_heads - 1
-        if sharing is None and streaming is None:
-            self.most = 0
-        self.own = np.arange(heads) // (heads // kv_heads)  # K/V head of each head
-        self.share = _checked(sharing, (heads, heads))
-        self.stream = _checked(streaming, (heads,))
+    Args:
+        share: ``[H, H]``, infinite if no head may share.
+        stream: ``[H]``, infinite if no head may stream.
+        kv_heads: G, of these heads.
+    """
+
+    def __init__(self, share: np.ndarray, stream: np.ndarray, kv_heads: int):
+        self.heads, self.kv_heads = len(stream), kv_heads
+        self.own = np.arange(self.heads) // (self.heads // kv_heads)  # K/V head of each head
+        self.share, self.stream = share, stream
         # the cheapest head of each K/V head
-        self.nearest = self.share.reshape(heads, kv_heads, -1).min(-1)
-        self.streamed = self._by_group(self.stream[None])[0]  # of a whole K/V head
+        self.nearest = share.reshape(self.heads, kv_heads, -1).min(-1)
+        self.streamed = self._by_group(stream[None])[0]  # of a whole K/V head
 
     def curves(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cheapest costs of saving exactly so many units, if these K/V heads keep their K.
+        """Cheapest costs with exactly so many K/V heads whose V is given up, too.
 
         Args:
-            kept: ``[N, G]`` bool.
+            kept: ``[N, G]`` bool, K/V heads that keep their K.
 
         Returns:
-            ``[N, 2 G + 1]`` costs, infinite where it cannot be, and ``[N, G]``: the K/V heads in
+            ``[N, G + 1]`` costs, infinite where it cannot be, and ``[N, G]``: the K/V heads in
             the order in which they stream whole, those that keep K at the end.
         """
-        fewest = (~kept).sum(1)  # units saved if none streams whole
-        without_k = self._by_group(self._cheapest(kept))
-        without_k[kept] = 0.0
+        given_up = (~kept).sum(1)
+        price = self._price(kept)
+        cheapest = np.minimum(price, self.stream)
+        # whose V stays has at least one query head that does not stream
         with np.errstate(invalid="ignore"):
-            more = self.streamed - without_k  # what streaming whole adds; never negative
+            forced = np.where(np.isinf(price), np.inf, price - cheapest)
+            with_value = self._by_group(cheapest) + forced.reshape(
+                len(kept), self.kv_heads, -1
+            ).min(-1)
+            more = self.streamed - with_value  # what streaming whole adds
         more[np.isnan(more)] = 0.0  # neither can be
-        more[kept] = np.inf
+        more = np.where(kept, np.inf, np.minimum(more, np.finfo(float).max))
         order = np.argsort(more, axis=1, kind="stable")
-        steps = np.take_along_axis(more, order, 1).cumsum(1)
-        costs = np.full((len(kept), 2 * self.kv_heads + 1), np.inf)
-        rows = np.arange(len(kept))
-        costs[rows, fewest] = without_k.sum(1)
-        for count in range(1, self.kv_heads + 1):
-            able = count <= fewest
-            place = fewest[able] + count
-            costs[rows[able], place] = costs[rows[able], fewest[able]] + steps[able, count - 1]
+        place = np.arange(self.kv_heads)
+        without_k = place < given_up[:, None]  # in that order
+        whole = np.where(without_k, np.take_along_axis(_rows(self.streamed, kept), order, 1), 0.0)
+        rest = np.where(without_k, np.take_along_axis(with_value, order, 1), 0.0)
+        nothing = np.zeros((len(kept), 1))
+        costs = np.concatenate([nothing, whole.cumsum(1)], 1)
+        costs += np.concatenate([rest[:, ::-1].cumsum(1)[:, ::-1], nothing], 1)
+        costs[np.arange(self.kv_heads + 1) > given_up[:, None]] = np.inf
         return costs, order
 
-    def split(self, kept: np.ndarray, whole: np.ndarray, cost: float) -> Split:
-        """Return the split in which ``kept [G]`` keep K and ``whole [G]`` stream whole."""
+    def does(self, kept: np.ndarray, whole: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """What heads do if ``kept [G]`` keep K and ``whole`` K/V heads give up V.
+
+        Returns:
+            ``[H]`` representatives, ``[H]`` bool who streams, and the cost.
+        """
+        _, order = self.curves(kept[None])
+        streams_whole = np.isin(self.own, order[0, :whole])
         allowed = kept[self.own]
         price = np.where(allowed, self.share, np.inf)
-        nearest = price.argmin(1)
-        alone = whole[self.own] | (self.stream <= price.min(1))
-        streaming = alone & ~allowed
+        least = price.min(1)
+        alone = (streams_whole | (self.stream <= least)) & ~allowed
+        for group in np.flatnonzero(~kept):
+            mine = np.flatnonzero(self.own == group)
+            if alone[mine].all() and not streams_whole[mine[0]]:
+                alone[mine[(least[mine] - self.stream[mine]).argmin()]] = False
         own = np.arange(self.heads)
-        rep = np.where(allowed | streaming, own, nearest)
-        saved = int((~kept).sum() + streaming.reshape(self.kv_heads, -1).all(1).sum())
-        return Split(tuple(rep.tolist()), tuple(own[streaming].tolist()), saved, cost)
+        rep = np.where(allowed | alone, own, price.argmin(1))
+        cost = self.stream[alone].sum() + least[~(allowed | alone)].sum()
+        return rep, alone, float(cost)
 
-    def _cheapest(self, kept: np.ndarray) -> np.ndarray:
-        """``[N, H]``: what each head pays if its own K is given up."""
-        cost = np.broadcast_to(self.stream, (len(kept), self.heads)).copy()
+    def _price(self, kept: np.ndarray) -> np.ndarray:
+        """``[N, H]``: what each head pays for the scores of the cheapest kept K/V head."""
+        price = np.full((len(kept), self.heads), np.inf)
         for group in range(self.kv_heads):
             used = kept[:, group]
-            cost[used] = np.minimum(cost[used], self.nearest[:, group])
-        return cost
+            price[used] = np.minimum(price[used], self.nearest[:, group])
+        return price
 
     def _by_group(self, cost: np.ndarray) -> np.ndarray:
         """``[N, H]`` summed over the query heads of each K/V head, ``[N, G]``."""
@@ -165,46 +193,89 @@ class _Layer:
 
 
 class _Best:
-    """The cheapest choice so far for every number of units."""
+    """The cheapest choice so far, for every number of K and of V heads that each rank gives up."""
 
-    def __init__(self, layer: _Layer):
-        self._layer = layer
-        self.costs = np.full(2 * layer.kv_heads + 1, np.inf)  # of saving exactly so many
-        self._kept: list[np.ndarray] = [np.ones(layer.kv_heads, dtype=bool)] * len(self.costs)
+    def __init__(self, parts: list[_Heads]):
+        self._parts = parts
+        self._local = parts[0].kv_heads
+        size = self._local + 1
+        self._costs = np.full((len(parts), size, size), np.inf)  # by rank, K given up, V given up
+        self._kept = np.ones((len(parts), size, size, self._local), dtype=bool)
+        streams = np.isfinite(parts[0].stream).all()
+        shares = np.isfinite(parts[0].share).all()
+        self.most = 2 * self._local if streams else self._local - 1 if shares else 0
 
-    def add(self, kept: np.ndarray) -> None:
-        """Look at choices of who keeps K, ``[N, G]`` bool."""
-        costs, _ = self._layer.curves(kept)
-        row = costs.argmin(0)
-        for units in np.flatnonzero(costs.min(0) < self.costs):
-            self.costs[units] = costs[row[units], units]
-            self._kept[units] = kept[row[units]]
+    def add(self, rank: int, kept: np.ndarray) -> None:
+        """Look at choices of who keeps K on a rank, ``[N, G / ranks]`` bool."""
+        costs, _ = self._parts[rank].curves(kept)
+        given_up = (~kept).sum(1)
+        for keys in np.unique(given_up):
+            rows = np.flatnonzero(given_up == keys)
+            row = rows[costs[rows].argmin(0)]
+            found = costs[row, np.arange(len(row))]
+            better = found < self._costs[rank, keys]
+            self._costs[rank, keys, better] = found[better]
+            self._kept[rank, keys, better] = kept[row[better]]
+
+    def cheapest(self, units: int) -> float:
+        """Cost of saving at least so many units."""
+        total = self._costs.sum(0)
+        keys, values = np.indices(total.shape)
+        return float(total[keys + values >= units].min())
 
     def splits(self) -> list[Split]:
         """For every number of units, the cheapest split that saves at least as many."""
+        total = self._costs.sum(0)
         found: list[Split] = []
-        for units in range(self._layer.most, -1, -1):
-            if found and found[-1].cost <= self.costs[units]:
+        for units in range(self.most, -1, -1):
+            keys = np.arange(max(0, units - self._local), min(units, self._local) + 1)
+            cost = total[keys, units - keys]
+            if found and found[-1].cost <= cost.min():
                 found.append(found[-1])  # saves more for no more
                 continue
-            kept = self._kept[units]
-            whole = np.zeros(self._layer.kv_heads, dtype=bool)
-            _, order = self._layer.curves(kept[None])
-            whole[order[0, : units - int((~kept).sum())]] = True
-            found.append(self._layer.split(kept, whole, float(self.costs[units])))
+            chosen = int(keys[cost.argmin()])
+            made = self._split(chosen, units - chosen)
+            found.append(found[-1] if found and found[-1].cost <= made.cost else made)
         return found[::-1]
 
+    def _split(self, keys: int, values: int) -> Split:
+        """The split in which every rank gives up so many K and V heads."""
+        rep: list[int] = []
+        streaming: list[int] = []
+        total = 0.0
+        for part, table in zip(self._parts, self._kept, strict=True):
+            chosen, alone, cost = part.does(table[keys, values], values)
+            first = len(rep)
+            rep += (chosen + first).tolist()
+            streaming += (np.flatnonzero(alone) + first).tolist()
+            total += cost
+        return Split(tuple(rep), tuple(streaming), keys + values, total)
 
-def _greedy(layer: _Layer) -> np.ndarray:
+
+def _cheapest_stream(part: _Heads) -> np.ndarray:
+    """Who keeps K where nobody shares: all but the 0, 1, 2, ... cheapest that stream."""
+    order = np.argsort(part.streamed, kind="stable")
+    kept = np.ones((part.kv_heads + 1, part.kv_heads), dtype=bool)
+    for count in range(part.kv_heads + 1):
+        kept[count, order[:count]] = False
+    return kept
+
+
+def _greedy(part: _Heads) -> np.ndarray:
     """Who keeps K if one K/V head after the other gives it up, with all that was looked at."""
-    kept = np.ones(layer.kv_heads, dtype=bool)
+    kept = np.ones(part.kv_heads, dtype=bool)
     seen = [kept[None]]
     while kept.any():
-        fewer = kept & ~np.eye(layer.kv_heads, dtype=bool)[kept]
-        costs, _ = layer.curves(fewer)
+        fewer = kept & ~np.eye(part.kv_heads, dtype=bool)[kept]
+        costs, _ = part.curves(fewer)
         seen.append(fewer)
-        kept = fewer[costs[:, layer.kv_heads - kept.sum() + 1].argmin()]
+        kept = fewer[costs.min(1).argmin()]
     return np.concatenate(seen)
+
+
+def _rows(row: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """A row as often as ``like`` has some."""
+    return np.broadcast_to(row, like.shape)
 
 
 def _checked(cost: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -25,18 +25,21 @@ class Program:
         nearest: ``[H, G]``, what head h pays for the cheapest scores of K/V head g.
         stream: ``[H]``, what head h pays for seeing near keys only; infinite if none may.
         own: ``[H]``, the K/V head of each head.
+        ranks: that hold G / ranks neighbouring K/V heads each and give up as many K, and V heads,
+            as each other; costs of scores of another rank are infinite.
     """
 
-    def __init__(self, nearest: np.ndarray, stream: np.ndarray, own: np.ndarray):
+    def __init__(self, nearest: np.ndarray, stream: np.ndarray, own: np.ndarray, ranks: int = 1):
         self._nearest = nearest
         self._stream = stream
         self._own = own
+        self._ranks = ranks
 
     def kept(self, units: int, known: float) -> np.ndarray | None:
         """Return who keeps K, ``[G]`` bool, if ``units`` can be saved for less than ``known``.
 
         Args:
-            units: to save, at least.
+            units: to save on each rank, at least.
             known: cost of a split that saves as many.
 
         Returns:
@@ -45,7 +48,9 @@ class Program:
         if known <= 0:
             return None
         heads, groups = self._nearest.shape
-        useful = self._nearest < np.minimum(self._stream, known)[:, None]
+        # on ranks a head may have to share although streaming costs less: all keep as many V heads
+        limit = known if self._ranks > 1 else np.minimum(self._stream, known)[:, None]
+        useful = self._nearest < limit
         useful[np.arange(heads), self._own] = False
         head, group = np.nonzero(useful)
         pairs = len(head)
@@ -73,7 +78,8 @@ class Program:
         constraints = [
             LinearConstraint(does_one, 1, 1),
             LinearConstraint(all_stream, -np.inf, 0),
-            LinearConstraint(saves[None], units - groups, np.inf),
+            LinearConstraint(saves[None], units * self._ranks - groups, np.inf),
+            *self._alike(size, y, z, n),
         ]
         if pairs:
             constraints.append(LinearConstraint(only_kept, -np.inf, 0))
@@ -95,6 +101,37 @@ class Program:
                 return None
         kept: np.ndarray = answer.x[y:z] > 0.5
         return kept
+
+    def _alike(self, size: int, y: int, z: int, n: int) -> list[LinearConstraint]:
+        """All ranks keep as many K heads, and V heads that somebody reads, as the first."""
+        if self._ranks == 1:
+            return []
+        heads, groups = self._nearest.shape
+        rank = np.arange(groups) // (groups // self._ranks)
+        other = np.flatnonzero(rank)
+        same = [
+            _matrix(
+                size,
+                self._ranks - 1,
+                (rank[other] - 1, first + other, 1.0),
+                *(
+                    (np.full(groups - len(other), r), first + np.flatnonzero(rank == 0), -1.0)
+                    for r in range(self._ranks - 1)
+                ),
+            )
+            for first in (y, n)
+        ]
+        each = np.arange(heads)
+        read = _matrix(
+            size,
+            groups,
+            (self._own, z + each, 1.0),
+            (np.arange(groups), n + np.arange(groups), -1.0),
+        )
+        return [
+            *(LinearConstraint(matrix, 0, 0) for matrix in same),
+            LinearConstraint(read, -np.inf, heads // groups - 1),
+        ]
 
 
 def _matrix(columns: int, rows: int, *entries: tuple[np.ndarray, np.ndarray, float]) -> csr_array:

@@ -99,6 +99,22 @@ def for_context(
     }
 
 
+def for_ranks(recipes: Mapping[str, Recipe], ranks: Sequence[int]) -> dict[str, Recipe]:
+    """Return the recipes, each for every one of these numbers of tensor-parallel ranks.
+
+    Files of profiles stay as they are.
+    """
+    made: dict[str, Recipe] = {}
+    for name, recipe in recipes.items():
+        if not isinstance(recipe, Mapping) or list(ranks) == [1]:
+            made[name] = recipe
+            continue
+        for count in ranks:
+            several = {"tensor_parallel": count} if count > 1 else {}
+            made[f"{name}, {count} ranks" if several else name] = {**recipe, **several}
+    return made
+
+
 def frontier(
     model: PreTrainedModel,
     recipes: Mapping[str, Recipe],

@@ -28,6 +28,8 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
     if profile.recent:
         near = f"the last {profile.recent} and first {profile.sinks} keys"
         facts.append(("exact for every head", near))
+    if profile.tensor_parallel > 1:
+        facts.append(("tensor-parallel ranks", str(profile.tensor_parallel)))
     summary, charts = [], []
     if kinds is None:
         summary.append("Every request decides which heads keep their far keys and which share.")

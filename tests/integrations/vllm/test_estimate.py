@@ -154,14 +154,18 @@ def test_ranks_lose_what_has_to_be_of_one_size() -> None:
         recent=128, sinks=4,
     )  # fmt: skip
     one, two, eight = (estimate(shape, profile, ranks=r, **options) for r in (1, 2, 8))
-    assert one.lost_by_ranks == 0
-    assert 0 < two.lost_by_ranks < eight.lost_by_ranks <= 1
+    assert one.savings.lost == 0
+    assert 0 < two.savings.lost < eight.savings.lost <= 1
     # the second rank has 4 of the 8, and one more that its followers follow
     assert two.token_bytes[1] == 32 * (5 + 10) * 128 * 2
-    assert two.one_rank_bytes == one.token_bytes[1]
+    assert two.savings.one_rank * 128 * 2 == one.token_bytes[1]
+    assert two.savings.share_on_one == one.savings.share == pytest.approx(1 - 28 / 64)
+    assert "chai calibrate --tensor-parallel 2 chooses heads" in two.savings.line
     even = tuple(head // 2 * 2 for head in range(32))
     alike = ClusterProfile((16,) * 32, "static", representatives=(even,) * 32)
-    assert estimate(shape, alike, ranks=4, **options).lost_by_ranks == 0
+    four = estimate(shape, alike, ranks=4, **options).savings
+    assert four.lost == 0
+    assert four.line == "25.0% of the K,V bytes per token saved on each of 4 ranks, as on one GPU"
 
 
 def test_requests_without_near_pages() -> None:

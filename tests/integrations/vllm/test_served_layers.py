@@ -10,6 +10,7 @@ from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
 from chai_attention.integrations.vllm.pages import PageLayout, near_page
+from chai_attention.integrations.vllm.savings import savings
 from chai_attention.profile import ClusterProfile
 
 
@@ -105,6 +106,27 @@ def test_costs_and_offsets_are_cut_to_the_rank() -> None:
     wanted = torch.tensor(table)[4:, 4:]
     assert torch.equal(torch.tensor(plan.costs), wanted)
     assert torch.equal(torch.tensor(plan.offsets), wanted)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [(8, 2, 4), (8, 1, 2), (9, 3, 9)])
+def test_ranks_hold_copies_of_kv_heads_where_there_are_fewer(heads, kv_heads, ranks) -> None:
+    every = tuple(range(heads))
+    profile = ClusterProfile(
+        (0, heads, 1), "static", representatives=(every, every, (0,) * heads), recent=8, sinks=2,
+        streaming=(every, (), ()), tensor_parallel=1,
+    )  # fmt: skip
+    shape = shape_of(heads, kv_heads, 3)
+    for rank in range(ranks):
+        near, own, shared = served_layers(shape, profile, ranks, rank)
+        assert [(x.plan.heads, x.plan.kv_heads) for x in (near, own, shared)] == [
+            (heads // ranks, 1)
+        ] * 3
+        assert (near.kept, near.kept_values) == (0, 0)
+        assert (own.kept, own.plan.is_identity) == (1, True)
+        assert (shared.kept, shared.kept_values) == (1, 1)  # who follows one head follows its own
+    assert savings(shape, profile, ranks).share == pytest.approx(1 / 3)
+    online = ClusterProfile((kv_heads,), window=8)
+    assert served_layers(shape_of(heads, kv_heads), online, ranks)[0].kept == 1
 
 
 def test_ranks_that_do_not_fit() -> None:

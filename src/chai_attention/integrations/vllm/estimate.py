@@ -9,6 +9,7 @@ from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
 from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
 from chai_attention.integrations.vllm.reserve import row_bytes
+from chai_attention.integrations.vllm.savings import Savings, savings
 from chai_attention.profile import ClusterProfile
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
@@ -132,8 +133,7 @@ class Estimate:
         token_bytes: K,V bytes per token of one rank: all heads, with the profile.
         window_bytes: bytes of one request's window that a step reads besides.
         requests: that may run at a time.
-        ranks: of tensor parallelism.
-        one_rank_bytes: K,V bytes per token with the profile if one rank held all heads.
+        savings: what ranks save, beside one that holds all heads.
     """
 
     full: Capacity
@@ -142,19 +142,11 @@ class Estimate:
     token_bytes: tuple[int, int]
     window_bytes: int
     requests: int
-    ranks: int
-    one_rank_bytes: int
+    savings: Savings
 
     def capacity_gain(self, context: int) -> float:
         """Tokens that fit in requests of ``context``, relative to a full cache."""
         return self.clustered.tokens(context) / max(1, self.full.tokens(context))
-
-    @property
-    def lost_by_ranks(self) -> float:
-        """Share of what the profile saves that ranks keep nevertheless."""
-        full, kept = (each * self.ranks for each in self.token_bytes)
-        saved = full - self.one_rank_bytes
-        return (kept - self.one_rank_bytes) / saved if saved else 0.0
 
     def decode_gain(self, batch: int, context: int) -> float:
         """Time of a decode step with a full cache over that with the profile, at best.
@@ -232,7 +224,6 @@ def estimate(
         blocks_of(kind, size, cached, block or page)
         for kind, page in ((plain, BLOCK), (layers, PAGE))
     )
-    alone = blocks_of(served_layers(shape, profile), size, cached, 1)
     # about ten hidden states a token alive at once, and float32 scores of the vocabulary
     hidden = shape.hidden_size or shape.heads * size
     activations = batch_tokens * hidden * 10 * element_size + requests * vocabulary * 8 // ranks
@@ -259,6 +250,5 @@ def estimate(
         (full.far_bytes // full.page, kept.far_bytes // kept.page),
         near_numbers * (kept.recent + kept.sinks),
         requests,
-        ranks,
-        alone.far_bytes,
+        savings(shape, profile, ranks, layers),
     )

@@ -1,7 +1,7 @@
 """A profile as vLLM runs it: one plan per layer, for the heads that one rank holds.
 
-With tensor parallelism every rank holds some of the heads, and probabilities never cross ranks.
-Every rank must have pages of the same size (see `shares`).
+With tensor parallelism every rank holds some of the heads (see `chai_attention.ranks`), and
+probabilities never cross ranks. Every rank must have pages of the same size (see `shares`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from chai_attention.integrations.vllm.pages import PageLayout, near_page
 from chai_attention.integrations.vllm.shares import fixed_shares, online_shares
 from chai_attention.membership import Membership
 from chai_attention.profile import ClusterProfile
+from chai_attention.ranks import rank_problem
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -123,11 +124,11 @@ def served_layers(
         ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
     """
     plans = layer_plans(shape, profile)
-    if shape.kv_heads % ranks:
-        raise ProfileError(
-            f"{shape.kv_heads} K/V heads cannot be dealt to {ranks} ranks: choose a "
-            "--tensor-parallel-size that divides them"
-        )
+    problem = rank_problem(shape.heads, shape.kv_heads, ranks)
+    if problem is not None:
+        raise ProfileError(f"--tensor-parallel-size {ranks}: {problem}")
+    # K/V heads that several ranks hold are heads of their own
+    plans = tuple(replace(plan, kv_heads=max(shape.kv_heads, ranks)) for plan in plans)
     similarity = profile.similarity or (None,) * shape.layers
     return tuple(
         _share(plan, table, ranks, rank) for plan, table in zip(plans, similarity, strict=True)

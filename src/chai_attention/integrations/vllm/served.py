@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Hashable, Iterator
 from functools import cached_property, partial
@@ -25,10 +26,12 @@ from chai_attention.integrations.vllm.options import (
     refuse,
 )
 from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
+from chai_attention.integrations.vllm.savings import savings
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.near_layer import NearLayer
 
+_log = logging.getLogger("vllm.chai_attention")  # shown where vLLM's own lines are
 NEAR_LAYER = "near_pages.0"  # vLLM wants the number of a layer in every name
 
 # layers hold their model; a model without layers leaves by itself
@@ -61,6 +64,7 @@ class ServedModel:
             get_tensor_model_parallel_world_size(),
             get_tensor_model_parallel_rank(),
         )
+        self._tell_savings()
         self.requests: int = config.scheduler_config.max_num_seqs
         # a graph may be padded to more rows
         self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
@@ -69,6 +73,16 @@ class ServedModel:
         self._buffers: Any = None
         self._pages: int | None = None  # at most, before vLLM plans them
         self._copies: PageCopies | None = None
+
+    def _tell_savings(self) -> None:
+        """Log once what is saved."""
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+        if get_tensor_model_parallel_rank() or not get_pp_group().is_first_rank:
+            return
+        shape = describe(self.config.model_config.hf_config)
+        ranks = self.config.parallel_config.tensor_parallel_size
+        _log.info("clustered heads: %s", savings(shape, self.profile, ranks, self.layers).line)
 
     @cached_property
     def packs(self) -> bool:
