@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from chai_attention.ops.triton.decode import _line_of, _scores_base2
-from chai_attention.ops.triton.near_decode import _near, _sink_stop
+from chai_attention.ops.triton.near_decode import _sink_stop, near_part
 
 
 @triton.jit(
@@ -54,31 +54,18 @@ def _parts(
         sums += M
         sets += 1
         if program < near_programs:
-            lane, program = program % M, program // M
-            chunk, row = program % chunks, (program // chunks).to(tl.int64)
-            line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
-            lane_at = (line * chunks + chunk) * M + lane
-            head = tl.load(head_ptr + lane_at)
-            if head >= 0:
-                length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
-                place = tl.load(value_ptr + lane_at).to(tl.int64)
-                dv = tl.arange(0, DVP)
-                best, weight, out = _near(
-                    head, place, row, line, length, dv,
-                    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr,
-                    sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
-                    ring_size, ring_shift, kept, kept_values,
-                    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-                    stride_vs, stride_mb, stride_table, stride_near_table, stride_rb, stride_rh,
-                    stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
-                    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-                    D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, NEAR_PAGE, NEAR, STEPS, SINKS,
-                    HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
-                )  # fmt: skip
-                part = row * chunks + chunk
-                tl.store(acc_ptr + ((part * sets + splits) * M + lane) * DVP + dv, out)
-                tl.store(sum_ptr + (part * sums + splits + lane) * 2, best)
-                tl.store(sum_ptr + (part * sums + splits + lane) * 2 + 1, weight)
+            near_part(
+                program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, value_ptr,
+                head_ptr, acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr,
+                near_table_ptr, key_place_ptr, scale, softcap, size, chunks, splits, recent,
+                ring_size, ring_shift, kept, kept_values,
+                stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+                stride_vs, stride_mb, stride_table, stride_t, stride_near_table, stride_rb,
+                stride_rh, stride_rs, stride_vrb, stride_vrh, stride_vrs, stride_fb, stride_fh,
+                stride_fs, stride_vfb, stride_vfh, stride_vfs, stride_sinks,
+                D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, NEAR, STEPS, NEAR_PAGE, SINKS, HAS_ROWS,
+                HAS_LENGTH, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
+            )  # fmt: skip
             return
         program -= near_programs
     # the first chunks are of streaming heads

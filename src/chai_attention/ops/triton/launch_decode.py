@@ -13,6 +13,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton import launch_hopper_decode
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
@@ -32,6 +33,16 @@ REGISTERS = 65536  # of a processor
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 MAX_WAVES = 8
+# the Hopper kernel. Where K is read once for this many V heads, the other is as fast in full
+# batches (14 x 8,192, 4 clusters: 353 us against 365 on an H100, 245 against 248 on an H200) and
+# slower in small ones (1 x 2,048: 10.8 us against 8.8 on an H100)
+HOPPER_MEMBERS = 8
+# a single program on nearly each processor reads about as fast as two, with half as many parts
+# (1 x 32,768, default recipe, H200: 65 us against 69)
+FULL_ENOUGH = 0.9
+# but not where heads share V, much of which then comes from the L2 cache: there more parts are
+# faster (16 x 8,192, 8 K/V heads, H200: 157 us with 8 parts, 181 us with 2)
+GROUPED_SPLITS = 8
 MERGE_PROGRAMS = 256  # fewer leave processors idle while the splits are read
 
 
@@ -140,18 +151,33 @@ def _run(
     used = chunks.count - chunks.streaming
     used = used if chunks.exact else max(clusters, triton.cdiv(far_heads, members))
     programs = batch * max(1, used)
+    grouped = membership.group_size > 1
     is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = options.get("table") is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
     width = columns * max(2, value.element_size()) // 2
     at_a_time = next(count for least, count in resident.items() if width >= least)
+    slots = processors(query.device)
+    tensor_cores = (
+        chunks.count > chunks.streaming  # else all heads stream: near keys only
+        and launch_hopper_decode.fits(query, key, value, options.get("table"))
+        and (members < HOPPER_MEMBERS or programs <= slots // 4)
+    )
+    if tensor_cores:
+        at_a_time = launch_hopper_decode.RESIDENT
+        alone = slots // programs
+        if chunks.exact and alone > 1 and programs * alone >= FULL_ENOUGH * slots and not grouped:
+            at_a_time = 1
     splits = splits_of(programs, at_a_time, size, query.device)
+    if tensor_cores and grouped:
+        splits = max(splits, min(GROUPED_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT)))
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
-        "decode kernel%s%s: %d members a program, %d splits",
+        "decode kernel%s%s%s: %d members a program, %d splits",
         ", paged" if options.get("table") is not None else "",
         ", recent window" if near is not None else "",
+        ", Hopper" if tensor_cores else "",
         members,
         splits,
     )
@@ -171,6 +197,7 @@ def _run(
         lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
         early=capability(query.device) >= (9, 0),
         merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
+        tensor_cores=tensor_cores,
         **options,
     )  # fmt: skip
     return out

@@ -12,8 +12,9 @@ from __future__ import annotations
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from chai_attention.ops.triton.decode import _scores_base2
+from chai_attention.ops.triton.decode import _line_of, _scores_base2
 
 ELEMENTS = 1024  # numbers of K that a step holds for each warp: more would need more registers
 
@@ -196,3 +197,83 @@ def _near(
     top = tl.max(best, axis=0)
     share = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
     return top, tl.sum(weight * share, axis=0), tl.sum(acc * share[:, None], axis=0)
+
+
+@triton.jit
+def near_part(
+    program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, value_ptr, head_ptr,
+    acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, near_table_ptr,
+    key_place_ptr, scale, softcap, size, chunks, splits, recent, ring_size, ring_shift, kept,
+    kept_values,
+    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_mb, stride_table, stride_t, stride_near_table, stride_rb, stride_rh, stride_rs,
+    stride_vrb, stride_vrh, stride_vrs, stride_fb, stride_fh, stride_fs, stride_vfb, stride_vfh,
+    stride_vfs, stride_sinks,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, NEAR: tl.constexpr,
+    STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_VALUE_RING: tl.constexpr,
+):  # fmt: skip
+    """One member's nearest keys, a part behind the ``splits`` parts of its chunk's far keys."""
+    lane, program = program % M, program // M
+    chunk, row = program % chunks, (program // chunks).to(tl.int64)
+    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+    lane_at = (line * chunks + chunk) * M + lane
+    head = tl.load(head_ptr + lane_at)
+    if head >= 0:
+        length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
+        place = tl.load(value_ptr + lane_at).to(tl.int64)
+        dv = tl.arange(0, DVP)
+        best, weight, out = _near(
+            head, place, row, line, length, dv,
+            q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr,
+            sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
+            ring_size, ring_shift, kept, kept_values,
+            stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+            stride_vs, stride_mb, stride_table, stride_near_table, stride_rb, stride_rh,
+            stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
+            stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
+            D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, NEAR_PAGE, NEAR, STEPS, SINKS,
+            HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
+        )  # fmt: skip
+        part = row * chunks + chunk
+        sets, sums = splits + 1, splits + M
+        tl.store(acc_ptr + ((part * sets + splits) * M + lane) * DVP + dv, out)
+        tl.store(sum_ptr + (part * sums + splits + lane) * 2, best)
+        tl.store(sum_ptr + (part * sums + splits + lane) * 2 + 1, weight)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "chunks", "splits", "recent", "kept", "kept_values", "stride_table", "stride_near_table",
+    ],
+    do_not_specialize_on_alignment=[
+        "length_ptr", "table_ptr", "rows_ptr", "value_ptr", "head_ptr", "near_table_ptr",
+    ],
+)  # fmt: skip
+def near_parts(
+    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, rows_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
+    near_k_ptr, near_v_ptr, near_table_ptr, key_place_ptr,
+    scale, softcap, chunks, splits, recent, kept, kept_values,
+    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_table, stride_t, stride_near_table, stride_nkb, stride_nkh, stride_nks,
+    stride_nvb, stride_nvh, stride_nvs,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, NEAR: tl.constexpr,
+    STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The nearest keys in pages alone, while the kernel before this one attends to the far ones."""
+    gdc_launch_dependents()
+    near_part(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, length_ptr, None, table_ptr, rows_ptr, value_ptr,
+        head_ptr, acc_ptr, sum_ptr, near_k_ptr, None, near_v_ptr, None, None, near_table_ptr,
+        key_place_ptr, scale, softcap, 0, chunks, splits, recent, 1, 0, kept, kept_values,
+        stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+        0, stride_table, stride_t, stride_near_table, stride_nkb, stride_nkh, stride_nks,
+        stride_nvb, stride_nvh, stride_nvs, 0, 0, 0, 0, 0, 0, 0,
+        D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, NEAR, STEPS, NEAR_PAGE, SINKS, HAS_ROWS,
+        True, False, HAS_SOFTCAP, False,
+    )  # fmt: skip
+    gdc_wait()  # the merge waits for the end of this kernel alone, which so is that of both

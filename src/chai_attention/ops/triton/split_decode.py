@@ -22,6 +22,7 @@ from chai_attention.ops.triton.checks import by_line
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, padded
 from chai_attention.ops.triton.decode_parts import _parts
+from chai_attention.ops.triton.launch_hopper_decode import launch_parts
 from chai_attention.ops.triton.near_decode import near_block
 
 
@@ -158,6 +159,7 @@ def decode(
     early: bool,
     registers: int | None = None,
     merge_columns: int | None = None,
+    tensor_cores: bool = False,
 ) -> None:
     """Write ``out [B, H, Dv]`` for ``query [B, k or H, D]``; see `ops.reference.attention`.
 
@@ -189,6 +191,8 @@ def decode(
             later).
         registers: of a thread, at most; None for what the compiler takes.
         merge_columns: columns of V of a merging program; None for all.
+        tensor_cores: whether the Hopper kernel computes the parts, which `fits`; then of the seven
+            before, only ``splits``, ``early`` and ``merge_columns`` count.
     """
     batch, _, dim = query.shape
     value_dim = value.shape[3]
@@ -219,24 +223,34 @@ def decode(
     far_chunks = chunks.count - chunks.streaming
     near_programs = batch * chunks.count * members * own
     tables = chunks.query if every_head else chunks.slot, chunks.key, chunks.value, chunks.head
-    _parts[(near_programs + far_chunks * splits * batch,)](
-        query, key, value, lengths, valid, table, rows, *tables, acc, sums,
-        *window.tensors, key_place,
-        scale, softcap or 1.0, size, near_programs, chunks.count, chunks.streaming, splits,
-        *window.sizes, kept, kept_values,
-        query.stride(0), query.stride(1), *key_strides, *value_strides,
-        0 if valid is None else valid.stride(0), 0 if table is None else table.stride(0), stride_t,
-        window.stride_table, *window.strides,
-        D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=block, PAGE=page,
-        GROUP=heads // kv_heads, KV_HEADS=kv_heads, NEAR=near_keys,
-        STEPS=triton.cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
-        NEAR_PAGE=window.page, SINKS=window.sinks,
-        SINKS_P=triton.next_power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
-        HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
-        STAGES=stages, LINES=lines, EARLY=early, num_warps=warps, maxnreg=registers,
-    )  # fmt: skip
+    if tensor_cores:
+        assert table is not None
+        assert lengths is not None
+        assert not isinstance(near, NearRing)
+        launch_parts(
+            query, key, value, chunks, tables[0], acc, sums, splits=splits, scale=scale,
+            softcap=softcap, lengths=lengths, table=table, rows=rows, near=near,
+            key_place=key_place, kv_heads=kv_heads, every_head=heads,
+        )  # fmt: skip
+    else:
+        _parts[(near_programs + far_chunks * splits * batch,)](
+            query, key, value, lengths, valid, table, rows, *tables, acc, sums,
+            *window.tensors, key_place,
+            scale, softcap or 1.0, size, near_programs, chunks.count, chunks.streaming, splits,
+            *window.sizes, kept, kept_values,
+            query.stride(0), query.stride(1), *key_strides, *value_strides,
+            0 if valid is None else valid.stride(0), 0 if table is None else table.stride(0),
+            stride_t, window.stride_table, *window.strides,
+            D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=block, PAGE=page,
+            GROUP=heads // kv_heads, KV_HEADS=kv_heads, NEAR=near_keys,
+            STEPS=triton.cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
+            NEAR_PAGE=window.page, SINKS=window.sinks,
+            SINKS_P=triton.next_power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
+            HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
+            STAGES=stages, LINES=lines, EARLY=early, num_warps=warps, maxnreg=registers,
+        )  # fmt: skip
     columns = min(wide, merge_columns or wide)
     _merge[(chunks.count, members * (wide // columns), batch)](
         acc, sums, chunks.slot, chunks.head, rows, out, lse, offset,

@@ -1,0 +1,128 @@
+"""Launches the Hopper decode kernel over pages, and that of the nearest keys beside it."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.device import capability
+from chai_attention.ops.triton.hopper_decode import BLOCK, parts
+from chai_attention.ops.triton.near_decode import near_block, near_parts
+
+RESIDENT = 2  # programs on a processor: one reads while the other begins or ends
+RING_BYTES = 6 * 16384  # of tiles in a program's shared memory, of which a processor has 227 KiB
+# of a thread on average: two programs leave a third of a processor's registers to what runs beside
+# them, the near keys and the merge
+REGISTERS = 80
+DIMS = (128,)  # 64 is right too (see the tests), and was not timed
+NEAR_WARPS = 4
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> bool:
+    """Whether this kernel can run these pages: whole blocks of keys, 16 bits, aligned."""
+    if table is None or capability(query.device)[0] != 9:
+        return False
+    dim, page = query.shape[-1], key.shape[1]
+    aligned = all(
+        x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in (key, value)
+    )
+    return (
+        query.element_size() == key.element_size() == 2
+        and dim in DIMS
+        and key.shape[-1] == value.shape[-1] == dim
+        and page % BLOCK.value == 0
+        and aligned
+    )
+
+
+def launch_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunks: Chunks,
+    heads: Tensor,
+    acc: Tensor,
+    sums: Tensor,
+    *,
+    splits: int,
+    scale: float,
+    softcap: float | None,
+    lengths: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
+    near: NearPages | None,
+    key_place: Tensor | None,
+    kv_heads: int,
+    every_head: int,
+) -> None:
+    """Write partial sums of all chunks; arguments as of `split_decode.decode`.
+
+    Args:
+        query: ``[B, k or H, D]``.
+        key: pages ``[P, N, kept, D]``.
+        value: pages ``[P, N, kept values, D]``.
+        chunks: the work; some of it sees far keys.
+        heads: ``[rows, chunks]`` int32, the row of ``query`` of each chunk.
+        acc: ``[B, chunks, splits (+ 1 with near), M * D]`` float32, for sums of V.
+        sums: ``[B, chunks, splits (+ M with near), 2]`` float32, for maxima and weights.
+        splits: parts of the far keys.
+        scale: factor on the scores.
+        softcap: as in the reference.
+        lengths: ``[B]`` int32.
+        table: ``[B, max_pages]`` int32.
+        rows: ``[B]`` int32 or None.
+        near: exact recent window.
+        key_place: ``[rows, G]``, with near.
+        kv_heads: G.
+        every_head: H.
+    """
+    batch, _, dim = query.shape
+    members, page = chunks.head.shape[2], key.shape[1]
+    stride_t = 0 if chunks.slot.shape[0] == 1 else 1
+    parts[(batch * (chunks.count - chunks.streaming) * splits,)](
+        _tiles(key), _tiles(value), query, lengths, table, rows, heads, chunks.key, chunks.value,
+        acc, sums, scale, softcap or 1.0, chunks.count, chunks.streaming, splits,
+        0 if near is None else near.recent, query.stride(0), query.stride(1), table.stride(0),
+        stride_t,
+        D=dim, M=members, PAGE=page, SLOTS=RING_BYTES // (BLOCK.value * dim * 2),
+        SINKS=0 if near is None else near.sinks, HAS_ROWS=rows is not None,
+        HAS_NEAR=near is not None, HAS_SOFTCAP=softcap is not None, num_warps=4,
+        maxnreg=REGISTERS,
+    )  # fmt: skip
+    if near is not None:
+        near_table = by_line(near.block_table)
+        keys = near.recent + near.sinks
+        block = near_block(keys, padded(dim), NEAR_WARPS)
+        near_parts[(batch * chunks.count * members,)](
+            query, key, value, lengths, table, rows, chunks.value, chunks.head, acc, sums,
+            near.key, near.value, near_table, key_place,
+            scale, softcap or 1.0, chunks.count, splits, near.recent, key.shape[2], value.shape[2],
+            query.stride(0), query.stride(1), *_strides(key), *_strides(value),
+            table.stride(0), stride_t, near_table.stride(0), *_strides(near.key),
+            *_strides(near.value),
+            D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page, GROUP=every_head // kv_heads,
+            KV_HEADS=kv_heads, NEAR=block, STEPS=triton.cdiv(keys, block), NEAR_PAGE=near.page,
+            SINKS=near.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
+            num_warps=NEAR_WARPS, launch_pdl=True,
+        )  # fmt: skip
+
+
+def _strides(pages: Tensor) -> tuple[int, int, int]:
+    """Strides of page, head and token."""
+    return pages.stride(0), pages.stride(2), pages.stride(1)
+
+
+def _tiles(pages: Tensor) -> TensorDescriptor:
+    """Describe pages ``[P, N, heads, D]`` to the tensor memory accelerator, in tiles of a head."""
+    pages = pages.transpose(1, 2)
+    block = [1, 1, BLOCK.value, pages.shape[3]]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(pages, list(pages.shape), list(pages.stride()), block, layout)
