@@ -63,6 +63,11 @@ ATTENTION = [
     (config("near", 8, 8, 3, 64, recent=5, sinks=2, streaming=3, spare=True), TOKENS),
     (config("paged near", 8, 8, 2, 64, recent=5, sinks=2), TOKENS),
     (config("paged near", 9, 3, 2, 48, recent=20, sinks=4, streaming=4, near_page=48), 130),
+    (config("paged", 12, 12, 4, 128, page=64), 200),  # on Hopper, the kernel for it
+    (
+        config("paged near", 9, 9, 2, 128, recent=20, sinks=4, streaming=3, near_page=48, page=64),
+        200,
+    ),
     (config("paged prefill", 8, 8, 3, 64), TOKENS),
     (config("paged prefill", 9, 3, 4, 48, probe_end=5, page=32), TOKENS),
     (config("varlen", 8, 8, 3, 64, probe_end=5), TOKENS),

@@ -49,7 +49,7 @@ def config_of(number: int) -> Config:
         softcap=None if plain else draw.choice([None, None, 5.0]),
         padded=dense and not plain and draw.random() < 0.4,
         spare=kind == "near" or (dense and not plain and draw.random() < 0.5),
-        page=draw.choice([16, 32, 48]),
+        page=draw.choice([16, 32, 48, 64]),
         recent=draw.choice([1, 5, 32]) if "near" in kind else 0,
         sinks=draw.choice([0, 1, 4]),
         near_page=draw.choice([16, 48, 64]),
@@ -62,7 +62,7 @@ def _streaming_config(number: int) -> Config:
     kind = STREAMING_KINDS[number % len(STREAMING_KINDS)]
     heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (9, 3), (12, 4), (8, 1)])
     # as the kernel for Hopper takes it
-    hopper = kind in ("window", "varlen window") and draw.random() < 0.7
+    hopper = kind in ("window", "varlen window", "paged near") and draw.random() < 0.7
     dim = draw.choice([64, 128, 128]) if hopper else draw.choice([48, 64, 80, 96, 128, 256])
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (not hopper)
     if DEVICE == "cpu":
