@@ -18,6 +18,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ from chai_attention.benchmarking.model_checks import check_model
 from chai_attention.benchmarking.presets import PRESETS, cut_config
 from chai_attention.benchmarking.runners import make_runner
 from chai_attention.benchmarking.timing import machine
-from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.steps import Steps
+from chai_attention.calibration.statistics import GramStatistics, observe
+from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.placement import Placement
 from chai_attention.integrations.transformers.room import Work
@@ -48,6 +51,7 @@ from chai_attention.integrations.transformers.support import describe
 from large_models_kinds import KINDS, TINY, profile_of
 from large_models_table import table
 
+Told = Callable[[int, int], None]
 SPEED, EVIDENCE = "speed", "evidence"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = ("llama-33b", "opt-66b")
@@ -101,10 +105,14 @@ def build(name: str, options: argparse.Namespace) -> PreTrainedModel:
 
 
 def with_peaks(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``run`` returns, and the most bytes that each GPU held meanwhile."""
+    """What ``run`` returns, or why it failed, and the most bytes that each GPU held meanwhile."""
     release()
     reset_peak(DEVICE)
-    return run() | {"peak_bytes_of": peaks_of_gpus()}
+    try:
+        found = run()
+    except (ChaiError, torch.OutOfMemoryError) as error:
+        found = {"missing": str(error).splitlines()[0], "stopped": True}  # done anew next time
+    return found | {"peak_bytes_of": peaks_of_gpus()}
 
 
 def measure_speed(
@@ -129,37 +137,57 @@ def measure_evidence(
 ) -> dict[str, Any]:
     """Seconds of what `chai calibrate` learns from text: maps and offsets, then gradient costs.
 
-    A pass that runs out of time says how many windows it has done.
+    A pass that runs out of its half of the time says how many windows it has done.
     """
     shape = describe(model)
-    chosen = Settings(recall=0.0, save=0.2).resolve(shape)
-    recents = options.recent or chosen.recents(options.length)
+    chosen = Settings(save=0.2).resolve(shape)
+    nears = [
+        Near(recent, chosen.sinks) for recent in options.recent or chosen.recents(options.length)
+    ]
     windows = torch.randint(model.config.vocab_size, (options.windows, options.length))
-    store = EvidenceStore(model, windows, options.batch_size)
-    passes: dict[str, dict[str, Any]] = {}
-    begun = [time.perf_counter()]
+    grams = GramStatistics(shape.layers, shape.heads)
+    offsets = OffsetStatistics(shape.layers, shape.heads, nears)
+    middle = (time.perf_counter() + until) / 2
 
-    def told(what: str, done: int, total: int) -> None:
-        now, name = time.perf_counter(), what.partition(": ")[2]
-        found = passes.setdefault(name, {"of": total, "first_s": now - begun[0], "first": done})
-        found |= {"windows": done, "seconds": round(now - begun[0], 2)}
-        begun.append(now)
-        if done == total:
-            begun[0] = now
-        if now > until:
+    def maps(told: Told) -> None:
+        watchers = [grams.add, offsets.add]
+        observe(model, windows, watchers, batch_size=options.batch_size, progress=told)
+
+    def gradients(told: Told) -> None:
+        learned = [
+            replace(near, offsets=table) for near, table in zip(nears, offsets.offsets, strict=True)
+        ]
+        size = max(1, options.batch_size // 2)
+        collect_costs(model, windows, "gradient", nears=learned, batch_size=size, progress=told)
+
+    passes = {
+        "attention maps": timed(maps, middle),
+        "gradient costs": timed(gradients, until),
+    }
+    result = {"recents": [near.recent for near in nears], "length": options.length}
+    if any(found["windows"] < found["of"] for found in passes.values()):
+        result["stopped"] = True
+    return result | {"passes": passes}
+
+
+def timed(run: Callable[[Told], None], until: float) -> dict[str, Any]:
+    """Windows and seconds of a pass over text, which ends when it is late."""
+    begun, seen = time.perf_counter(), list[tuple[float, int, int]]()
+
+    def told(done: int, total: int) -> None:
+        seen.append((time.perf_counter() - begun, done, total))
+        if done < total and time.perf_counter() > until:
             raise OutOfTimeError
 
-    result: dict[str, Any] = {"recents": list(recents), "length": options.length, "passes": passes}
-    try:
-        store.get_all(chosen, recents, Steps(told, 2))
-    except OutOfTimeError:
-        result["stopped"] = True
-    for found in passes.values():
-        # without the first batches, which compile and allocate
-        later, seconds = found["windows"] - found.pop("first"), found["seconds"] - found["first_s"]
-        found["first_s"] = round(found["first_s"], 2)
-        found["window_s"] = round(seconds / later, 4) if later else None
-    return result
+    with suppress(OutOfTimeError):
+        run(told)
+    (first_s, first, _), (seconds, done, total) = seen[0], seen[-1]
+    # without the first batch, which compiles and allocates
+    window = round((seconds - first_s) / (done - first), 4) if done > first else None
+    return {
+        "windows": done, "of": total, "seconds": round(seconds, 2), "first_s": round(first_s, 2),
+        "window_s": window,
+    }  # fmt: skip
 
 
 def measure(name: str, options: argparse.Namespace, end: float) -> None:

@@ -40,10 +40,11 @@ def _speed(result: dict[str, Any]) -> str:
     if not rows:
         return ""
     about = result["about"]
+    steps = next((row["steps"] for row in rows.values() if "steps" in row), "not measured")
     lines = [
         f"### {_title(result)}: first token of {about['batch']} x {about['prompt']}, and the next",
         "",
-        f"{_hardware(result)}. Time per token: {next(iter(rows.values()))['steps']}.",
+        f"{_hardware(result)}. Time per token: {steps}.",
         "",
         "| attention | first token, ms | ideal | over unfused | over fused | per token, ms "
         "| ideal | over unfused | over fused | K,V saved | most memory, GB a device |",
@@ -92,7 +93,9 @@ def _evidence(found: Sequence[dict[str, Any]]) -> str:
             )
     if not rows:
         return ""
-    windows = next(result["evidence"]["recents"] for result in found if "evidence" in result)
+    windows = next(
+        result["evidence"]["recents"] for result in found if "recents" in result.get("evidence", {})
+    )
     return "\n".join([
         "### Evidence of calibration by gradients",
         "",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from chai_attention.benchmarking.static_runner import StaticRunner, moved
+from chai_attention.benchmarking.static_runner import StaticRunner, moved, step_mask
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import StaticClusteredCache
 from chai_attention.integrations.transformers.support import decoder_layers
@@ -124,12 +124,16 @@ class SplitStep:
             for place, layer in enumerate(run.layers)
         ]
         positions = torch.full_like(token, self._count)
+        mask = None  # of a clustered cache there is no padding
+        if not self._is_clustered:
+            mask = step_mask(self._model, positions, self._cache.layers[0].keys.shape[2])
         try:
             for layer, _, forward in replaced:
                 layer.forward = forward
             out: Any = self._model(
-                token, position_ids=positions, past_key_values=self._cache, use_cache=True
-            )
+                token, attention_mask=mask, position_ids=positions, past_key_values=self._cache,
+                use_cache=True,
+            )  # fmt: skip
         finally:
             for layer, before, _ in replaced:
                 del layer.forward

@@ -92,6 +92,23 @@ def moved(model: PreTrainedModel, cache: DynamicCache, most_tokens: int) -> Stat
     return static
 
 
+def step_mask(model: PreTrainedModel, positions: Tensor, capacity: int) -> Tensor:
+    """Mask of a token per sequence over a static cache, ``[B, 1, 1, capacity]``.
+
+    A model's own is made with numbers from the host, which a graph cannot hold.
+
+    Args:
+        model: with unfused attention, whose masks are added, or fused, with True for what is seen.
+        positions: ``[B, 1]`` of the tokens.
+        capacity: tokens that the cache has room for.
+    """
+    seen = torch.arange(capacity, device=positions.device) <= positions[:, None, :, None]
+    if model.config._attn_implementation != "eager":
+        return seen
+    hidden = torch.finfo(model.dtype).min
+    return torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, hidden)
+
+
 class _PlainStep:
     """A step of a model without clusters; captured at the first call where there is CUDA."""
 
@@ -143,8 +160,10 @@ class _PlainStep:
             layer.cumulative_length.fill_(self._count)
 
     def _forward(self) -> Tensor:
+        mask = step_mask(self._model, self._positions, self._cache.layers[0].keys.shape[2])
         out: Any = self._model(
-            self._ids, position_ids=self._positions, past_key_values=self._cache, use_cache=True
-        )
+            self._ids, attention_mask=mask, position_ids=self._positions,
+            past_key_values=self._cache, use_cache=True,
+        )  # fmt: skip
         logits: Tensor = out.logits
         return logits
