@@ -21,6 +21,8 @@ LEAST_REPLAYS, MOST_REPLAYS = 12, 100
 LEAST_REPEATS, MOST_REPEATS = 5, 50
 MOST_ROUNDS = 32
 SHORT_US = 2000.0  # a CUDA graph should take this long, so that its launch does not count
+LONG_US = 50_000.0  # of calls that take longer, fewer times tell as much
+LEAST_LONG = 4
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,20 @@ def _graph(calls: Sequence[Call], seconds: float) -> Timing:
             for call in calls:
                 call()
     times: list[float] = []
+    warm, least = replays(once)
     end = time.perf_counter() + seconds
-    while len(times) < WARM_REPLAYS + LEAST_REPLAYS or (
-        time.perf_counter() < end and len(times) < MOST_REPLAYS
-    ):
+    while len(times) < warm + least or (time.perf_counter() < end and len(times) < MOST_REPLAYS):
         times.append(_events([graph.replay]) / (rounds * len(calls)))
     graph.reset()
-    return summary(times[WARM_REPLAYS:])
+    return summary(times[warm:])
+
+
+def replays(us: float) -> tuple[int, int]:
+    """How often calls that take so many microseconds together run before they count, and at least.
+
+    Attention to 128k tokens takes a second by some kernels, and warms a GPU up at once.
+    """
+    return (WARM_REPLAYS, LEAST_REPLAYS) if us < LONG_US else (1, LEAST_LONG)
 
 
 def _events(calls: Sequence[Call]) -> float:

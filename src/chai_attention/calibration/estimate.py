@@ -25,6 +25,7 @@ from chai_attention.calibration.texts import SELF, self_text
 from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.enable import enabled
+from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import Progress, quiet
 
@@ -172,7 +173,7 @@ def _writing(model: PreTrainedModel, request: TextRequest, windows: int, length:
     """Seconds that the model needs to write its share of the windows."""
     weights = {source.name: source.weight for source in request.sources}
     share = windows * weights[SELF] / sum(weights.values())
-    rows = max(1, min(WRITTEN_AT_ONCE, round(share)))
+    rows = max(1, min(rows_at_once(WRITTEN_AT_ONCE, length), round(share)))
     tokens = min(WRITTEN, length)
     self_text(model, 1, 2, seed=request.seed)
     spent = _seconds(lambda: self_text(model, rows, tokens, seed=request.seed))

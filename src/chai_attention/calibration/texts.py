@@ -30,6 +30,7 @@ from chai_attention.calibration.token_text import TokenText
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.devices import input_device
+from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
 
 SELF = "self"
@@ -296,8 +297,9 @@ def self_text(
     windows = []
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
-        for first in range(0, samples, batch_size):
-            rows = min(batch_size, samples - first)
+        most = rows_at_once(batch_size, length)  # the cache of long texts is large
+        for first in range(0, samples, most):
+            rows = min(most, samples - first)
             prompt = torch.full((rows, 1), start, device=device)
             windows.append(
                 _written(

@@ -20,6 +20,11 @@ from chai_attention.integrations.lm_eval import NAME
 from chai_attention.integrations.lm_eval.cached import cached_logits, tokens_before_answers
 from chai_attention.integrations.transformers import enable
 from chai_attention.integrations.transformers.devices import input_device
+from chai_attention.integrations.transformers.logits import (
+    LOGITS,
+    rows_at_once,
+    token_losses,
+)
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -98,6 +103,22 @@ class ChaiLM(HFLM):
         """Score continuations that are tokens already: (log-likelihood, is it the greedy one)."""
         return self._loglikelihood_tokens(list(requests), disable_tqdm=True)
 
+    def score_ends(self, windows: Tensor, start: int) -> list[float]:
+        """Log-likelihood of the tokens of each window ``[N, S]`` from ``start`` on.
+
+        Windows may be as long as the model reads: batches and logits are bounded by tokens.
+        """
+        if self._method is not None and self._method.needs_cache:
+            requests = [((i,), row[:start], row[start:]) for i, row in enumerate(windows.tolist())]
+            return [value for value, _ in self.score_tokens(requests)]
+        self._done, self._total = 0, len(windows)
+        found: list[float] = []
+        for batch in windows.split(rows_at_once(int(self.batch_size), windows.shape[1])):
+            losses = token_losses(self.model, batch.to(input_device(self.model)))[:, start - 1 :]
+            found += (-losses.double().sum(1)).tolist()
+            self._advance(len(batch))
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: list[TokenRequest],
@@ -149,14 +170,21 @@ class ChaiLM(HFLM):
                 padded = [[*asked, *row, *[0] * (longest - len(row))] for row in batch]
                 logits = cached_logits(self.model, method, torch.tensor(padded), longest + 1)
                 for row, scores in zip(batch, logits, strict=True):
-                    scores = scores[: len(row) + 1]
-                    scores = F.log_softmax(scores, dim=-1, dtype=self.softmax_dtype)
                     for index in rows[row]:
-                        wanted = torch.tensor(requests[index][2], device=scores.device)
-                        found = scores.gather(1, wanted[:, None]).sum()
-                        answers[index] = float(found), bool((scores.argmax(1) == wanted).all())
+                        answers[index] = self._answer(scores[: len(row) + 1], requests[index][2])
                 self._advance(len(batch))
         return [answers[index] for index in range(len(requests))]
+
+    def _answer(self, logits: Tensor, continuation: list[int]) -> Answer:
+        """Score a continuation by its logits ``[A, vocabulary]``, some tokens at a time."""
+        wanted = torch.tensor(continuation, device=logits.device)
+        total, greedy = 0.0, True
+        step = max(1, LOGITS // logits.shape[1])
+        for scores, target in zip(logits.split(step), wanted.split(step), strict=True):
+            scores = F.log_softmax(scores, dim=-1, dtype=self.softmax_dtype)
+            total += float(scores.gather(1, target[:, None]).sum())
+            greedy = greedy and bool((scores.argmax(1) == target).all())
+        return total, greedy
 
     def _batches(
         self, context: tuple[int, ...], rows: list[tuple[int, ...]], method: Comparator

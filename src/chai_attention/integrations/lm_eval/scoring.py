@@ -76,10 +76,7 @@ def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
         windows: ``[N, S]`` int64 token ids, S of at least 4.
     """
     half = windows.shape[1] // 2
-    lm.lengths = {}
-    answers = lm.score_tokens(
-        [((index,), row[:half], row[half:]) for index, row in enumerate(windows.tolist())]
-    )
+    answers = lm.score_ends(windows, half)
     tokens = windows.shape[1] - half
     items = tuple(
         Item(
@@ -87,7 +84,7 @@ def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
             loglikelihoods=(_number(value, index),), acc=None, acc_norm=None,
             nll=-value / tokens, tokens=tokens,
         )
-        for index, (row, (value, _)) in enumerate(zip(windows, answers, strict=True))
+        for index, (row, value) in enumerate(zip(windows, answers, strict=True))
     )  # fmt: skip
     perplexity = float(np.exp(np.mean([item.nll for item in items])))
     return Scored(TEXT, items, {"perplexity": perplexity}, windows.shape[1])
