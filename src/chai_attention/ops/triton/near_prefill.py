@@ -69,7 +69,7 @@ def _near(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head, ROWS queries."""
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i64 = i.to(tl.int64)
     inside = i < queries

@@ -140,7 +140,7 @@ def _prefill_window(
     column = tl.arange(0, M * DVP)
     stop = past + tl.minimum(queries, (tile + 1) * ROWS) - recent
     if (tl.load(slot_ptr + line * chunks + chunk) >= 0) & (stop > SINKS):
-        query = tl.load(query_ptr + line * chunks + chunk)
+        query = tl.load(query_ptr + line * chunks + chunk).to(tl.int64)
         key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
         place = tl.load(value_ptr + lane + column // DVP).to(tl.int64)
         in_value = (place >= 0) & (column % DVP < DV)
@@ -183,7 +183,7 @@ def _prefill_window(
         lanes += (tl.load(head_ptr + lane + member) >= 0).to(tl.int32)
     stop = tl.minimum(length, past + (tile + 1) * ROWS)
     for member in range(0, lanes):
-        head = tl.load(head_ptr + lane + member)
+        head = tl.load(head_ptr + lane + member).to(tl.int64)
         q = tl.load(q_base + head * stride_qk, mask=q_mask, other=0.0)
         k_base, k_table, k_page, k_across, k_along = _home(
             head, key_place_ptr, line, kept_keys, k_ptr, near_k_ptr, table, near_table, begin,

@@ -176,7 +176,7 @@ def _prefill(
     d = tl.arange(0, DP)
     column = tl.arange(0, M * DVP)
     lane, dv = column // DVP, column % DVP
-    query = tl.load(query_ptr + line * chunks + chunk)
+    query = tl.load(query_ptr + line * chunks + chunk).to(tl.int64)
     key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
     place = tl.load(value_ptr + (line * chunks + chunk) * M + lane).to(tl.int64)
     head = tl.load(head_ptr + (line * chunks + chunk) * M + lane)

@@ -28,7 +28,7 @@ def _maps(
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Causal probabilities of one head, ``[W, W]``; zeros in the future."""
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, WP)
     at = i.to(tl.int64)[:, None]
     q_base = q_ptr + row * stride_qb + head * stride_qh + at * stride_qs
@@ -60,7 +60,7 @@ def _distances(
     rows, ``[W, W]``; rows of maps have the same sum, so V may be centred, which keeps its mean
     from drowning the difference.
     """
-    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, WP)
     base = v_ptr + row * stride_vb + (head // GROUP) * stride_vh
     base += i.to(tl.int64)[:, None] * stride_vs
