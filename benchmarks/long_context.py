@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,10 @@ def calibration(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
 
 
 def evaluation(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
-    """Perplexity, recall and redundancy in one window of the longest length."""
+    """Perplexity and recall in one window of the longest length, then the study of redundancy."""
     length = max(sizes.lengths)
     ids = windows(model, length)
     case = RecallCase(ids[0, :-8].cpu(), ids[0, -8:].cpu())
-    heads = model.config.num_attention_heads
-
-    def redundancy() -> None:
-        sums = HeadSums(range(model.config.num_hidden_layers), heads, default_lengths(length))
-        observe(model, ids, [sums], batch_size=1)
 
     def score() -> None:
         assert token_loss(model, ids, batch_size=1).finite
@@ -179,42 +175,48 @@ def evaluation(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
     def recall() -> None:
         recall_score(model, [case])
 
+    def redundancy() -> None:
+        shape = model.config
+        lengths = default_lengths(length)
+        sums = HeadSums(range(shape.num_hidden_layers), shape.num_attention_heads, lengths)
+        observe(model, ids, [sums], batch_size=1)
+
     about = {"part": "evaluation", "length": length}
-    report.measure({**about, "task": "perplexity", "heads": "full"}, score)
-    report.measure({**about, "task": "recall", "heads": "full"}, recall)
-    with enabled(model, sizes.profile):
-        token_loss(model, ids[:, :600], batch_size=1)  # compiles
-        report.measure({**about, "task": "perplexity", "heads": "clustered"}, score)
-        report.measure({**about, "task": "recall", "heads": "clustered"}, recall)
-    report.measure({**about, "task": "redundancy", "heads": "full"}, redundancy)
+    for heads in ("full", "clustered"):
+        with enabled(model, sizes.profile) if heads == "clustered" else nullcontext():
+            token_loss(model, ids[:, :600], batch_size=1)  # compiles
+            report.measure({**about, "heads": heads, "task": "perplexity"}, score)
+            report.measure({**about, "heads": heads, "task": "recall"}, recall)
+    report.measure({**about, "heads": "full", "task": "redundancy"}, redundancy)
 
 
 def kernels(sizes: Sizes, report: Report, device: str, seconds: float) -> None:
     """One layer's attention beside all baselines: dense, and decode over pages."""
     heads = sizes.shape.heads
-    for kinds, page in ((("decode", "prefill"), None), (("decode",), 64)):
+    for kind, page in (("decode", None), ("decode", 64), ("prefill", None)):
         if page is not None and device != "cuda":
             continue
-        cases = [f"{kind}:1x{tokens}" for kind in kinds for tokens in sizes.kernels]
-        request = AttentionRequest(
-            shape=sizes.shape,
-            cases=[parse_case(case) for case in cases],
-            clusters=(heads // 4,),
-            dtypes=[torch.bfloat16 if device == "cuda" else torch.float32],
-            device=device,
-            layout=Layout(page, *sizes.near),
-            seconds=seconds,
-            streaming=heads // 4,
-        )
-        found = report.measure(
-            {"part": "kernels", "cases": cases, "layout": str(request.layout)},
-            lambda request=request: bench_attention(request, quiet),
-        )
-        if found is not None:
-            report.add(f"attention, {request.layout}", found)
-            for row in (*found["baselines"], *found["results"]):
-                about = ("kind", "tokens", "baseline", "clusters", "us", "speedup", "missing")
-                print("   ", {key: row[key] for key in about if row.get(key) is not None})
+        for tokens in sizes.kernels:
+            case = f"{kind}:1x{tokens}"
+            request = AttentionRequest(
+                shape=sizes.shape,
+                cases=[parse_case(case)],
+                clusters=(heads // 4,),
+                dtypes=[torch.bfloat16 if device == "cuda" else torch.float32],
+                device=device,
+                layout=Layout(page, *sizes.near),
+                seconds=seconds,
+                streaming=heads // 4,
+            )
+            found = report.measure(
+                {"part": "kernels", "case": case, "layout": str(request.layout)},
+                lambda request=request: bench_attention(request, quiet),
+            )
+            if found is not None:
+                report.add(f"{case}, {request.layout}", found)
+                for row in (*found["baselines"], *found["results"]):
+                    about = ("baseline", "clusters", "us", "speedup", "missing")
+                    print("   ", {key: row[key] for key in about if row.get(key) is not None})
 
 
 def windows(model: PreTrainedModel, length: int) -> Tensor:
@@ -232,8 +234,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="so many layers only")
     parser.add_argument("--lengths", help="tokens of calibration windows: 8192,32768")
     parser.add_argument("--kernels", help="tokens of kernels' cases: 32768,131072")
-    parser.add_argument("--limit", type=float, default=105.0, help="seconds; what is left is named")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of each timing of a kernel")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds; what is left is named")
+    parser.add_argument("--seconds", type=float, default=0.02, help="of each timing of a kernel")
     parser.add_argument("--only", default="calibration,evaluation,kernels")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"

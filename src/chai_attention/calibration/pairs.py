@@ -23,8 +23,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-ROWS = 256  # queries whose maps exist at a time, at most
-SCORES = 1 << 27  # scores of all heads that do, at most: 512 MB
+from chai_attention.integrations.transformers.room import ROWS, SCORES
+
 ALIGNED = 16  # queries of a block are a multiple of this, where there are so many
 
 
@@ -47,22 +47,26 @@ class Band:
 
     Attributes:
         keys: which keys; ``n`` of them.
-        scores: ``[H, R, n]``, minus infinity for keys that are not of a query's band. They are
-            gone, their memory used, as soon as one of the properties is asked for.
+        scores: ``[H, R, n]``, without their scale, minus infinity for keys that are not of a
+            query's band. They are gone, their memory used, as soon as one of the properties is
+            asked for.
+        scale: factor on the scores, above 0.
     """
 
     keys: slice
     scores: Tensor
+    scale: float
 
     @cached_property
     def _top(self) -> Tensor:
-        top = self.scores.amax(-1, keepdim=True)
+        top = self.scores.amax(-1, keepdim=True).mul_(self.scale)
         return top.masked_fill_(top == -torch.inf, 0.0)
 
     @cached_property
     def weights(self) -> Tensor:
         """``[H, R, n]``, probabilities times `total`: zeros for queries without a key."""
-        return self.scores.sub_(self._top).exp_()
+        # the factor costs nothing here, and elsewhere as much as the exponential
+        return torch.add(-self._top, self.scores, alpha=self.scale, out=self.scores).exp_()
 
     @cached_property
     def _sum(self) -> Tensor:
@@ -115,8 +119,8 @@ class PairCosts:
 
 def maps_of(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Iterator[Maps]:
     """Causal maps of ``query [H, S, D]`` over ``key [G, S, D]``, some queries at a time."""
-    for rows, scores in _scores(query, key, scale, softcap):
-        made = [torch.softmax(scores, -1)]
+    for rows, scores, left in _scores(query, key, scale, softcap):
+        made = [torch.softmax(scores if left == 1 else scores.mul_(left), -1)]
         del scores
         yield Maps(rows, made.pop())  # nothing of a block is held while the next one is made
 
@@ -141,21 +145,23 @@ def bands_of(
     """
     bounds = [0, *recents, query.shape[1] + 1] if recents else []
     near = tuple(range(1 + bool(sinks), 1 + bool(sinks) + len(recents)))
-    for rows, scores in _scores(query, key, scale, softcap):
-        made = [Bands(rows, _cut(scores, rows, bounds, sinks), near)]
+    for rows, scores, left in _scores(query, key, scale, softcap):
+        made = [Bands(rows, _cut(scores, rows, bounds, sinks, left), near)]
         del scores
         yield made.pop()
 
 
-def _cut(scores: Tensor, rows: slice, bounds: Sequence[int], sinks: int) -> tuple[Band, ...]:
+def _cut(
+    scores: Tensor, rows: slice, bounds: Sequence[int], sinks: int, scale: float
+) -> tuple[Band, ...]:
     """Cut scores ``[H, R, S]`` at these distances; the last band is made in their memory."""
     seen = rows.stop
     if not bounds:
-        return (Band(slice(0, seen), scores),)
+        return (Band(slice(0, seen), scores, scale),)
     bands = []
     if sinks:
         first = slice(0, min(sinks, seen))
-        bands.append(Band(first, scores[..., first].clone()))
+        bands.append(Band(first, scores[..., first].clone(), scale))
     pairs = list(pairwise(bounds))
     for number, (low, high) in enumerate(pairs, start=1):
         # at least one key, which the mask hides where the band has none
@@ -171,7 +177,7 @@ def _cut(scores: Tensor, rows: slice, bounds: Sequence[int], sinks: int) -> tupl
             if ends.start < ends.stop:
                 hidden = _outside(rows, ends, low, high, sinks, scores.device)
                 part[..., ends.start - start : ends.stop - start].masked_fill_(hidden, -torch.inf)
-        bands.append(Band(keys, part))
+        bands.append(Band(keys, part, scale))
     return tuple(bands)
 
 
@@ -187,19 +193,25 @@ def _outside(
 
 def _scores(
     query: Tensor, key: Tensor, scale: float, softcap: float | None
-) -> Iterator[tuple[slice, Tensor]]:
-    """Queries, and their causal scores ``[H, R, S]`` up to the last of them, to be used up."""
+) -> Iterator[tuple[slice, Tensor, float]]:
+    """Queries, their causal scores ``[H, R, S]`` up to the last, and the factor they still lack.
+
+    The scores are the caller's to use up.
+    """
     key = factor(key)
-    for rows in _blocks(query.shape[0], query.shape[1]):
-        yield rows, _score_block(query[:, rows], key[:, : rows.stop], rows, scale, softcap)
+    # the last queries, which see the most keys, come first: what they leave is room for the others,
+    # where growing blocks would each take new memory
+    for rows in reversed(list(_blocks(query.shape[0], query.shape[1]))):
+        scores = [_score_block(query[:, rows], key[:, : rows.stop], rows, scale, softcap)]
+        yield rows, scores.pop(), scale if softcap is None else 1.0
 
 
 def _score_block(
     query: Tensor, key: Tensor, rows: slice, scale: float, softcap: float | None
 ) -> Tensor:
-    scores = products(query, key).mul_(scale)
+    scores = products(query, key)
     if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+        scores.mul_(scale / softcap).tanh_().mul_(softcap)
     count = rows.stop - rows.start
     later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
     scores[..., rows.start :].masked_fill_(later, -torch.inf)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-SCORES = 1 << 27  # of all heads that exist at a time, where attention is not fused: 512 MB
+from chai_attention.integrations.transformers.room import SCORES
 
 
 def plain_attention(
