@@ -244,26 +244,9 @@ def test_activations_that_are_recomputed_are_not_kept_until_then(monkeypatch):
             yield
 
     monkeypatch.setattr(costs, "capture", watched)
-    collect_costs(model, torch.randint(3, 97, (3, SIZE)), "gradient", batch_size=1, in_flight=2)
+    collect_costs(model, torch.randint(3, 97, (3, SIZE)), "gradient", batch_size=1)
     assert len(alive) == 3 * 3 * 2  # windows, layers, forwards
     assert most == 1
-
-
-@pytest.mark.parametrize("kind", ["value", "gradient"])
-@pytest.mark.parametrize("keep", [0, 1e9])
-def test_batches_in_flight_change_no_bit(kind, keep, monkeypatch):
-    """As on several devices, where a batch begins before the one before it has ended."""
-    monkeypatch.setattr(backward, "KEEP_BYTES", keep)
-    model, ids = tiny_model("llama-grouped"), torch.randint(3, 97, (7, SIZE))
-    found, seen = [], []
-    for flight in (None, 1, 2, 3, 9):
-        options = {"nears": [Near(4, 2), Near(8, 2)], "batch_size": 2, "in_flight": flight}
-        found.append(collect_costs(model, ids, kind, progress=lambda *x: seen.append(x), **options))
-    for other in found[1:]:
-        for one, two in zip(found[0], other, strict=True):
-            assert torch.equal(one.sharing, two.sharing)
-            assert torch.equal(one.streaming, two.streaming)
-    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)] * 5
 
 
 @pytest.mark.parametrize("keep", [0, 1e9])

@@ -81,21 +81,6 @@ def test_statistics_add_up_over_text():
     torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
 
 
-def test_batches_in_flight_change_no_bit():
-    """As on several devices, where a batch begins before the one before it has ended."""
-    model, windows, found, seen = tiny_model("llama"), some_windows(7), [], []
-    for flight in (1, 2, 9):
-        statistics = GramStatistics(3, 6)
-        observe(
-            model, windows, [statistics.add], batch_size=2, in_flight=flight,
-            progress=lambda *told: seen.append(told),
-        )  # fmt: skip
-        found.append(statistics.grams)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert seen == [(2, 7), (4, 7), (6, 7), (7, 7)] * 3
-
-
 def test_a_model_in_training_is_measured_without_dropout_and_stays_in_training():
     model = tiny_model("gpt2").train()
     first = collect_grams(model, some_windows(), 3, 6, batch_size=2)

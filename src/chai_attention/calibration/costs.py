@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from chai_attention.calibration.pairs import (
 )
 from chai_attention.calibration.statistics import Later
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
-from chai_attention.integrations.transformers.devices import devices_of, input_device
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
@@ -89,7 +88,6 @@ def collect_costs(
     sums: Tensor | None = None,
     start: int = 0,
     progress: Progress | None = None,
-    in_flight: int | None = None,
 ) -> list[Costs]:
     """Mean costs per token, for any number of exact recent windows from one run of the model.
 
@@ -112,7 +110,6 @@ def collect_costs(
             ``start`` windows, to be added to in place; None for zeros.
         start: windows that ``sums`` holds already.
         progress: called with (windows done, windows in all) after every batch.
-        in_flight: batches that are under way at a time; None for one per device of the model.
 
     Returns:
         Costs for each of ``nears``, in their order.
@@ -133,9 +130,17 @@ def collect_costs(
     total = empty_sums(len(nears), shape.layers, shape.heads) if sums is None else sums
     roots = {} if differentiate else _output_roots(model)
 
-    def add(call: AttentionCall, gradient: Tensor | None, batch: _Batch) -> None:
+    tables: dict[int, list[Tensor]] = {}  # offsets of a layer, where it is
+    costs: list[tuple[int, Tensor]] = []  # of a batch's layers, each where it is
+    first = start  # window of text at the beginning of the batch in the model
+
+    def add(call: AttentionCall, gradient: Tensor | None) -> None:
         group, device = call.query.shape[1] // call.value.shape[1], call.query.device
-        offsets = [_offset(nears[place], call.layer, shape.heads, device) for place in places]
+        if call.layer not in tables:
+            tables[call.layer] = [
+                _offset(nears[place], call.layer, shape.heads, device) for place in places
+            ]
+        offsets = tables[call.layer][: len(recents)]
         cost = torch.zeros(*total.shape[::2], total.shape[3], device=device, dtype=total.dtype)
         for row in range(call.query.shape[0]):
             value = call.value[row]  # [G, S, Dv]
@@ -148,23 +153,23 @@ def collect_costs(
                 call.query[row], call.key[row], call.scale, call.softcap, recents, sinks
             ):
                 if gradient is None:
-                    found = value_costs(bands, value, offsets[: len(recents)])
+                    found = value_costs(bands, value, offsets)
                 else:
                     slope = gradient[row, bands.rows].transpose(0, 1)  # [H, R, Dv]
-                    found = gradient_costs(bands, value, slope, offsets[: len(recents)])
+                    found = gradient_costs(bands, value, slope, offsets)
                 del bands  # its memory serves the next ones
-                for place, costs in zip(places, found, strict=True):
-                    _add(cost[place], costs, weights[batch.first + row])
-        batch.costs.append((call.layer, cost))
+                for place, each in zip(places, found, strict=True):
+                    _add(cost[place], each, weights[first + row])
+        costs.append((call.layer, cost))
 
     reached: set[int] = set()
     recomputed: dict[int, AttentionCall] = {}  # of the layer that is differentiated
 
     def watch(call: AttentionCall, out: Tensor) -> None:
-        layer, batch = call.layer, begun
+        layer = call.layer
         if not differentiate:
             with torch.autocast(out.device.type, enabled=False):
-                add(call, None, batch)
+                add(call, None)
             return
         if again.under_way:
             recomputed[layer] = call
@@ -175,55 +180,31 @@ def collect_costs(
         def arrived(gradient: Tensor) -> None:
             reached.add(layer)
             with torch.autocast(gradient.device.type, enabled=False):
-                add(recomputed.pop(layer) if kept is None else kept, gradient, batch)
+                add(recomputed.pop(layer) if kept is None else kept, gradient)
 
         if out.requires_grad:
             out.register_hook(arrived)
 
-    def settle(batch: _Batch) -> None:
-        """Add a batch's costs on the host, which waits for them."""
-        for layer, cost in batch.costs:
-            total[:, layer] += cost.cpu()
-        if progress is not None:
-            progress(batch.end, len(windows))
-
-    def differentiate_next() -> None:
-        batch = forwarded.popleft()
-        assert batch.loss is not None
-        batch.loss.backward()
-        batch.loss = None
-        require_all(reached, shape.layers)
-        finished.append(batch)
-
     if differentiate:
         require_gradients(model)
     again, device = Recomputation(), input_device(model)
-    # with a model on several devices, a batch runs on one while the next does on another
-    flight = len(devices_of(model)) if in_flight is None else in_flight
-    forwarded: deque[_Batch] = deque()
-    finished: deque[_Batch] = deque()
     batch_size = rows_at_once(batch_size, windows.shape[1])
     tokens = batch_size * windows.shape[1]
     gradients = gradients_of_activations(model, tokens, again) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
         for first in range(start, len(windows), batch_size):
-            begun = _Batch(first, min(first + batch_size, len(windows)))
-            rows = slice(first, begun.end)
+            rows = slice(first, first + batch_size)
             batch = windows[rows].to(device)
             if differentiate:
-                begun.loss = summed_loss(model, batch, None if counted is None else counted[rows])
-                forwarded.append(begun)
-                if len(forwarded) >= flight:
-                    differentiate_next()
+                summed_loss(model, batch, None if counted is None else counted[rows]).backward()
+                require_all(reached, shape.layers)
             else:
                 model.base_model(batch, use_cache=False)
-                finished.append(begun)
-            if len(finished) >= flight:
-                settle(finished.popleft())
-        while forwarded:
-            differentiate_next()
-        while finished:
-            settle(finished.popleft())
+            for layer, cost in costs:  # devices have not waited for the host so far
+                total[:, layer] += cost.cpu()
+            costs.clear()
+            if progress is not None:
+                progress(min(first + batch_size, len(windows)), len(windows))
     if not total.isfinite().all():
         raise not_finite(model, f"a {kind} cost")
     mean = total / windows.numel()
@@ -232,23 +213,6 @@ def collect_costs(
         Costs(table[..., :-1].clone(), table[..., -1].clone() if near.recent else None)
         for table, near in zip(mean, nears, strict=True)
     ]
-
-
-@dataclass
-class _Batch:
-    """Windows of text under way.
-
-    Attributes:
-        first: of them.
-        end: of them, exclusive.
-        loss: of all of them, until its gradients have been computed.
-        costs: layer, and ``[len(nears), H, H + 1]`` where it is.
-    """
-
-    first: int
-    end: int
-    loss: Tensor | None = None
-    costs: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 def empty_sums(nears: int, layers: int, heads: int) -> Tensor:

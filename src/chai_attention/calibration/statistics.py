@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import maps_of
 from chai_attention.integrations.transformers.capture import AttentionCall, capture
-from chai_attention.integrations.transformers.devices import devices_of, input_device
+from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
 
@@ -54,17 +53,16 @@ def observe(
     batch_size: int,
     start: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    in_flight: int | None = None,
 ) -> None:
     """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
     The first ``start`` windows are left out: they were shown before. ``progress`` is called with
     (sequences done, sequences in all) after every batch, of ``batch_size`` windows or, where they
     are long, fewer. What watchers compute, they compute in the dtypes they choose, whatever
-    ``torch.autocast`` is in force. What they return is called before that progress is told: the
-    place to wait for a device. So as many batches are ``in_flight`` as the model has devices
-    (None), and these work side by side.
+    ``torch.autocast`` is in force. What they return is called behind the batch: there the host
+    waits for the layers' devices, not for each layer.
     """
+    left: list[Later] = []
 
     def show(call: AttentionCall, out: Tensor) -> None:
         with torch.autocast(call.query.device.type, enabled=False):
@@ -74,29 +72,18 @@ def observe(
 
     decoder = model.base_model  # the vocabulary's logits are not needed
     device = input_device(model)
-    flight = len(devices_of(model)) if in_flight is None else in_flight
-    batches: deque[tuple[int, list[Later]]] = deque()
-
-    def settle() -> None:
-        done, rest = batches.popleft()
-        for later in rest:
-            later()
-        if progress is not None:
-            progress(done, windows.shape[0])
-
     with evaluating(model), capture(model, show):
         done = start
         for batch in windows[start:].split(rows_at_once(batch_size, windows.shape[1])):
             if not len(batch):  # all were shown before
                 break
-            left: list[Later] = []
             decoder(batch.to(device), use_cache=False)
             done += batch.shape[0]
-            batches.append((done, left))
-            if len(batches) >= flight:
-                settle()
-        while batches:
-            settle()
+            for later in left:
+                later()
+            left.clear()
+            if progress is not None:
+                progress(done, windows.shape[0])
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:
