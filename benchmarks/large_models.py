@@ -99,7 +99,8 @@ def build(name: str, options: argparse.Namespace) -> PreTrainedModel:
     if options.layers is not None:
         config = cut_config(config, options.layers)
     dtype = torch.float32 if options.tiny and DEVICE == "cpu" else torch.bfloat16
-    work = Work(options.batch_size // 2 * options.length, gradients=True, length=options.length)
+    # of the first token; evidence has more room where there are several devices
+    work = Work(options.batch * options.prompt, length=options.prompt)
     placement = Placement(options.map)
     return random_model(config, dtype, DEVICE, 0, placement, work.bytes(config, dtype))
 
@@ -204,7 +205,11 @@ def measure(name: str, options: argparse.Namespace, end: float) -> None:
     if all(results.has(part) for part in wanted):
         return
     start = time.perf_counter()
-    model = build(name, options)
+    try:
+        model = build(name, options)
+    except ChaiError as error:
+        results.add("machine", {**machine(DEVICE), "missing": str(error)})
+        return
     for index in range(torch.cuda.device_count()):
         torch.cuda.synchronize(index)
     results.add("machine", {

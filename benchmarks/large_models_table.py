@@ -13,8 +13,13 @@ PAPER = "1.73x"  # CHAI's gain in time to first token at 2,048 tokens, over unfu
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Markdown: hardware, times of all kinds of attention, and the cost of evidence."""
-    parts = [_speed(result) for result in found] + [_evidence(found)]
+    parts = [_missing(result) for result in found if "missing" in result.get("machine", {})]
+    parts += [*(_speed(result) for result in found), _evidence(found)]
     return "\n".join(part for part in parts if part)
+
+
+def _missing(result: dict[str, Any]) -> str:
+    return f"{_title(result)}: {result['machine']['missing']}.\n"
 
 
 def _hardware(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import large_models
 from chai_attention.benchmarking import ceilings, runners
 from chai_attention.benchmarking.presets import PRESETS
+from chai_attention.errors import LoadError
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from large_models_kinds import KINDS, default_like, profile_of, published_like
@@ -74,6 +75,36 @@ def test_a_part_that_ran_out_of_time_says_how_far_it_came_and_is_done_anew(tmp_p
 def test_without_time_no_part_begins(tmp_path):
     found = run(tmp_path, "--model", "opt-66b", "--total", "0")["opt-66b"]
     assert [part for part in found if part.startswith(("speed", "evidence"))] == []
+
+
+def test_a_model_that_does_not_fit_is_named_and_the_other_measured(tmp_path, monkeypatch):
+    build = large_models.build
+
+    def full(name, options):
+        if name == "llama-33b":
+            raise LoadError("it does not fit")
+        return build(name, options)
+
+    monkeypatch.setattr(large_models, "build", full)
+    found = run(tmp_path, "--part", "evidence")
+    assert "evidence" not in found["llama-33b"]
+    assert found["opt-66b"]["evidence"]["passes"]["gradient costs"]["windows"] == 6
+    text = (tmp_path / "large-models.md").read_text()
+    assert "llama-33b, tiny: it does not fit." in text
+
+
+def test_a_part_that_fails_says_why_and_the_next_begins(tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("no memory\nof several lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(large_models, "measure_speed", full)
+        found = run(tmp_path, "--model", "opt-66b")["opt-66b"]
+    assert found["speed fused"]["missing"] == "no memory"
+    assert "passes" in found["evidence"]
+    assert "| fused | no memory |" in (tmp_path / "large-models.md").read_text()
+    again = run(tmp_path, "--model", "opt-66b", "--part", "speed")["opt-66b"]
+    assert "tpot_us" in again["speed fused"]
 
 
 @pytest.mark.parametrize("name", large_models.MODELS)
