@@ -9,12 +9,28 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
 from chai_attention.membership import Membership
 
 logger = logging.getLogger("chai_attention")
+
+
+class Windows(NamedTuple):
+    """Probe windows among packed tokens.
+
+    Attributes:
+        tokens: ``[B, W]`` int64, each window's.
+        real: ``[B]`` int32, how many of them there are; behind them stands any token.
+        heads: ``[n]`` int64, the query heads to cluster; None for all. With grouped queries they
+            are whole K/V heads'.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    heads: Tensor | None = None
 
 
 def fused_membership(
@@ -85,6 +101,55 @@ def fused_medoids(
     found: Membership = kernels.medoids_of_window(
         query, key, clusters, value=value, static=static, choices=choices,
         whole_groups=whole_groups, tie=tie, scale=scale, softcap=softcap,
+    )  # fmt: skip
+    return found
+
+
+def fused_representatives(
+    query: Tensor,
+    key: Tensor,
+    clusters: int,
+    windows: Windows,
+    *,
+    value: Tensor | None = None,
+    static: Tensor | None = None,
+    choices: Tensor | None = None,
+    whole_groups: bool = False,
+    by_means: bool = False,
+    tie: float,
+    scale: float,
+    softcap: float | None,
+) -> Tensor | None:
+    """Cluster heads in windows among packed tokens, in two or three launches for all of them.
+
+    Args:
+        query: ``[T, H, D]``.
+        key: ``[T, G, D]``.
+        clusters: k, of the heads that are clustered.
+        windows: where.
+        value: ``[B, G', W, Dv]`` of the windows and of the clustered heads' K/V heads, as
+            `fused_medoids` takes it, as are the next three.
+        static: ``[n, n]`` float32.
+        choices: ``[N, units]`` bool.
+        whole_groups: choose K/V heads.
+        by_means: by k-means over maps, as `fused_membership`.
+        tie: as in both.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        ``[B, n]`` int64, whom each of the clustered heads follows, by their numbers among
+        themselves; None where there is no kernel.
+    """
+    if query.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from chai_attention.ops.triton import online
+
+    if not online.takes(query, key, windows, value):
+        return None
+    found: Tensor = online.representatives(
+        query, key, clusters, windows, value=value, static=static, choices=choices,
+        whole_groups=whole_groups, by_means=by_means, tie=tie, scale=scale, softcap=softcap,
     )  # fmt: skip
     return found
 

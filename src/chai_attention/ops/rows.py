@@ -3,10 +3,89 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from chai_attention.membership import Membership
+from chai_attention.membership import Membership, table_of
+from chai_attention.ops.windowed import head_offsets
+
+if TYPE_CHECKING:
+    from chai_attention.ops.triton.rows import TableList
+
+
+class MembershipRows:
+    """A membership of many rows that change one by one, with all that was made of it.
+
+    Args:
+        membership: of R rows, on the device of its kernels and made there, so that nothing counts
+            on who is in which cluster.
+        offsets: ``[H, H]`` float32 of `windowed.head_offsets`, None for zeros.
+        has_window: whether heads have an exact window, and so offsets.
+        clustered: the heads that representatives are given of; None for all. The others follow
+            themselves.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        offsets: Tensor | None = None,
+        has_window: bool = False,
+        clustered: tuple[int, ...] | None = None,
+    ):
+        self.membership = membership
+        self.offset = head_offsets(offsets, membership) if has_window else None  # [R, H]
+        self._offsets = offsets
+        self._clustered = clustered
+        self._part: tuple[Tensor, Tensor] | None = None
+        if clustered is not None:
+            heads, device = range(membership.heads), membership.representatives.device
+            inside = tuple(clustered.index(h) if h in clustered else -1 for h in heads)
+            self._part = table_of(inside, device), table_of(clustered, device)
+        self._tables: TableList | None = None
+        self._listed: tuple[int, ...] | None = None  # how many tables there were then
+
+    def put(self, rows: Tensor, representatives: Tensor) -> None:
+        """Set some rows, and everything that was made of them, where it lies in memory.
+
+        Nothing is read on the host, and on CUDA it is one launch.
+
+        Args:
+            rows: ``[n]`` integer, the rows that change.
+            representatives: ``[n or 1, heads]`` int64, whom each of the heads follows, by their
+                numbers among themselves.
+        """
+        member = self.membership
+        if member.representatives.is_cuda and find_spec("triton") is not None:
+            from chai_attention.ops.triton import rows as kernels
+
+            far = vars(member).get("far")
+            made = len(vars(member)), len(member.derived), 0 if far is None else len(vars(far))
+            if made != self._listed:
+                self._tables = kernels.list_tables(member, self.offset, self._offsets)
+                self._listed = made
+            if self._tables is not None:
+                vars(member).pop("host_rows", None)
+                kernels.put_rows(member, self._tables, rows, representatives, self._part)
+                return
+        new = Membership.from_representatives(
+            self._of_all(representatives).expand(rows.shape[0], member.heads),
+            member.clusters, member.kv_heads, member.kept_keys, member.streaming,
+        )  # fmt: skip
+        update_rows(member, rows.long(), new)
+        # what does not depend on who is in which cluster stays
+        if self.offset is not None and self._offsets is not None:
+            self.offset[rows.long()] = head_offsets(self._offsets, new)
+
+    def _of_all(self, representatives: Tensor) -> Tensor:
+        """``[n, H]`` by the heads' own numbers."""
+        if self._part is None:
+            return representatives
+        inside, outside = self._part
+        followed = outside[representatives[:, inside.clamp_min(0)]]
+        return torch.where(inside < 0, torch.arange(len(inside), device=inside.device), followed)
 
 
 def update_rows(membership: Membership, rows: Tensor, new: Membership) -> None:

@@ -311,8 +311,11 @@ def test_draft_tokens_of_n_grams(kind, together, engine, tiny) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "together"),
-    [("static", True), ("online", False), ("static window", False), ("online window", True)],
-)
+    [
+        ("static", True), ("online", False), ("static window", False), ("static window", True),
+        ("streaming", True), ("online window", True),
+    ],
+)  # fmt: skip
 def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
     profile = PROFILES[kind]
     found = engine(

@@ -131,6 +131,10 @@ def test_capacity_of_the_default_recipe_grows_with_the_context(context: int, gai
     assert found.token_bytes == (524_288, 524_288 * 28 // 64)
     assert found.window_bytes == 132 * 524_288 * 36 // 64
     # nothing is taken for requests that do not run
+    # prompts with a window read 8-bit pages as they are
+    assert estimate(
+        describe(LLAMA_7B), windowed(128), cache_element_size=1, **options
+    ).budget.copies == 0  # fmt: skip
     more = estimate(describe(LLAMA_7B), windowed(128), requests=1024, **options)
     fewer = found.clustered.blocks - more.clustered.blocks
     assert fewer * found.clustered.per.block_bytes == pytest.approx(768 * 32000 * 8, abs=2e7)

@@ -57,7 +57,7 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     prefill.natural_chunks(member, prompts)
     if window:
         prefill.natural_chunks(member, 2)
-    made = [*vars(member).values(), *vars(member.far or member).values(), pages._offset]
+    made = [*vars(member).values(), *vars(member.far or member).values(), pages._rows.offset]
     for held in member.derived.values():
         made += [getattr(held, field.name) for field in fields(held)]
     tables = [one for one in made if isinstance(one, Tensor) and one.ndim > 1]  # with a row a page

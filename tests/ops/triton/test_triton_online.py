@@ -6,7 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.clustering.kmeans import TIE, kmeans
+from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
+from chai_attention.ops.online import Windows
 from chai_attention.ops.probe import window_gram
 from chai_attention.ops.triton import online
 from chai_attention.ops.triton.chunks import chunks_of
@@ -49,3 +51,38 @@ def test_list_of_used_chunks(heads, clusters, batch):
     idle = chunks.slot.flatten() < 0
     assert work.tolist() == idle.int().sort(stable=True).indices.tolist()
     assert count.tolist() == [int((~idle).sum())]
+
+
+@pytest.mark.parametrize("kind", ["means", "medoids", "value", "groups"])
+@pytest.mark.parametrize("streaming", [(), (1, 6)])
+def test_windows_among_packed_tokens(kind, streaming):
+    """Nothing is gathered, whatever the windows hold: the answer is that for each by itself."""
+    heads, groups, window, dim = 8, 4 if kind == "groups" else 8, 6, 32
+    streaming = (2, 3) if streaming and kind == "groups" else streaming
+    table = tuple(map(tuple, torch.rand(heads, heads).tolist()))
+    plan = LayerPlan(
+        0, heads, groups, 4, window, "k-bytes" if kind == "groups" else "scores",
+        features="value" if kind == "value" else "scores", blend=0.5,
+        costs=None if kind == "means" else table, recent=4 if streaming else 0, streaming=streaming,
+    )  # fmt: skip
+    query, key, value = (2 * torch.randn(40, n, dim) for n in (heads, groups, groups))
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8], [20, 21, 22, 22, 22, 22], [30, 31, 32, 33, 34, 34]])
+    count = torch.tensor([6, 3, 5], dtype=torch.int32)
+    arguments = (query, key, value, tokens, count, 0.3, None)
+    want = plan.packed_representatives(*arguments)  # in PyTorch
+    assert want.shape == (3, heads - len(streaming))
+    for row in range(3):
+        one = tokens[row : row + 1], count[row : row + 1]
+        assert torch.equal(
+            plan.packed_representatives(*arguments[:3], *one, 0.3, None)[0], want[row]
+        )
+    far = plan._far if streaming else plan
+    on_device = [x.to(DEVICE) for x in (query, key, tokens, count)]
+    chosen = torch.tensor(plan.clustered, device=DEVICE) if streaming else None
+    values = plan._far_values(value[tokens].transpose(1, 2)).to(DEVICE) if kind == "value" else None
+    got = online.representatives(
+        on_device[0], on_device[1], 4, Windows(*on_device[2:], chosen), value=values,
+        by_means=kind == "means", scale=0.3, softcap=None,
+        **far._medoids(torch.device(DEVICE)),
+    )  # fmt: skip
+    assert torch.equal(got.cpu(), want)

@@ -17,7 +17,12 @@ from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership, table_of
 from chai_attention.ops import window_gram, window_output_distances
-from chai_attention.ops.online import fused_medoids, fused_membership
+from chai_attention.ops.online import (
+    Windows,
+    fused_medoids,
+    fused_membership,
+    fused_representatives,
+)
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
 
 
@@ -143,6 +148,51 @@ class LayerPlan:
         kept = None if self.target == SCORES else self.clusters * self.kv_heads // self.heads
         return Membership.from_representatives(rep, self.clusters, self.kv_heads, kept)
 
+    @property
+    def clustered(self) -> tuple[int, ...] | None:
+        """Heads that an online membership is found for; None for all."""
+        return tuple(self._far_heads) if self.streaming else None
+
+    def packed_representatives(
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, count: Tensor,
+        scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Cluster heads of sequences whose probe windows are among packed tokens.
+
+        Args:
+            query: ``[T, H, D]``.
+            key: ``[T, G, D]``.
+            value: ``[T, G, Dv]``.
+            tokens: ``[B, W]`` int64, each window's tokens.
+            count: ``[B]`` int32, how many of them are real; behind them stand any.
+            scale: factor on the scores.
+            softcap: as in `ops.reference.attention`.
+
+        Returns:
+            ``[B, n]`` int64, whom each of the `clustered` heads follows, by their numbers among
+            themselves.
+
+        Raises:
+            UnsupportedModelError: NaN or infinity in the window (found on the CPU).
+        """
+        far = self._far if self.streaming else self
+        by_value = far.costs is not None and far.features == "value"
+        heads = table_of(tuple(self._far_heads), query.device) if self.streaming else None
+        found = fused_representatives(
+            query, key, far.clusters, Windows(tokens, count, heads), scale=scale, softcap=softcap,
+            value=self._far_values(value[tokens].transpose(1, 2)) if by_value else None,
+            by_means=far.costs is None and far.target == SCORES, **far._medoids(query.device),
+        )  # fmt: skip
+        if found is not None:
+            return found
+        # without scores all heads' maps are alike, which moves no head from another
+        real = torch.arange(tokens.shape[1], device=count.device) < count[:, None]
+        q, k, v = (x[tokens].transpose(1, 2) for x in (query, key, value))
+        q = q.masked_fill(~real[:, None, :, None], 0.0)
+        if self.streaming:
+            q, k, v = self._far_states(q, k, v)
+        return far.online_membership(q, k, v, scale, softcap).representatives
+
     @cached_property
     def _far_heads(self) -> list[int]:
         """Heads that do not stream; with grouped queries K/V heads stream whole."""
@@ -162,11 +212,16 @@ class LayerPlan:
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V of the heads that do not stream."""
-        group = self.heads // self.kv_heads
         heads = table_of(tuple(self._far_heads), query.device)
+        return query[:, heads], self._far_values(key), self._far_values(value)
+
+    def _far_values(self, states: Tensor) -> Tensor:
+        """K or V ``[B, G, W, D]`` of the heads that do not stream."""
+        if not self.streaming:
+            return states
+        group = self.heads // self.kv_heads
         groups = tuple(dict.fromkeys(head // group for head in self._far_heads))
-        key_heads = table_of(groups, query.device)
-        return query[:, heads], key[:, key_heads], value[:, key_heads]
+        return states[:, table_of(groups, states.device)]
 
     def _require_finite(self, found: Tensor) -> None:
         """Refuse to cluster what is no number; a GPU's answer would have to be waited for."""
@@ -183,19 +238,21 @@ class LayerPlan:
         """`online_membership` by the GPU's kernels; None where there are none."""
         if self.costs is None and self.target == SCORES:
             return fused_membership(query, key, self.clusters, tie=TIE, **options)
-        blended = self.costs is not None
-        units = self.heads if self.target == SCORES else self.kv_heads
+        by_value = self.costs is not None and self.features == "value"
         return fused_medoids(
-            query,
-            key,
-            self.clusters,
-            value=value if blended and self.features == "value" else None,
-            static=self._weighted_costs(query.device) if blended else None,
-            choices=choices(units, self.clusters * units // self.heads),
-            whole_groups=self.target == K_BYTES,
-            tie=TIE,
-            **options,
-        )
+            query, key, self.clusters, value=value if by_value else None,
+            **self._medoids(query.device), **options,
+        )  # fmt: skip
+
+    def _medoids(self, device: torch.device) -> dict[str, Any]:
+        """How kernels search for medoids; k-means takes the margin of ties alone."""
+        units = self.heads if self.target == SCORES else self.kv_heads
+        return {
+            "static": None if self.costs is None else self._weighted_costs(device),
+            "choices": choices(units, self.clusters * units // self.heads),
+            "whole_groups": self.target == K_BYTES,
+            "tie": TIE,
+        }
 
     def _weighted_costs(self, device: torch.device) -> Tensor:
         """``[H, H]`` static costs as they are added to those of the window."""

@@ -162,7 +162,7 @@ class StepAttention:
             return
         near = self.near_pages(pages, part.near_table, part.block_table)
         far, table = (pages.key, pages.value), part.block_table
-        if pages.key.dtype == FLOAT8 and self.copies is not None and near is None:
+        if pages.key.dtype == FLOAT8 and self.copies is not None:
             used, places = step.prefill_pages(pages.key.shape[1])
             copied = self.copies.of(far, used)
             if copied is not None:

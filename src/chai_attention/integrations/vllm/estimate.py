@@ -106,7 +106,7 @@ class Budget:
         total: all that vLLM may use.
         weights: the model's, of one rank.
         activations: of the largest batch, roughly.
-        copies: of 8-bit pages, for prompts.
+        copies: of 8-bit pages, for prompts of layers without an exact window.
         tables: of online memberships, a row for each block.
     """
 
@@ -230,7 +230,7 @@ def estimate(
     total, weights = int(gpu_bytes * utilization), weight_bytes // ranks
     copies = 0
     if cached < element_size:
-        copied = [layer for layer in layers if not layer.plan.is_identity]
+        copied = [layer for layer in layers if layer.reads_copies]
         numbers = (layer.layout(size, size).numbers_per_token for layer in copied)
         copies = copied_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
     left = total - weights - activations - RUNTIME

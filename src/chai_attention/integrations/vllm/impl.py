@@ -119,7 +119,7 @@ class ChaiAttention(AttentionImpl[Step]):
         module.attn_backend = backend_of(self.layout, layouts, probe_end)
         device = torch.device(current_platform.device_type)
         self._copies: PageCopies | None = None
-        if self.is_narrow:
+        if self.is_narrow and self.layer.reads_copies:
             self._copies = self.served.copies(device)
             self._copies.reserve(self.layout.numbers_per_token)
         self._held = self.served.hold(self.layer, device)

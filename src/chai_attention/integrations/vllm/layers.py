@@ -72,6 +72,11 @@ class ServedLayer:
         )
 
     @property
+    def reads_copies(self) -> bool:
+        """Whether prompts read pages of 8 bits as copies of 16; with a window they do not."""
+        return not self.plan.is_identity and not self.plan.has_recent_window
+
+    @property
     def kind(self) -> Hashable:
         """Layers of one kind run the same kernels."""
         plan = self.plan

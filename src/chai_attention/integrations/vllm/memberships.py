@@ -15,7 +15,7 @@ from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.step import Row, Step
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
-from chai_attention.ops.rows import update_rows
+from chai_attention.ops.rows import MembershipRows
 
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
 
@@ -80,14 +80,21 @@ class PageMemberships:
         self.layer = layer
         self.together = together
         self.pages = pages
-        self._fallback = layer.membership(device)
-        representatives = self._fallback.representatives.repeat(pages, 1)
-        self._all = layer.membership_of(representatives)
-        self._offset: Tensor | None = None  # [P, H]
-        self._offsets: Tensor | None = None  # [H, H]
-        if layer.plan.has_recent_window:
-            self._offsets = layer.plan.offset_table(device)
-            self._offset = windowed.head_offsets(self._offsets, self._all)
+        self._range = probe_range(layer.plan)
+        fallback = layer.membership(device)
+        self._fallback = fallback.representatives  # [1, H]
+        if (clustered := layer.plan.clustered) is not None:
+            # of the heads that a membership is found for, by their numbers among themselves
+            inside = {head: number for number, head in enumerate(clustered)}
+            own = [[inside[layer.fallback[head]] for head in clustered]]
+            self._fallback = torch.tensor(own, device=device)
+        self._rows = MembershipRows(
+            layer.membership_of(fallback.representatives.repeat(pages, 1)),
+            layer.plan.offset_table(device) if layer.plan.has_recent_window else None,
+            layer.plan.has_recent_window,
+            clustered,
+        )
+        self._all = self._rows.membership
 
     def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
         """Tables for requests with these first pages, ``[B]`` int32, and which row each has.
@@ -100,24 +107,25 @@ class PageMemberships:
 
     def offsets(self, pages: Tensor) -> Tensor | None:
         """``[B, H]`` float32 added to the far keys' log-sum-exp (`windowed`), None for zeros."""
-        return None if self._offset is None else self._offset.index_select(0, pages)
+        offset = self._rows.offset
+        return None if offset is None else offset.index_select(0, pages)
 
-    def publish(self, pages: Tensor, membership: Membership) -> None:
-        """Set the memberships of requests with first pages ``[B]``.
+    def publish(self, pages: Tensor, representatives: Tensor) -> None:
+        """Set the memberships of requests with first pages ``[B]`` int32.
 
         Everything that was made of the tables is brought up to date in place.
+
+        Args:
+            pages: the first page of each request.
+            representatives: ``[B or 1, n]`` int64 of the heads that the plan clusters.
         """
-        rows = pages.long()
-        update_rows(self._all, rows, membership)
-        # what does not depend on who is in which cluster stays
-        if self._offset is not None and self._offsets is not None:
-            self._offset[rows] = windowed.head_offsets(self._offsets, membership)
+        self._rows.put(pages, representatives)
 
     def begin(self, step: Step) -> None:
         """Give requests that start with too few tokens to tell what is known without a request."""
-        rows = step.undecided(*probe_range(self.layer.plan))
-        if rows is not None:
-            self.publish(step.pages[rows], self._fallback.expand(len(rows)))
+        pages = step.undecided_pages(*self._range)
+        if pages is not None:
+            self.publish(pages, self._fallback)
 
     def probe(
         self, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -133,20 +141,16 @@ class PageMemberships:
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
         """
-        start, end, least = probe_range(self.layer.plan)
+        if not step.fresh:
+            return
+        start, end, least = self._range
         if self.together:
             found = step.deciders(start, end, least)
             groups = [] if found is None else [found]
         else:
             groups = [g for g in step.beginners(start, end) if g.window.shape[1] >= least]
         for group in groups:
-            q, k, v = (x[group.window] for x in (query, key, value))
-            if group.real is not None:
-                # without scores all heads' maps are alike, which moves no head from another
-                q = q.masked_fill(~group.real, 0.0)
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            member = self.layer.plan.online_membership(q, k, v, scale, softcap)
-            # how many K heads grouped queries need depends on the request; pages hold the most
-            if member.kept_keys != self.layer.kept or member.streaming != self.layer.streaming:
-                member = self.layer.membership_of(member.representatives)
-            self.publish(group.pages, member)
+            representatives = self.layer.plan.packed_representatives(
+                query, key, value, group.window, group.real, scale, softcap
+            )
+            self.publish(group.pages, representatives)

@@ -89,13 +89,13 @@ class Beginners(NamedTuple):
         pages: ``[n]`` int32, the first page of each.
         window: ``[n, W]`` int64, the window's tokens among those of the step; W is 0 for prompts
             that end before the window starts.
-        real: ``[n, W, 1, 1]`` bool, False behind prompts that end in the window, where another
-            token of the prompt stands; None where none does.
+        real: ``[n]`` int32, how many of them are there; a prompt that ends in the window has
+            others of its tokens behind them.
     """
 
     pages: Tensor
     window: Tensor
-    real: Tensor | None = None
+    real: Tensor
 
 
 class Packed(NamedTuple):
@@ -264,6 +264,7 @@ class Step:
                     torch.tensor([row.start + start for row in rows])[:, None]
                     + torch.arange(stop - start)
                 ),
+                self._sent(torch.full((len(rows),), stop - start, dtype=torch.int32)),
             )
             for stop, rows in by_stop.items()
         ]
@@ -283,19 +284,16 @@ class Step:
         first, count = torch.tensor([[row.start + start, row.first(end) - start] for row in rows]).T
         token = torch.arange(end - start)
         window = first[:, None] + token.clamp_max(count[:, None] - 1)
-        real = None
-        if bool((count < end - start).any()):
-            real = self._sent((token < count[:, None])[:, :, None, None])
-        return Beginners(self._pages_of(rows), self._sent(window), real)
+        return Beginners(self._pages_of(rows), self._sent(window), self._sent(count.int()))
 
-    def undecided(self, start: int, end: int, least: int) -> Tensor | None:
-        """``[n]`` int64, `fresh` requests that are none of `deciders`; None if there are none."""
-        found: Tensor | None = self._once(self._undecided, start, end, least)
+    def undecided_pages(self, start: int, end: int, least: int) -> Tensor | None:
+        """``[n]`` int32, first pages of `fresh` requests that are none of `deciders`, or None."""
+        found: Tensor | None = self._once(self._undecided_pages, start, end, least)
         return found
 
-    def _undecided(self, start: int, end: int, least: int) -> Tensor | None:
-        rows = [row.number for row in self.fresh if row.first(end) - start < least]
-        return self._sent(torch.tensor(rows)) if rows else None
+    def _undecided_pages(self, start: int, end: int, least: int) -> Tensor | None:
+        rows = [row for row in self.fresh if row.first(end) - start < least]
+        return self._pages_of(rows) if rows else None
 
     def undecided_tokens(self, start: int, end: int, least: int) -> Packed | None:
         """The first ``end`` tokens of `undecided` requests behind the decodes."""

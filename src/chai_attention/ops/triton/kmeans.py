@@ -116,6 +116,7 @@ def _kmeans(
     features_ptr, long_ptr, first_ptr, second_ptr, tie_share, batch, heads, size,
     clusters, kept, first_members, first_count, second_members, second_count,
     HP: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    TABLES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HP)
@@ -132,14 +133,17 @@ def _kmeans(
     cost = tl.where(same, (norm - 2 * to_centre)[None, :], float("inf"))
     near = cost <= tl.min(cost, axis=1)[:, None] + tie
     rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
-    write_tables(
-        rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
-        first_members, first_count, second_members, second_count, 1, HP,
-    )  # fmt: skip
+    if TABLES:
+        write_tables(
+            rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
+            first_members, first_count, second_members, second_count, 1, HP,
+        )  # fmt: skip
+    else:
+        tl.store(long_ptr + row * heads + head, rep.to(tl.int64), mask=real)
 
 
 def kmeans(
-    features: Tensor, clusters: int, *, tie: float, members: tuple[int, int] = (8, 2)
+    features: Tensor, clusters: int, *, tie: float, members: tuple[int, int] | None = (8, 2)
 ) -> Membership:
     """Cluster heads as `clustering.kmeans.kmeans` does, in one launch; nothing is read on the host.
 
@@ -147,7 +151,7 @@ def kmeans(
         features: ``[B, H, F]`` float32, whose inner products are computed here.
         clusters: k, between 1 and H.
         tie: costs this close, relative to the largest norm of a head, count as equal.
-        members: the sizes of chunks that tables are made for.
+        members: the sizes of chunks that tables are made for; None for no tables.
 
     Returns:
         The membership, in multi-head attention, with its tables.
@@ -166,6 +170,6 @@ def kmeans(
         features.contiguous(), memory.tables, memory.first, memory.second, tie, batch, heads,
         size, *memory.sizes,
         HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=BLOCK, PRECISION=PRECISION,
-        num_warps=WARPS[padded],
+        TABLES=members is not None, num_warps=WARPS[padded],
     )  # fmt: skip
     return memory.membership

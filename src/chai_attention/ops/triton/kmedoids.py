@@ -127,7 +127,7 @@ def _kmedoids(
     clusters, kept, first_members, first_count, second_members, second_count,
     UNIT: tl.constexpr, GROUP: tl.constexpr, HP: tl.constexpr, UP: tl.constexpr,
     NP: tl.constexpr, HB: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-    FROM_MAPS: tl.constexpr, HAS_STATIC: tl.constexpr,
+    FROM_MAPS: tl.constexpr, HAS_STATIC: tl.constexpr, TABLES: tl.constexpr,
 ):  # fmt: skip
     """``NP`` is the number of choices, padded, 0 where there are too many to try them all."""
     row = tl.program_id(0).to(tl.int64)
@@ -162,10 +162,13 @@ def _kmedoids(
     near = cost <= tl.min(cost, axis=1)[:, None] + tie
     rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
     rep = tl.where(allowed, head, rep)
-    write_tables(
-        rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
-        first_members, first_count, second_members, second_count, GROUP, HP,
-    )  # fmt: skip
+    if TABLES:
+        write_tables(
+            rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,
+            first_members, first_count, second_members, second_count, GROUP, HP,
+        )  # fmt: skip
+    else:
+        tl.store(long_ptr + row * heads + head, rep.to(tl.int64), mask=real)
 
 
 def kmedoids(
@@ -178,7 +181,7 @@ def kmedoids(
     unit: int = 1,
     group: int = 1,
     tie: float,
-    members: tuple[int, int] = (8, 2),
+    members: tuple[int, int] | None = (8, 2),
 ) -> Membership:
     """Cluster heads as `clustering.assign` does by k-medoids; nothing is read on the host.
 
@@ -193,7 +196,7 @@ def kmedoids(
         unit: heads that are chosen together; divides k.
         group: query heads of a K/V head, for the tables; must be 1 or ``unit``.
         tie: costs this close, relative to the largest, count as equal.
-        members: the sizes of chunks that tables are made for.
+        members: the sizes of chunks that tables are made for; None for no tables.
 
     Returns:
         The membership with its tables.
@@ -223,7 +226,8 @@ def kmedoids(
         0 if choices is None else choices.shape[0], batch, heads, size, *memory.sizes,
         UNIT=unit, GROUP=group, HP=padded, UP=max(16, triton.next_power_of_2(units)),
         NP=wide, HB=min(padded, TILE // max(1, wide)), BLOCK=BLOCK, PRECISION=PRECISION,
-        FROM_MAPS=from_maps, HAS_STATIC=static is not None, num_warps=WARPS[padded],
+        FROM_MAPS=from_maps, HAS_STATIC=static is not None, TABLES=members is not None,
+        num_warps=WARPS[padded],
     )  # fmt: skip
     return memory.membership
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.online import Windows
 from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, prefill, probe
 from chai_attention.ops.triton.chunks import members_of
 from chai_attention.ops.triton.decode import padded
@@ -16,14 +17,22 @@ from chai_attention.ops.triton.decode import padded
 
 def fits(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
     """Whether the kernels take a window: up to 128 heads and tokens (64 with V), no float64."""
-    heads, window = query.shape[1:3]
+    return _takes(query.shape[1], query.shape[2], query, key, value)
+
+
+def takes(query: Tensor, key: Tensor, windows: Windows, value: Tensor | None = None) -> bool:
+    """The same of windows among packed tokens."""
+    return _takes(query.shape[1], windows.tokens.shape[1], query, key, value)
+
+
+def _takes(heads: int, window: int, query: Tensor, key: Tensor, value: Tensor | None) -> bool:
     most = probe.MAX_WINDOW if value is None else probe.MAX_VALUE_WINDOW
     states = (query, key) if value is None else (query, key, value)
     return (
         heads <= kmeans.MAX_HEADS
         and window <= most
         and query.dtype != torch.float64
-        and all(each.stride(3) == 1 for each in states)
+        and all(each.stride(-1) == 1 for each in states)
     )
 
 
@@ -69,6 +78,33 @@ def medoids_of_window(
         members=_members(query, clusters),
     )  # fmt: skip
     return found if whole_groups else _of_groups(found, key)
+
+
+def representatives(
+    query: Tensor,
+    key: Tensor,
+    clusters: int,
+    windows: Windows,
+    *,
+    value: Tensor | None,
+    static: Tensor | None,
+    choices: Tensor | None,
+    whole_groups: bool,
+    by_means: bool,
+    tie: float,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Whom each head follows, for windows among packed tokens; see `ops.online`."""
+    maps = probe.packed_maps(query, key, windows, scale=scale, softcap=softcap)
+    if by_means:
+        return kmeans.kmeans(maps, clusters, tie=tie, members=None).representatives
+    unit = query.shape[1] // key.shape[1] if whole_groups else 1
+    return kmedoids.kmedoids(
+        maps if value is None else probe.output_distances(maps, value), clusters,
+        from_maps=value is None, static=static, choices=choices, unit=unit, group=unit, tie=tie,
+        members=None,
+    ).representatives  # fmt: skip
 
 
 def _members(query: Tensor, clusters: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chai_attention.ops.online import Windows
 from chai_attention.ops.triton.decode import _scores_base2, padded
 
 MAX_WINDOW = 128  # maps of more do not fit the registers of a program
@@ -22,29 +23,38 @@ PRECISION = "tf32x3"
 
 @triton.jit
 def _maps(
-    q_ptr, k_ptr, out_ptr, scale, softcap,
+    q_ptr, k_ptr, token_ptr, count_ptr, head_ptr, out_ptr, scale, softcap,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, HAS_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Causal probabilities of one head, ``[W, W]``; zeros in the future."""
-    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head = place
+    if HAS_HEADS:
+        head = tl.load(head_ptr + place)
     i = tl.arange(0, WP)
-    at = i.to(tl.int64)[:, None]
-    q_base = q_ptr + row * stride_qb + head * stride_qh + at * stride_qs
-    k_base = k_ptr + row * stride_kb + (head // GROUP) * stride_kh + at * stride_ks
+    at = i.to(tl.int64)
+    scored = i < W
+    if HAS_TOKENS:
+        # without scores all heads' maps are alike, which moves no head from another
+        scored = i < tl.load(count_ptr + row)
+        at = tl.load(token_ptr + row * W + i, mask=i < W, other=0)
+    q_base = q_ptr + row * stride_qb + head * stride_qh + at[:, None] * stride_qs
+    k_base = k_ptr + row * stride_kb + (head // GROUP) * stride_kh + at[:, None] * stride_ks
     s = tl.zeros([WP, WP], dtype=tl.float32)
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)[None, :]
         mask = (i < W)[:, None] & (d < D)
-        q = tl.load(q_base + d, mask=mask, other=0.0).to(tl.float32)
+        q = tl.load(q_base + d, mask=scored[:, None] & (d < D), other=0.0).to(tl.float32)
         k = tl.load(k_base + d, mask=mask, other=0.0).to(tl.float32)
         s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
     s = _scores_base2(s * scale, softcap, HAS_SOFTCAP)
     s = tl.where(i[None, :] <= i[:, None], s, float("-inf"))
     p = tl.exp2(s - tl.max(s, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
-    out = out_ptr + (row * HEADS + head) * (W * W) + i[:, None] * W + i[None, :]
+    out = out_ptr + (row * HEADS + place) * (W * W) + i[:, None] * W + i[None, :]
     tl.store(out, p, mask=(i < W)[:, None] & (i < W)[None, :])
 
 
@@ -96,14 +106,57 @@ def window_maps(
     Returns:
         ``[B, H, W * W]`` float32.
     """
-    batch, heads, window, dim = query.shape
+    batch, heads, window = query.shape[:3]
+    return _run_maps(
+        query, key, None, (batch, heads, window), heads // key.shape[1], scale, softcap,
+        (*query.stride()[:3], *key.stride()[:3]),
+    )  # fmt: skip
+
+
+def packed_maps(
+    query: Tensor, key: Tensor, windows: Windows, *, scale: float, softcap: float | None = None
+) -> Tensor:
+    """The same of windows among packed tokens.
+
+    Args:
+        query: ``[T, H, D]``, any strides but the last.
+        key: ``[T, G, D]``, the same.
+        windows: which tokens, and of which heads.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+
+    Returns:
+        ``[B, heads, W * W]`` float32.
+    """
+    heads = query.shape[1] if windows.heads is None else windows.heads.shape[0]
+    batch, window = windows.tokens.shape
+    return _run_maps(
+        query, key, windows, (batch, heads, window), query.shape[1] // key.shape[1], scale,
+        softcap, (0, query.stride(1), query.stride(0), 0, key.stride(1), key.stride(0)),
+    )  # fmt: skip
+
+
+def _run_maps(
+    query: Tensor,
+    key: Tensor,
+    windows: Windows | None,
+    size: tuple[int, int, int],
+    group: int,
+    scale: float,
+    softcap: float | None,
+    strides: tuple[int, ...],
+) -> Tensor:
+    batch, heads, window = size
+    dim = query.shape[-1]
     maps = torch.empty(batch, heads, window * window, dtype=torch.float32, device=query.device)
     wide = padded(window)
+    tokens, real, chosen = windows or (None, None, None)
     _maps[(heads, batch)](
-        query, key, maps, scale, softcap or 1.0, *query.stride()[:3], *key.stride()[:3],
-        HEADS=heads, GROUP=heads // key.shape[1], W=window, WP=wide, D=dim,
+        query, key, tokens, real, chosen, maps, scale, softcap or 1.0, *strides,
+        HEADS=heads, GROUP=group, W=window, WP=wide, D=dim,
         BLOCK=min(BLOCK, padded(dim)), PRECISION=_precision(query),
-        HAS_SOFTCAP=softcap is not None, num_warps=WARPS[wide],
+        HAS_SOFTCAP=softcap is not None, HAS_TOKENS=tokens is not None,
+        HAS_HEADS=chosen is not None, num_warps=WARPS[wide],
     )  # fmt: skip
     return maps
 

@@ -150,7 +150,7 @@ def table_memory(
     clusters: int,
     kv_heads: int,
     kept: int,
-    members: tuple[int, int],
+    members: tuple[int, int] | None,
     device: torch.device,
 ) -> Memory:
     """Memory for the tables of ``batch`` memberships.
@@ -161,9 +161,13 @@ def table_memory(
         clusters: k.
         kv_heads: G.
         kept: K/V heads that the representatives of every sequence read.
-        members: two sizes of chunks.
+        members: two sizes of chunks; None for representatives alone.
         device: where.
     """
+    if members is None:
+        rep = torch.empty(batch, heads, dtype=torch.long, device=device)
+        found = Membership(rep, clusters, kv_heads, kept)
+        return Memory(rep, rep, rep, found, (clusters, kept, 1, 0, 1, 0))
     widths = (
         heads, heads, heads, heads, clusters, clusters, clusters + 1, kv_heads, kept,
         kv_heads - kept,
