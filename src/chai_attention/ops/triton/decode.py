@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from chai_attention.ops.triton.sizes import power_of_2
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -36,4 +38,4 @@ def _line_of(row, rows_ptr, stride_t, HAS_ROWS: tl.constexpr):
 
 def padded(dim: int) -> int:
     """Head size a tile is made for: a power of two, and no less than a matrix product takes."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, power_of_2(dim))

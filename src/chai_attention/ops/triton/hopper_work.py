@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.sizes import power_of_2
 
 SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
 
@@ -109,7 +110,7 @@ def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -
     _plan[(1,)](
         query_starts, rows, chunks.head, made, chunks.count, batch,
         0 if chunks.slot.shape[0] == 1 else 1,
-        CHUNKS_P=triton.next_power_of_2(chunks.count), M=chunks.head.shape[2], TILE=tile,
+        CHUNKS_P=power_of_2(chunks.count), M=chunks.head.shape[2], TILE=tile,
         HAS_ROWS=rows is not None, num_warps=4,
     )  # fmt: skip
     return made

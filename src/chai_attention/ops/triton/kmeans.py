@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.triton.sizes import power_of_2
 from chai_attention.ops.triton.tables import table_memory, write_tables
 
 WARPS = {16: 2, 32: 4, 64: 8, 128: 16}  # by heads, padded
@@ -165,11 +166,11 @@ def kmeans(
     if heads > MAX_HEADS:
         raise ValueError(f"the kernel takes up to {MAX_HEADS} heads, not {heads}")
     memory = table_memory(batch, heads, clusters, heads, clusters, members, features.device)
-    padded = max(16, triton.next_power_of_2(heads))
+    padded = max(16, power_of_2(heads))
     _kmeans[(batch,)](
         features.contiguous(), memory.tables, memory.first, memory.second, tie, batch, heads,
         size, *memory.sizes,
-        HP=padded, KP=max(16, triton.next_power_of_2(clusters)), BLOCK=BLOCK, PRECISION=PRECISION,
+        HP=padded, KP=max(16, power_of_2(clusters)), BLOCK=BLOCK, PRECISION=PRECISION,
         TABLES=members is not None, num_warps=WARPS[padded],
     )  # fmt: skip
     return memory.membership

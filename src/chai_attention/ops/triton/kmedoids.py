@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.kmeans import BLOCK, MAX_HEADS, PRECISION, SIZES, gram_of, lowest
+from chai_attention.ops.triton.sizes import power_of_2
 from chai_attention.ops.triton.tables import table_memory, write_tables
 
 WARPS = {16: 2, 32: 4, 64: 8, 128: 16}  # by heads, padded
@@ -216,7 +217,7 @@ def kmedoids(
         batch, heads, clusters, heads // group, clusters // group, members, device
     )
     scratch = torch.empty(batch, heads, heads + units, dtype=torch.float32, device=device)
-    padded = max(16, triton.next_power_of_2(heads))
+    padded = max(16, power_of_2(heads))
     if clusters == unit:  # the search's first step has tried them all
         choices = None
     wide, table = (0, None) if choices is None else _columns(choices, device)
@@ -224,7 +225,7 @@ def kmedoids(
         distance.contiguous(), None if static is None else static.contiguous(), table, scratch,
         memory.tables, memory.first, memory.second, tie, units, clusters // unit,
         0 if choices is None else choices.shape[0], batch, heads, size, *memory.sizes,
-        UNIT=unit, GROUP=group, HP=padded, UP=max(16, triton.next_power_of_2(units)),
+        UNIT=unit, GROUP=group, HP=padded, UP=max(16, power_of_2(units)),
         NP=wide, HB=min(padded, TILE // max(1, wide)), BLOCK=BLOCK, PRECISION=PRECISION,
         FROM_MAPS=from_maps, HAS_STATIC=static is not None, TABLES=members is not None,
         num_warps=WARPS[padded],
@@ -236,7 +237,7 @@ def kmedoids(
 def _columns(choices: Tensor, device: torch.device) -> tuple[int, Tensor]:
     """The number of choices, padded, and for every unit which of them it is in: int8."""
     count, units = choices.shape
-    wide = max(16, triton.next_power_of_2(count))
+    wide = max(16, power_of_2(count))
     table = torch.zeros(units, wide, dtype=torch.int8)
     table[:, :count] = choices.T
     return wide, table.to(device)

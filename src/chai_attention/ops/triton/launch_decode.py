@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from chai_attention.membership import Membership
@@ -18,6 +17,7 @@ from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability, processors
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
 from chai_attention.ops.triton.split_decode import decode
 
 logger = logging.getLogger("chai_attention")
@@ -149,7 +149,7 @@ def _run(
     columns = members * wide
     # of chunks known on the device only, as many as clusters of equal size have
     used = chunks.count - chunks.streaming
-    used = used if chunks.exact else max(clusters, triton.cdiv(far_heads, members))
+    used = used if chunks.exact else max(clusters, cdiv(far_heads, members))
     programs = batch * max(1, used)
     grouped = membership.group_size > 1
     is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
@@ -171,7 +171,7 @@ def _run(
             at_a_time = 1
     splits = splits_of(programs, at_a_time, size, query.device)
     if tensor_cores and grouped:
-        splits = max(splits, min(GROUPED_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT)))
+        splits = max(splits, min(GROUPED_SPLITS, cdiv(size, MIN_KEYS_PER_SPLIT)))
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
     logger.debug(
         "decode kernel%s%s%s: %d members a program, %d splits",
@@ -196,7 +196,7 @@ def _run(
         # would be most of the time; in 16 bits it costs nothing that could be measured
         lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
         early=capability(query.device) >= (9, 0),
-        merge_columns=max(16, wide // triton.next_power_of_2(merging)) if merging > 1 else None,
+        merge_columns=max(16, wide // power_of_2(merging)) if merging > 1 else None,
         tensor_cores=tensor_cores,
         **options,
     )  # fmt: skip
@@ -211,11 +211,11 @@ def splits_of(programs: int, resident: int, size: int, device: torch.device) -> 
     as a full one.
     """
     slots = processors(device) * resident
-    most = min(MAX_SPLITS, triton.cdiv(size, MIN_KEYS_PER_SPLIT))
+    most = min(MAX_SPLITS, cdiv(size, MIN_KEYS_PER_SPLIT))
     best, best_share = 1, 0.0
     for waves in range(1, MAX_WAVES + 1):
         splits = min(slots * waves // programs, most)
-        share = programs * splits / (triton.cdiv(programs * splits, slots) * slots) if splits else 0
+        share = programs * splits / (cdiv(programs * splits, slots) * slots) if splits else 0
         if share > best_share:
             best, best_share = splits, share
         if share > 0.95:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -18,6 +18,7 @@ from chai_attention.ops.triton.hopper_near import SINKS_MOST
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan
 from chai_attention.ops.triton.prefill import group_of
+from chai_attention.ops.triton.sizes import cdiv
 
 ROWS = 64  # queries of a warpgroup; a tile has two
 LEAST_QUERIES = 65  # that are worth tiles of 128
@@ -39,7 +40,7 @@ def prefill(
 ) -> None:
     """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
     batch, _, queries, _ = query.shape
-    tiles = triton.cdiv(queries, 2 * ROWS)
+    tiles = cdiv(queries, 2 * ROWS)
     work, count = chunks.used
     _launch(
         tiles * chunks.count * batch, query, key, value, BLOCK, chunks.slot, chunks, out,
@@ -118,7 +119,7 @@ def prefill_window(
         sinks: s, no more than `SINKS`.
     """
     batch, heads, queries, dim = query.shape
-    tiles = triton.cdiv(queries, 2 * ROWS)
+    tiles = cdiv(queries, 2 * ROWS)
     work, count = chunks.used
     band = near.key.shape[2] - sinks
     size = 0 if key is None else key.shape[2]
@@ -190,7 +191,7 @@ def prefill_packed_window(
 
 def _near_blocks(recent: int) -> int:
     """Blocks of keys that a tile sees near; each half leaves one of them out."""
-    return triton.cdiv(ROWS - 1 + recent, BLOCK) + 1
+    return cdiv(ROWS - 1 + recent, BLOCK) + 1
 
 
 def _launch(
@@ -242,5 +243,10 @@ def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
 
 def _tiles(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    layout = _layout(len(block))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+@cache
+def _layout(rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)

@@ -15,13 +15,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from chai_attention.ops.triton.decode import _line_of, _scores_base2
+from chai_attention.ops.triton.sizes import power_of_2
 
 ELEMENTS = 1024  # numbers of K that a step holds for each warp: more would need more registers
 
 
 def near_block(keys: int, dim: int, warps: int) -> int:
     """How many of ``keys`` nearest keys a step takes, for heads of ``dim`` numbers."""
-    return int(min(triton.next_power_of_2(keys), max(16, warps * ELEMENTS // dim)))
+    return int(min(power_of_2(keys), max(16, warps * ELEMENTS // dim)))
 
 
 @triton.jit

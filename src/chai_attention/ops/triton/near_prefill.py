@@ -23,6 +23,7 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
 from chai_attention.ops.triton.prefill import precision_of
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 if TYPE_CHECKING:
     from chai_attention.ops.windowed import WindowTables
@@ -175,11 +176,11 @@ def attention(
     out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
     if rows is None:
         rows = 32 if query.dtype.itemsize == 4 or max(dim, value_dim) > 128 else 64
-    rows = min(rows, max(16, triton.next_power_of_2(queries)))
+    rows = min(rows, max(16, power_of_2(queries)))
     sinks = tables.sinks
     shared = tables.ordinary.shape[0] == 1  # all sequences of the batch have the same tables
     slot = membership.slot
-    _near[(triton.cdiv(queries, rows), heads, batch)](
+    _near[(cdiv(queries, rows), heads, batch)](
         query, near.key, near.value, tables.sink_positions, tables.ordinary, far, lse, slot,
         membership.far_place, offset, out,
         scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
@@ -190,7 +191,7 @@ def attention(
         *((0, 0) if lse is None else lse.stride()[:2]), slot.stride(0),
         0 if offset is None else offset.stride(0), *out.stride()[:3],
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), GROUP=heads // groups,
-        ROWS=rows, BLOCK=block, SINKS=sinks, SINKS_P=max(16, triton.next_power_of_2(sinks)),
+        ROWS=rows, BLOCK=block, SINKS=sinks, SINKS_P=max(16, power_of_2(sinks)),
         HAS_FAR=far is not None, HAS_OFFSET=offset is not None,
         HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query), num_warps=warps,
         num_stages=2,

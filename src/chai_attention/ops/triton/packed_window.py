@@ -19,6 +19,7 @@ from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
 from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile, precision_of
+from chai_attention.ops.triton.sizes import power_of_2
 
 BLOCK_NEAR = 32  # keys of a step among the near ones
 
@@ -307,7 +308,7 @@ def prefill_packed_window(
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=members,
         GROUP=heads // groups, GROUPS=groups, ROWS=rows_of_tile, BLOCK=block, NEAR=BLOCK_NEAR,
         PAGE=page, NEAR_PAGE=near_page, SINKS=sinks,
-        SINKS_P=max(16, triton.next_power_of_2(sinks)), HAS_ROWS=rows is not None,
+        SINKS_P=max(16, power_of_2(sinks)), HAS_ROWS=rows is not None,
         HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
         PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -27,6 +26,7 @@ from chai_attention.ops.triton.prefill import (
     precision_of,
     tileable,
 )
+from chai_attention.ops.triton.sizes import cdiv
 
 logger = logging.getLogger("chai_attention")
 
@@ -309,7 +309,7 @@ def prefill_packed(
         count = total // rows_of_tile + batch  # enough for any lengths of sequences
         programs, pairs = count * chunks.count, chunks.count
     else:
-        count = triton.cdiv(limit, rows_of_tile)
+        count = cdiv(limit, rows_of_tile)
         pairs = batch * chunks.count
         programs = count * pairs
     _prefill[(programs,)](

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
+from chai_attention.ops.triton.sizes import cdiv
 
 SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be more
 
@@ -272,7 +273,7 @@ def prefill(
             [value.stride(0), value.stride(2), 1],
             [1, block, members * value_dim],
         )
-    count, pairs = triton.cdiv(queries, rows), chunks.count * batch
+    count, pairs = cdiv(queries, rows), chunks.count * batch
     _prefill[(count * pairs,)](
         query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
         chunks.slot, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,

@@ -21,6 +21,7 @@ from torch import Tensor
 from chai_attention.membership import Membership, table_of
 from chai_attention.ops.triton.chunks import _deal
 from chai_attention.ops.triton.paged_prefill import _deal_natural
+from chai_attention.ops.triton.sizes import power_of_2
 
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by heads, padded
 MAX_HEADS = 128
@@ -294,7 +295,7 @@ def put_rows(
 ) -> None:
     """`ops.rows.MembershipRows.put` in one launch; nothing is read on the host."""
     heads = membership.heads
-    padded = max(16, triton.next_power_of_2(heads))
+    padded = max(16, power_of_2(heads))
     inside, outside = (None, None) if part is None else part
     _put[(rows.shape[0], tables.entries.shape[0])](
         representatives, rows, inside, outside, tables.sees, tables.entries, tables.shift,

@@ -24,6 +24,7 @@ from chai_attention.ops.triton.decode import LOG2_E, _line_of, padded
 from chai_attention.ops.triton.decode_parts import _parts
 from chai_attention.ops.triton.launch_hopper_decode import launch_parts
 from chai_attention.ops.triton.near_decode import near_block
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 
 @triton.jit(do_not_specialize=["chunks", "streaming", "splits", "clusters"])
@@ -243,9 +244,9 @@ def decode(
             stride_t, window.stride_table, *window.strides,
             D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=block, PAGE=page,
             GROUP=heads // kv_heads, KV_HEADS=kv_heads, NEAR=near_keys,
-            STEPS=triton.cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
+            STEPS=cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
             NEAR_PAGE=window.page, SINKS=window.sinks,
-            SINKS_P=triton.next_power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
+            SINKS_P=power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
             HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
@@ -256,7 +257,7 @@ def decode(
         acc, sums, chunks.slot, chunks.head, rows, out, lse, offset,
         chunks.count, chunks.streaming, splits, clusters,
         out.stride(0), out.stride(1), stride_t, 0 if offset is None else offset.stride(0),
-        DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=triton.next_power_of_2(splits),
+        DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=power_of_2(splits),
         HAS_ROWS=rows is not None, HAS_NEAR=own, HAS_OFFSET=offset is not None,
         HAS_LSE=lse is not None, EARLY=early, num_warps=4,
         **({"launch_pdl": True} if early else {}),

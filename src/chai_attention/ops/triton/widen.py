@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chai_attention.ops.triton.sizes import cdiv
+
 BLOCK = 4096  # numbers a program copies
 
 
@@ -26,6 +28,6 @@ def _widen(page_ptr, used_ptr, out_ptr, numbers, stride, BLOCK: tl.constexpr):
 def widen_pages(pages: Tensor, used: Tensor, out: Tensor) -> None:
     """`ops.narrow.widen_pages` on CUDA."""
     numbers = out[0].numel()
-    _widen[(triton.cdiv(numbers, BLOCK), used.shape[0])](
+    _widen[(cdiv(numbers, BLOCK), used.shape[0])](
         pages, used, out, numbers, pages.stride(0), BLOCK=BLOCK, num_warps=8
     )

@@ -14,6 +14,7 @@ from chai_attention.ops.narrow import LARGEST
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 ELEMENTS = 4096  # numbers a program copies
 MOST = tl.constexpr(LARGEST)
@@ -264,10 +265,10 @@ def _launch(
         if value_ring is not None and value_first is not None:
             removed_values = membership.kv_heads - kept_values
             near_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
-    wide = triton.next_power_of_2(max(dim, value_dim))
-    block = min(max(1, ELEMENTS // wide), triton.next_power_of_2(tokens))
+    wide = power_of_2(max(dim, value_dim))
+    block = min(max(1, ELEMENTS // wide), power_of_2(tokens))
     places = kept + kept_values + removed + removed_values
-    _write[(triton.cdiv(tokens, block), places, batch)](
+    _write[(cdiv(tokens, block), places, batch)](
         key, value, keys, values, ring, first, value_ring, value_first,
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
@@ -278,8 +279,8 @@ def _launch(
         *(1 / scale for scale in scales),
         *(stride for group in strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
-        D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
-        DVP=triton.next_power_of_2(value_dim), BLOCK=block, PAGE=page,
+        D=dim, DP=power_of_2(dim), DV=value_dim,
+        DVP=power_of_2(value_dim), BLOCK=block, PAGE=page,
         NEAR_PAGE=near_page, SINKS=near.sinks.shape[2] if isinstance(near, NearRing) else 0,
         HAS_LINES=lines is not None,
         HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0, ORDERED=ordered,
