@@ -12,7 +12,7 @@ from chai_attention.integrations.vllm.memberships import PageMemberships, full_t
 from chai_attention.integrations.vllm.pages import PageLayout
 from chai_attention.integrations.vllm.per_request import Request, from_pages
 from chai_attention.integrations.vllm.request_table import RequestTable
-from chai_attention.integrations.vllm.step import Row, leading_decodes, rows_of
+from chai_attention.integrations.vllm.step_rows import Row, Rows
 from chai_attention.membership import Membership
 from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_paged
@@ -132,13 +132,17 @@ def test_memberships_by_page_stay_up_to_date() -> None:
 
 
 def test_rows_of_a_step() -> None:
-    rows = rows_of([0, 1, 2, 9, 9], [5, 1, 10, 0], {1: 1}.__getitem__)
-    assert rows == [
-        Row(0, 0, 1, 4, 5), Row(1, 1, 2, 0, 1), Row(2, 2, 9, 3, 10), Row(3, 9, 9, 0, 0),
-    ]  # fmt: skip
+    starts, lengths = torch.tensor([0, 1, 2, 9, 9]), torch.tensor([5, 1, 10, 0])
+    rows = Rows(starts.numpy(), lengths.numpy(), {1: 1}.__getitem__)
+    starts[:], lengths[:] = -1, -1  # vLLM describes the next step there
+    want = [Row(0, 0, 1, 4, 5), Row(1, 1, 2, 0, 1), Row(2, 2, 9, 3, 10), Row(3, 9, 9, 0, 0)]
+    assert list(rows) == want
     assert [row.length for row in rows] == [5, 1, 10, 0]
-    assert leading_decodes(rows) == 2
-    assert leading_decodes(rows[:2]) == 2
+    assert rows.leading_decodes() == 2
+    assert rows.fresh() == want[1:2]
+    assert rows.behind(1) == want[1:3]
+    assert rows.behind(3) == []
+    assert Rows([0, 1, 2], [5, 1]).leading_decodes() == 2
 
 
 def test_what_the_model_runner_knows_of_requests() -> None:

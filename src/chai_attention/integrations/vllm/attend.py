@@ -17,7 +17,8 @@ from chai_attention.integrations.vllm.memberships import (
 )
 from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.integrations.vllm.per_request import Request, from_pages
-from chai_attention.integrations.vllm.step import Packed, Part, Row, Step
+from chai_attention.integrations.vllm.step import Packed, Part, Step
+from chai_attention.integrations.vllm.step_rows import Row
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.packed import paged_near

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.step import Row, Step
+from chai_attention.integrations.vllm.step import Step
+from chai_attention.integrations.vllm.step_rows import Row
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.ops.rows import MembershipRows

@@ -15,7 +15,8 @@ from vllm.v1.attention.backend import (
 
 from chai_attention.integrations.vllm.near_layer import NearLayer
 from chai_attention.integrations.vllm.request_table import RequestTable
-from chai_attention.integrations.vllm.step import NearTables, Step, leading_decodes, rows_of
+from chai_attention.integrations.vllm.step import NearTables, Step
+from chai_attention.integrations.vllm.step_rows import Rows
 
 _STASH = "_chai_step"
 
@@ -93,16 +94,16 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
 
     def _step(self, common: CommonAttentionMetadata, is_capture: bool) -> Step:
         requests, tokens = common.num_reqs, common.num_actual_tokens
-        rows = rows_of(
-            common.query_start_loc_cpu.tolist(),
-            self._host_lengths(common)[:requests],
+        rows = Rows(
+            common.query_start_loc_cpu[: requests + 1].numpy(),
+            self._host_lengths(common)[:requests].numpy(),
             partial(self._requests.prompt, req_idx=common.req_idx)
             if self._requests is not None and self._decides and not is_capture
             else None,
         )
         # rows without tokens pad a graph of decodes
         uniform = common.max_query_len == 1
-        decodes = min(requests, tokens) if uniform else leading_decodes(rows)
+        decodes = min(requests, tokens) if uniform else rows.leading_decodes()
         table = common.block_table_tensor[:requests]
         lengths = common.seq_lens[:requests]
         pages = self._buffers.pages[:requests]
@@ -128,12 +129,12 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
             is_capture=is_capture,
         )
 
-    def _host_lengths(self, common: CommonAttentionMetadata) -> list[int]:
+    def _host_lengths(self, common: CommonAttentionMetadata) -> Tensor:
         """Tokens of each request, on the host; exact but for requests that only decode."""
         bound = common.seq_lens_cpu_upper_bound
         if bound is None or common.seq_lens.device.type == "cpu":
-            return common.seq_lens.tolist()
-        return bound.tolist()
+            return common.seq_lens.cpu()
+        return bound
 
 
 class NearMetadataBuilder(AttentionMetadataBuilder[Step]):

@@ -5,44 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Row(NamedTuple):
-    """One request of a step, in numbers of the host.
-
-    Attributes:
-        number: its row.
-        start: its first token among those of the step.
-        stop: behind its last one.
-        context: tokens that stand in the cache already.
-        prompt: tokens of its prompt; what comes behind them was generated, also where a preempted
-            request starts anew with both.
-    """
-
-    number: int
-    start: int
-    stop: int
-    context: int
-    prompt: int
-
-    @property
-    def tokens(self) -> int:
-        """New tokens."""
-        return self.stop - self.start
-
-    @property
-    def length(self) -> int:
-        """Tokens with the new ones."""
-        return self.context + self.tokens
-
-    def first(self, end: int) -> int:
-        """New tokens of the prompt that stand before position ``end``; without any context."""
-        return min(self.tokens, self.prompt, end)
+from chai_attention.integrations.vllm.step_rows import Row, Rows
 
 
 class NearTables(NamedTuple):
@@ -137,7 +106,7 @@ class Step:
         near: the near pages, which vLLM describes after all else; None without any.
     """
 
-    rows: Sequence[Row]
+    rows: Rows
     tokens: int
     decodes: int
     query_starts: Tensor
@@ -162,14 +131,12 @@ class Step:
     @cached_property
     def fresh(self) -> list[Row]:
         """Requests that start with this step."""
-        if self.is_capture:
-            return []
-        return [row for row in self.rows if row.context == 0 and row.tokens]
+        return [] if self.is_capture else self.rows.fresh()
 
     @cached_property
     def prefills(self) -> list[Row]:
         """Requests behind the decodes."""
-        return [row for row in self.rows if row.number >= self.decodes and row.tokens]
+        return self.rows.behind(self.decodes)
 
     @cached_property
     def decoding(self) -> Part:
@@ -238,7 +205,10 @@ class Step:
 
     def _prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
         count = torch.tensor(
-            [-(-row.length // page) if row.tokens else 0 for row in self.rows[self.decodes :]]
+            [
+                -(-row.length // page) if row.tokens else 0
+                for row in (self.rows[number] for number in range(self.decodes, len(self.rows)))
+            ]
         )
         first = count.cumsum(0) - count
         row = torch.repeat_interleave(count)
@@ -333,36 +303,3 @@ class Step:
         if self.pages.is_cuda:
             return host.pin_memory().to(self.pages.device, non_blocking=True)
         return host
-
-
-def rows_of(
-    query_starts: Sequence[int],
-    lengths: Sequence[int],
-    prompt_of: Callable[[int], int] | None = None,
-) -> list[Row]:
-    """The requests of a step.
-
-    Args:
-        query_starts: where their tokens begin, and the end.
-        lengths: how many they then have.
-        prompt_of: from a row to the tokens of its prompt, asked for requests without context; None
-            where nobody needs to know.
-    """
-    rows = []
-    for number, (length, (start, stop)) in enumerate(
-        zip(lengths, pairwise(query_starts), strict=False)
-    ):
-        context = max(0, length - (stop - start))
-        prompt = length
-        if prompt_of is not None and not context and stop > start:
-            prompt = prompt_of(number)
-        rows.append(Row(number, start, stop, context, prompt))
-    return rows
-
-
-def leading_decodes(rows: Sequence[Row]) -> int:
-    """How many requests at the front have one new token each."""
-    for count, row in enumerate(rows):
-        if row.tokens != 1:
-            return count
-    return len(rows)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.step import NearTables, Row, Step
+from chai_attention.integrations.vllm.step import NearTables, Step
+from chai_attention.integrations.vllm.step_rows import Rows
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.served import ServedModel
@@ -39,7 +40,7 @@ def decodes(served: ServedModel, cache: Tensor, batches: Sequence[int]) -> Itera
     longest = served.config.model_config.max_model_len
     lengths = [1 << n for n in range(6, 32) if 1 << n < longest] + [longest]
     for batch in batches:
-        rows = [Row(number, number, number + 1, 0, 1) for number in range(batch)]
+        rows = Rows(range(batch + 1), [1] * batch)
         ones = torch.ones(batch, dtype=torch.int32, device=cache.device)
         for most in lengths:
             # a capture's, as requests of one token would else count as new ones
@@ -48,23 +49,23 @@ def decodes(served: ServedModel, cache: Tensor, batches: Sequence[int]) -> Itera
 
 def _prefill(served: ServedModel, cache: Tensor, tokens: int, context: int) -> Step:
     length = torch.tensor([tokens + context], dtype=torch.int32, device=cache.device)
-    row = Row(0, 0, tokens, context, tokens + context)
+    rows = Rows([0, tokens], [tokens + context])
     return _step(
-        served, cache, [row], length, decodes=0, most_keys=row.length, is_capture=False
+        served, cache, rows, length, decodes=0, most_keys=tokens + context, is_capture=False
     )  # fmt: skip
 
 
 def _step(
     served: ServedModel,
     cache: Tensor,
-    rows: list[Row],
+    rows: Rows,
     lengths: Tensor,
     *,
     decodes: int,
     most_keys: int,
     is_capture: bool,
 ) -> Step:
-    tokens, device = rows[-1].stop, cache.device
+    tokens, device = rows[len(rows) - 1].stop, cache.device
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32, device=device)
