@@ -29,7 +29,11 @@ def test_kinds_of_steps() -> None:
     assert {(1, 64), (1, 8192), (8, 128), (640, 64), (640, 8192)} <= decodes
     prompts = [step for step in steps if not step.decodes]
     tokens = {(row.tokens, row.context > 0) for step in prompts for row in step.rows}
-    assert {(16, True), (64, True), (128, True), (128, False)} == tokens
+    assert {(16, True), (64, True), (128, True), (16, False), (128, False)} == tokens
+    kinds = {
+        (part.fresh, part.begins) for step in prompts for part in step.prefilling(LEAST_VARLEN)
+    }
+    assert kinds == {(True, True), (False, True), (False, False)}
     assert max(n for n, context in tokens if not context) >= LEAST_VARLEN
     assert not any(step.fresh for step in steps if step.decodes)
 

@@ -152,7 +152,7 @@ class StepAttention:
             "rows": rows,
             "out": out[part.tokens],
         }
-        if self.plan.needs_probe:
+        if self.plan.needs_probe and part.begins:
             options["probe"] = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
             options["offset"] = self.memberships.offsets(part.pages)

@@ -49,15 +49,21 @@ class NearManager(Decided, SlidingWindowManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._sinks = kv_cache_spec.sink_pages
 
-    def remove_skipped_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        """Give back pages between the first tokens and the window."""
+    def remove_skipped_blocks(
+        self, request_id: str, computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give back pages between the first tokens and the window.
+
+        Asked for every request in every step; few of them have a page to give back.
+        """
         pages = self.req_to_blocks.get(request_id)
-        if not pages:
+        last = self.get_num_skipped_tokens(computed_tokens) // self.block_size - 1
+        if not pages or last < self._sinks or pages[min(last, len(pages) - 1)].is_null:
             return
         # what is not there is not given back
         first = pages[: self._sinks]
         pages[: self._sinks] = [self._null_block] * len(first)
-        super().remove_skipped_blocks(request_id, *args, **kwargs)
+        super().remove_skipped_blocks(request_id, computed_tokens, *args, **kwargs)
         pages[: self._sinks] = first
 
     @classmethod

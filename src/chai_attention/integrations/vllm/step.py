@@ -34,7 +34,8 @@ class Part(NamedTuple):
         query_starts: ``[n + 1]`` int32, where each request's tokens begin, from the first one of
             the part, and the end.
         most_queries: no request has more new tokens.
-        fresh: whether they have no context.
+        fresh: whether none has context.
+        begins: whether some has none.
         pages: ``[n]`` int32, as in `Step`, as are the next three.
         block_table: ``[n, max_pages]`` int32.
         lengths: ``[n]`` int32.
@@ -45,6 +46,7 @@ class Part(NamedTuple):
     query_starts: Tensor
     most_queries: int
     fresh: bool
+    begins: bool
     pages: Tensor
     block_table: Tensor
     lengths: Tensor
@@ -142,7 +144,8 @@ class Step:
     def decoding(self) -> Part:
         """The decodes."""
         tokens = slice(0, self.decodes)
-        return self._part(0, self.decodes, tokens, self.query_starts[: self.decodes + 1], 1, False)
+        starts = self.query_starts[: self.decodes + 1]
+        return self._part(0, self.decodes, tokens, starts, 1, fresh=False, begins=False)
 
     def prefilling(self, least: int | None) -> list[Part]:
         """The requests behind the decodes: with context, and behind them those without any.
@@ -171,11 +174,19 @@ class Step:
                 starts = self.query_starts[start : stop + 1] - some[0].start
                 most = max(row.tokens for row in some)
                 tokens = slice(some[0].start, some[-1].stop)
-                parts.append(self._part(start, stop, tokens, starts, most, is_fresh))
+                begins = any(row.context == 0 for row in some)
+                parts.append(self._part(start, stop, tokens, starts, most, is_fresh, begins))
         return parts
 
     def _part(
-        self, start: int, stop: int, tokens: slice, starts: Tensor, most: int, fresh: bool
+        self,
+        start: int,
+        stop: int,
+        tokens: slice,
+        starts: Tensor,
+        most: int,
+        fresh: bool,
+        begins: bool,
     ) -> Part:
         rows = slice(start, stop)
         return Part(
@@ -183,6 +194,7 @@ class Step:
             starts,
             most,
             fresh,
+            begins,
             self.pages[rows],
             self.block_table[rows],
             self.lengths[rows],

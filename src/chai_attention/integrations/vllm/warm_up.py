@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # tokens of a prompt's first chunk, and of further chunks: one for each size of the kernels' tiles
 FRESH = (128,)
 CONTINUED = (16, 64, 128)
+BESIDE = 16  # tokens of a short prompt's first chunk that goes together with a further one
 
 
 def steps(served: ServedModel, cache: Tensor) -> Iterator[Step]:
@@ -33,6 +34,8 @@ def steps(served: ServedModel, cache: Tensor) -> Iterator[Step]:
     for tokens in CONTINUED:
         if tokens + page <= longest:
             yield _prefill(served, cache, tokens, page)
+    if BESIDE + page <= longest:
+        yield _prefill(served, cache, BESIDE, page, BESIDE)
 
 
 def decodes(served: ServedModel, cache: Tensor, batches: Sequence[int]) -> Iterator[Step]:
@@ -47,11 +50,18 @@ def decodes(served: ServedModel, cache: Tensor, batches: Sequence[int]) -> Itera
             yield _step(served, cache, rows, ones, decodes=batch, most_keys=most, is_capture=True)
 
 
-def _prefill(served: ServedModel, cache: Tensor, tokens: int, context: int) -> Step:
-    length = torch.tensor([tokens + context], dtype=torch.int32, device=cache.device)
-    rows = Rows([0, tokens], [tokens + context])
+def _prefill(
+    served: ServedModel, cache: Tensor, tokens: int, context: int, beside: int = 0
+) -> Step:
+    """A prompt's chunk, and the first chunk of another one beside it."""
+    starts, lengths = [0, tokens], [tokens + context]
+    if beside:
+        starts.append(tokens + beside)
+        lengths.append(beside)
     return _step(
-        served, cache, rows, length, decodes=0, most_keys=tokens + context, is_capture=False
+        served, cache, Rows(starts, lengths),
+        torch.tensor(lengths, dtype=torch.int32, device=cache.device),
+        decodes=0, most_keys=tokens + context, is_capture=False,
     )  # fmt: skip
 
 
