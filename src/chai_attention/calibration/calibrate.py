@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.budget import most_tries
 from chai_attention.calibration.candidates import Candidates
@@ -341,13 +341,16 @@ def check_window(chosen: Settings, length: int) -> None:
         )
 
 
-def longest_text(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read; None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def longest_text(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """Tokens that a model, or one of this config, can read; None if its config does not say."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def window_length(
-    model: PreTrainedModel, chosen: Settings | None = None, length: int | None = None
+    model: PreTrainedModel | PreTrainedConfig,
+    chosen: Settings | None = None,
+    length: int | None = None,
 ) -> int:
     """Tokens per window of sample text: ``length``, or what settings want and fits the model.
 

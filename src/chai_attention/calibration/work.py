@@ -1,6 +1,10 @@
-"""What a calibration takes of a device's memory beside the model, known before it is loaded."""
+"""What can be told before a model is loaded: the memory that work with it takes, what it reads."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -8,8 +12,10 @@ from chai_attention.calibration.calibrate import (
     BATCH_SIZE,
     DEFAULT_LENGTH,
     STREAMING_LENGTH,
+    window_length,
 )
 from chai_attention.calibration.settings import Settings
+from chai_attention.integrations.transformers.loading import SMOLLM2, load_config
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.room import Work, WorkOf
 from chai_attention.integrations.transformers.support import describe
@@ -26,9 +32,57 @@ def work_of(settings: Settings, length: int | None) -> WorkOf:
     def work(config: PreTrainedConfig) -> Work:
         chosen = settings.resolve(describe(config))
         tokens = length or (STREAMING_LENGTH if chosen.streams else DEFAULT_LENGTH)
-        rows = rows_at_once(BATCH_SIZE, tokens)
-        if chosen.differentiated:
-            rows = max(1, rows // 2)
+        batch = BATCH_SIZE // 2 if chosen.differentiated else BATCH_SIZE
+        rows = rows_at_once(batch, tokens)
         return Work(rows * tokens, gradients=chosen.differentiated, length=tokens)
 
     return work
+
+
+def reading_work(
+    lengths: Iterable[int], batch_size: int, studied: int = 0, gradients: bool = False
+) -> WorkOf:
+    """Return what tells how much forwards over texts need, and what is found out from them.
+
+    Args:
+        lengths: tokens of the texts.
+        batch_size: of them in a forward, at most.
+        studied: tokens of windows whose attention maps are looked at; 0 for none.
+        gradients: whether they are differentiated.
+    """
+    most = max(rows_at_once(batch_size, length) * length for length in (*lengths, studied or 1))
+    return partial(_whatever, Work(most, gradients=gradients, length=studied))
+
+
+def _whatever(work: Work, config: PreTrainedConfig) -> Work:
+    """``work``, whatever the model; a function that processes side by side can be sent."""
+    return work
+
+
+def config_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """Return a model's config, to look at before the model is loaded; None for ``.gguf`` files.
+
+    Reading these takes nearly as long as loading them.
+
+    Raises:
+        LoadError: no such model.
+    """
+    if name == SMOLLM2 or Path(name).suffix == ".gguf":
+        return None
+    return load_config(name, trust_remote_code=trust_remote_code)
+
+
+def require_readable(
+    name: str, lengths: Iterable[int | None], *, trust_remote_code: bool = False
+) -> None:
+    """Refuse windows longer than a model reads before it is loaded; None stands for no wish.
+
+    Raises:
+        CalibrationError: says how long they may be.
+        LoadError: no such model.
+    """
+    wanted = [length for length in lengths if length is not None]
+    config = config_of(name, trust_remote_code=trust_remote_code) if wanted else None
+    if config is not None:
+        for length in wanted:
+            window_length(config, length=length)

@@ -229,7 +229,7 @@ def calibrate_command(
     from chai_attention.calibration.request import TextRequest, calibrate_on
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
-    from chai_attention.calibration.work import work_of
+    from chai_attention.calibration.work import require_readable, work_of
     from chai_attention.cli.records import profile_record
     from chai_attention.cli.tables import (
         estimate_lines,
@@ -275,6 +275,7 @@ def calibrate_command(
     check_place(evidence)
     if settings.refit not in (None, "none"):
         require_file(corrections_file(out), FileError)
+    require_readable(model, [length], trust_remote_code=trust_remote_code)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,

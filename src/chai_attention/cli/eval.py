@@ -123,10 +123,13 @@ def eval_command(
     require()
     from functools import partial
 
+    from chai_attention.calibration.calibrate import DEFAULT_LENGTH
     from chai_attention.calibration.sources import parse_sources
+    from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.cli.tables import render
     from chai_attention.errors import EvaluationError
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
+    from chai_attention.evaluation.lengths import require_lengths
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
     from chai_attention.evaluation.recall_tasks import parse_lengths, recall_sources, recall_text
     from chai_attention.evaluation.side_by_side import Processes
@@ -159,9 +162,13 @@ def eval_command(
     sources = task_sources(names, data, text, seed)
     lengths = None if recall_lengths is None else parse_lengths(recall_lengths)
     documents = recall_text(data, text) if RECALL in names else []
+    require_readable(model, [length], trust_remote_code=trust_remote_code)
+    wanted = require_lengths(model, names, lengths, trust_remote_code=trust_remote_code)
+    studied = (length or DEFAULT_LENGTH) if compare is not None else 0
     load = partial(
-        load_model, model, dtype, device, trust_remote_code=trust_remote_code, placement=placement
-    )
+        load_model, model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
+        work=reading_work(wanted, batch_size, studied, gradients=compare is not None),
+    )  # fmt: skip
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load()
     if RECALL in names:

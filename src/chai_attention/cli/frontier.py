@@ -98,11 +98,16 @@ def frontier_command(
 
     import_libraries(quiet=quiet)
     from chai_attention.calibration import calibrate, load_texts, windows_of
-    from chai_attention.calibration.calibrate import window_length
+    from chai_attention.calibration.calibrate import (
+        BATCH_SIZE,
+        DEFAULT_LENGTH,
+        window_length,
+    )
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.recall_source import split_recall
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
     from chai_attention.calibration.texts import beginning, check_source
+    from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.cli.tables import render
     from chai_attention.errors import CalibrationError
     from chai_attention.evaluation.frontier import (
@@ -116,7 +121,6 @@ def frontier_command(
     from chai_attention.evaluation.points import FrontierError
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.integrations.transformers.room import Work
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
     from chai_attention.whole_files import place_of, write_whole
@@ -153,10 +157,12 @@ def frontier_command(
     for name in {*names.values(), *(source.name for source in sources)}:
         check_source(name)
     options.make_folder(command, out, FrontierError)
+    require_readable(model, [length, *lengths], trust_remote_code=trust_remote_code)
+    studied = length or DEFAULT_LENGTH
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
-            work=lambda config: Work(gradients=True, length=length or 256),
+            work=reading_work([*lengths, studied], BATCH_SIZE, studied, gradients=True),
         )  # fmt: skip
     if asked == "save":
         chosen = for_bytes(chosen, describe(loaded))

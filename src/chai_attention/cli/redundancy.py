@@ -82,13 +82,13 @@ def redundancy_command(
     from chai_attention.cli.progress import import_libraries, progress_bar
 
     import_libraries(quiet=quiet)
-    from chai_attention.calibration.calibrate import window_length
+    from chai_attention.calibration.calibrate import DEFAULT_LENGTH, window_length
     from chai_attention.calibration.sources import mixed_windows, parse_sources
+    from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.integrations.transformers.room import Work
     from chai_attention.reports.drawing import require_matplotlib
     from chai_attention.reports.redundancy import redundancy_plots, redundancy_table
 
@@ -99,10 +99,12 @@ def redundancy_command(
         [out / _FILES[0]], [model, device_map, *(source.name for source in sources)]
     )
     asked = None if lengths is None else parse_lengths(lengths)
+    require_readable(model, [length], trust_remote_code=trust_remote_code)
+    studied = length or DEFAULT_LENGTH
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
-            work=lambda config: Work(batch_size * (length or 256), length=length or 256),
+            work=reading_work([studied], batch_size, studied),
         )  # fmt: skip
         bar.describe("reading text")
         length = window_length(loaded, length=length)

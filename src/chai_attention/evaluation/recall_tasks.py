@@ -73,10 +73,7 @@ def recall_sources(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     sources = []
     for length in recall_lengths(context) if lengths is None else lengths:
-        if context is not None and length > context:
-            raise EvaluationError(
-                f"this model reads {context:,} tokens, not the {length:,} of --recall-lengths"
-            )
+        require_recall_length(length, context)
         characters = sum(map(len, documents))
         times = ceil(CHARACTERS_PER_TOKEN * (length + 1) / max(1, characters))
         text = windows_of([*documents] * times, tokenizer, MOST_SAMPLES, length, seed)
@@ -90,6 +87,18 @@ def recall_sources(
             name = recall_name(facts, length)
             sources.append(TaskSource(name, None, digest.hexdigest()[:16], made))
     return sources
+
+
+def require_recall_length(length: int, context: int | None) -> None:
+    """Refuse texts longer than the ``context`` of a model; None: it does not say.
+
+    Raises:
+        EvaluationError: says what it reads.
+    """
+    if context is not None and length > context:
+        raise EvaluationError(
+            f"this model reads {context:,} tokens, not the {length:,} of --recall-lengths"
+        )
 
 
 def recall_lengths(context: int | None) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.texts import windows_of
-from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.runs import Result
@@ -20,6 +19,7 @@ from chai_attention.evaluation.tasks import (
     LAST_WORD,
     TEXT_LENGTH,
     TaskSource,
+    require_text_length,
     text_length,
 )
 from chai_attention.integrations.transformers.devices import input_device
@@ -171,11 +171,7 @@ class Scorer:
     def _windows(self, source: TaskSource, length: int) -> Tensor:
         """Windows of a text; of the usual length, or shorter where a model reads less."""
         most = self._lm.max_length
-        if length > most and length != TEXT_LENGTH:
-            raise EvaluationError(
-                f"the task {source.name} needs windows of {length} tokens, the model reads at most "
-                f"{most}: name a shorter length"
-            )
+        require_text_length(source.name, most)
         texts = [row["text"] for row in source.rows or ()]
         count = max(2, TEXT_TOKENS // length)
         return windows_of(texts, self._tokenizer, count, min(length, most), self._run["seed"])

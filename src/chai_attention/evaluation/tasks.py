@@ -128,6 +128,22 @@ def text_length(task: str) -> int | None:
     return None if found is None else int(found["length"] or TEXT_LENGTH)
 
 
+def require_text_length(task: str, most: int | None) -> None:
+    """Refuse a perplexity task whose windows are longer than the ``most`` tokens a model reads.
+
+    Windows of the usual length are shortened instead.
+
+    Raises:
+        EvaluationError: names the task.
+    """
+    length = text_length(task)
+    if length is not None and most is not None and length > most and length != TEXT_LENGTH:
+        raise EvaluationError(
+            f"the task {task} needs windows of {length} tokens, the model reads at most {most}: "
+            "name a shorter length"
+        )
+
+
 def _file(folder: Path, name: str) -> Path:
     """The file of a task; LAMBADA's may be called lambada.jsonl."""
     names = [name] + [short for short, tasks in SETS.items() if tasks == (name,)]

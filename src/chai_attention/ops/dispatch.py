@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, choice, dense, fused, reference
+from chai_attention.ops import blocked, choice, dense, fused, reference, reference_blocks
 
 logger = logging.getLogger("chai_attention")
 
@@ -60,7 +60,8 @@ def attention(
         if lengths is not None:  # unused capacity may hold anything, NaN too
             spare = torch.arange(value.shape[2], device=value.device) >= lengths[:, None]
             value = value.masked_fill(spare[:, None, :, None], 0.0)
-    return found.module.attention(
+    module = reference_blocks if found.module is reference else found.module
+    return module.attention(
         query,
         key,
         value,
@@ -198,10 +199,11 @@ def _warn_slow(missing: str, heads: int, query: Tensor, key: Tensor) -> None:
     if missing in _warned:
         return
     _warned.add(missing)
-    held = 4 * query.shape[0] * heads * query.shape[2] * key.shape[2] / 1e9
+    most = reference_blocks.queries_at_once(query.shape[0], heads, key.shape[2])
+    held = 4 * query.shape[0] * heads * min(query.shape[2], most) * key.shape[2] / 1e9
     warnings.warn(
         f"chai-attention runs its reference, because {missing}. It saves K cache but no time: it "
-        f"holds the probabilities of all heads at full size, {held:.2g} GB for this call, and "
+        f"holds the probabilities of all heads, {held:.2g} GB for this call, and "
         "copies V; use the CPU, or CUDA with what is missing, for speed",
         stacklevel=3,
     )
