@@ -19,8 +19,10 @@ from pathlib import Path
 from chai_attention.calibration import load_texts, windows_of
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.settings import Settings
+from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
+from chai_attention.results import write_result
 
 RECIPES = {
     "load only": None,
@@ -78,7 +80,7 @@ def main() -> None:
         "dtype": "float32",
     }
     if options.out:
-        options.out.write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
+        write_result(options.out, {"about": about, "results": rows}, ChaiError)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ other work, ``--one-thread`` counts the time of one thread alone, waiting left o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,8 +31,10 @@ from chai_attention.benchmarking.clustered import (
 )
 from chai_attention.benchmarking.correctness import accuracy, require_right
 from chai_attention.benchmarking.timing import machine
+from chai_attention.errors import ChaiError
 from chai_attention.membership import Membership
 from chai_attention.ops import choice, cpu_attention
+from chai_attention.results import write_result
 
 SHAPE = AttentionShape("llama-7b", 32, 32, 128)
 CASES = ("decode:1x8192", "prefill:1x2048")
@@ -68,7 +69,7 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 measure(text, dtype, given.rounds, clock, report)
     if given.out is not None:
-        given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_result(given.out, report, ChaiError)
 
 
 def measure(

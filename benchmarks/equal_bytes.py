@@ -30,12 +30,21 @@ from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
-from chai_attention.whole_files import write_whole
+from chai_attention.results import RowFile
 
 BUDGETED = ("snapkv", "think", "spatten", "spatten-mean")
 OTHERS = ("quant8", "quant4", "chai+quant8", "chai+quant4", "float8", "chai+float8")
 TOKENS = 1 << 16  # of text for every length
 TOKENS_OF_A_FORWARD = 1 << 14
+
+
+class Rows(RowFile[dict[str, Any]]):
+    """What was measured so far; a method is asked once for each length and profile."""
+
+    @classmethod
+    def key_of(cls, row: dict[str, Any]) -> str:
+        """What was asked."""
+        return json.dumps([row[name] for name in ("length", "profile", "method")])
 
 
 class Bench:
@@ -48,10 +57,7 @@ class Bench:
         self.documents = load_texts(options.text, tokens=400_000)
         learn = load_texts(options.calibration_text, tokens=400_000)
         self.learn = windows_of(learn, self.tokenizer, 128, 256, 0)
-        self.file: Path = options.out / "equal_bytes.json"
-        self.rows: list[dict[str, Any]] = []
-        if self.file.exists():
-            self.rows = json.loads(self.file.read_text())["rows"]
+        self.rows = Rows(options.out / "equal_bytes.json", self.about())
         self.plain: dict[int, Tensor] = {}
 
     def windows(self, length: int) -> Tensor:
@@ -80,7 +86,7 @@ class Bench:
     ) -> None:
         """Measure one method, unless it is there or the time is up."""
         about = {"length": length, "profile": Path(path).stem, "method": name}
-        done = any(about.items() <= row.items() for row in self.rows)
+        done = self.rows.get(Rows.key_of(about)) is not None
         if done or time.perf_counter() - self.begin > self.options.seconds:
             return
         try:
@@ -94,29 +100,26 @@ class Bench:
             print(f"{about}: {error}", flush=True)
             return
         more = nll - self.plain[length]
-        self.rows.append(
-            {
-                **about,
-                "windows": len(windows),
-                "kept": made.kv_share(self.model, length),
-                "nll": float(nll.mean()),
-                "nll difference": float(more.mean()),
-                "standard error": float(more.std() / len(more) ** 0.5),
-            }
-        )
-        print(f"[{time.perf_counter() - self.begin:.0f} s] {json.dumps(self.rows[-1])}", flush=True)
-        write_whole(self.file, json.dumps(self.content(), indent=1).encode() + b"\n", ChaiError)
+        row = {
+            **about,
+            "windows": len(windows),
+            "kept": made.kv_share(self.model, length),
+            "nll": float(nll.mean()),
+            "nll difference": float(more.mean()),
+            "standard error": float(more.std() / len(more) ** 0.5),
+        }
+        print(f"[{time.perf_counter() - self.begin:.0f} s] {json.dumps(row)}", flush=True)
+        self.rows.add(row)
 
-    def content(self) -> dict[str, Any]:
-        """What is written."""
+    def about(self) -> dict[str, Any]:
+        """What all rows have in common."""
         device = self.model.device
-        about = {
+        return {
             "model": Path(self.options.model).name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "text": Path(self.options.text).name,
         }
-        return {"about": about, "rows": self.rows}
 
 
 @torch.no_grad()

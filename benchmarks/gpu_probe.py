@@ -11,7 +11,6 @@ plain PyTorch. Memberships of both must agree before anything is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +21,14 @@ import torch
 import triton
 from torch import Tensor
 
+from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
 from chai_attention.ops import online
 from chai_attention.ops.triton import launch_decode, prefill
 from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.device import capability
+from chai_attention.results import write_result
 
 LAYERS, HEADS, DIM = 32, 32, 128
 CLUSTERS = (4, 8, 16)
@@ -160,7 +161,7 @@ def main() -> None:
         "results": rows,
     }
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result, ChaiError)
 
 
 if __name__ == "__main__":

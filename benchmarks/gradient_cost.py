@@ -6,7 +6,6 @@ python benchmarks/gradient_cost.py --shape llama-7b --samples 128 --length 1024
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
+from chai_attention.errors import ChaiError
+from chai_attention.results import write_result
 
 SHAPES = {
     "llama-7b": {
@@ -92,7 +93,7 @@ def main() -> None:
         "dtype": "bfloat16",
     }
     if options.out:
-        options.out.write_text(json.dumps({"about": about, "results": rows}, indent=1) + "\n")
+        write_result(options.out, {"about": about, "results": rows}, ChaiError)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor
 from chai_attention.calibration import calibrate, windows_of
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.template import template_tokens
+from chai_attention.errors import ChaiError
 from chai_attention.evaluation import Loss, paired_rise, token_loss
 from chai_attention.evaluation.frontier import RECIPES, frontier
 from chai_attention.evaluation.points import load_points
@@ -31,6 +32,7 @@ from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.reports.frontier import frontier_plot, paper_ratio
+from chai_attention.results import write_result
 
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4)
 PAPER_TOO = (0.025, 0.45)  # so that the paper's curve encloses the bytes of all others
@@ -355,7 +357,7 @@ def main() -> None:
                 "device": _device(),
             }
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            write_result(file, found, ChaiError)
 
     if "frontier" in parts:
         bench.frontier(*targets[0])

@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from chai_attention.errors import ChaiError
+from chai_attention.results import write_result
 from serving_jobs import capacity, engine, in_process, kind_jobs, label, on_cards, progress
 from serving_kinds import KINDS, SHAPES, TINY
 from serving_loads import SHARED, Case, Scale, run_case, scale_of, shared_prompt
@@ -63,7 +65,7 @@ class Results:
             self.found[part] = value
         else:
             self.found[part][name] = value
-        self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+        write_result(self.file, self.found, ChaiError)
         short = value
         if isinstance(value, dict):
             short = {key: each for key, each in value.items() if key not in ("runs", "groups")}

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from chai_attention.errors import ChaiError
+from chai_attention.results import write_result
 from serving import engine_options
 from serving_jobs import compile_caches, kind_jobs, label
 from serving_kinds import KINDS, stock_of
@@ -110,7 +112,7 @@ def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> Non
             measured = bench(server.url, job["model"], file, count, log)
             found["loads"][load] = {key: round(measured[key], 2) for key in SHOWN}
             print(f"{name}, {load}: {json.dumps(found['loads'][load])}", flush=True)
-            (out / f"http-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            write_result(out / f"http-{name}.json", found, ChaiError)
 
 
 def table(folder: Path) -> None:

@@ -34,6 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chai_attention.errors import ChaiError
+from chai_attention.results import write_result
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "LICENSE"  # of the prompts: a text that does not change
 PAGE = 32  # tokens
@@ -377,7 +380,7 @@ def main() -> None:
     report["server"] = "stock" if options.stock else "chai"
     print(json.dumps(report, indent=1))
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_result(options.out, report, ChaiError)
     far = [each for each in report["different"] if min(each["gaps"], default=9.0) > NEAR]
     sys.exit(1 if far or report["problems"] or any(report["in_use_after"].values()) else 0)
 

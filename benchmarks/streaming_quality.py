@@ -45,7 +45,7 @@ from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import FOR_EVER, ClusterProfile
-from chai_attention.whole_files import write_whole
+from chai_attention.results import write_result
 
 NAMES = ("default", "share", "stream")
 RIVALS = ("snapkv", "think")
@@ -121,7 +121,7 @@ class Bench:
 
     def write(self, path: Path, what: Any) -> None:
         """Write JSON, whole or not at all."""
-        write_whole(path, (json.dumps(what, indent=1) + "\n").encode(), ChaiError)
+        write_result(path, what, ChaiError)
 
     def calibrated(self, **settings: Any) -> ClusterProfile:
         """A profile of the calibration windows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import tensor_problems
+from chai_attention.results import digest as digest_of
 from chai_attention.whole_files import place_of, read_whole, write_whole
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def save_corrections(profile: Path, kind: str, corrections: Mapping[str, Tensor]
     if problems := tensor_problems(corrections):
         raise ProfileError("; ".join(problems))
     content = save({name: tensor.contiguous() for name, tensor in corrections.items()})
-    digest = hashlib.sha256(content).hexdigest()
+    digest = digest_of(content, digits=64)
     file = corrections_file(profile, digest)
     write_whole(file, content, ProfileError)
     return {"kind": kind, "file": file.name, "sha256": digest}
@@ -67,7 +67,7 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
             f"the refit of this profile is in {file}, which cannot be read ({error.strerror}): "
             "keep both files in one folder, or calibrate again"
         ) from error
-    if hashlib.sha256(content).hexdigest() != refit["sha256"]:
+    if digest_of(content, digits=64) != refit["sha256"]:
         raise ProfileError(
             f"{file} is not the file this profile was saved with: calibrate again, or restore it"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import secrets
 import stat
@@ -38,16 +37,6 @@ def read_whole(path: str | Path, most: int) -> bytes:
         raise OSError(errno.EFBIG, f"its {found.st_size:,} bytes are more than {most:,}")
     with os.fdopen(os.open(path, os.O_RDONLY | _NO_WAIT), "rb") as file:
         return file.read()
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal, whatever its size.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(

@@ -37,8 +37,8 @@ def test_attention_writes_table_json_and_plot(chai, tmp_path):
         assert words in " ".join(text.split())  # lines are wrapped
     data = json.loads(out.read_text())
     assert set(data) == {
-        "schema_version", "benchmark", "shape", "layout", "machine", "ceilings", "drift",
-        "results", "baselines",
+        "checksum", "schema_version", "benchmark", "shape", "layout", "machine", "ceilings",
+        "drift", "results", "baselines",
     }  # fmt: skip
     assert len(data["results"]) == 4
     assert all(set(row) == ROW for row in data["results"])

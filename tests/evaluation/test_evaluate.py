@@ -10,6 +10,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.scorer import weights_digest
 from chai_attention.evaluation.tasks import PAPER, TaskSource, task_names, task_sources
+from chai_attention.results import verified
 from eval_methods import MADE, Clustered, arc_rows, eval_model, files
 from tiny_tokenizer import tiny_tokenizer
 
@@ -76,7 +77,8 @@ def test_the_papers_table_for_both_architectures(shared, tmp_path, family):
 
 def test_the_table_is_what_the_files_say(model, sources, tmp_path):
     table, _ = run(model, sources, tmp_path)
-    assert table == json.loads((tmp_path / "results.json").read_text())
+    body = verified(json.loads((tmp_path / "results.json").read_text()), 1)
+    assert {"schema_version": 1, **body} == table
     row = table["rows"][2]
     ours, theirs = (
         json.loads((tmp_path / name / "arc_easy.json").read_text())["items"]

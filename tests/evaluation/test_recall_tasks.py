@@ -18,6 +18,7 @@ from chai_attention.evaluation.recall_tasks import (
     recall_text,
 )
 from chai_attention.evaluation.tasks import RECALL, facts_and_length, task_names, task_sources
+from chai_attention.reports.drawing import panel_svg
 from chai_attention.reports.result_files import load_sections
 from eval_methods import MADE, arc_rows, files
 from tiny_models import CONFIGS
@@ -141,7 +142,7 @@ def test_recall_stands_beside_other_tasks_and_a_second_run_measures_nothing(mode
     (section,) = load_sections([tmp_path / "out" / "results.json"])
     recall, kept = section.charts
     assert [panel.title for panel in recall.panels] == ["1 fact in the text", "4 facts in the text"]
-    assert "clustered: " in recall.panels[1].svg
+    assert "clustered: " in panel_svg(recall.panels[1])[0]
     assert kept.panels[0].title == "accuracy, average of arc_easy"
 
 

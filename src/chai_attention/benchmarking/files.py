@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from chai_attention.benchmarking.cases import BenchmarkError
 from chai_attention.reports.drawing import require_matplotlib
-from chai_attention.whole_files import require_file, require_other, write_whole
+from chai_attention.results import write_result
+from chai_attention.whole_files import require_file, require_other
 
 
 def require_writable(out: Path | None, plot: Path | None) -> None:
@@ -33,6 +33,4 @@ def write_report(report: Mapping[str, Any], path: Path) -> Path:
     Raises:
         BenchmarkError: the file cannot be written.
     """
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    write_whole(path, text.encode(), BenchmarkError)
-    return path
+    return write_result(path, report, BenchmarkError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.calibration.steps import Steps
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import quiet
+from chai_attention.results import digest
 
 Report = Callable[[int, int], None]
 RECALL_COSTS = "gradient costs of recalling facts"
@@ -247,10 +247,7 @@ class EvidenceStore:
         file = self._file
         if file is None:
             return 0, lambda done, total: None
-        digest = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
-        if counted is not None:
-            digest.update(counted.cpu().contiguous().numpy().tobytes())
-        name = f"{name} {digest.hexdigest()[:16]}"
+        name = f"{name} {digest(windows, *([] if counted is None else [counted]))}"
         return file.restore(name, sums), lambda done, total: file.keep(name, sums, done)
 
 

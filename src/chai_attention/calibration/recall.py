@@ -6,7 +6,6 @@ counts. Everything is drawn at random by a seed; nothing has to be downloaded.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import string
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, Phrasing, Wording
 from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError
+from chai_attention.results import digest
 
 MOST_FACTS = 8  # in a window of calibration text
 MOST_SHARE = 0.5  # of a window, that is not the other text
@@ -55,7 +55,7 @@ class RecallCase:
     def digest(self) -> str:
         """Of prompt and answer."""
         tokens = torch.cat([torch.tensor([len(self.prompt)]), self.prompt, self.answer])
-        return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+        return digest(tokens)
 
 
 def recall_windows(

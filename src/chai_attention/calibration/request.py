@@ -49,7 +49,7 @@ from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
-from chai_attention.whole_files import file_digest
+from chai_attention.results import file_digest
 
 START, CONTENT = "start", "content"
 
@@ -95,7 +95,7 @@ class TextRequest:
             "weights": weights_digest(model),
             "dtype": str(model.dtype),
             "device": input_device(model).type,
-            "text": [[s.name, s.weight, _digest(Path(s.name))] for s in self.sources],
+            "text": [[s.name, s.weight, file_digest(s.name)] for s in self.sources],
             "sizes": [self.samples, self.held_out, self.length, self.seed],
             "versions": {name: version(name) for name in packages},
         }
@@ -274,8 +274,3 @@ def rises_by_source(
             with enabled(model, profile):
                 rises[name] = paired_rise(baseline, token_loss(model, own))
     return rises
-
-
-def _digest(path: Path) -> str | None:
-    """Digest of a file's bytes; None for what is none."""
-    return file_digest(path) if path.is_file() else None

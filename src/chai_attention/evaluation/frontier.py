@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.results import digest
 
 SAVE, REMOVED = "save", "removed"
 TOKENS_PER_BATCH = 2048
@@ -306,14 +306,10 @@ def _tests(
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's name stands for, in a file."""
     if isinstance(recipe, ClusterProfile):
-        return {"profile": _digest(recipe.to_json().encode())}
+        return {"profile": digest(recipe.to_json(), digits=12)}
     return dict(recipe)
 
 
 def digest_of(windows: Tensor) -> str:
     """Return a short digest of windows of tokens, which tells two texts of one name apart."""
-    return _digest(windows.cpu().contiguous().numpy().tobytes())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+    return digest(windows, digits=12)

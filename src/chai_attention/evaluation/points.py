@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.strict_json import load_json
-from chai_attention.whole_files import write_whole
+from chai_attention.results import RowFile
 
 SCHEMA_VERSION = 1
 
@@ -78,63 +76,25 @@ def key_of(*asked: Any) -> str:
     return json.dumps(asked, sort_keys=True)
 
 
-class PointFile:
-    """The points that were measured so far, written whenever one comes.
+class PointFile(RowFile[Point]):
+    """The points of a frontier that were measured so far; see `RowFile`."""
 
-    Two runs at once into one file keep each other's points.
+    version, error, rows, what = SCHEMA_VERSION, FrontierError, "points", "frontier points"
 
-    Args:
-        path: the JSON file, made with the first point; None keeps the points in memory only.
-        about: what all its points have in common, such as the model and the calibration text.
+    @classmethod
+    def key_of(cls, row: Point) -> str:
+        """What was asked."""
+        return row.key
 
-    Raises:
-        FrontierError: the file cannot be read, is none of ours, or is about something else.
-    """
+    @classmethod
+    def parse(cls, item: Any) -> Point:
+        """One point of a file; a TypeError says what is wrong with it."""
+        return _point(item)
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]):
-        self._path = path
-        # as it will be read again: tuples become lists
-        self._about: dict[str, Any] = json.loads(json.dumps(dict(about)))
-        self._points: dict[str, Point] = {}
-        self._read_in()
-
-    def _read_in(self) -> None:
-        """Take over the points of the file, which another run may have written meanwhile."""
-        path = self._path
-        if path is None or not os.path.lexists(path):
-            return
-        earlier, points = _read(path)
-        differing = sorted(
-            name for name in {*earlier, *self._about} if earlier.get(name) != self._about.get(name)
-        )
-        if differing:
-            raise FrontierError(
-                f"{path} was measured with another {', '.join(differing)}: "
-                "write to another folder, or move it away"
-            )
-        self._points |= {point.key: point for point in points}
-
-    def get(self, key: str) -> Point | None:
-        """Return the point with this key if it was measured."""
-        return self._points.get(key)
-
-    def add(self, point: Point) -> None:
-        """Keep a point; the file stays whole whatever happens while it is written.
-
-        Raises:
-            FrontierError: the file cannot be written, or another run made one about something else.
-        """
-        self._read_in()
-        self._points[point.key] = point
-        if self._path is None:
-            return
-        contents = {
-            "schema_version": SCHEMA_VERSION,
-            "about": self._about,
-            "points": [asdict(p) for p in self._points.values()],
-        }
-        text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
-        write_whole(self._path, text.encode(), FrontierError)
+    @classmethod
+    def plain(cls, row: Point) -> dict[str, Any]:
+        """A point as JSON."""
+        return asdict(row)
 
 
 def load_points(path: str | Path) -> list[Point]:
@@ -143,29 +103,7 @@ def load_points(path: str | Path) -> list[Point]:
     Raises:
         FrontierError: the file cannot be read, or is none of ours.
     """
-    return _read(Path(path))[1]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[Point]]:
-    """What a file is about, and its points."""
-    try:
-        data = load_json(path)
-    except OSError as error:
-        raise FrontierError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise FrontierError(
-            f"{path} is damaged, not JSON ({error}): move it away to measure anew"
-        ) from error
-    try:
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"its schema version is {data['schema_version']!r}")
-        return dict(data["about"]), [_point(item) for item in data["points"]]
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise FrontierError(
-            f"{path} is no file of frontier points of this release ({reason}): "
-            "move it away to measure anew"
-        ) from error
+    return PointFile.load(Path(path))[1]
 
 
 # what a field may be: a value of another kind is said here, not met somewhere in a table

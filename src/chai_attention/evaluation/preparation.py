@@ -18,7 +18,7 @@ from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
 from chai_attention.evaluation.scorer import MHA
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
-from chai_attention.whole_files import file_digest
+from chai_attention.results import file_digest
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Calibration:
                 {
                     "name": Path(source.name).name,
                     "weight": source.weight,
-                    "digest": file_digest(source.name)[:16]
-                    if Path(source.name).is_file()
-                    else None,
+                    "digest": file_digest(source.name, 16),
                 }
                 for source in self.sources
             ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +12,7 @@ from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import STATIC, ClusterProfile, sliding_bytes
+from chai_attention.results import digest
 
 PROFILE = "profile"
 
@@ -73,4 +73,4 @@ def head_counts(profile: ClusterProfile) -> dict[str, Any]:
 
 def profile_digest(profile: ClusterProfile) -> str:
     """Return a short digest of a profile's contents."""
-    return hashlib.sha256(profile.to_json().encode()).hexdigest()[:16]
+    return digest(profile.to_json())

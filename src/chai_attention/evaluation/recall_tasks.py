@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from math import ceil
@@ -21,6 +20,7 @@ from chai_attention.calibration.texts import (
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.demo import built_in_text
 from chai_attention.evaluation.tasks import RECALL, TEXT_TOKENS, TaskSource, recall_name
+from chai_attention.results import digest
 
 FACTS = (1, 4)
 CASES = 100
@@ -81,11 +81,8 @@ def recall_sources(
         text = text[order]
         for facts in FACTS:
             made = tuple(recall_cases(tokenizer, text, cases, length, facts=facts, seed=seed))
-            digest = hashlib.sha256()
-            for case in made:
-                digest.update(case.digest.encode())
-            name = recall_name(facts, length)
-            sources.append(TaskSource(name, None, digest.hexdigest()[:16], made))
+            found = digest(*(case.digest for case in made))
+            sources.append(TaskSource(recall_name(facts, length), None, found, made))
     return sources
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.strict_json import load_json
-from chai_attention.whole_files import write_whole
+from chai_attention.results import read_result, verified, write_result
 
 SCHEMA_VERSION = 1
 KIND = "redundancy"
@@ -135,9 +133,7 @@ class Redundancy:
             RedundancyError: it cannot be written.
         """
         contents = {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)}
-        text = json.dumps(contents, allow_nan=False) + "\n"
-        write_whole(path, text.encode(), RedundancyError, make_folder=True)
-        return path
+        return write_result(path, contents, RedundancyError, make_folder=True, indent=None)
 
 
 def load_redundancy(path: Path) -> Redundancy:
@@ -146,13 +142,7 @@ def load_redundancy(path: Path) -> Redundancy:
     Raises:
         RedundancyError: it cannot be read, or is none of this release.
     """
-    try:
-        data = load_json(path)
-    except OSError as error:
-        raise RedundancyError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RedundancyError(f"{path} is damaged, not JSON ({error}): make it again") from error
-    return parse_redundancy(data, path)
+    return parse_redundancy(read_result(path, RedundancyError, "make it again"), path)
 
 
 def parse_redundancy(data: Any, path: Path) -> Redundancy:
@@ -162,11 +152,12 @@ def parse_redundancy(data: Any, path: Path) -> Redundancy:
         RedundancyError: they are not those of a study of this release.
     """
     try:
-        if data["kind"] != KIND or data["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {data['schema_version']!r} of {data['kind']!r}")
+        data = verified(data, SCHEMA_VERSION)
+        if data["kind"] != KIND:
+            raise ValueError(f"its kind is {data['kind']!r}")
         study = Redundancy(
             **{
-                **_fields(Redundancy, data, extra={"kind", "schema_version"}),
+                **_fields(Redundancy, data, extra={"kind"}),
                 "stability": _stability(data["stability"], len(data["lengths"])),
                 "layers": [_layer(item, data) for item in data["layers"]],
                 "prompts": [_prompt(item, data) for item in data["prompts"]],

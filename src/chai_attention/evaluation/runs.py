@@ -33,8 +33,6 @@ No file holds a time or a text, so two runs with the same settings write the sam
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -44,6 +42,7 @@ from typing import Any
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import KINDS, Item, read_item
+from chai_attention.results import as_json, require_same, verified, write_result
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import require_folder, write_whole
 
@@ -103,20 +102,13 @@ class RunFolder:
         Raises:
             EvaluationError: names what differs.
         """
-        wanted = _plain(run)
+        wanted = as_json(run, EvaluationError)
         for path in sorted(self.path.glob("*/*.json")):
             try:
                 found = load_result(path).settings["run"]
             except EvaluationError:
                 continue
-            differing = sorted(
-                name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
-            )
-            if differing:
-                raise EvaluationError(
-                    f"{path} was measured with another {', '.join(differing)}: "
-                    "write to another folder, or move it away"
-                )
+            require_same(path, found, wanted, EvaluationError)
 
     def get(
         self,
@@ -141,7 +133,7 @@ class RunFolder:
             return None
         for name, wanted in zip(_SETTINGS, (run, task, comparator), strict=True):
             found = result.settings[name]
-            for key, value in _plain(wanted).items():
+            for key, value in as_json(wanted, EvaluationError).items():
                 if found.get(key) != value:
                     self._on_redo(path, f"it is of another {name} ({key} differs)")
                     return None
@@ -154,8 +146,8 @@ class RunFolder:
             EvaluationError: the file cannot be written.
         """
         path = self._file(result.comparator, result.task)
-        body = _plain({"schema_version": SCHEMA_VERSION, **asdict(result)})
-        write_text(path, json.dumps({"checksum": _checksum(body), **body}, indent=1) + "\n")
+        body = {"schema_version": SCHEMA_VERSION, **asdict(result)}
+        write_result(path, body, EvaluationError, make_folder=True)
 
     def _file(self, comparator: str, task: str) -> Path:
         safe = (re.sub(r"[^\w.+-]", "_", name) for name in (comparator, task))
@@ -170,12 +162,7 @@ def load_result(path: Path) -> Result:
         EvaluationError: it cannot be read, is damaged, or was written by another release.
     """
     try:
-        body = load_json(path)
-        checksum = body.pop("checksum")
-        if checksum != _checksum(body):
-            raise EvaluationError("its contents do not match its checksum")
-        if body.pop("schema_version") != SCHEMA_VERSION:
-            raise EvaluationError("another release wrote it")
+        body = verified(load_json(path), SCHEMA_VERSION, signed=True)
         items = tuple(map(read_item, body.pop("items")))
         result = Result(items=items, **body)
         if result.kind not in KINDS:
@@ -196,20 +183,3 @@ def write_text(path: Path, text: str) -> None:
         EvaluationError: it cannot be written.
     """
     write_whole(path, text.encode(), EvaluationError, make_folder=True)
-
-
-def _plain(value: Any) -> Any:
-    """As it will be read again: tuples become lists.
-
-    Raises:
-        EvaluationError: a number that JSON has no word for.
-    """
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise EvaluationError(f"a result cannot be kept as JSON: {error}") from error
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import pickle
 import signal
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, resource_tracker
-from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from itertools import islice
+from multiprocessing import active_children, get_context, resource_tracker
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,40 +74,38 @@ def score_side_by_side(
         ChaiError: from a job.
         RuntimeError: another error in a process, with its traceback.
     """
-    context, waiting = get_context("spawn"), deque(jobs)
-    doing: dict[Any, str] = {}  # by the pipe to a process
-    with ExitStack() as ends:
-        for number in range(min(processes.count, len(jobs))):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(theirs, number, processes, dict(run), limit), daemon=True
-            )
-            with _no_interrupts():
-                process.start()
-            theirs.close()
-            ends.callback(process.join)
-            ends.callback(process.terminate)
-            doing[ours] = "its start"
+    context, waiting = get_context("spawn"), iter(jobs)
+    count, others = min(processes.count, len(jobs)), set(active_children())
+    given = (context.Value("i", 0), processes, dict(run), limit)
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=given)
+    doing: dict[Future[Result], str] = {}
+
+    def submit(job: Job) -> None:
+        # by pickle itself: torch would share tensors' memory between the processes
+        with _no_interrupts():
+            doing[pool.submit(_score, pickle.dumps(job))] = job.title
+
+    try:
+        for job in islice(waiting, count):
+            submit(job)
         while doing:
-            for pipe in cast("list[Any]", wait(list(doing))):
+            done, _ = wait(doing, return_when=FIRST_COMPLETED)
+            for future in done:
                 try:
-                    found = pipe.recv()
-                except EOFError:
+                    found = future.result()
+                except BrokenProcessPool:
                     raise EvaluationError(
-                        f"a process was killed during {doing[pipe]}: too many for this memory? "
-                        "Results so far are kept; take fewer (--jobs)"
+                        f"a process was killed during {', '.join(dict.fromkeys(doing.values()))}: "
+                        "too many for this memory? Results so far are kept; take fewer (--jobs)"
                     ) from None
-                if isinstance(found, Exception):
-                    raise found
-                if waiting:
-                    job = waiting.popleft()
-                    doing[pipe] = job.title
-                    # by pickle itself: torch would share tensors' memory between the processes
-                    pipe.send_bytes(pickle.dumps(job))
-                else:
-                    del doing[pipe]
-                if found is not None:
-                    yield found
+                del doing[future]
+                for job in islice(waiting, 1):
+                    submit(job)
+                yield found
+    finally:
+        for child in set(active_children()) - others:
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -124,23 +123,30 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(
-    pipe: Connection, number: int, processes: Processes, run: Mapping[str, Any], limit: int | None
-) -> None:
-    """Be one of the processes: say None when ready, then a result for every job."""
+# of a process that scores: what it was given, and its scorer once there is a job for it
+_given: tuple[Any, ...] = ()
+_scorers: list[Scorer] = []
+
+
+def _begin(numbers: Any, *given: Any) -> None:
+    """Be one of the processes, each with a number of its own."""
+    global _given
+    with numbers.get_lock():
+        _given = (numbers.value, *given)
+        numbers.value += 1
+
+
+def _score(pickled: bytes) -> Result:
+    """Do one job; errors that are no `ChaiError` come back as text, with their traceback."""
     try:
-        scorer = _scorer(number, processes, run, limit)
-        found: Result | None = None
-        while True:
-            pipe.send(found)
-            job: Job = pickle.loads(pipe.recv_bytes())
-            found = scorer.score(job.method, job.asked, job.source, lambda done, total: None)
-    except (EOFError, BrokenPipeError):  # nobody is left to work for
-        return
-    except ChaiError as error:
-        pipe.send(error)
+        if not _scorers:
+            _scorers.append(_scorer(*_given))
+        job: Job = pickle.loads(pickled)
+        return _scorers[0].score(job.method, job.asked, job.source, lambda done, total: None)
+    except ChaiError:
+        raise
     except Exception:
-        pipe.send(RuntimeError(traceback.format_exc()))
+        raise RuntimeError(traceback.format_exc()) from None
 
 
 def _scorer(number: int, processes: Processes, run: Mapping[str, Any], limit: int | None) -> Scorer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from chai_attention.evaluation.scores import (
     paired,
 )
 from chai_attention.evaluation.tasks import PAPER, facts_and_length
+from chai_attention.results import write_result
 
 MEASURES: dict[str, Callable[[Item], float | None]] = {
     "acc": lambda item: item.acc,
@@ -106,7 +106,7 @@ def write_table(table: Mapping[str, Any], folder: Path) -> None:
     Raises:
         EvaluationError: they cannot be written.
     """
-    write_text(folder / "results.json", json.dumps(table, indent=1, allow_nan=False) + "\n")
+    write_result(folder / "results.json", table, EvaluationError, make_folder=True)
     write_text(folder / "table.md", markdown(table))
 
 

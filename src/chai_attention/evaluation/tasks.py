@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from chai_attention.calibration.texts import load_texts
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
+from chai_attention.results import digest
 from chai_attention.strict_json import MOST_BYTES, parse_json
 from chai_attention.whole_files import read_whole
 
@@ -172,4 +172,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str:
     content = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return digest(content)

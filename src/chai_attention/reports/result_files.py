@@ -22,7 +22,7 @@ from chai_attention.reports.page_profile import explorer_profile, profile_sectio
 from chai_attention.reports.page_quality import FRONTIER_OF, eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
-from chai_attention.strict_json import load_json
+from chai_attention.results import read_result, verified
 from chai_attention.whole_files import place_of
 
 _COMMANDS = "chai calibrate, chai eval, chai frontier, chai bench --out or chai redundancy"
@@ -126,12 +126,7 @@ BROKEN = (
 
 
 def _section(path: Path) -> Section:
-    try:
-        data = load_json(path)
-    except OSError as error:
-        raise ReportError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ReportError(f"{path} is damaged, not JSON ({error}): make it again") from error
+    data = read_result(path, ReportError, "make it again")
     source = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
     try:
         return _maker(data, path)(data, path, source)
@@ -159,13 +154,17 @@ def _maker(data: Any, path: Path) -> Maker:
         return lambda data, path, source: frontier_section(data["about"], load_points(path), source)
     if "benchmark" in names:
         known: dict[str, Maker] = {
-            "attention": lambda data, path, source: attention_section(data, source),
-            "model": lambda data, path, source: model_section(data, source),
+            "attention": lambda data, path, source: attention_section(
+                verified(data, BENCH_VERSION), source
+            ),
+            "model": lambda data, path, source: model_section(
+                verified(data, BENCH_VERSION), source
+            ),
         }
         if data["benchmark"] in known and version == BENCH_VERSION:
             return known[data["benchmark"]]
     if {"run", "tasks", "rows"} <= names and version == EVAL_VERSION:
-        return lambda data, path, source: eval_section(data, source)
+        return lambda data, path, source: eval_section(verified(data, EVAL_VERSION), source)
     if {"checksum", "settings", "items"} <= names:
         raise UnknownFileError(
             f"{path} is the result of one task: give the folder of chai eval, whose results.json "

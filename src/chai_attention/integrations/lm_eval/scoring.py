@@ -16,6 +16,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import CHOICE, CONTINUATION, RECALLED, TEXT, Item
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.tasks import quiet
+from chai_attention.results import digest
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
@@ -80,7 +81,7 @@ def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
     tokens = windows.shape[1] - half
     items = tuple(
         Item(
-            doc=index, digest=_digest(row), gold=None, chosen=None, chosen_norm=None,
+            doc=index, digest=digest(row.to(torch.int64)), gold=None, chosen=None, chosen_norm=None,
             loglikelihoods=(_number(value, index),), acc=None, acc_norm=None,
             nll=-value / tokens, tokens=tokens,
         )
@@ -154,9 +155,3 @@ def _number(value: float, item: int) -> float:
 
 def _mean_length(lm: ChaiLM) -> int:
     return round(float(np.mean([context + answer for context, answer in lm.lengths.values()])))
-
-
-def _digest(row: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(row.cpu().to(torch.int64).numpy().tobytes()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
 from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
+from chai_attention.results import digest as digest_of
 
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
@@ -67,7 +67,7 @@ def mark(config: Any, profile: ClusterProfile) -> None:
     Which layers run our attention is compiled into the model; the path of the profile does not
     tell what is in it.
     """
-    digest = hashlib.sha256(profile.to_json().encode()).hexdigest()
+    digest = digest_of(profile.to_json(), digits=64)
     given = dict(config.additional_config or {})
     config.additional_config = {**given, "chai": {**given.get("chai", {}), _DIGEST: digest}}
 
