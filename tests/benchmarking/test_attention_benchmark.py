@@ -22,7 +22,7 @@ from chai_attention.benchmarking.clustered import (
     random_inputs,
     rounded_inputs,
 )
-from chai_attention.benchmarking.correctness import WrongResultError, accuracy
+from chai_attention.benchmarking.correctness import Accuracy, WrongResultError, accuracy
 
 SHAPE = AttentionShape("tiny", 8, 8, 16)
 CASES = (Case("decode", 2, 33), Case("prefill", 2, 21))
@@ -310,6 +310,31 @@ def test_unfused_attention_that_would_not_fit_is_left_out(monkeypatch):
     assert "GB" in reasons["unfused"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "scores"), [("decode", 131_072, True), ("prefill", 131_072, False)]
+)
+def test_long_cases_are_left_out_where_they_do_not_fit_not_begun(kind, tokens, scores, monkeypatch):
+    """80 GB: all of 128k tokens fits but the scores of a prompt, 4.4 TB."""
+    shape = AttentionShape("llama-7b", 32, 32, 128)
+    request = AttentionRequest(
+        shape, [Case(kind, 1, tokens)], [8], [torch.bfloat16], "cpu", seconds=0
+    )
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 80 * 10**9)
+    bench._require_room(request)
+    monkeypatch.setattr(bench, "accuracy", lambda *args: Accuracy(0.0, 1.0))
+    monkeypatch.setattr(bench, "time_calls", lambda *args: timing.Timing(1.0, 0.0, 1, 1.0))
+    unfused = baselines("cpu")[0]
+    states = torch.empty(1, 32, tokens, 128, dtype=torch.bfloat16, device="meta")
+    inputs = Inputs(states if kind == "prefill" else states[:, :, :1], states, states)
+    found = bench._baseline(unfused, [inputs], request)
+    assert ("missing" not in found) == scores
+    if not scores:
+        assert "its scores need 4432 GB" in found["missing"]
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 3 * 10**9)
+    with pytest.raises(BenchmarkError, match="more than there is"):
+        bench._require_room(request)
+
+
 # ---- ideals
 
 
@@ -376,3 +401,8 @@ def test_even_memberships():
             sizes = [row.count(head) for head in set(row)]
             assert len(sizes) == clusters
             assert max(sizes) - min(sizes) <= 1
+
+
+def test_long_calls_are_timed_fewer_times():
+    assert timing.replays(1000.0) == (timing.WARM_REPLAYS, timing.LEAST_REPLAYS)
+    assert timing.replays(300_000.0) == (1, timing.LEAST_LONG)

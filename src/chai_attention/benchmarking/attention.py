@@ -108,14 +108,19 @@ class AttentionRequest:
 
 
 def _require_room(request: AttentionRequest) -> None:
-    """Refuse, before anything is measured, cases whose K and V alone do not fit the memory."""
+    """Refuse, before anything is measured, cases whose tensors alone do not fit the memory.
+
+    Those are Q, the output, and K and V twice: as a model without clusters holds them, and as a
+    clustered cache does.
+    """
     free, shape = free_bytes(request.device), request.shape
     for case in request.cases:
-        size = 2 * case.batch * case.tokens * shape.kv_heads * shape.head_dim
-        size *= max(dtype.itemsize for dtype in request.dtypes)
+        size = 4 * case.tokens * shape.kv_heads + 2 * case.queries * shape.heads
+        size *= case.batch * shape.head_dim * max(dtype.itemsize for dtype in request.dtypes)
         if size > (2**63 if free is None else free):
             raise BenchmarkError(
-                f"{case} needs {size / 1e9:,.1f} GB for K and V, more than there is: ask for less"
+                f"{case} needs {size / 1e9:,.1f} GB, most of it for K and V, more than there is: "
+                "ask for less"
             )
 
 
@@ -243,7 +248,12 @@ def _baseline(
     plain = Membership.identity(heads, groups, batch, inputs[-1].query.device)
     free = free_bytes(request.device)
     query = inputs[-1].query
-    needed = score_bytes(batch, heads, query.shape[2], inputs[-1].key.shape[2], query.dtype)
+    size, queries = inputs[-1].key.shape[2], query.shape[2]
+    needed = score_bytes(batch, heads, queries, size, query.dtype)
+    if queries > 1:
+        needed += queries * size * query.dtype.itemsize  # a mask
+    if heads > groups:  # K and V are repeated
+        needed += 2 * batch * heads * size * query.shape[3] * query.dtype.itemsize
     if not item.fused and free is not None and needed > free:
         return {"missing": f"its scores need {needed / 1e9:.0f} GB, {free / 1e9:.0f} free"}
     try:
