@@ -14,6 +14,7 @@ from chai_attention.integrations.transformers.logits import (
     summed_loss,
     token_losses,
 )
+from chai_attention.ops import cpu_attention
 from largest_tensor import largest_tensor
 from tiny_models import CONFIGS, tiny_model
 
@@ -116,6 +117,27 @@ def test_clustered_heads_are_scored_in_blocks_too(recent, in_blocks, monkeypatch
         monkeypatch.setattr(logits, "LOGITS", 1 << 27)
         want = token_loss(model, ids)
     assert got.per_window == pytest.approx(want.per_window, rel=1e-5)
+
+
+@pytest.mark.parametrize("code", ["blocked", "torch"])
+@pytest.mark.parametrize("kind", ["static", "online", "window", "streaming"])
+def test_an_evaluation_makes_nothing_that_grows_with_the_square_of_the_length(kind, code):
+    """On the CPU, by both of its codes; operations of torch included."""
+    model, size = tiny_model("llama"), 1500
+    model.config.max_position_embeddings = size
+    window = {"recent": 32, "sinks": 4} if kind in ("window", "streaming") else {}
+    rep, clusters, streaming = (0, 0, 0, 3, 3, 3), 2, None
+    if kind == "streaming":
+        rep, clusters, streaming = (0, 0, 0, 0, 4, 5), 1, ((4, 5),) * 3
+    static = {"representatives": (rep,) * 3, "streaming": streaming}
+    profile = ClusterProfile(
+        (clusters,) * 3,
+        **({"membership": "online"} if kind == "online" else {"membership": "static", **static}),
+        **window,
+    )
+    with enabled(model, profile), cpu_attention(code), largest_tensor() as made:
+        token_losses(model, tokens(size)[:1])
+    assert made.numbers <= 300 * size < size * size / 4
 
 
 def test_a_model_that_cannot_be_halved_is_refused_in_one_line(monkeypatch):
