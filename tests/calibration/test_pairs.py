@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from chai_attention.calibration import pairs
+from chai_attention.calibration import backward, pairs
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.pairs import bands_of, gradient_costs, value_costs
-from chai_attention.calibration.statistics import GramStatistics
+from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.evaluation.head_sums import HeadSums
 from chai_attention.evaluation.map_pictures import MapPictures
+from chai_attention.integrations.transformers import logits, plain
 from chai_attention.integrations.transformers.capture import AttentionCall
 from largest_tensor import largest_tensor
 from tiny_models import tiny_model
@@ -128,6 +129,28 @@ def test_the_size_of_blocks_changes_no_cost_of_a_model(kind, scores, monkeypatch
     nears = [Near(5, 2), Near(12, 2)]
     want = collect_costs(model, ids, kind, nears=nears)
     monkeypatch.setattr(pairs, "SCORES", scores)
-    for got, plain in zip(collect_costs(model, ids, kind, nears=nears), want, strict=True):
-        torch.testing.assert_close(got.sharing, plain.sharing, rtol=1e-4, atol=1e-10)
-        torch.testing.assert_close(got.streaming, plain.streaming, rtol=1e-4, atol=1e-10)
+    for got, one in zip(collect_costs(model, ids, kind, nears=nears), want, strict=True):
+        torch.testing.assert_close(got.sharing, one.sharing, rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(got.streaming, one.streaming, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("keep", [0, 1e9], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_models_evidence_makes_nothing_that_grows_with_the_square_of_the_length(
+    family, keep, monkeypatch
+):
+    """Forward and backward, loss included; of Gemma 2's sliding layers a mask for all heads."""
+    size, nears = 900, [Near(4, 2), Near(64, 2)]
+    monkeypatch.setattr(pairs, "SCORES", 60_000)
+    monkeypatch.setattr(plain, "SCORES", 60_000)
+    monkeypatch.setattr(logits, "LOGITS", 60_000)
+    monkeypatch.setattr(backward, "KEEP_BYTES", keep)
+    model, ids = tiny_model(family), torch.randint(3, 97, (1, size))
+    model.config.max_position_embeddings = size
+    grams, offsets = GramStatistics(3, 6), OffsetStatistics(3, 6, nears)
+    with largest_tensor() as made:
+        observe(model, ids, [grams.add, offsets.add], batch_size=1)
+        collect_costs(model, ids, "gradient", nears=nears)
+    mask = size * size if family == "gemma2" else 0
+    assert made.numbers <= max(60_000, 2 * 48 * size, mask)
+    assert max(60_000, 2 * 48 * size) < size * size / 8
