@@ -104,7 +104,10 @@ def _run(job: dict[str, Any], log: Path, result: Path) -> None:
 
 def _engine(job: dict[str, Any]) -> Any:
     from vllm import LLM
+    from vllm.v1.executor import multiproc_executor
 
+    # ranks are forked off this process, too: on a CPU vLLM would let each import all anew
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     options = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, **job["options"]}
     if job["profile"] is not None:
         options["additional_config"] = {"chai": {"profile": job["profile"]}}
