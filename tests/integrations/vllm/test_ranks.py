@@ -32,16 +32,20 @@ PROFILES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def paired(tmp_path_factory) -> Path:
-    """A model whose heads are alike in pairs, so that an online membership finds those pairs."""
+def model_of(kv_heads: int) -> LlamaForCausalLM:
     torch.manual_seed(3)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=128, num_hidden_layers=LAYERS, head_dim=64,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=256,
+        num_attention_heads=HEADS, num_key_value_heads=kv_heads, vocab_size=256,
         initializer_range=0.15, max_position_embeddings=512, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory) -> Path:
+    """A model whose heads are alike in pairs, so that an online membership finds those pairs."""
+    model = model_of(HEADS)
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             heads = projection.weight.data.view(HEADS // 2, 2, 64, -1)
@@ -68,3 +72,16 @@ def test_ranks_have_the_tokens_of_one(kind, ranks, engine, paired) -> None:
     assert found["parts"][0]["ids"] == wanted
     plain = runtime_tokens(paired, ClusterProfile((HEADS,) * LAYERS), prompts, TOKENS)
     assert wanted != plain  # the clusters decide tokens
+
+
+def test_ranks_that_hold_the_same_kv_head_have_the_tokens_of_one(engine, tmp_path) -> None:
+    model_of(2).save_pretrained(tmp_path)
+    profile = ClusterProfile(
+        (4, 8, 0, 0), "static", tensor_parallel=4, streaming=((), (), EVERY, EVERY), **NEAR,
+        representatives=REPRESENTATIVES,
+    )  # fmt: skip
+    prompts = prompts_of([90, 9, 33, 64, 120])
+    found = engine(
+        tmp_path, [generate(prompts, TOKENS)], profile, block_size=PAGE, tensor_parallel_size=4
+    )
+    assert found["parts"][0]["ids"] == runtime_tokens(tmp_path, profile, prompts, TOKENS)

@@ -69,11 +69,14 @@ def test_one_rank_of_a_server_logs_one_line(rank, first, monkeypatch) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    # vLLM's own logger shows it
-    logging.getLogger("vllm").addHandler(handler)
+    logger = logging.getLogger("vllm")  # vLLM's own, with the level that the environment asks for
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         model._tell_savings()
     finally:
-        logging.getLogger("vllm").removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
     line = savings(describe(CONFIG), FIRST, 2).line
     assert lines == ([f"clustered heads: {line}"] if (rank, first) == (0, True) else [])
