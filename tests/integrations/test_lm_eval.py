@@ -19,11 +19,12 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.scores import CONTINUATION, mean_of
 from chai_attention.evaluation.tasks import task_names, task_sources
 from chai_attention.integrations.lm_eval import __main__ as command_line
+from chai_attention.integrations.lm_eval import model as lm_eval_model
 from chai_attention.integrations.lm_eval import register, tasks
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.scoring import score_task
 from chai_attention.integrations.lm_eval.tasks import load_task
-from chai_attention.integrations.transformers import enabled, loading
+from chai_attention.integrations.transformers import enabled, loading, logits
 from chai_attention.profile import ClusterProfile
 from eval_methods import Clustered, Evicting, GivenCache, OwnCache, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer
@@ -319,3 +320,23 @@ def test_what_cannot_be_a_table_is_refused(monkeypatch):
     monkeypatch.setattr(tasks, "TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(EvaluationError, match="lm-eval has no task"):
         load_task("no_such_task", [{"text": "a"}])
+
+
+@pytest.mark.parametrize("method", [None, Clustered, OwnCache], ids=["full", "clustered", "cache"])
+@pytest.mark.parametrize("size", [4, 33, 64])
+def test_ends_of_windows_are_scored_as_lm_eval_scores_them(method, size, monkeypatch):
+    """Batches by tokens, logits in blocks: what a long window takes, and what it gets."""
+    model, start = eval_model("llama"), size // 2
+    windows = torch.randint(4, 97, (5, size), generator=torch.Generator().manual_seed(size))
+    lm, told = chai_lm(model), []
+    lm.progress = lambda *done: told.append(done)
+    asked = [((i,), row[:start], row[start:]) for i, row in enumerate(windows.tolist())]
+    with lm.using(None if method is None else method()):
+        want = [value for value, _ in lm.score_tokens(asked)]
+        told.clear()
+        for block in (logits.LOGITS, 97 * 7):
+            monkeypatch.setattr(logits, "LOGITS", block)
+            monkeypatch.setattr(lm_eval_model, "LOGITS", block)
+            monkeypatch.setattr(logits, "MOST_TOKENS", 2 * size)
+            assert lm.score_ends(windows, start) == pytest.approx(want, rel=1e-4)
+    assert told[-1] == (5, 5)
