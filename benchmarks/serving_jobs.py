@@ -70,8 +70,9 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
         window, sinks = getattr(spec, "sliding_window", None), getattr(spec, "sinks", 0)
         pages = -(-length // spec.block_size)
         if window:
-            held = -(-(window - 1) // spec.block_size) + 1 + -(-sinks // spec.block_size)
-            pages = min(pages, held)
+            from chai_attention.integrations.vllm.pages import near_pages_of
+
+            pages = near_pages_of(length, spec.block_size, window, sinks)
         groups.append({"page": spec.block_size, "window": window, "pages": pages})
         taken += pages
     requests = (cache.num_blocks - 1) / taken  # one block is nobody's

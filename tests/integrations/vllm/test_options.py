@@ -9,6 +9,7 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.options import (
     Asked,
+    choose_page,
     mark,
     named_profile,
     profile_of,
@@ -58,6 +59,7 @@ def config(**changes: Any) -> SimpleNamespace:
             WINDOW,
             "leave out --disable-hybrid-kv-cache-manager",
         ),
+        ({"model_config__enable_sleep_mode": True}, WINDOW, "leave out --enable-sleep-mode"),
     ],
 )
 def test_refused(changes: dict[str, Any], profile: ClusterProfile, line: str) -> None:
@@ -126,6 +128,7 @@ def test_a_folder_without_a_profile_says_so(tmp_path) -> None:
         ("--speculative-config.method eagle3", PLAIN, "drafts of a model"),
         ("--enable-dbo", BLEND, "microbatches"),
         ("--disable-hybrid-kv-cache-manager", WINDOW, "--disable-hybrid-kv-cache-manager"),
+        ("--enable-sleep-mode", WINDOW, "leave out --enable-sleep-mode"),
     ],
 )
 def test_refused_by_the_command_line(words: str, profile: ClusterProfile, line: str) -> None:
@@ -144,6 +147,7 @@ def test_refused_by_the_command_line(words: str, profile: ClusterProfile, line: 
         ("--no-enable-prefix-caching", WINDOW),
         ("-pp 2 --scheduling-policy priority --no-disable-hybrid-kv-cache-manager", WINDOW),
         ("--disable-hybrid-kv-cache-manager", PLAIN),
+        ("--enable-sleep-mode", PLAIN),
         ("--enable-dbo --no-enable-dbo", BLEND),
     ],
 )
@@ -167,3 +171,17 @@ def test_layers_that_are_not_plain(what: dict[str, Any], text: str) -> None:
     refuse_layer("a layer", **plain)
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_layer("a layer", **{**plain, **what})
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "asked", "page"), [(True, None, 64), (True, 16, 16), (False, None, 16)]
+)
+def test_plain_vllm_serve_takes_pages_of_64_tokens_on_a_gpu(on_gpu, asked, page) -> None:
+    """Near pages of 16 beside far pages of 16 would make all blocks larger than far pages."""
+    cache = SimpleNamespace(block_size=asked or 16, user_specified_block_size=asked is not None)
+    assert choose_page(cache, on_gpu) == (page == 64)
+    assert cache.block_size == page
+    assert cache.user_specified_block_size == (page != 16 or asked is not None)
+    unknown = SimpleNamespace(block_size=16)  # a version that does not say who chose
+    assert not choose_page(unknown, on_gpu)
+    assert unknown.block_size == 16

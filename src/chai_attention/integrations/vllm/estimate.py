@@ -8,12 +8,12 @@ from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
 from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
+from chai_attention.integrations.vllm.pages import PAGE, near_pages_of
 from chai_attention.integrations.vllm.reserve import row_bytes
 from chai_attention.integrations.vllm.savings import Savings, savings
 from chai_attention.profile import ClusterProfile
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
-PAGE = 64  # the same with clusters: with fewer the kernels look up pages more than they read them
 GIB = 2**30
 RUNTIME = 10**9  # CUDA context, graphs and workspaces, roughly
 
@@ -66,8 +66,7 @@ class Blocks:
         """Near pages of a request, while ``new`` of its ``tokens`` are being read."""
         if self.near_page is None:
             return 0
-        window = -(-(self.recent - 2 + new) // self.near_page) + 1
-        return min(-(-tokens // self.near_page), window + -(-self.sinks // self.near_page))
+        return near_pages_of(tokens, self.near_page, self.recent, self.sinks, new)
 
     def of_request(self, tokens: int, new: int = 1) -> int:
         """Blocks of a request, while ``new`` of its ``tokens`` are being read."""

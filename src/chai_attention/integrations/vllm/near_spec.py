@@ -16,6 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from chai_attention.integrations.vllm.pages import sink_pages
 from chai_attention.integrations.vllm.prefixes import Decided
 
 
@@ -34,10 +35,14 @@ class NearSpec(SlidingWindowSpec):
     @property
     def sink_pages(self) -> int:
         """Pages that hold a request's first tokens."""
-        return -(-self.sinks // self.block_size)
+        return sink_pages(self.sinks, self.block_size)
 
     def max_admission_blocks_per_request(self, *args: Any, **kwargs: Any) -> int:
-        """Pages that a request holds at most, as vLLM counts on before it starts one."""
+        """Pages that a request holds at most, as vLLM counts on before it starts one.
+
+        For the window's pages vLLM counts all steps that may be in flight (`pages.near_pages_of`
+        counts one).
+        """
         most: int = super().max_admission_blocks_per_request(*args, **kwargs)
         return most + self.sink_pages
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
-from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
+from chai_attention.integrations.vllm.pages import PAGE, PAGE_MULTIPLE
 from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
 from chai_attention.results import digest as digest_of
 
@@ -72,6 +72,25 @@ def mark(config: Any, profile: ClusterProfile) -> None:
     config.additional_config = {**given, "chai": {**given.get("chai", {}), _DIGEST: digest}}
 
 
+def choose_page(cache: Any, on_gpu: bool) -> bool:
+    """Take pages of `PAGE` tokens on GPUs, where ``--block-size`` asks for none.
+
+    vLLM lets a backend prefer a size only if it is the model's only one, which near pages and
+    layers without clusters prevent. It would take 16, and near pages of 16, which are larger.
+
+    Args:
+        cache: a ``CacheConfig``.
+        on_gpu: whether the model runs on a GPU.
+
+    Returns:
+        Whether they were chosen here.
+    """
+    if on_gpu and not getattr(cache, "user_specified_block_size", True):
+        cache.block_size, cache.user_specified_block_size = PAGE, True
+        return True
+    return False
+
+
 @dataclass(frozen=True)
 class Asked:
     """Options of vLLM that clustered heads depend on.
@@ -87,6 +106,7 @@ class Asked:
         caches_prefixes: whether prefix caching is on.
         microbatches: ``--enable-dbo``.
         one_kind_of_pages: ``--disable-hybrid-kv-cache-manager``.
+        sleeps: ``--enable-sleep-mode``.
     """
 
     cache_dtype: str = "auto"
@@ -99,6 +119,7 @@ class Asked:
     caches_prefixes: bool = True
     microbatches: bool = False
     one_kind_of_pages: bool = False
+    sleeps: bool = False
 
     @classmethod
     def of_config(cls, config: Any) -> Asked:
@@ -125,6 +146,7 @@ class Asked:
                     False,
                 )
             ),
+            sleeps=bool(getattr(config.model_config, "enable_sleep_mode", False)),
         )
 
     @classmethod
@@ -145,6 +167,7 @@ class Asked:
             caches_prefixes=options.switch("--enable-prefix-caching") is not False,
             microbatches=bool(options.switch("--enable-dbo")),
             one_kind_of_pages=bool(options.switch("--disable-hybrid-kv-cache-manager")),
+            sleeps=bool(options.switch("--enable-sleep-mode")),
         )
 
     def problems(self, profile: ClusterProfile) -> Iterator[str]:
@@ -177,6 +200,11 @@ class Asked:
             yield (
                 "an exact recent window, whose pages are of a kind of their own, without vLLM's "
                 "hybrid manager: leave out --disable-hybrid-kv-cache-manager"
+            )
+        if profile.recent and self.sleeps:
+            yield (
+                "sleep mode with an exact recent window, as waking up with it is not tested: "
+                "leave out --enable-sleep-mode"
             )
         if self.microbatches and (profile.recent or online):
             yield "microbatches (--enable-dbo) with an exact recent window or online memberships"

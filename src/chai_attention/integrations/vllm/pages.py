@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
+PAGE = 64  # tokens of a page on GPUs: with fewer the kernels look up pages more than they read them
 # Prefixes are found again at multiples of both kinds of pages: not more than so many far pages
 _MOST_ALIGNED = 4
 _LONGEST = 2  # near pages hold no more than so many far ones, unless the window does
@@ -107,3 +108,22 @@ def near_page(page: int, far: int, near: int, recent: int) -> int:
         if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
             found = tokens
     return found
+
+
+def sink_pages(sinks: int, page: int) -> int:
+    """Near pages of ``page`` tokens that hold a request's first ``sinks`` tokens."""
+    return -(-sinks // page)
+
+
+def near_pages_of(tokens: int, page: int, recent: int, sinks: int, new: int = 1) -> int:
+    """Near pages that a request of ``tokens`` holds at most, while ``new`` of them are read.
+
+    Args:
+        tokens: with the new ones.
+        page: tokens of a near page.
+        recent: w.
+        sinks: s.
+        new: tokens of a step, all of whose near pages are there while it runs.
+    """
+    window = -(-(recent - 2 + new) // page) + 1  # it may begin anywhere in a page
+    return min(-(-tokens // page), window + sink_pages(sinks, page))

@@ -21,11 +21,12 @@ from chai_attention.integrations.vllm.layers import (
 from chai_attention.integrations.vllm.options import (
     EIGHT_BITS,
     Asked,
+    choose_page,
     mark,
     profile_of,
     refuse,
 )
-from chai_attention.integrations.vllm.pages import PAGE_MULTIPLE
+from chai_attention.integrations.vllm.pages import PAGE, PAGE_MULTIPLE
 from chai_attention.integrations.vllm.savings import savings
 
 if TYPE_CHECKING:
@@ -53,11 +54,14 @@ class ServedModel:
             get_tensor_model_parallel_rank,
             get_tensor_model_parallel_world_size,
         )
+        from vllm.platforms import current_platform
 
         self.config = config
         self.profile = profile_of(config)
         refuse(Asked.of_config(config), self.profile)
         mark(config, self.profile)
+        if choose_page(config.cache_config, current_platform.is_cuda()):
+            _log.info("clustered heads: pages of %d tokens (--block-size)", PAGE)
         self.layers: tuple[ServedLayer, ...] = served_layers(
             describe(config.model_config.hf_config),
             self.profile,

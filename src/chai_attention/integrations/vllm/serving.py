@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
+from chai_attention.integrations.vllm.pages import PAGE
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.preflight import check, profile_path
 
 _ADDITIONAL = "--additional-config"
 _MODEL = "--model"
 _PAGE = "--block-size"
-PAGE = "64"  # tokens; with fewer the kernels look up pages more often than they read them
 # the CPU package's `vllm serve` asks for the version of the package "vllm", and fails
 _SERVERS = {
     "vllm": ("vllm.entrypoints.cli.main", "serve"),
@@ -46,8 +46,8 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
     if "chai" in additional:
         raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")
     # the CPU's pages are vLLM's choice
-    added = [_PAGE, PAGE] if package == "vllm" and not given.is_given(_PAGE) else []
-    page = given.count(_PAGE, int(PAGE) if added else 0) or None
+    added = [_PAGE, str(PAGE)] if package == "vllm" and not given.is_given(_PAGE) else []
+    page = given.count(_PAGE, PAGE if added else 0) or None
     path = profile_path(model, profile)
     check(model, path, given, page)
     additional["chai"] = {"profile": path}
