@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.ops.near_pages import NearPages
@@ -13,7 +11,9 @@ from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.hopper_decode import BLOCK, parts
+from chai_attention.ops.triton.launch_hopper import tile_layout
 from chai_attention.ops.triton.near_decode import near_block, near_parts
+from chai_attention.ops.triton.sizes import cdiv
 
 RESIDENT = 2  # programs on a processor: one reads while the other begins or ends
 RING_BYTES = 6 * 16384  # of tiles in a program's shared memory, of which a processor has 227 KiB
@@ -109,7 +109,7 @@ def launch_parts(
             table.stride(0), stride_t, near_table.stride(0), *_strides(near.key),
             *_strides(near.value),
             D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page, GROUP=every_head // kv_heads,
-            KV_HEADS=kv_heads, NEAR=block, STEPS=triton.cdiv(keys, block), NEAR_PAGE=near.page,
+            KV_HEADS=kv_heads, NEAR=block, STEPS=cdiv(keys, block), NEAR_PAGE=near.page,
             SINKS=near.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=NEAR_WARPS, launch_pdl=True,
         )  # fmt: skip
@@ -124,5 +124,4 @@ def _tiles(pages: Tensor) -> TensorDescriptor:
     """Describe pages ``[P, N, heads, D]`` to the tensor memory accelerator, in tiles of a head."""
     pages = pages.transpose(1, 2)
     block = [1, 1, BLOCK.value, pages.shape[3]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(pages, list(pages.shape), list(pages.stride()), block, layout)
+    return TensorDescriptor(pages, list(pages.shape), list(pages.stride()), block, tile_layout(4))
