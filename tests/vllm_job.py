@@ -59,6 +59,14 @@ def crowd(prompts: list[list[int]], requests: list[list[int | None]]) -> Part:
     return {"do": "crowd", "prompts": prompts, "requests": requests}
 
 
+def score(requests: list[tuple[list[int], int]], rows: int, budget: int) -> Part:
+    """Score the last tokens of rows, and write as many behind the others (`scoring.answer`).
+
+    They come in steps as `engine_process` makes them: of so many ``rows`` and tokens.
+    """
+    return {"do": "score", "prompts": requests, "rows": rows, "budget": budget}
+
+
 def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
     """Run a job in a process of its own; what vLLM says goes to ``log``.
 
@@ -122,6 +130,10 @@ def _engine(job: dict[str, Any]) -> Any:
             reserve.room = lambda config, device: 2**26
         if job["scales"] is not None:
             _set_scales(*job["scales"])
+    if any(part["do"] == "score" for part in job["parts"]):
+        from chai_attention.integrations.vllm.engine_process import SETTINGS
+
+        os.environ.update(SETTINGS)
     # vLLM's beam search asks the tokenizer how texts end
     needs_tokenizer = any(part["do"] == "beams" for part in job["parts"])
     return LLM(
@@ -196,6 +208,22 @@ def _generate(llm: Any, part: Part) -> dict[str, Any]:
         "ids": [[list(out.token_ids) for out in request.outputs] for request in done],
         "cached": [request.num_cached_tokens for request in done],
     }
+
+
+def _score(llm: Any, part: Part) -> dict[str, Any]:
+    from chai_attention.integrations.vllm.engine_process import batches
+    from chai_attention.integrations.vllm.scoring import answer
+
+    requests = part["prompts"]
+    found: dict[str, Any] = {"score": {}, "write": {}}
+    lengths = [len(tokens) for tokens, _ in requests]
+    for chosen in batches(lengths, part["rows"], part["budget"]):
+        scored = answer(llm, {"score": [requests[n] for n in chosen]})["score"]
+        contexts = [(requests[n][0][: -requests[n][1]], requests[n][1]) for n in chosen]
+        written = answer(llm, {"write": contexts})["write"]
+        found["score"] |= dict(zip(map(str, chosen), scored, strict=True))
+        found["write"] |= dict(zip(map(str, chosen), written, strict=True))
+    return found
 
 
 def _beams(llm: Any, part: Part) -> dict[str, Any]:
@@ -273,6 +301,7 @@ def _crowd(llm: Any, part: Part) -> dict[str, Any]:
 _DOES = {
     "crowd": _crowd,
     "generate": _generate,
+    "score": _score,
     "beams": _beams,
     "abort": _abort,
     "reload": _reload,

@@ -19,6 +19,7 @@ from chai_attention.cli import app
 from chai_attention.cli.eval import eval_command
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation import comparators as package
+from chai_attention.integrations.vllm.plugin import installed
 from chai_attention.profile import ClusterProfile
 from eval_methods import OwnCache, Plain, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer
@@ -152,8 +153,28 @@ def test_mistakes_are_one_line(chai, asked, place):
         (["--tasks", "recall", "--recall-lengths", "1k"], "reads 512 tokens"),
         (["--tasks", "recall"], "too few"),
         (["--calibration-text", place / "none.txt", "--compare", "own"], "none.txt"),
+        (["--engine", "other"], "--engine is transformers or vllm"),
+        (["--tensor-parallel", "2"], "--tensor-parallel goes with --engine vllm"),
+        (["--engine", "vllm", "--jobs", "2"], "leave out --jobs with --engine vllm: vLLM runs one"),
+        (["--engine", "vllm"], "leave out --device with --engine vllm"),
     ):
         code, _, err = chai(*options(place, *more))
+        assert code == 2
+        assert word in err
+        assert err.count("\n") == 1
+
+
+def test_a_table_by_vllm_has_its_own_options(chai, asked, place):
+    arguments = [
+        "eval", place / "model", "--tasks", "arc_easy", "--data", place / "items", "--engine",
+        "vllm", "--out", place / "out",
+    ]  # fmt: skip
+    lines = [(["--samples", 8, "--length", 9], "leave out --samples, --length with --engine vllm")]
+    lines.append((["--device-map", "auto"], "leave out --device-map with --engine vllm"))
+    if installed() is None:
+        lines.append(([], "vLLM is not installed: pip install"))
+    for more, word in lines:
+        code, _, err = chai(*arguments, *more)
         assert code == 2
         assert word in err
         assert err.count("\n") == 1

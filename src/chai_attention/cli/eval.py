@@ -12,9 +12,19 @@ from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 
 _FIT = "How comparators are fitted"
+VLLM = "vllm"
+# options that say nothing to vLLM, and what to do instead
+_NOT_SERVED = {
+    ("jobs",): "vLLM runs one engine, on the GPUs of --tensor-parallel",
+    ("device_map", "max_memory"): "--tensor-parallel divides the model among GPUs",
+    ("device",): "vLLM runs where it was built to run",
+    ("save", "calibration_text", "samples", "length"): "nothing is fitted: rows are the full "
+    "model and the profile",
+}
 
 
 def eval_command(
+    context: typer.Context,
     model: options.Model,
     tasks: Annotated[
         str,
@@ -98,6 +108,17 @@ def eval_command(
             rich_help_panel=_FIT,
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What runs the model: transformers, or vllm, for models that are larger than a "
+            "GPU; then rows are the full model and the profile, as they are served.",
+            autocompletion=options.offer("transformers", "vllm"),
+        ),
+    ] = "transformers",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="With --engine vllm: GPUs that share the model.", min=1)
+    ] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 16,
     jobs: Annotated[
         int,
@@ -117,6 +138,7 @@ def eval_command(
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
     from chai_attention.cli.progress import import_libraries, progress_bar
 
+    _check_engine(context, engine)
     import_libraries(quiet=quiet)
     from chai_attention.integrations.lm_eval import require
 
@@ -132,11 +154,18 @@ def eval_command(
     from chai_attention.evaluation.lengths import require_lengths
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
     from chai_attention.evaluation.recall_tasks import parse_lengths, recall_sources, recall_text
+    from chai_attention.evaluation.served import (
+        Served,
+        longest_text,
+        served_device,
+        served_names,
+    )
     from chai_attention.evaluation.side_by_side import Processes
     from chai_attention.evaluation.table import LEGEND, rich_tables
     from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
-    from chai_attention.integrations.transformers.loading import load_model
+    from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
+    from chai_attention.integrations.transformers.skeleton import load_skeleton
     from chai_attention.profile import ClusterProfile
 
     placement = parse_placement(device_map, max_memory)
@@ -169,13 +198,28 @@ def eval_command(
         load_model, model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
         work=reading_work(wanted, batch_size, studied, gradients=compare is not None),
     )  # fmt: skip
+    if engine == VLLM:
+        load = partial(
+            load_skeleton, model, resolve_dtype(dtype, served_device()),
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        rows = served_names(compare, chosen is not None, note)
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load()
     if RECALL in names:
         sources += recall_sources(loaded, tokenizer, documents, lengths, recall_cases, seed)
+    served = None
+    if engine == VLLM:
+        served = Served(
+            model, loaded, None if chosen is None else (str(profile), chosen), tensor_parallel,
+            batch_size, longest_text(sources), trust_remote_code,
+        )  # fmt: skip
+        served.check()
+    else:
+        rows = comparator_names(compare, chosen, loaded, note)
     what = Evaluation(
         model=Path(model).name,
-        names=comparator_names(compare, chosen, loaded, note),
+        names=rows,
         sources=sources,
         out=out,
         asked=calibration.asked(),
@@ -188,8 +232,11 @@ def eval_command(
             loaded,
             tokenizer,
             what,
-            prepare(loaded, tokenizer, calibration, bar.tell),
+            prepare(loaded, tokenizer, calibration, bar.tell)
+            if served is None
+            else served.comparators,
             processes=Processes(jobs, load) if jobs > 1 else None,
+            served=served,
             progress=bar.tell,
             on_redo=lambda path, why: note(f"measured anew: {path}: {why}"),
         )
@@ -199,3 +246,20 @@ def eval_command(
         shown.say(render(made, width=180))
     shown.say(LEGEND)
     shown.say(f"results written to {out / 'results.json'} and {out / 'table.md'}")
+
+
+def _check_engine(context: typer.Context, engine: str) -> None:
+    """Refuse options that the engine knows nothing of.
+
+    Raises:
+        EvaluationError: names them.
+    """
+    from chai_attention.errors import EvaluationError
+
+    if engine not in (VLLM, "transformers"):
+        raise EvaluationError(f"--engine is transformers or vllm, not {engine!r}")
+    if engine != VLLM and (asked := options.given(context, "tensor_parallel")):
+        raise EvaluationError(f"{asked[0]} goes with --engine vllm")
+    for names, reason in _NOT_SERVED.items():
+        if engine == VLLM and (asked := options.given(context, *names)):
+            raise EvaluationError(f"leave out {', '.join(asked)} with --engine vllm: {reason}")

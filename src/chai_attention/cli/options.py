@@ -99,6 +99,16 @@ def seed(text: str, panel: str | None = None) -> Any:
     return typer.Option(help=text, min=0, max=LARGEST_SEED, rich_help_panel=panel)
 
 
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Those of the named parameters that stand on the command line, as options."""
+    sources = ((name, context.get_parameter_source(name)) for name in names)
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources
+        if source is not None and source.name == "COMMANDLINE"
+    ]
+
+
 def finite(value: float | None) -> float | None:
     """Callback of an option with a number: NaN is within every range, and infinity in most."""
     if value is not None and not math.isfinite(value):

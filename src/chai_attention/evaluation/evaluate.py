@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +20,9 @@ from chai_attention.evaluation.table import build_table, write_table
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.lm_eval import require
 from chai_attention.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from chai_attention.evaluation.served import Served
 
 Prepare = Callable[[Sequence[str]], Mapping[str, Comparator]]
 
@@ -55,6 +60,7 @@ def evaluate(
     prepare: Prepare,
     *,
     processes: Processes | None = None,
+    served: Served | None = None,
     progress: Progress = quiet,
     on_redo: Redo = lambda path, reason: None,
 ) -> dict[str, Any]:
@@ -71,6 +77,8 @@ def evaluate(
         prepare: makes comparators by name, fitted where they need it; it is called once, with
             those that have something left to score.
         processes: that score side by side; None: this one scores.
+        served: vLLM, which then scores all of it, and ``model`` needs no weights; its engine is
+            ended here. None: transformers does.
         progress: called with (what is going on, items done, items in all).
         on_redo: called with a file that cannot be used and the reason.
 
@@ -89,7 +97,8 @@ def evaluate(
         raise EvaluationError(f"a limit is a number of items, not {what.limit}")
     names = tuple(dict.fromkeys((MHA, *what.names)))
     folder = RunFolder(what.out, on_redo)
-    run = run_settings(model, what.model, what.batch_size, what.seed)
+    settings_of = partial(run_settings, model) if served is None else served.run_settings
+    run = settings_of(what.model, what.batch_size, what.seed)
     folder.require_run(run)
     results: dict[tuple[str, str], Result] = {}
     tasks = {source.name: source.settings(what.limit) for source in what.sources}
@@ -116,14 +125,19 @@ def evaluate(
             for source in what.sources
             if (name, source.name) not in results
         ]
-        scorer = Scorer(model, tokenizer, run, what.limit)
-        if processes is None:
-            scored = _in_turn(scorer, jobs, progress)
-        else:
-            scored = _side_by_side(scorer, processes, run, what.limit, jobs, progress)
-        for result in scored:
-            folder.put(result)
-            results[result.comparator, result.task] = result
+        with served or nullcontext():
+            scorer = (
+                Scorer(model, tokenizer, run, what.limit)
+                if served is None
+                else served.scorer(tokenizer, run, what.limit)
+            )
+            if processes is None:
+                scored = _in_turn(scorer, jobs, progress)
+            else:
+                scored = _side_by_side(scorer, processes, run, what.limit, jobs, progress)
+            for result in scored:
+                folder.put(result)
+                results[result.comparator, result.task] = result
     table = build_table(run, names, tuple(tasks), results)
     write_table(table, what.out)
     return table

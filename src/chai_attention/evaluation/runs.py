@@ -12,8 +12,9 @@ No file holds a time or a text, so two runs with the same settings write the sam
      "checksum": SHA-256 of the canonical JSON (sorted keys, no spaces) of all the rest,
      "settings": {                     what identifies it; of another run: refused, of another task
                                        or comparator: measured anew
-       "run": {"model": str, "weights": digest, "dtype": str, "device": "cpu" or "cuda",
-               "batch_size": int, "seed": int, "versions": {package: version}},
+       "run": {"model": str, "engine": "transformers" or "vllm", "weights": digest, "dtype": str,
+               "device": "cpu" or "cuda", "batch_size": int, "seed": int,
+               "versions": {package: version}},     with vLLM also "tensor_parallel": int
        "task": {"name": str, "data": digest or "hub", "limit": int or null},
        "comparator": {"name": str,
                       "asked": {...},     what it was prepared with; {} for mha
@@ -48,8 +49,10 @@ from chai_attention.whole_files import require_folder, write_whole
 
 SCHEMA_VERSION = 1
 TABLES = ("results.json", "table.md")
+TRANSFORMERS = "transformers"  # the engine of results that name none
 Redo = Callable[[Path, str], None]
 _SETTINGS = ("run", "task", "comparator")
+_BEFORE = {"engine": TRANSFORMERS}  # what runs did not say when there was one engine
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,10 @@ class RunFolder:
         Raises:
             EvaluationError: names what differs.
         """
-        wanted = as_json(run, EvaluationError)
+        wanted = {**_BEFORE, **as_json(run, EvaluationError)}
         for path in sorted(self.path.glob("*/*.json")):
             try:
-                found = load_result(path).settings["run"]
+                found = {**_BEFORE, **load_result(path).settings["run"]}
             except EvaluationError:
                 continue
             require_same(path, found, wanted, EvaluationError)
@@ -132,7 +135,7 @@ class RunFolder:
             self._on_redo(path, str(error))
             return None
         for name, wanted in zip(_SETTINGS, (run, task, comparator), strict=True):
-            found = result.settings[name]
+            found = {**(_BEFORE if name == "run" else {}), **result.settings[name]}
             for key, value in as_json(wanted, EvaluationError).items():
                 if found.get(key) != value:
                     self._on_redo(path, f"it is of another {name} ({key} differs)")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.calibration.texts import windows_of
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.recall_score import recall_score
-from chai_attention.evaluation.runs import Result
+from chai_attention.evaluation.runs import TRANSFORMERS, Result
 from chai_attention.evaluation.tasks import (
     LAMBADA,
     LAST_WORD,
@@ -28,6 +28,7 @@ from chai_attention.ops.choice import reproducible
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
+    from chai_attention.integrations.lm_eval.model import ChaiLM
     from chai_attention.integrations.lm_eval.scoring import Scored
 
 MHA = "mha"
@@ -52,20 +53,25 @@ class Scorer:
         run: Mapping[str, Any],
         limit: int | None,
     ):
-        from chai_attention.integrations.lm_eval.model import ChaiLM
         from chai_attention.integrations.lm_eval.tasks import quiet
 
         self._run, self._limit = run, limit
         self._model, self._tokenizer = model, tokenizer
         with quiet():
-            # sums of log-probabilities in bfloat16 would tie choices by rounding
-            self._lm = ChaiLM(
-                model,
-                tokenizer=tokenizer,
-                batch_size=run["batch_size"],
-                softmax_dtype="float32",
-            )
+            self._lm = self._language_model()
         self._loaded: dict[str, Any] = {}
+
+    def _language_model(self) -> ChaiLM:
+        """What lm-eval asks."""
+        from chai_attention.integrations.lm_eval.model import ChaiLM
+
+        # sums of log-probabilities in bfloat16 would tie choices by rounding
+        return ChaiLM(
+            self._model,
+            tokenizer=self._tokenizer,
+            batch_size=self._run["batch_size"],
+            softmax_dtype="float32",
+        )
 
     def items(self, source: TaskSource) -> int:
         """How many items of a task are scored."""
@@ -127,15 +133,18 @@ class Scorer:
         self, method: Comparator, source: TaskSource, report: Callable[[int, int], None]
     ) -> Scored:
         """A task of lm-eval's, or perplexity."""
+        # plain MHA is lm-eval's own path, batches and all
+        with self._lm.using(None if method.name == MHA else method):
+            return self._scored(source, report)
+
+    def _scored(self, source: TaskSource, report: Callable[[int, int], None]) -> Scored:
         from chai_attention.integrations.lm_eval.scoring import score_task, score_text
 
         loaded = self._load(source)
         self._lm.progress = report
-        # plain MHA is lm-eval's own path, batches and all
-        with self._lm.using(None if method.name == MHA else method):
-            if text_length(source.name) is not None:
-                return score_text(self._lm, loaded[: self._limit])
-            return score_task(self._lm, loaded, self._limit)
+        if text_length(source.name) is not None:
+            return score_text(self._lm, loaded[: self._limit])
+        return score_task(self._lm, loaded, self._limit)
 
     def _recall(
         self,
@@ -177,12 +186,23 @@ class Scorer:
         return windows_of(texts, self._tokenizer, count, min(length, most), self._run["seed"])
 
 
-def run_settings(model: PreTrainedModel, name: str, batch_size: int, seed: int) -> dict[str, Any]:
-    """What all results of a run have in common, and what tells them from another run's."""
+def run_settings(
+    model: PreTrainedModel, name: str, batch_size: int, seed: int, weights: str | None = None
+) -> dict[str, Any]:
+    """What all results of a run have in common, and what tells them from another run's.
+
+    Args:
+        model: that is evaluated.
+        name: of it, for the record.
+        batch_size: rows of a forward.
+        seed: of everything random.
+        weights: their digest, of a model that has none here.
+    """
     packages = ("chai-attention", "lm_eval", "torch", "transformers")
     return {
         "model": name,
-        "weights": weights_digest(model),
+        "engine": TRANSFORMERS,
+        "weights": weights_digest(model) if weights is None else weights,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": input_device(model).type,
         "batch_size": batch_size,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.runs import SCHEMA_VERSION, Result, write_text
+from chai_attention.evaluation.runs import SCHEMA_VERSION, TRANSFORMERS, Result, write_text
 from chai_attention.evaluation.scores import (
     RECALLED,
     TEXT,
@@ -115,14 +115,20 @@ def markdown(table: Mapping[str, Any]) -> str:
     run = table["run"]
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     lines = [
-        f"{run['model']} in {run['dtype']} on {run['device']}, batch size {run['batch_size']}, "
-        f"seed {run['seed']}; {versions}.",
+        f"{run['model']} in {run['dtype']} on {run['device']} by {engine_of(run)}, batch size "
+        f"{run['batch_size']}, seed {run['seed']}; {versions}.",
     ]
     for title, header, body in _blocks(table):
         aligned = ["---", *("---:" for _ in header[1:])]
         lines += ["", f"**{title}**", ""]
         lines += [f"| {' | '.join(row)} |" for row in (header, aligned, *body)]
     return "\n".join([*lines, "", LEGEND, ""])
+
+
+def engine_of(run: Mapping[str, Any]) -> str:
+    """What scored a run's results."""
+    engine, ranks = str(run.get("engine", TRANSFORMERS)), run.get("tensor_parallel", 1)
+    return engine if ranks == 1 else f"{engine} (tensor parallel {ranks})"
 
 
 def rich_tables(table: Mapping[str, Any]) -> list[Table]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.evaluation.points import Point
-from chai_attention.evaluation.table import LEGEND, rich_tables
+from chai_attention.evaluation.table import LEGEND, engine_of, rich_tables
 from chai_attention.evaluation.tasks import facts_and_length
 from chai_attention.reports.answer import eval_answer, frontier_answer
 from chai_attention.reports.drawing import SOFT, Panel, curve
@@ -79,6 +79,7 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
         facts=[
             ("model", f"{run['model']}, weights {str(run['weights'])[:12]}"),
             ("device", f"{run['device']}, {run['dtype']}, batch size {run['batch_size']}"),
+            ("engine", engine_of(run)),
             ("versions", versions),
             ("tasks", items),
             ("seed", str(run["seed"])),

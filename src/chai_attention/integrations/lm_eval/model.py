@@ -109,8 +109,7 @@ class ChaiLM(HFLM):
         Windows may be as long as the model reads: batches and logits are bounded by tokens.
         """
         if self._method is not None and self._method.needs_cache:
-            requests = [((i,), row[:start], row[start:]) for i, row in enumerate(windows.tolist())]
-            return [value for value, _ in self.score_tokens(requests)]
+            return self._ends_as_requests(windows, start)
         self._done, self._total = 0, len(windows)
         found: list[float] = []
         for batch in windows.split(rows_at_once(int(self.batch_size), windows.shape[1])):
@@ -119,19 +118,17 @@ class ChaiLM(HFLM):
             self._advance(len(batch))
         return found
 
+    def _ends_as_requests(self, windows: Tensor, start: int) -> list[float]:
+        requests = [((i,), row[:start], row[start:]) for i, row in enumerate(windows.tolist())]
+        return [value for value, _ in self.score_tokens(requests)]
+
     def _loglikelihood_tokens(
         self,
         requests: list[TokenRequest],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        for texts, context, continuation in requests:
-            self.lengths[texts] = len(context), len(continuation)
-            if len(continuation) > self.max_length:
-                raise EvaluationError(
-                    f"an answer of {len(continuation)} tokens is longer than the model's maximum "
-                    f"of {self.max_length}"
-                )
+        self._take(requests)
         self._done, self._total = 0, len({tuple(c + a[:-1]) for _, c, a in requests})
         if self._method is not None and self._method.needs_cache:
             return self._through_cache(requests, self._method)
@@ -146,6 +143,16 @@ class ChaiLM(HFLM):
             found = super()._loglikelihood_tokens(chosen, disable_tqdm, override_bs)
             answers.update(zip(groups[length], found, strict=True))
         return [answers[index] for index in range(len(requests))]
+
+    def _take(self, requests: list[TokenRequest]) -> None:
+        """Keep the lengths of requests, and refuse those that no model of this length can score."""
+        for texts, context, continuation in requests:
+            self.lengths[texts] = len(context), len(continuation)
+            if len(continuation) > self.max_length:
+                raise EvaluationError(
+                    f"an answer of {len(continuation)} tokens is longer than the model's maximum "
+                    f"of {self.max_length}"
+                )
 
     def _through_cache(self, requests: list[TokenRequest], method: Comparator) -> list[Answer]:
         """Score the answers to one context at a time, each with a row of one cache."""

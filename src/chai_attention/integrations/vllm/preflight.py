@@ -20,6 +20,8 @@ from chai_attention.profile import EXPORTED, PUBLISHED, ClusterProfile
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from chai_attention.integrations.vllm.layers import ServedLayer
+
 # with these vLLM reads another config than the model's own, or by another reader
 _OTHER_CONFIG = ("--hf-overrides", "--hf-config-path", "--config-format", "--revision")
 
@@ -68,23 +70,37 @@ def check(model: str, profile: str, options: Options, page: int | None) -> Clust
     return chosen
 
 
-def _check_model(
-    model: str, profile: ClusterProfile, options: Options, asked: Asked, page: int | None
-) -> None:
-    """Compare profile and options with the model's config, if it can be read here."""
+def layers_of(
+    model: str, config: PreTrainedConfig, profile: ClusterProfile, ranks: int
+) -> tuple[ServedLayer, ...]:
+    """The layers of a model with a profile, as the first of so many ranks has them.
+
+    Raises:
+        ProfileError: the profile does not fit the model.
+        UnsupportedModelError: the model has sliding windows.
+    """
     from chai_attention.integrations.transformers.support import describe
     from chai_attention.integrations.vllm.layers import served_layers
 
-    config = _local_config(model)
-    if config is None or options.is_given("--trust-remote-code"):
-        return
     shape = describe(config)
-    layers = served_layers(shape, profile, options.count("--tensor-parallel-size", 1))
+    layers = served_layers(shape, profile, ranks)
     if not all(shape.clusterable):
         raise UnsupportedModelError(
             f"clustered heads in vLLM need plain causal attention; {model} has sliding windows: "
             "use it with chai_attention.enable() and transformers"
         )
+    return layers
+
+
+def _check_model(
+    model: str, profile: ClusterProfile, options: Options, asked: Asked, page: int | None
+) -> None:
+    """Compare profile and options with the model's config, if it can be read here."""
+    config = _local_config(model)
+    if config is None or options.is_given("--trust-remote-code"):
+        return
+    ranks = options.count("--tensor-parallel-size", 1)
+    layers = layers_of(model, config, profile, ranks)
     ends = [layer.plan.probe_end for layer in layers if layer.plan.needs_probe]
     problem = page_problem(max(ends), page) if ends and page and asked.caches_prefixes else None
     if problem is not None:
