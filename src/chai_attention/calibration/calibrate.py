@@ -50,6 +50,7 @@ HELD_OUT = 64  # windows on which a loss is measured
 STRETCHES = (4, 2)  # how much longer the windows are on which it is measured once more
 LEAST_LONG = 2 * LEAST_WINDOWS  # long windows, with fewer of which short ones are taken
 BATCH_SIZE = 8
+_Described = PreTrainedModel | PreTrainedConfig
 
 
 def calibrate(
@@ -341,16 +342,14 @@ def check_window(chosen: Settings, length: int) -> None:
         )
 
 
-def longest_text(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+def longest_text(model: _Described) -> int | None:
     """Tokens that a model, or one of this config, can read; None if its config does not say."""
     config = model if isinstance(model, PreTrainedConfig) else model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def window_length(
-    model: PreTrainedModel | PreTrainedConfig,
-    chosen: Settings | None = None,
-    length: int | None = None,
+    model: _Described, chosen: Settings | None = None, length: int | None = None
 ) -> int:
     """Tokens per window of sample text: ``length``, or what settings want and fits the model.
 
