@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ HELD_OUT = 64  # windows on which a loss is measured
 STRETCHES = (4, 2)  # how much longer the windows are on which it is measured once more
 LEAST_LONG = 2 * LEAST_WINDOWS  # long windows, with fewer of which short ones are taken
 BATCH_SIZE = 8
-_Described = PreTrainedModel | PreTrainedConfig
+_Described: TypeAlias = PreTrainedModel | PreTrainedConfig
 
 
 def calibrate(
