@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
-from chai_attention.ops import cpu_attention, near, near_flash, reference, windowed
+from chai_attention.ops import cpu_attention, near, reference, windowed
 from helpers import clustered_inputs, definition, random_membership, recent_definition
 
 
@@ -102,24 +102,6 @@ def test_windowed_is_the_reference(data):
     assert got.shape == (batch, queries, heads, width)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "streaming"), [(6, 6, 0), (6, 6, 2), (6, 3, 2)])
-@pytest.mark.parametrize(("queries", "size"), [(150, 150), (20, 150), (70, 71)])
-def test_near_keys_by_torchs_kernel(monkeypatch, heads, kv_heads, streaming, queries, size):
-    """Prompts that torch's kernel takes go to it, whatever is far."""
-    calls = []
-    kept = near_flash.attention
-    monkeypatch.setattr(near_flash, "attention", lambda *a, **k: calls.append(1) or kept(*a, **k))
-    member = random_membership(heads, 2, 2, kv_heads, streaming)
-    query = torch.randn(2, heads, queries, 8)
-    key, value = (torch.randn(2, kv_heads, size, 8) for _ in "kv")
-    options = {"recent": 32, "sinks": 3, "scale": 0.4, "offsets": torch.randn(heads, heads)}
-    with cpu_attention("torch"):
-        got = run(member, query, key, value, **options)
-    assert calls
-    want = reference.recent_attention(*(x.double() for x in (query, key, value)), member, **options)
-    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=0)
 
 
 def test_many_blocks_are_worked_on_in_parts(monkeypatch):

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, dense, fused, near_flash
-from chai_attention.ops import near as near_blocks
+from chai_attention.ops import blocked, dense, fused
 
 logger = logging.getLogger("chai_attention")
 
@@ -38,7 +37,6 @@ FASTER = 0.9  # part of our code's time that torch's has to stay below
 HEADS, CLUSTERS = 8, 2  # of the small problem
 # queries and keys of it, for short and long calls
 SIZES = {True: ((1, 512), (1, 2048)), False: ((64, 64), (128, 512))}
-NEAR = (256, 128)  # queries and window of the small problem with near keys
 
 _given: ContextVar[str | None] = ContextVar("cpu_attention", default=None)
 _lock = threading.RLock()
@@ -54,7 +52,6 @@ class Kind(NamedTuple):
         head_dim: D.
         long: whether there are many keys.
         threads: of torch.
-        near: whether it is a prompt's part of an exact window, with every head's own scores.
     """
 
     decode: bool
@@ -63,7 +60,6 @@ class Kind(NamedTuple):
     head_dim: int
     long: bool
     threads: int
-    near: bool = False
 
 
 _found: dict[Kind, str] = {}  # what was measured in this process
@@ -117,12 +113,6 @@ def kind_of(query: Tensor, keys: int, *, clustered: bool) -> Kind:
     )
 
 
-def near_kind(query: Tensor) -> Kind:
-    """Kind of a prompt's part of an exact window, with ``query [B, H, Q, D]``."""
-    kind = kind_of(query, 0, clustered=False)
-    return kind._replace(near=True)
-
-
 def chosen(kind: Kind) -> str:
     """``BLOCKED`` or ``TORCH`` for a kind of call; measures if nothing else is known.
 
@@ -152,7 +142,7 @@ def chosen(kind: Kind) -> str:
 
 def usual(kind: Kind) -> str:
     """What is faster on most machines."""
-    return BLOCKED if kind.clustered or kind.decode or kind.near else TORCH
+    return BLOCKED if kind.clustered or kind.decode else TORCH
 
 
 def measured(kind: Kind) -> str:
@@ -182,8 +172,6 @@ def faster(
 
 def candidates(kind: Kind) -> dict[str, Callable[[], object]]:
     """Both ways to attend to a small problem of a kind."""
-    if kind.near:
-        return _near_candidates(kind)
     queries, size = SIZES[kind.decode][kind.long]
     members = HEADS // CLUSTERS if kind.clustered else 1
     rep = torch.arange(HEADS, device="cpu") // members * members
@@ -204,28 +192,6 @@ def candidates(kind: Kind) -> dict[str, Callable[[], object]]:
         return call
 
     return {BLOCKED: run(blocked.attention), TORCH: run(module.attention)}
-
-
-def _near_candidates(kind: Kind) -> dict[str, Callable[[], object]]:
-    queries, recent = NEAR
-    query = torch.full((1, HEADS, queries, kind.head_dim), 0.01, dtype=kind.dtype, device="cpu")
-    near = near_blocks.NearKeys(query, query)
-    size = near_blocks.blocks_of(queries, recent).size
-    bias = torch.zeros(1, size, size + recent, device="cpu")
-
-    def run(attention: Callable[..., object], **options: object) -> Callable[[], object]:
-        def call() -> object:
-            with torch.inference_mode():
-                return attention(
-                    query, near, lambda _: bias, None, recent=recent, sinks=0, scale=0.1, **options
-                )
-
-        return call
-
-    return {
-        BLOCKED: run(near_blocks.attention, padded=False),
-        TORCH: run(near_flash.attention),
-    }
 
 
 def _checked(name: str, what: str) -> str:

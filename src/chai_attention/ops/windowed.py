@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops import choice, near_flash
 from chai_attention.ops import near as near_part
 from chai_attention.ops.dispatch import attention as clustered
 from chai_attention.ops.near import Far, NearKeys, blocks_of
@@ -190,24 +189,6 @@ def attention(
         lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
         seers = list(membership.far_heads) if membership.streaming else None
         far = Far(out, lse if offset is None else lse + offset[:, :, None], seers)
-    return _near(query, near, tables, far, scale=scale, softcap=softcap)
-
-
-def _near(
-    query: Tensor,
-    near: NearKeys,
-    tables: WindowTables,
-    far: Far | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """``[B, Q, H, Dv]``: the exact part with what is far, by the code of this machine."""
-    can_run = near_flash.can_run(query, near, padded=tables.padded, softcap=softcap)
-    if can_run and choice.chosen(choice.near_kind(query)) == choice.TORCH:
-        return near_flash.attention(
-            query, near, tables.bias, far, recent=tables.recent, sinks=tables.sinks, scale=scale
-        )
     return near_part.attention(
         query,
         near,
@@ -245,8 +226,17 @@ def _beside_streaming(
     heads, streams = list(membership.far_heads), list(membership.streaming)
     groups = membership.removed_value_heads[0]
     whole, _ = clustered(query[:, heads], key, value, membership.far, scale=scale, softcap=softcap)
-    near = NearKeys(near.key[:, groups], near.value[:, groups])
-    some = _near(query[:, streams], near, tables, None, scale=scale, softcap=softcap)
+    some = near_part.attention(
+        query[:, streams],
+        NearKeys(near.key[:, groups], near.value[:, groups]),
+        tables.bias,
+        None,
+        recent=tables.recent,
+        sinks=tables.sinks,
+        padded=False,
+        scale=scale,
+        softcap=softcap,
+    )
     out = whole.new_empty(*whole.shape[:2], membership.heads, whole.shape[3])
     for part, numbers in ((whole, heads), (some, streams)):
         out.index_copy_(2, torch.tensor(numbers, device=out.device), part)
