@@ -21,7 +21,7 @@ from chai_attention.integrations.vllm.engine_process import BUDGET, ScoringEngin
 from chai_attention.integrations.vllm.options import Asked, refuse
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.preflight import layers_of
-from chai_attention.integrations.vllm.serving import PAGE
+from chai_attention.integrations.vllm.pages import PAGE
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Served:
             window = profile.probe_start + profile.window  # which one step has to take
             found["max_num_batched_tokens"] = max(BUDGET, self.rows, window)
             if served_device() == "cuda":  # the CPU's pages are vLLM's choice
-                found["block_size"] = int(PAGE)
+                found["block_size"] = PAGE
         return found
 
     def scorer(
