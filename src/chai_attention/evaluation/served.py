@@ -19,9 +19,9 @@ from chai_attention.integrations.transformers.digest import files_digest
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.engine_process import BUDGET, ScoringEngine
 from chai_attention.integrations.vllm.options import Asked, refuse
+from chai_attention.integrations.vllm.pages import PAGE
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.preflight import layers_of
-from chai_attention.integrations.vllm.pages import PAGE
 from chai_attention.profile import ClusterProfile
 
 if TYPE_CHECKING:
