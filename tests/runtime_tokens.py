@@ -47,7 +47,6 @@ def narrow_losses(
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses: list[float] = []
-    # hooks first: an enabled model takes none on projections whose rows are cut
     with rounded(model), enabled(model, profile):
         for prompt, [new] in zip(prompts, ids, strict=True):
             logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]

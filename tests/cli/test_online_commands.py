@@ -28,14 +28,6 @@ def test_generate_writes_text_and_counts_bytes(chai):
     assert "ms" in cells[2]
 
 
-def test_generate_counts_the_weights_of_removed_heads(chai, folder):
-    rows = ((4, 5, 5, 5, 4, 5), (0, 1, 2, 3, 4, 5), (2, 4, 2, 3, 4, 2))
-    ClusterProfile((2, 6, 3), "static", representatives=rows).save(folder / "static.json")
-    code, out, _ = chai("generate", "llama", "--profile", "static.json", "--prompt", "Some words")
-    assert code == 0
-    assert f"not computed: {2 * (4 + 3) * 8 * 48 * 4:,} bytes" in out  # Q and K of 7 heads
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -33,7 +33,7 @@ from chai_attention.benchmarking.model_work import (
 from chai_attention.benchmarking.runners import make_runner, measure_speed, wait_for
 from chai_attention.benchmarking.timing import machine
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers import enabled, saved_weight_bytes
+from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
 from chai_attention.integrations.transformers.placement import Placement, random_weights
 from chai_attention.integrations.transformers.room import (
@@ -290,7 +290,6 @@ def measure_run(
             "kv_bytes": memory.total_bytes,
             "full_kv_bytes": memory.full_bytes,
             "weight_bytes": weights,
-            "removed_weight_bytes": saved_weight_bytes(model),
             "peak_bytes": peak,
             **({"peak_bytes_of": peaks_of_gpus()} if several else {}),
         }

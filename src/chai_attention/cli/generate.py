@@ -68,7 +68,7 @@ def generate_command(
 
         from chai_attention.cli.records import written_record
         from chai_attention.cli.tables import compared_line, generation_table
-        from chai_attention.integrations.transformers import enable, saved_weight_bytes
+        from chai_attention.integrations.transformers import enable
         from chai_attention.integrations.transformers.devices import input_device
         from chai_attention.integrations.transformers.loading import load_model
         from chai_attention.integrations.transformers.placement import parse_placement
@@ -103,11 +103,9 @@ def generate_command(
     runs = {_PLAIN: written(_PLAIN)} if compare else {}
     enable(loaded, chosen)
     runs[_CLUSTERED] = written(_CLUSTERED)
-    weights = saved_weight_bytes(loaded)
     shown.give(
         lambda: {
             "runs": {name: written_record(run) for name, run in runs.items()},
-            "weight_bytes_not_computed": weights,
         }
     )
     if quiet:
@@ -115,8 +113,6 @@ def generate_command(
     shown.say(generation_table(runs))
     if compare:
         shown.say(compared_line(runs[_PLAIN], runs[_CLUSTERED]))
-    if weights:
-        shown.say(f"rows of removed heads in W_Q and W_K, not computed: {weights:,} bytes")
 
 
 def _piped_in(*, asked: bool) -> str:

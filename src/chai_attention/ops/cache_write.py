@@ -20,22 +20,18 @@ def write_dense(
     membership: Membership,
     start: Tensor,
     near: NearRing | None = None,
-    *,
-    ordered: bool = False,
 ) -> None:
     """Write Q new tokens of every sequence into caches of fixed capacity.
 
     Args:
-        key: ``[B, G, Q, D]``, all K/V heads in their natural order; if ``ordered``
-            ``[B, kept_keys, Q, D]``, in the cache's order.
+        key: ``[B, G, Q, D]``, all K/V heads in their natural order.
         value: ``[B, G, Q, Dv]``, in the order of ``key``.
         keys: ``[B, kept_keys, S, D]``, the K cache, in the order of ``membership.key_heads``.
         values: ``[B, kept_values, S, Dv]``, the V cache, in that of ``membership.value_heads``.
         membership: tables of B rows, or of one for all.
         start: ``[B]`` integer on the caches' device, position of each sequence's first new token.
             Tokens that would stand outside S are not written.
-        near: takes K and V of the removed heads; not with ``ordered``, which has none.
-        ordered: K and V come from projections that leave out removed heads.
+        near: takes K and V of the removed heads.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -46,8 +42,7 @@ def write_dense(
         keys.shape == (batch, membership.kept_keys, size, dim)
         and values.shape == (batch, membership.kept_values, size, value_dim)
         and value.shape == (batch, groups, tokens, value_dim)
-        and given == (membership.kept_keys if ordered else groups)
-        and not (ordered and near is not None)
+        and given == groups
         and membership.batch in (1, batch)
         and start.shape == (batch,)
     )
@@ -55,14 +50,14 @@ def write_dense(
     if keys.device.type == "cuda":
         from chai_attention.ops.triton import write
 
-        write.write_dense(key, value, keys, values, membership, start, near, ordered=ordered)
+        write.write_dense(key, value, keys, values, membership, start, near)
         return
     member = membership if membership.batch == batch else membership.expand(batch)
     position = start.long()[:, None] + torch.arange(tokens, device=key.device)  # [B, Q]
     inside = (position >= 0) & (position < size)
     pick = torch.arange(batch, device=key.device)[:, None]
-    keys_of = key if ordered else key[pick, member.key_heads]  # [B, kept, Q, D]
-    values_of = value if ordered else value[pick, member.value_heads]
+    keys_of = key[pick, member.key_heads]  # [B, kept, Q, D]
+    values_of = value[pick, member.value_heads]
     row, token = inside.nonzero(as_tuple=True)
     at = position[row, token]
     keys[row, :, at] = keys_of[row, :, token]

@@ -18,10 +18,8 @@ from chai_attention.integrations.transformers import (
     ClusteredCache,
     DecodeGraph,
     StaticClusteredCache,
-    disable,
     enable,
     enabled,
-    saved_weight_bytes,
 )
 from chai_attention.integrations.transformers.devices import (
     devices_of,
@@ -231,19 +229,6 @@ def test_evidence_on_two_devices_is_that_of_one(keep, monkeypatch):
         for one, two in zip(kind, others, strict=True):
             torch.testing.assert_close(two.sharing, one.sharing, **close)
             torch.testing.assert_close(two.streaming, one.streaming, **close)
-
-
-@two_devices
-@torch.no_grad()
-def test_rows_of_removed_heads_leave_both_devices():
-    one, two = divided("llama", 0, 1, 1)
-    for model in (one, two):
-        enable(model, PROFILES["static"])
-    assert saved_weight_bytes(two) == saved_weight_bytes(one) > 0
-    disable(two)
-    disable(one)
-    given = {name: tensor.to(FIRST) for name, tensor in prompts().items()}
-    torch.testing.assert_close(two(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-4)
 
 
 # ---- one machine without GPUs

@@ -11,7 +11,6 @@ from chai_attention.integrations.transformers import (
     disable,
     enable,
     enabled,
-    saved_weight_bytes,
 )
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
@@ -44,7 +43,6 @@ def test_a_peft_model_is_enabled_around_its_base_model(targets):
         StaticClusteredCache(wrapped, PROFILE, max_tokens=20, batch_size=1)
     assert torch.equal(wrapped(input_ids=IDS).logits, plain)
     enable(wrapped, PROFILE)
-    assert saved_weight_bytes(wrapped) == 0
     disable(wrapped)
     assert describe(wrapped) == describe(model)
 

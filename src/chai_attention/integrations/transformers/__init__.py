@@ -5,7 +5,6 @@ from chai_attention.integrations.transformers.enable import (
     disable,
     enable,
     enabled,
-    saved_weight_bytes,
 )
 from chai_attention.integrations.transformers.graphs import DecodeGraph
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
@@ -18,5 +17,4 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
-    "saved_weight_bytes",
 ]

@@ -20,7 +20,6 @@ from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.devices import hook_masks, on_several_devices
 from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
-from chai_attention.integrations.transformers.projections import Projections
 from chai_attention.integrations.transformers.seal import Seal
 from chai_attention.integrations.transformers.support import (
     attention_modules,
@@ -45,7 +44,6 @@ class _Enabled:
     profile: ClusterProfile
     modules: list[nn.Module]
     corrections: Corrections
-    projections: Projections
     seal: Seal
     switch: Switch
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -72,12 +70,11 @@ _in_use: weakref.WeakSet[_Enabled] = weakref.WeakSet()
 def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None:
     """Run ``model`` with clustered heads from now on; undo with `disable`.
 
-    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, with two
-    exceptions, both until `disable`: a profile with a refit brings output weights of its own, and
-    with a static membership the rows of W_Q and W_K of removed heads leave the model's device
-    (see `Projections`). Such weights can be neither saved nor changed meanwhile (see `Seal`). A
-    model that is enabled already gets the new profile. Inference only: a loss can be evaluated,
-    but a backward pass through attention is refused.
+    ``model.generate`` and ``model(...)`` are used as before. Weights are not touched, with one
+    exception until `disable`: a profile with a refit brings output weights of its own, which can be
+    neither saved nor changed meanwhile (see `Seal`). A model that is enabled already gets the new
+    profile. Inference only: a loss can be evaluated, but a backward pass through attention is
+    refused.
 
     A copy of an enabled model (``copy.deepcopy``, pickle) is an enabled model of its own. A model
     of a family that is not tested runs six tokens once, to find out whether it can be clustered.
@@ -130,18 +127,10 @@ def _switch_on(
 ) -> None:
     """Enable what has been checked; a failure leaves the model as it was."""
     corrections = Corrections(modules, profile.corrections or {})
-    try:
-        projections = Projections(model, modules, plans)
-    except BaseException:
-        corrections.undo()
-        raise
-    changed = {
-        **dict.fromkeys(corrections.changed, "holds refit weights"),
-        **dict.fromkeys(projections.changed, "holds no rows of removed heads"),
-    }
+    changed = dict.fromkeys(corrections.changed, "holds refit weights")
     seal = Seal(model, modules.values(), changed)
     switch = Switch(model, modules.values(), attention.NAME)
-    state = _Enabled(profile, [*modules.values()], corrections, projections, seal, switch)
+    state = _Enabled(profile, [*modules.values()], corrections, seal, switch)
     vars(model)[_STATE] = state
     for layer, module in modules.items():
         setattr(module, attention.PLAN_ATTRIBUTE, plans[layer])
@@ -155,20 +144,11 @@ def _switch_on(
 
 @lasting()
 def disable(model: PreTrainedModel) -> None:
-    """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled.
-
-    Where the device has no memory left for the rows that `enable` took out, the model stays
-    enabled: free some, and call this again.
-
-    Raises:
-        UnsupportedModelError: weights that `enable` took rows out of were replaced meanwhile.
-    """
+    """Run ``model`` as it ran before `enable`; nothing happens if it is not enabled."""
     model = unwrapped(model)
     state = _state_of(model)
     if state is None:
         return
-    state.seal.check_weights(state.projections.changed)
-    state.projections.undo()
     del vars(model)[_STATE]
     for name in ("get_compiled_call", forwards.PREPARE):
         vars(model).pop(name, None)
@@ -179,12 +159,6 @@ def disable(model: PreTrainedModel) -> None:
     for module in state.modules:
         delattr(module, attention.PLAN_ATTRIBUTE)
     state.switch.undo()
-
-
-def saved_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of W_Q and W_K that `enable` took off the model's device, biases included."""
-    state = _state_of(unwrapped(model))
-    return 0 if state is None else state.projections.saved_bytes
 
 
 def _state_of(model: PreTrainedModel) -> _Enabled | None:

@@ -288,8 +288,7 @@ def slot_queries(membership: Membership, query: Tensor) -> Tensor:
 
     Args:
         membership: of the layer.
-        query: ``[B, H, Q, D]`` of all heads; ``[B, k, Q, D]``, which a model with compact
-            projections computes (see `projections`), is what is wanted already.
+        query: ``[B, H, Q, D]`` of all heads.
     """
     if query.shape[1] == membership.clusters:
         return query
@@ -301,12 +300,10 @@ def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[T
 
     Args:
         membership: of the layer.
-        key: ``[B, G, Q, D]`` of all heads, or ``[B, kept, Q, D]`` of compact projections.
-        value: ``[B, G, Q, Dv]``, in the natural order of heads, or in the order of
-            ``membership.value_heads`` if the projections are compact.
+        key: ``[B, G, Q, D]`` of all heads.
+        value: ``[B, G, Q, Dv]``.
     """
-    # one order of V needs no sign of its own: where V is reordered or left out, fewer K heads are
-    # kept than there are
+    # where V is reordered or left out, fewer K heads are kept than there are
     if key.shape[1] == membership.kept_keys:
         return key, value
     key = pick_heads(key, membership.key_heads)

@@ -66,21 +66,6 @@ class Seal:
             if not _same(_state(projection), state):
                 self._refuse(projection, "has other weights or hooks now")
 
-    def check_weights(self, projections: Iterable[nn.Module]) -> None:
-        """Raise if weights of ``projections`` are other objects than they were.
-
-        Raises:
-            UnsupportedModelError: what was taken out of them cannot be put back.
-        """
-        states = {id(projection): state for projection, state in self._states}
-        for projection in projections:
-            if not _same(_state(projection)[:2], states[id(projection)][:2]):
-                raise UnsupportedModelError(
-                    f"the weights of {self._names[projection]} have been replaced, so that the "
-                    "rows of removed heads cannot be put back: load the model again, and change "
-                    "it before enabling clustered heads"
-                )
-
     def undo(self) -> None:
         """Allow everything again."""
         for hook in self._hooks:

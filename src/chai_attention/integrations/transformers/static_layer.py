@@ -283,12 +283,11 @@ class StaticClusteredLayer(ClusteredLayer):
         return attention(query, self._key, self._value, self.membership, **options)[0]
 
     def _write(self, key: Tensor, value: Tensor) -> None:
-        """Write new tokens; those of compact projections come in the cache's order."""
+        """Write new tokens."""
         member = self._one_row or self.membership
         assert member is not None
         write_dense(
             key, value, self._key, self._value, member, self.tokens.start, self._near,
-            ordered=key.shape[1] != member.kv_heads,
         )  # fmt: skip
 
     def _recent_before(self, past: int) -> RecentWindow:

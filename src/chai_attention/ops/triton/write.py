@@ -72,7 +72,7 @@ def _write(
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr,
     HAS_LINES: tl.constexpr, HAS_NEAR: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
-    ORDERED: tl.constexpr, IS_NARROW: tl.constexpr,
+    IS_NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
 
@@ -101,9 +101,7 @@ def _write(
     if place < kept:
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
-        head = line * 0 + place
-        if not ORDERED:
-            head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
+        head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
         tl.store(
             key_ptr + place * stride_keyh + key_at[:, None] + d[None, :],
@@ -113,9 +111,7 @@ def _write(
         place -= kept
         d = tl.arange(0, DVP)
         mask = there[:, None] & (d < DV)[None, :]
-        head = line * 0 + place
-        if not ORDERED:
-            head = tl.load(v_head_ptr + line * kept_values + place, mask=there, other=0)
+        head = tl.load(v_head_ptr + line * kept_values + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
         tl.store(
             value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
@@ -185,14 +181,12 @@ def write_dense(
     membership: Membership,
     start: Tensor,
     near: NearRing | None = None,
-    *,
-    ordered: bool = False,
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
     _launch(
         key, value, keys, values, membership, near, start, key.shape[2], key.shape[0],
         strides=(key.stride()[:3], value.stride()[:3], keys.stride()[:3], values.stride()[:3]),
-        size=keys.shape[2], ordered=ordered,
+        size=keys.shape[2],
     )  # fmt: skip
 
 
@@ -241,7 +235,6 @@ def _launch(
     slots: Tensor | None = None,
     lines: Tensor | None = None,
     near_slots: Tensor | None = None,
-    ordered: bool = False,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     if not tokens:
@@ -283,7 +276,7 @@ def _launch(
         DVP=power_of_2(value_dim), BLOCK=block, PAGE=page,
         NEAR_PAGE=near_page, SINKS=near.sinks.shape[2] if isinstance(near, NearRing) else 0,
         HAS_LINES=lines is not None,
-        HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0, ORDERED=ordered,
+        HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0,
         IS_NARROW=keys.dtype.itemsize == 1,
         num_warps=4,
     )  # fmt: skip
