@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -203,3 +204,33 @@ def test_what_does_not_fit_is_told_before_a_model_is_built(chai, monkeypatch, ar
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_two_revisions_in_one_run(chai, tmp_path, monkeypatch):
+    from chai_attention.benchmarking import revisions
+
+    root, commit = revisions.resolve_revision("HEAD")
+    arguments = [
+        *ATTENTION, "llama-grouped", "--case", "decode:1x33", "--clusters", 2, "--dtype", "float32",
+        "--out", tmp_path / "a.json", "--base", "HEAD",
+    ]  # fmt: skip
+    code, text, error = chai(*arguments)
+    assert (code, error) == (0, "")
+    words = " ".join(text.split())
+    assert f"Revision {commit[:12]} beside this code" in words
+    assert re.search(r"decode 1 x 33 float32, 2 clusters \S+ \S+ \S+ \S+ \d+\.\d\dx", words)
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["base"]["revision"] == commit
+    assert data["base"]["results"][0]["us"] > 0
+    assert str(tmp_path) not in revisions._git(root, "worktree", "list", of="")
+    code, _, error = chai(*arguments[:-1], "no-such-branch")
+    assert code == 2
+    assert error.startswith("error: there is no revision 'no-such-branch'")
+    assert error.count("\n") == 1
+
+
+def test_the_other_revision_gets_the_same_case_and_no_outputs_of_ours():
+    from chai_attention.benchmarking.revisions import _without
+
+    given = ["bench", "model", "x", "--base", "HEAD", "--case", "1x9", "--out=a", "--plot", "b"]
+    assert _without([*given, "--json"]) == ["bench", "model", "x", "--case", "1x9", "--quiet"]

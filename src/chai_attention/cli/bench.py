@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,13 @@ Out = Annotated[
 ]
 Plot = Annotated[
     Path | None, typer.Option(help="Draw them here (PNG).", callback=options.output_file)
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REV",
+        help="Run it with the code of this git revision first, and compare; needs a checkout.",
+    ),
 ]
 
 
@@ -105,6 +113,7 @@ def attention_command(
     seed: Seed = 0,
     out: Out = None,
     plot: Plot = None,
+    base: Base = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -163,7 +172,7 @@ def attention_command(
     )
     _report(
         lambda progress: bench_attention(request, progress),
-        attention_tables, attention_plot, out, plot, Output(as_json, quiet),
+        attention_tables, attention_plot, out, plot, Output(as_json, quiet), base,
     )  # fmt: skip
 
 
@@ -195,6 +204,7 @@ def model_command(
     seed: Seed = 0,
     out: Out = None,
     plot: Plot = None,
+    base: Base = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -266,7 +276,7 @@ def model_command(
     )
     _report(
         lambda progress: bench_model(loaded, request, progress),
-        model_tables, model_plot, out, plot, Output(as_json, quiet),
+        model_tables, model_plot, out, plot, Output(as_json, quiet), base,
     )  # fmt: skip
 
 
@@ -277,16 +287,26 @@ def _report(
     out: Path | None,
     plot: Path | None,
     shown: Output,
+    base: str | None,
 ) -> None:
     """Measure with a progress bar, then show and write what came out."""
     from chai_attention.benchmarking.files import write_report
+    from chai_attention.benchmarking.revisions import compared, resolve_revision, run_revision
     from chai_attention.cli.progress import progress_bar
     from chai_attention.cli.tables import render
+    from chai_attention.reports.bench import base_tables
 
     with progress_bar("starting", quiet=shown.quiet) as bar:
+        other = None
+        if base is not None:
+            root, commit = resolve_revision(base)
+            bar.describe(f"revision {commit[:12]}")
+            other = {"revision": commit, **run_revision(root, commit, sys.argv[1:])}
         report = measure(bar.tell)
+        if other is not None:
+            report["base"] = {**other, "compared": compared(report, other)}
     shown.give(lambda: report)
-    for table in tables(report):
+    for table in [*tables(report), *base_tables(report)]:
         shown.say(render(table, width=140))
     if out is not None:
         shown.say(f"figures written to {write_report(report, out)}")

@@ -132,6 +132,26 @@ def model_tables(report: Row) -> list[Table]:
     return [table]
 
 
+def base_tables(report: Row) -> list[Table]:
+    """Times of another revision beside these, if there are any (``--base``)."""
+    base = report.get("base")
+    if base is None:
+        return []
+    table = _table(
+        f"Revision {base['revision'][:12]} beside this code", ("case", "what"),
+        ("its time", "this time", "faster"),
+    )  # fmt: skip
+    for row in base["compared"]:
+        name, before, now = row["time"], row["before"], row["now"]
+        parts = [str(row[key]) for key in ("run", "dtype") if key in row]
+        parts += [f"{row['clusters']} clusters"] if "clusters" in row else []
+        parts += [name.removesuffix("_us").upper()] if name != "us" else []
+        table.add_row(
+            case_of(row), ", ".join(parts), duration(before), duration(now), f"{before / now:.2f}x"
+        )
+    return [table]
+
+
 def attention_plot(report: Row, path: Path) -> Path:
     """Draw `attention_panels` into a file.
 
