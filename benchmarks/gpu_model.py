@@ -31,7 +31,6 @@ from chai_attention.integrations.transformers import (
     DecodeGraph,
     StaticClusteredCache,
     enabled,
-    saved_weight_bytes,
 )
 from chai_attention.profile import ClusterProfile
 from plain_cache import PlainLayer, capture, whole_cache_attention
@@ -199,13 +198,10 @@ def first_token(layers: int) -> list[dict[str, Any]]:
             call()
             times[name] = milliseconds(call, 5 if name == "eager" else 10)
             peaks[name] = torch.cuda.max_memory_allocated()
-        saved = 0
         for name, profile in {"static": static, "online": online}.items():
             release()
             with enabled(model, profile):
                 cache = StaticClusteredCache(model, profile, batch_size=batch, max_tokens=tokens)
-                if name == "static":
-                    saved = saved_weight_bytes(model)
 
                 call = partial(clustered_prompt, model, ids, cache)
                 for _ in range(2):
@@ -213,8 +209,8 @@ def first_token(layers: int) -> list[dict[str, Any]]:
                 times[name] = milliseconds(call, 10)
                 peaks[name] = torch.cuda.max_memory_allocated()
                 del cache, call
-        ideal = {name: prompt_work(model, batch, tokens, None, 0)
-                 / prompt_work(model, batch, tokens, clusters, saved * (name == "static"))
+        ideal = {name: prompt_work(model, batch, tokens, None)
+                 / prompt_work(model, batch, tokens, clusters)
                  for name in ("static", "online")}  # fmt: skip
         for name in ("static", "online"):
             row = {
@@ -238,10 +234,10 @@ def first_token(layers: int) -> list[dict[str, Any]]:
 
 
 def prompt_work(
-    model: PreTrainedModel, batch: int, tokens: int, clusters: tuple[int, ...] | None, saved: int
+    model: PreTrainedModel, batch: int, tokens: int, clusters: tuple[int, ...] | None
 ) -> float:
     """Multiplications and additions of a prompt's matrix products."""
-    numbers = sum(p.numel() for p in model.model.layers.parameters()) - saved / DTYPE.itemsize
+    numbers = sum(p.numel() for p in model.model.layers.parameters())
     heads = sum((k + HEADS) / 2 for k in clusters or (HEADS,) * len(model.model.layers))
     return 2 * batch * tokens * numbers + 2 * batch * tokens**2 * DIM * heads
 
@@ -324,7 +320,7 @@ def clustered_steps(
             raise SystemExit(f"{held} bytes held, {sum(storages)} allocated, {formula} expected")
         return {
             "ms": statistics.median(times), "cache_bytes": held,
-            "weight_bytes": weight_bytes(model), "saved_weight_bytes": saved_weight_bytes(model),
+            "weight_bytes": weight_bytes(model),
             "peak_bytes": torch.cuda.max_memory_allocated(),
         }  # fmt: skip
 

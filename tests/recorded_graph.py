@@ -43,7 +43,7 @@ class RecordedGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
-def write_one(key, value, keys, values, membership, start, near=None, *, ordered=False):
+def write_one(key, value, keys, values, membership, start, near=None):
     """`ops.cache_write.write_dense` of one token, without a look at the host."""
     batch = key.shape[0]
     row = torch.arange(batch)
@@ -52,8 +52,8 @@ def write_one(key, value, keys, values, membership, start, near=None, *, ordered
     def pick(states, heads):
         return states[row[:, None], heads.expand(batch, -1), 0]
 
-    keys[row, :, at] = key[:, :, 0] if ordered else pick(key, membership.key_heads)
-    values[row, :, at] = value[:, :, 0] if ordered else pick(value, membership.value_heads)
+    keys[row, :, at] = pick(key, membership.key_heads)
+    values[row, :, at] = pick(value, membership.value_heads)
     if near is None:
         return
     heads_of = (key, membership.removed_key_heads), (value, membership.removed_value_heads)
