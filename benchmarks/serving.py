@@ -35,7 +35,12 @@ from serving_table import table
 PAGE = 64  # tokens, as `chai serve` has it
 # an engine starts sooner with few graphs; batches between them run in the next larger one
 GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640]
-SPARE = 400 * 2**20  # bytes of the GPU left to other things
+# Bytes of the GPU that vLLM does not plan with. It plans with the largest step's activations, of
+# which PyTorch keeps more (fragments between batches of unequal sizes, 450 MiB by a simulation),
+# and without kernels that are loaded later. With 400 MiB an engine that had served several loads
+# ended with CUBLAS_STATUS_EXECUTION_FAILED, its CUDA context unharmed
+SPARE = 2**30
+CONTEXTS = 1200 * 2**20  # more of them, of processes that share a card
 FIRST = ["stock", "default", "published online", "k=8 window", "streaming half", "published"]
 
 
@@ -72,6 +77,29 @@ class Results:
         progress(f"{name or part}: {json.dumps(short)}")
 
 
+def utilization(free: int, total: int, ranks: int) -> float:
+    """The share that vLLM may take of a GPU of ``total`` bytes, of which so many are free."""
+    # ranks are processes of their own, and this one's CUDA context stays beside theirs
+    spare = SPARE + (CONTEXTS if ranks > 1 else 0)
+    return int((free - spare) / total * 1000) / 1000
+
+
+def memory() -> dict[str, int]:
+    """What the GPU has free and PyTorch holds, now and at most, in MiB.
+
+    And ``retries``: how often PyTorch had to give back what it kept, as the GPU had no more.
+    """
+    import torch
+
+    held = torch.cuda.memory_stats()
+    return {
+        "free": torch.cuda.mem_get_info()[0] >> 20,
+        "reserved": held.get("reserved_bytes.all.current", 0) >> 20,
+        "most_reserved": held.get("reserved_bytes.all.peak", 0) >> 20,
+        "retries": held.get("num_alloc_retries", 0),
+    }
+
+
 def run_job(job: dict[str, Any]) -> None:
     """Measure everything with one engine."""
     import torch
@@ -79,10 +107,9 @@ def run_job(job: dict[str, Any]) -> None:
 
     options, tiny = job["options"], job["tiny"]
     if not tiny:
-        free, total = torch.cuda.mem_get_info()
-        # ranks are processes of their own, and this one's CUDA context stays beside theirs
-        spare = SPARE * (4 if options["tensor_parallel_size"] > 1 else 1)
-        options["gpu_memory_utilization"] = int((free - spare) / total * 1000) / 1000
+        options["gpu_memory_utilization"] = utilization(
+            *torch.cuda.mem_get_info(), options["tensor_parallel_size"]
+        )
     about = {
         "device": "CPU" if tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -98,6 +125,15 @@ def run_job(job: dict[str, Any]) -> None:
     llm = engine(job)
     results.add("start_s", None, round(time.perf_counter() - start, 1))
     results.add("capacity", None, capacity(llm, scale.context))
+    try:
+        measure(llm, scale, vocabulary, job, results)
+    finally:
+        if not tiny:
+            results.add("memory", None, memory())
+
+
+def measure(llm: Any, scale: Scale, vocabulary: int, job: dict[str, Any], results: Results) -> None:
+    """Run the parts that are asked for."""
     run_case(llm, Case(2, scale.longest // 16, 8, 1), vocabulary)  # compiled at the first call
     for case in scale.cases:
         if may_run(case.name, job):

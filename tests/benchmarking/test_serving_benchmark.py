@@ -10,6 +10,7 @@ from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from serving import utilization
 from serving_ideal import Ideal
 from serving_kinds import KINDS, SHAPES, TINY, stock_of
 from serving_loads import FULL, LOADS, requests_of, scale_of
@@ -52,6 +53,15 @@ def test_ideals_are_those_of_the_bytes() -> None:
         other = ideal(stock_of(name))
         assert ideal(name).step([8192] * 14) < other.step([8192] * 14)
         assert ideal(name).prompt(8192) < other.prompt(8192)
+
+
+def test_engines_leave_room_for_kernels_that_are_loaded_between_steps() -> None:
+    # as an H100 tells beside this process's CUDA context
+    total, free = int(79.18 * 2**30), int(78.66 * 2**30)
+    planned = utilization(free, total, ranks=1) * total
+    assert free - planned >= 1000 * 2**20
+    # other ranks' contexts take some of it
+    assert utilization(free, total, ranks=2) * total <= planned - 1000 * 2**20
 
 
 @pytest.mark.parametrize("model", SHAPES)
