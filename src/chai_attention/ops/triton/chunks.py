@@ -55,30 +55,41 @@ class Chunks:
     def used(self) -> tuple[Tensor, Tensor]:
         """Which chunks have work, as indices into ``[B * N]``: those first, and their number.
 
-        ``[B * N]`` and ``[1]`` int32.
+        ``[B * N]`` and ``[1]`` int32. Streaming chunks stand behind the others: they are short,
+        and fill the gaps that long work leaves at its end.
         """
         size, first = self.slot.numel(), self.head[:, :, 0].contiguous()
         memory = torch.empty(size + 1, dtype=torch.int32, device=self.slot.device)
         work, count = memory[:size], memory[size:]
-        _list_used[(1,)](first, work, count, size, BLOCK=1024, num_warps=4)
+        _list_used[(1,)](
+            first, work, count, size, self.count, self.streaming, BLOCK=1024, num_warps=4
+        )
         return work, count
 
 
-@triton.jit(do_not_specialize=["size"])
-def _list_used(head_ptr, work_ptr, count_ptr, size, BLOCK: tl.constexpr):
-    """List the chunks with work, in order, then the others."""
+@triton.jit(do_not_specialize=["size", "chunks", "streaming"])
+def _list_used(head_ptr, work_ptr, count_ptr, size, chunks, streaming, BLOCK: tl.constexpr):
+    """List the chunks with work, in order but streaming ones behind the others, then the rest."""
     used = 0
+    long = 0  # chunks with work that do not stream
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        used += tl.sum((tl.load(head_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32))
+        busy = tl.load(head_ptr + i, mask=i < size, other=-1) >= 0
+        used += tl.sum(busy.to(tl.int32))
+        long += tl.sum((busy & (i % chunks >= streaming)).to(tl.int32))
     tl.store(count_ptr, used)
-    before = 0
+    before = 0  # chunks with work that stand before
+    long_before = 0
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         busy = (tl.load(head_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32)
-        rank = before + tl.cumsum(busy) - busy  # chunks with work that stand before
+        is_long = tl.where(i % chunks >= streaming, busy, 0)
+        rank = before + tl.cumsum(busy) - busy
+        long_rank = long_before + tl.cumsum(is_long) - is_long
         before += tl.sum(busy)
-        tl.store(work_ptr + tl.where(busy > 0, rank, used + i - rank), i, mask=i < size)
+        long_before += tl.sum(is_long)
+        place = tl.where(is_long > 0, long_rank, long + rank - long_rank)
+        tl.store(work_ptr + tl.where(busy > 0, place, used + i - rank), i, mask=i < size)
 
 
 def members_of(heads: int, clusters: int, columns: int) -> int:

@@ -229,7 +229,8 @@ def _fetch(
     q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs, k_one, v_one,
     item_buf, item_full, item_free, q_full, q_free, full, free,
     next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
-    items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift, batch, stride_t,
+    items, pairs, tiles, group, streaming, chunks, queries, size, past, recent, near, shift,
+    batch, stride_t,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
     HAS_ROWS: gl.constexpr,
@@ -247,7 +248,7 @@ def _fetch(
         if RAGGED:
             row, pair, first, begin, queries, size = packed_work(
                 item, row, work_ptr, start_ptr, start_ptr, rows_ptr, chunks, batch, stride_t,
-                HAS_ROWS, False, 2 * ROWS,
+                HAS_ROWS, False, 2 * ROWS, streaming,
             )  # fmt: skip
             size -= recent + SINKS
             line = 0  # of the tensors: all sequences are in one
@@ -338,15 +339,16 @@ def _fetch_queries(
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "size", "past", "recent", "near", "shift", "chunks", "tiles", "group", "batch",
+        "queries", "size", "past", "recent", "near", "shift", "chunks", "streaming", "tiles",
+        "group", "batch",
     ],
     do_not_specialize_on_alignment=["start_ptr", "rows_ptr", "offset_ptr"],
 )  # fmt: skip
 def prefill_window(
     q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, next_ptr, work_ptr, count_ptr,
     start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
-    scale, queries, size, past, recent, near, shift, chunks, tiles, group, batch, stride_t,
-    stride_ob, stride_os, stride_oh, stride_offset,
+    scale, queries, size, past, recent, near, shift, chunks, streaming, tiles, group, batch,
+    stride_t, stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
     HAS_ROWS: gl.constexpr, HAS_OFFSET: gl.constexpr,
@@ -416,6 +418,7 @@ def prefill_window(
             q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs,
             k_bufs, v_bufs, item_buf, item_full, item_free, q_full, q_free, full, free,
             next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr,
-            value_ptr, items, pairs, tiles, group, chunks, queries, size, past, recent, near, shift,
-            batch, stride_t, ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_ROWS)),
+            value_ptr, items, pairs, tiles, group, streaming, chunks, queries, size, past, recent,
+            near, shift, batch, stride_t,
+            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_ROWS)),
     ], [4, 1], [240, 24])  # fmt: skip

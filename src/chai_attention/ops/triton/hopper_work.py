@@ -43,11 +43,12 @@ def dense_work(item, work_ptr, pairs, tiles, group, chunks, queries, size, TILE:
 @gluon.jit
 def packed_work(
     item, row, plan_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
-    HAS_ROWS: gl.constexpr, HAS_LENGTH: gl.constexpr, TILE: gl.constexpr,
+    HAS_ROWS: gl.constexpr, HAS_LENGTH: gl.constexpr, TILE: gl.constexpr, streaming=0,
 ):  # fmt: skip
     """The same for packed sequences; ``row`` is one that is not behind the item's.
 
-    Items of a list come in order, so that the search goes on where it ended.
+    Items of a list come in order, so that the search goes on where it ended. A row's first
+    ``streaming`` chunks are its last work.
     """
     ahead = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     passed = 32
@@ -62,7 +63,10 @@ def packed_work(
     begin = gl.load(start_ptr + row)
     queries = gl.load(start_ptr + row + 1) - begin
     tiles = (queries + TILE - 1) // TILE
-    tile, chunk = _in_group(item - first, tiles, gl.maximum(2, 128 // tiles), used // tiles)
+    used = used // tiles
+    tile, chunk = _in_group(item - first, tiles, gl.maximum(2, 128 // tiles), used)
+    chunk += streaming
+    chunk = gl.where(chunk < used, chunk, chunk - used)
     size = queries
     if HAS_LENGTH:
         size = gl.load(length_ptr + row)

@@ -76,7 +76,7 @@ def prefill_packed(
     else:
         key, value = (x.transpose(1, 2) for x in (key, value))  # [P, heads, N, D]
         page = key.shape[2]
-        box = min(box, page & -page)  # the largest power of two of which pages are made
+        box = box_of(page)
     _launch(
         (query.shape[2] // (2 * ROWS) + batch) * chunks.count, query, key, value, box,
         chunks.query if every_head else chunks.slot, chunks, out,
@@ -127,13 +127,14 @@ def prefill_window(
         key, value = near  # described to the kernel, and not read
     box = [1, 1, BLOCK, dim]
     _prefill_window[(min(processors(query.device), tiles * chunks.count * batch),)](
-        _tiles(query, [1, 1, ROWS, dim]), _tiles(key, box), _tiles(value, box),
-        _tiles(near.key, box), _tiles(near.value, box),
+        tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box),
+        tiles_of(near.key, box), tiles_of(near.value, box),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None,
         chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
         scale, queries, size, past, recent, _near_blocks(recent),
-        sinks - (past + queries - band), chunks.count, tiles, group_of(tiles), 0, 0,
+        sinks - (past + queries - band), chunks.count, chunks.streaming, tiles,
+        max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
         SHARED=heads // near.key.shape[1], RAGGED=False, HAS_ROWS=False,
@@ -174,14 +175,14 @@ def prefill_packed_window(
     box = [1, 1, BLOCK, dim]
     groups = key.shape[1]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    k_tiles, v_tiles = _tiles(key, box), _tiles(value, box)
+    k_tiles, v_tiles = tiles_of(key, box), tiles_of(value, box)
     programs = (total // (2 * ROWS) + batch) * chunks.count
     _prefill_window[(min(processors(query.device), programs),)](
-        _tiles(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
+        tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
         None, plan(chunks, query_starts, rows, 2 * ROWS), None, query_starts, rows,
         chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
-        scale, 0, 0, 0, recent, _near_blocks(recent), 0, chunks.count, 0, 0, batch,
-        0 if chunks.slot.shape[0] == 1 else 1,
+        scale, 0, 0, 0, recent, _near_blocks(recent), 0, chunks.count, chunks.streaming, 0, 0,
+        batch, 0 if chunks.slot.shape[0] == 1 else 1,
         0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
         SHARED=heads // groups, RAGGED=True, HAS_ROWS=rows is not None,
@@ -215,9 +216,9 @@ def _launch(
     columns = dim if box == BLOCK else 64
     lists, numbers = arguments[:7], arguments[7:]
     prefill_hopper[(min(processors(query.device), programs),)](
-        _tiles(query, [1, 1, ROWS, dim]),
-        _tiles(key, [1, 1, box, columns]),
-        _tiles(value, [1, 1, box, columns]),
+        tiles_of(query, [1, 1, ROWS, dim]),
+        tiles_of(key, [1, 1, box, columns]),
+        tiles_of(value, [1, 1, box, columns]),
         *lists, chunks.slot, heads, chunks.key, chunks.head, chunks.value, out, lse,
         *numbers, *out_strides[:3], *lse_strides,
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=members, STAGES=STAGES,
@@ -241,7 +242,12 @@ def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
     )
 
 
-def _tiles(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def box_of(page: int) -> int:
+    """Tokens that are fetched at a time: the largest power of two of which pages are made."""
+    return min(BLOCK, page & -page)
+
+
+def tiles_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
     layout = tile_layout(len(block))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)

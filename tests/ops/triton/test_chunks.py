@@ -1,0 +1,31 @@
+"""Which work of a batch comes first: the list of the chunks of all rows."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from chai_attention.ops.triton.chunks import chunks_of
+from helpers import random_membership
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("members", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "clusters", "streaming", "batch"),
+    [(12, 3, 0, 1), (12, 3, 5, 3), (9, 0, 9, 2), (32, 8, 12, 40), (7, 7, 0, 2), (8, 2, 1, 300)],
+)
+def test_streaming_chunks_are_listed_behind_the_others(heads, clusters, streaming, batch, members):
+    chunks = chunks_of(random_membership(heads, clusters, batch, None, streaming), members)
+    moved = type(chunks)(
+        *(getattr(chunks, name).to(DEVICE) for name in ("slot", "query", "key", "head", "value")),
+        chunks.exact,
+        chunks.streaming,
+    )
+    work, count = moved.used
+    busy = (chunks.head[:, :, 0] >= 0).flatten()
+    streams = (torch.arange(len(busy)) % chunks.count) < chunks.streaming
+    want = torch.cat([(busy & ~streams).nonzero(), (busy & streams).nonzero(), (~busy).nonzero()])
+    assert count.item() == busy.sum()
+    assert work.tolist() == want.flatten().tolist()
