@@ -62,7 +62,8 @@ def _streaming_config(number: int) -> Config:
     kind = STREAMING_KINDS[number % len(STREAMING_KINDS)]
     heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (9, 3), (12, 4), (8, 1)])
     # as the kernel for Hopper takes it
-    hopper = kind in ("window", "varlen window", "paged near") and draw.random() < 0.7
+    hopper = kind in ("window", "varlen window", "paged near", "paged window")
+    hopper = hopper and draw.random() < 0.7
     dim = draw.choice([64, 128, 128]) if hopper else draw.choice([48, 64, 80, 96, 128, 256])
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (not hopper)
     if DEVICE == "cpu":

@@ -198,6 +198,32 @@ def test_large(heads, kv_heads, clusters, streaming, dim, dtype, paged, caplog):
             [0, 700, 0, 1000, 3, 0] if paged else None, dim, dtype, one_buffer=True, recent=128,
             probe_end=32 if not streaming else 0, page=64, near_page=48,
         )  # fmt: skip
-    fast = HOPPER and dim != 96 and not paged
+    fast = HOPPER and dim != 96
     name = "packed Hopper prefill kernel" if fast else "packed prefill kernel"
     assert f"{name} with a window" in caplog.text
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: its instructions have no interpreter")
+@pytest.mark.parametrize(
+    ("recent", "sinks"), [(1, 0), (1, 1), (32, 4), (100, 16), (128, 4), (512, 0), (512, 4)]
+)
+@pytest.mark.parametrize(("page", "near_page"), [(64, 48), (16, 16), (48, 64), (128, 32)])
+def test_windows_over_pages_on_hopper(page, near_page, recent, sinks, caplog):
+    """Chunks of one and of two members and streaming ones, tiles with and without far keys."""
+    with caplog.at_level(logging.DEBUG, "chai_attention"):
+        check(
+            12, 12, 5, 3, [130, 1, 64, 0, 300, 65], [0, 900, 129, 0, 17, 500], 128,
+            torch.bfloat16, recent=recent, sinks=sinks, page=page, near_page=near_page,
+        )  # fmt: skip
+    assert "packed Hopper prefill kernel with a window, paged" in caplog.text
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU: its instructions have no interpreter")
+@pytest.mark.parametrize("contexts", [None, [200, 0, 700]])
+@pytest.mark.parametrize("clusters", [1, 4, 11, 12])
+def test_programs_of_one_member_behind_programs_of_two_on_hopper(clusters, contexts):
+    """The second kind once took whatever Q the first one had left in registers."""
+    check(
+        12, 12, clusters, 0, [400, 65, 257], contexts, 128, torch.bfloat16, recent=16, sinks=1,
+        page=64, near_page=48,
+    )  # fmt: skip

@@ -78,10 +78,18 @@ def _blank(v_bufs, stage, stop, BLOCK: gl.constexpr, PIECES: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, best, weight, factor, at, position, MASKED: gl.constexpr):
-    """Weights of a block, factor of the sums so far, running maximum and sum."""
+def _softmax(
+    s, best, weight, factor, at, position, MASKED: gl.constexpr, LOW: gl.constexpr = 0
+):  # fmt: skip
+    """Weights of a block, factor of the sums so far, running maximum and sum.
+
+    MASKED: queries see keys from LOW on and up to their position.
+    """
     if MASKED:
-        s = gl.where(at[None, :] <= position[:, None], s, float("-inf"))
+        seen = at[None, :] <= position[:, None]
+        if LOW > 0:
+            seen = seen & (at >= LOW)[None, :]
+        s = gl.where(seen, s, float("-inf"))
     top = gl.max(s, axis=1) * factor
     new = gl.maximum(best, top)
     base = new
@@ -97,7 +105,7 @@ def _step(
     HALF: gl.constexpr, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, lap,
     first_key, position, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    DTYPE: gl.constexpr, EACH: gl.constexpr = 1,
+    DTYPE: gl.constexpr, EACH: gl.constexpr = 1, LOW: gl.constexpr = 0,
 ):  # fmt: skip
     """Scores of one block, and the product of the one before with its V.
 
@@ -118,7 +126,7 @@ def _step(
     acc_later = warpgroup_mma(p16, v, acc, is_async=True)
     mbarrier.arrive(turns.index(1 - HALF), count=1)
     s = warpgroup_mma_wait(1, deps=[s_later])
-    p, old, best, weight = _softmax(s, best, weight, factor, at, position, MASKED)
+    p, old, best, weight = _softmax(s, best, weight, factor, at, position, MASKED, LOW)
     # the loop in this wait keeps ptxas from moving the next wait, for the product, in front of
     # the softmax
     mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)

@@ -186,17 +186,34 @@ def _run_window(
     # a program holds the sums of one member beside those of all
     members = min(2, members_of(len(membership.far_heads), membership.clusters, COLUMNS // wide))
     softcap, sinks = options["softcap"], options["sinks"]
-    if near is None and softcap is None and capability(query.device)[0] == 9:
-        from chai_attention.ops.triton import launch_hopper
+    places = None if near is None else (membership.key_place, membership.value_place)
+    kept = (membership.kept_keys, membership.kept_values)
+    if softcap is None and capability(query.device)[0] == 9:
+        from chai_attention.ops.triton import launch_hopper, launch_window
 
         both = min(2, max(members, min(launch_hopper.WIDTHS) // query.shape[-1]))
-        fits = launch_hopper.fits(query, key, value, both) and sinks <= launch_hopper.SINKS
-        if fits and most_queries >= launch_hopper.LEAST_QUERIES:
+        rest = {name: options[name] for name in ("offset", "scale", "rows")}
+        if near is not None and places is not None:
+            if launch_window.fits_pages(query, key, value, near, both, most_queries):
+                logger.debug(
+                    "packed Hopper prefill kernel with a window, paged: %d members a program", both
+                )
+                launch_window.prefill_paged_window(
+                    query, key, value, chunks_of(membership, both), places, kept,
+                    membership.kv_heads, out, query_starts, near=near, table=options["table"],
+                    lengths=options["lengths"], **rest,
+                )  # fmt: skip
+                return
+        elif (
+            most_queries >= launch_hopper.LEAST_QUERIES
+            and sinks <= launch_hopper.SINKS
+            and launch_hopper.fits(query, key, value, both)
+        ):
             logger.debug("packed Hopper prefill kernel with a window: %d members a program", both)
-            del options["softcap"]
             launch_hopper.prefill_packed_window(
-                query, key, value, natural_chunks(membership, both), out, query_starts, **options
-            )
+                query, key, value, natural_chunks(membership, both), out, query_starts,
+                recent=options["recent"], sinks=sinks, **rest,
+            )  # fmt: skip
             return
     chunks = (natural_chunks if near is None else chunks_of)(membership, members)
     rows = _rows_of(query, most_queries)
@@ -207,9 +224,7 @@ def _run_window(
         rows,
     )
     prefill_packed_window(
-        query, key, value, chunks,
-        None if near is None else (membership.key_place, membership.value_place),
-        (membership.kept_keys, membership.kept_values), membership.kv_heads, out, query_starts,
+        query, key, value, chunks, places, kept, membership.kv_heads, out, query_starts,
         near=near, rows_of_tile=rows, block=block_of(query, members * wide),
         warps=8 if rows == 128 else 4, stages=3 if wide <= 128 else 2,
         **options,

@@ -1,0 +1,235 @@
+"""What the Hopper kernel over pages with an exact window fetches: far keys, then near ones.
+
+Near K and V of a head stand in far pages where the cache keeps them, else in near pages. They come
+in boxes of 16 tokens, of which all pages are made.
+"""
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from chai_attention.ops.triton.hopper_fetch import _fetch_block, _fetch_tile, barrier, tell
+from chai_attention.ops.triton.hopper_window import _fetch_queries
+from chai_attention.ops.triton.hopper_work import packed_work
+
+BOX = gl.constexpr(16)  # tokens
+COLUMNS = gl.constexpr(64)  # of a head: as wide as the swizzle
+# of an item: is there one, first query, far blocks, members, first token, queries, keys, first near
+# key, near blocks, members' heads and offsets; the place of the representative's Q, two times
+FIELDS = gl.constexpr(15)
+
+
+@gluon.jit
+def block_at(i, blocks, LOW: gl.constexpr):
+    """Which far block comes i-th: the last one, then backwards.
+
+    Masked ones come first: where queries see no keys before LOW, block 0 is the second.
+    """
+    n = blocks - 1 - i
+    if LOW > 0:
+        n = gl.where(i == 0, n, gl.where(i == 1, 0, n + 1))
+    return n
+
+
+@gluon.jit
+def band_of(past, first, queries, recent, TILE: gl.constexpr, BLOCK: gl.constexpr):
+    """Where the keys begin that a tile's queries see near, in whole boxes, and how many blocks."""
+    begin = gl.maximum(past + first - recent + 1, 0) // BOX * BOX
+    stop = past + gl.minimum(queries, first + TILE)
+    return begin, gl.maximum(stop - begin + BLOCK - 1, 0) // BLOCK
+
+
+@gluon.jit
+def _pages(table, at, last, page):
+    """Pages of the four boxes of a block; those behind the last key come from its page, unused."""
+    return (
+        gl.load(table + gl.minimum(at, last) // page),
+        gl.load(table + gl.minimum(at + BOX, last) // page),
+        gl.load(table + gl.minimum(at + 2 * BOX, last) // page),
+        gl.load(table + gl.minimum(at + 3 * BOX, last) // page),
+    )
+
+
+@gluon.jit
+def _fetch_box(
+    far, near, away, head, line, at, bar, bufs, stage, box: gl.constexpr,
+    D: gl.constexpr, EACH: gl.constexpr,
+):  # fmt: skip
+    """Bring one box of a head's K or V to its place in the first of a stage's ``EACH`` parts."""
+    for c in gl.static_range(D // COLUMNS):
+        place = (stage * EACH * (D // COLUMNS) + c) * 4 + box
+        where = [line, head, at, c * COLUMNS]
+        _fetch_tile(far, where, bar, bufs.index(place), pred=away == 0)
+        _fetch_tile(near, where, bar, bufs.index(place), pred=away != 0)
+
+
+@gluon.jit
+def _fetch_near(
+    far_k, far_v, near_k, near_v, k_parts, v_parts, full, free, done, key_place, value_place,
+    kept_keys, kept_values, table, near_table, begin, blocks, size,
+    BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    SINKS: gl.constexpr, PAGE: gl.constexpr, NEAR_PAGE: gl.constexpr,
+):  # fmt: skip
+    """Bring the blocks that `hopper_band.attend_band` takes: the sinks', then the band's."""
+    BYTES: gl.constexpr = 2 * BLOCK * D * 2
+    k_away = (key_place >= kept_keys).to(gl.int32)
+    v_away = (value_place >= kept_values).to(gl.int32)
+    k_head = key_place - k_away * kept_keys
+    v_head = value_place - v_away * kept_values
+    k_page = gl.where(k_away != 0, NEAR_PAGE, PAGE)
+    v_page = gl.where(v_away != 0, NEAR_PAGE, PAGE)
+    k_table = gl.where(k_away != 0, near_table, table)
+    v_table = gl.where(v_away != 0, near_table, table)
+    last = gl.maximum(size - 1, 0)
+    for n in range(0, blocks + (1 if SINKS > 0 else 0)):
+        at = begin + n * BLOCK
+        final = last
+        if SINKS > 0:
+            at = gl.where(n == 0, 0, at - BLOCK)
+            final = gl.where(n == 0, gl.minimum(last, SINKS - 1), last)
+        # all places are looked up before the first is needed
+        k0, k1, k2, k3 = _pages(k_table, at, final, k_page)
+        v0, v1, v2, v3 = _pages(v_table, at, final, v_page)
+        stage = done % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(free.index(stage), ((done // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        for box in gl.static_range(4):
+            k_line = k0
+            v_line = v0
+            if box == 1:
+                k_line = k1
+                v_line = v1
+            elif box == 2:
+                k_line = k2
+                v_line = v2
+            elif box == 3:
+                k_line = k3
+                v_line = v3
+            token = at + box * BOX
+            _fetch_box(far_k, near_k, k_away, k_head, k_line, token % k_page, bar, k_parts, stage,
+                       box, D, 1)  # fmt: skip
+            _fetch_box(far_v, near_v, v_away, v_head, v_line, token % v_page, bar, v_parts, stage,
+                       box, D, M)  # fmt: skip
+        done += 1
+    return done
+
+
+@gluon.jit
+def fetch_pages(
+    q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles,
+    q_bufs, k_bufs, v_bufs, k_near, v_near,
+    item_buf, item_full, item_free, q_full, q_free, full, free,
+    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, near_table_ptr, rows_ptr,
+    slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr, offset_ptr,
+    items, streaming, chunks, recent, kept_keys, kept_values, batch, stride_t, stride_table,
+    stride_near, stride_offset,
+    ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
+    STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, GROUPS: gl.constexpr,
+    PAGE: gl.constexpr, NEAR_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    HAS_OFFSET: gl.constexpr,
+):  # fmt: skip
+    """Take items from the list and bring their Q, K and V to shared memory."""
+    K_BYTES: gl.constexpr = BLOCK * D * 2
+    V_BYTES: gl.constexpr = M * K_BYTES
+    done = 0
+    asked = 0
+    turn = 0
+    row = 0
+    item = gl.atomic_add(next_ptr, 1)
+    while item < items:
+        row, pair, first, begin, queries, length = packed_work(
+            item, row, work_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
+            HAS_ROWS, True, 2 * ROWS, streaming,
+        )  # fmt: skip
+        size = length - recent
+        stop = gl.minimum(size, size - queries + first + 2 * ROWS)
+        blocks = gl.where(stop > SINKS, (stop + BLOCK - 1) // BLOCK, 0)
+        blocks = gl.where(gl.load(slot_ptr + pair) < 0, 0, blocks)
+        near, near_blocks = band_of(length - queries, first, queries, recent, 2 * ROWS, BLOCK)
+        head = gl.load(head_ptr + pair * M)
+        next_head = gl.load(head_ptr + pair * M + M - 1)
+        lanes = 1
+        if M > 1:
+            lanes += (next_head >= 0).to(gl.int32)
+        offset = 0
+        next_offset = 0
+        if HAS_OFFSET:
+            offsets = offset_ptr + row * stride_offset
+            offset = gl.load(offsets + head).to(gl.int32, bitcast=True)
+            next_offset = gl.load(offsets + gl.maximum(next_head, 0)).to(gl.int32, bitcast=True)
+        mbarrier.wait(item_free, (turn & 1) ^ 1)
+        tell(item_buf, 0, 1)
+        tell(item_buf, 1, first)
+        tell(item_buf, 2, blocks)
+        tell(item_buf, 3, lanes)
+        tell(item_buf, 4, begin)
+        tell(item_buf, 5, queries)
+        tell(item_buf, 6, length)
+        tell(item_buf, 7, near)
+        tell(item_buf, 8, near_blocks)
+        tell(item_buf, 9, head)
+        tell(item_buf, 10, next_head)
+        tell(item_buf, 11, offset)
+        tell(item_buf, 12, next_offset)
+        tell(item_buf, 13, asked % 2)
+        tell(item_buf, 14, asked % 2)
+        barrier()
+        mbarrier.arrive(item_full, count=1)
+        turn += 1
+        if blocks > 0:
+            _fetch_queries(
+                q_tiles, q_bufs, q_full, q_free, asked, 0, gl.load(query_ptr + pair), begin + first,
+                ROWS,
+            )  # fmt: skip
+            asked += 1
+            key = gl.load(key_ptr + pair)
+            for i in range(0, blocks + 1):
+                stage = (done + i) % STAGES
+                bar = full.index(stage)
+                mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
+                has_k = i < blocks
+                has_v = i > 0
+                is_one = lanes == 1
+                mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
+                mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
+                mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
+                mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
+                _fetch_block(
+                    k_tiles, k_bufs, bar, stage, row, key, block_at(i, blocks, SINKS) * BLOCK,
+                    length, table_ptr, stride_table, 0, 1, has_k, BLOCK, D, PAGE,
+                )  # fmt: skip
+                for member in gl.static_range(M):
+                    # lanes without a member read any head, unused, but where there is one alone
+                    place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
+                    _fetch_block(
+                        v_tiles, v_bufs, bar, stage, row, place,
+                        block_at(i - 1, blocks, SINKS) * BLOCK, length, table_ptr, stride_table,
+                        member, M, has_v & ((lanes > 1) | (member == 0)), BLOCK, D, PAGE,
+                    )  # fmt: skip
+            done += blocks + 1
+        for _ in range(0, lanes):
+            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, 0, head, begin + first, ROWS)
+            asked += 1
+            place = pair // chunks * GROUPS + head // SHARED
+            done = _fetch_near(
+                box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles, k_near, v_near, full,
+                free, done, gl.load(key_place_ptr + place).to(gl.int32),
+                gl.load(value_place_ptr + place).to(gl.int32), kept_keys, kept_values,
+                table_ptr + row.to(gl.int64) * stride_table,
+                near_table_ptr + row.to(gl.int64) * stride_near, near, near_blocks, length,
+                BLOCK, D, M, STAGES, SINKS, PAGE, NEAR_PAGE,
+            )  # fmt: skip
+            head = next_head
+        item = gl.atomic_add(next_ptr, 1)
+    # the end of the list, for the halves
+    mbarrier.wait(item_free, (turn & 1) ^ 1)
+    tell(item_buf, 0, 0)
+    barrier()
+    mbarrier.arrive(item_full, count=1)
