@@ -26,8 +26,8 @@ from chai_attention.errors import ChaiError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.registry import comparators
 from chai_attention.evaluation.profiled import PROFILE
-from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.loading import load_model
+from chai_attention.integrations.transformers.methods import cached_logits
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.results import RowFile

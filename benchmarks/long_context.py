@@ -32,11 +32,11 @@ from chai_attention.benchmarking.memory import peak_bytes, release, reset_peak
 from chai_attention.benchmarking.model import random_model
 from chai_attention.benchmarking.timing import machine
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.recall import RecallCase
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.statistics import GramStatistics, observe
-from chai_attention.evaluation import token_loss
 from chai_attention.evaluation.head_sums import HeadSums
-from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.redundancy import default_lengths
 from chai_attention.integrations.transformers import enabled
 from chai_attention.progress import quiet

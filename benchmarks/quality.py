@@ -23,9 +23,9 @@ from torch import Tensor
 
 from chai_attention.calibration import calibrate, windows_of
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.perplexity import Loss, paired_rise, token_loss
 from chai_attention.calibration.template import template_tokens
 from chai_attention.errors import ChaiError
-from chai_attention.evaluation import Loss, paired_rise, token_loss
 from chai_attention.evaluation.frontier import RECIPES, frontier
 from chai_attention.evaluation.points import load_points
 from chai_attention.integrations.transformers import enabled

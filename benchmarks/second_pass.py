@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from chai_attention.calibration import costs, load_texts, windows_of
 from chai_attention.calibration.costs import GRADIENT, Costs, Near, collect_costs
+from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.errors import ChaiError
-from chai_attention.evaluation.perplexity import paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.capture import AttentionCall, Callback
 from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention

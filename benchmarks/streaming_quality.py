@@ -31,14 +31,14 @@ from chai_attention.calibration.calibrate import stretched
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.held_out import spread
+from chai_attention.calibration.perplexity import paired_rise, token_loss
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.recall_source import use_recall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.texts import beginning, cut_windows
 from chai_attention.errors import CalibrationError, ChaiError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.frontier import RECIPES, digest_of, for_context, frontier
-from chai_attention.evaluation.perplexity import paired_rise, token_loss
-from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.recall_tasks import recall_sources, recall_text
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.transformers import enabled

@@ -3,7 +3,7 @@
 import pytest
 
 from chai_attention.calibration.budget import CONFIDENCE, largest_within, most_tries
-from chai_attention.evaluation.perplexity import PairedRise
+from chai_attention.calibration.perplexity import PairedRise
 
 ERROR = 0.001
 

@@ -6,11 +6,11 @@ import torch
 from chai_attention.calibration import calibrate
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.held_out import spread
+from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.clustering.assign import assign
 from chai_attention.clustering.kmeans import inertia
 from chai_attention.errors import CalibrationError, ChaiWarning, UnsupportedModelError
-from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.refit import refit
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation import token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import (
     attention_modules,

@@ -9,6 +9,7 @@ import torch
 
 from chai_attention.calibration import self_text
 from chai_attention.calibration import texts as texts_module
+from chai_attention.calibration.perplexity import PairedRise
 from chai_attention.calibration.sources import (
     Source,
     mixed_windows,
@@ -17,7 +18,6 @@ from chai_attention.calibration.sources import (
     warn_uneven,
 )
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation import PairedRise
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -5,9 +5,9 @@ import torch
 
 from chai_attention.calibration import calibrate
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.settings import AUTO, Settings
 from chai_attention.calibration.texts import windows_of
-from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile

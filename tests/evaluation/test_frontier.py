@@ -6,10 +6,10 @@ from dataclasses import fields
 import pytest
 import torch
 
+from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.settings import Settings
 from chai_attention.errors import CalibrationError, ProfileError
 from chai_attention.evaluation import frontier as module
-from chai_attention.evaluation import paired_rise, token_loss
 from chai_attention.evaluation.frontier import (
     RECIPES,
     _tests,

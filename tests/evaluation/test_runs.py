@@ -7,7 +7,7 @@ import pytest
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.runs import Result, RunFolder, load_result, write_text
-from chai_attention.evaluation.scores import Item
+from chai_attention.integrations.lm_eval.items import Item
 
 RUN, TASK = {"model": "m", "seed": 0}, {"name": "piqa", "data": "d", "limit": None}
 ASKED = {"name": "a/b", "asked": {"save": 0.05}}

@@ -16,11 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import CONTINUATION, mean_of
+from chai_attention.evaluation.scores import mean_of
 from chai_attention.evaluation.tasks import task_names, task_sources
 from chai_attention.integrations.lm_eval import __main__ as command_line
 from chai_attention.integrations.lm_eval import model as lm_eval_model
 from chai_attention.integrations.lm_eval import register, tasks
+from chai_attention.integrations.lm_eval.items import CONTINUATION
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.scoring import score_task
 from chai_attention.integrations.lm_eval.tasks import load_task

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.benchmarking.cases import BenchmarkError
-from chai_attention.reports.drawing import require_matplotlib
 from chai_attention.results import write_result
 from chai_attention.whole_files import require_file, require_other
 
@@ -17,14 +16,11 @@ def require_writable(out: Path | None, plot: Path | None) -> None:
 
     Raises:
         BenchmarkError: from `require_file`, or one file for both.
-        ChaiError: a plot without matplotlib.
     """
     asked = [path for path in (out, plot) if path is not None]
     for path in asked:
         require_file(path, BenchmarkError)
     require_other(asked, (), BenchmarkError)
-    if plot is not None:
-        require_matplotlib()
 
 
 def write_report(report: Mapping[str, Any], path: Path) -> Path:

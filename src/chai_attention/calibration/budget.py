@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chai_attention.evaluation.perplexity import PairedRise
+from chai_attention.calibration.perplexity import PairedRise
 
 CONFIDENCE = 1.645  # standard errors: the promise holds with 95% confidence, one-sided
 

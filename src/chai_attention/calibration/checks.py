@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.perplexity import token_loss
 
 
 def require_tokens(model: PreTrainedModel, windows: Tensor) -> None:

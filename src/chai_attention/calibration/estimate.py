@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import BATCH_SIZE, candidates_of, steps_of, window_length
 from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.recall_check import recall_check
 from chai_attention.calibration.recall_source import recall_count, use_recall
 from chai_attention.calibration.refit import PASSES, windows_needed
@@ -22,7 +23,6 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import Source
 from chai_attention.calibration.steps import Steps
 from chai_attention.calibration.texts import SELF, self_text
-from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.logits import rows_at_once

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.budget import largest_within
 from chai_attention.calibration.candidates import Candidates
 from chai_attention.calibration.checks import not_finite
+from chai_attention.calibration.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.calibration.recall_check import RecallCheck, RecallFall
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import FOR_EVER, ClusterProfile

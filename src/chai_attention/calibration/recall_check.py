@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.recall import RecallCase, recall_cases
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.recall_words import HELD_OUT
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.recall_score import recall_score
 
 FACTS = (1, 4)
 CASES = 48  # of a task, in windows

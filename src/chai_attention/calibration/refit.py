@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.perplexity import token_loss
 from chai_attention.integrations.transformers.attention import NAME
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.devices import input_device

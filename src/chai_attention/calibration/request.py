@@ -25,6 +25,7 @@ from chai_attention.calibration.calibrate import (
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.held_out import held_out_count
+from chai_attention.calibration.perplexity import PairedRise, paired_rise, token_loss
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import (
     Source,
@@ -42,7 +43,6 @@ from chai_attention.calibration.texts import (
     cut_windows,
 )
 from chai_attention.errors import CalibrationError, ChaiWarning
-from chai_attention.evaluation.perplexity import PairedRise, paired_rise, token_loss
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled

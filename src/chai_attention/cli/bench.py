@@ -145,8 +145,11 @@ def attention_command(
     from chai_attention.integrations.transformers.loading import load_config
     from chai_attention.profile import ClusterProfile
     from chai_attention.reports.bench import attention_plot, attention_tables
+    from chai_attention.reports.drawing import require_matplotlib
 
     require_writable(out, plot)
+    if plot is not None:
+        require_matplotlib()
     options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
     device = resolve_device(device)
     chosen = None if profile is None else ClusterProfile.resolve(profile)
@@ -239,8 +242,11 @@ def model_command(
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.room import Work
     from chai_attention.reports.bench import model_plot, model_tables
+    from chai_attention.reports.drawing import require_matplotlib
 
     require_writable(out, plot)
+    if plot is not None:
+        require_matplotlib()
     options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
     placement = parse_placement(device_map, max_memory)
     if placement is not None and device != "auto":

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.calibration.perplexity import Loss, paired_rise, token_loss
 from chai_attention.calibration.texts import cut_windows
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.perplexity import Loss, paired_rise, token_loss
 from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import ModelShape, describe

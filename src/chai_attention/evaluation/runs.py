@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import KINDS, Item, read_item
+from chai_attention.integrations.lm_eval.items import KINDS, Item, read_item
 from chai_attention.results import as_json, require_same, verified, write_result
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import require_folder, write_whole

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.texts import windows_of
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.recall_score import recall_score
 from chai_attention.evaluation.runs import TRANSFORMERS, Result
 from chai_attention.evaluation.tasks import (
     LAMBADA,

@@ -10,16 +10,9 @@ from rich.table import Table
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.runs import SCHEMA_VERSION, TRANSFORMERS, Result, write_text
-from chai_attention.evaluation.scores import (
-    RECALLED,
-    TEXT,
-    Item,
-    Mean,
-    average,
-    mean_of,
-    paired,
-)
+from chai_attention.evaluation.scores import Mean, average, mean_of, paired
 from chai_attention.evaluation.tasks import PAPER, facts_and_length
+from chai_attention.integrations.lm_eval.items import RECALLED, TEXT, Item
 from chai_attention.results import write_result
 
 MEASURES: dict[str, Callable[[Item], float | None]] = {

@@ -5,8 +5,8 @@ import torch
 
 from chai_attention.evaluation.comparators.float8 import ClusteredFloat8, Float8
 from chai_attention.evaluation.comparators.quantised import Quantised
-from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.intervene import replaced_attention
+from chai_attention.integrations.transformers.methods import cached_logits
 from comparator_cases import logits, traces
 from compressed_contexts import ANSWER, RECENT, STATIC, sequence
 from tiny_models import tiny_model

@@ -9,6 +9,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chai_attention.calibration.recall import RecallCase
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.kvpress import (
     kept_tokens,
@@ -17,8 +18,7 @@ from chai_attention.evaluation.comparators.kvpress import (
     load_presses,
     pruned_channels,
 )
-from chai_attention.evaluation.recall_score import recall_score
-from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.methods import cached_logits
 from comparator_cases import logits, traces
 from compressed_contexts import ANSWER, by_definition, sequence
 from tiny_models import tiny_model

@@ -13,7 +13,7 @@ from chai_attention.evaluation.comparators.quantised import (
     group_size,
     quantised_comparator,
 )
-from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.methods import cached_logits
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from comparator_cases import logits, traces

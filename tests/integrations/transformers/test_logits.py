@@ -5,8 +5,8 @@ import torch
 
 from chai_attention import ClusterProfile, enabled
 from chai_attention.calibration import costs
+from chai_attention.calibration.perplexity import token_loss
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.evaluation import token_loss
 from chai_attention.integrations.transformers import logits, plain
 from chai_attention.integrations.transformers.capture import capture
 from chai_attention.integrations.transformers.logits import (

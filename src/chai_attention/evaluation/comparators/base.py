@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
+from chai_attention.integrations.transformers.methods import Method
 from chai_attention.progress import Progress, quiet
 
 
-class Comparator(ABC):
-    """One row of a quality table.
+class Comparator(Method):
+    """One row of a quality table: a method, with what is told of it.
 
     Comparators need only be right, not fast: most of them compute what their method would keep or
     skip, without the memory or time that a serving implementation would save. They can be pickled:
@@ -24,17 +23,9 @@ class Comparator(ABC):
     Attributes:
         name: the row's name, which is also the name of its results.
         source: the paper and section that define the method.
-        needs_cache: whether the method acts on a K,V cache that the rest of a request then uses.
-            Such a method is scored in two calls: the context fills `new_cache`, the continuation
-            reads it. All others are scored in one.
-        rows_apart: whether that keeps the rows of a batch apart, so that contexts of one length
-            may differ. Only asked of methods that need a cache.
     """
 
-    name: str
     source: ClassVar[str]
-    needs_cache: ClassVar[bool] = False
-    rows_apart: ClassVar[bool] = False
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -47,27 +38,6 @@ class Comparator(ABC):
             progress: called with (what is going on, done, in all).
         """
         del model, tokens, progress
-
-    @abstractmethod
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Let ``model`` compute with this method until the context ends, whatever ends it."""
-
-    def new_cache(self, model: PreTrainedModel) -> Cache | None:
-        """Return an empty cache for one batch; None for the model's own kind."""
-        del model
-        return None
-
-    def looks_ahead(self, context: int) -> bool:
-        """Whether tokens after a context can change what is computed for tokens before them.
-
-        Answers of unequal length then cannot share a batch, in which padding follows the shorter.
-        Only asked of methods that need a cache.
-
-        Args:
-            context: tokens that have filled the cache.
-        """
-        del context
-        return False
 
     @abstractmethod
     def kv_share(self, model: PreTrainedModel, length: int) -> float:

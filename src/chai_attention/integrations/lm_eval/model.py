@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from chai_attention.errors import EvaluationError
 from chai_attention.integrations.lm_eval import NAME
-from chai_attention.integrations.lm_eval.cached import cached_logits, tokens_before_answers
 from chai_attention.integrations.transformers import enable
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import (
@@ -25,10 +24,12 @@ from chai_attention.integrations.transformers.logits import (
     rows_at_once,
     token_losses,
 )
+from chai_attention.integrations.transformers.methods import (
+    Method,
+    cached_logits,
+    tokens_before_answers,
+)
 from chai_attention.profile import ClusterProfile
-
-if TYPE_CHECKING:
-    from chai_attention.evaluation.comparators.base import Comparator
 
 # (texts, tokens of the context, tokens of the continuation), as lm-eval hands them on
 TokenRequest = tuple[Any, list[int], list[int]]
@@ -74,7 +75,7 @@ class ChaiLM(HFLM):
         self._device = input_device(self.model)  # of a model in parts, that of its first
         self.progress: Callable[[int, int], None] | None = None
         self.lengths: dict[Any, tuple[int, int]] = {}
-        self._method: Comparator | None = None
+        self._method: Method | None = None
         self._profiled = profile is not None
         self._done = self._total = 0
         if profile is not None:
@@ -82,7 +83,7 @@ class ChaiLM(HFLM):
             enable(self.model, profile)
 
     @contextmanager
-    def using(self, method: Comparator | None) -> Iterator[None]:
+    def using(self, method: Method | None) -> Iterator[None]:
         """Score with a comparator's method inside a ``with`` block; None: the model as it is."""
         if method is None:
             yield
@@ -154,7 +155,7 @@ class ChaiLM(HFLM):
                     f"of {self.max_length}"
                 )
 
-    def _through_cache(self, requests: list[TokenRequest], method: Comparator) -> list[Answer]:
+    def _through_cache(self, requests: list[TokenRequest], method: Method) -> list[Answer]:
         """Score the answers to one context at a time, each with a row of one cache."""
         # context -> answer without its last token -> numbers of requests: one-token answers are
         # one row, whatever the token
@@ -194,7 +195,7 @@ class ChaiLM(HFLM):
         return total, greedy
 
     def _batches(
-        self, context: tuple[int, ...], rows: list[tuple[int, ...]], method: Comparator
+        self, context: tuple[int, ...], rows: list[tuple[int, ...]], method: Method
     ) -> Iterator[list[tuple[int, ...]]]:
         """Deal the answers to one context to calls; of one length where padding would be seen."""
         groups: dict[int, list[tuple[int, ...]]] = defaultdict(list)

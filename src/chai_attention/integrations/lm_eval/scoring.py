@@ -13,7 +13,7 @@ from lm_eval.api.task import Task
 from torch import Tensor
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.scores import CHOICE, CONTINUATION, RECALLED, TEXT, Item
+from chai_attention.integrations.lm_eval.items import CHOICE, CONTINUATION, RECALLED, TEXT, Item
 from chai_attention.integrations.lm_eval.model import ChaiLM
 from chai_attention.integrations.lm_eval.tasks import quiet
 from chai_attention.results import digest

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chai_attention.calibration.recall import RecallCase
-from chai_attention.evaluation.recall_score import recall_score
+from chai_attention.calibration.recall_score import recall_score
 from chai_attention.integrations.transformers import enabled
 from eval_methods import Clustered, Evicting, OwnCache, eval_model
 
@@ -83,7 +83,7 @@ def test_enabled_models_and_training_mode_are_left_as_they_were(model, cases):
 
 
 def test_long_cases_share_no_batch_and_only_the_answers_logits_are_made(model, cases, monkeypatch):
-    monkeypatch.setattr("chai_attention.evaluation.recall_score.MOST_TOKENS", 64)
+    monkeypatch.setattr("chai_attention.calibration.recall_score.MOST_TOKENS", 64)
     shapes = []
     hook = model.lm_head.register_forward_hook(
         lambda module, args, out: shapes.append(tuple(out.shape[:2]))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from chai_attention.evaluation import Loss, paired_rise, token_loss
+from chai_attention.calibration.perplexity import Loss, paired_rise, token_loss
 from tiny_models import tiny_model
 
 

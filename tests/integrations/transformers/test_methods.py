@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs the extra eval")
-
-from chai_attention.integrations.lm_eval.cached import cached_logits
+from chai_attention.integrations.transformers.methods import cached_logits
 from compressed_contexts import ANSWER, by_definition, sequence
 from eval_methods import Evicting, left
 from tiny_models import tiny_model

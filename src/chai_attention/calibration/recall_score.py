@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chai_attention.integrations.lm_eval.cached import cached_logits
 from chai_attention.integrations.transformers.devices import input_device
+from chai_attention.integrations.transformers.methods import Method, cached_logits
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.ops.choice import reproducible
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
-    from chai_attention.evaluation.comparators.base import Comparator
 
 MOST_TOKENS = 1 << 14  # of a forward, unless one case has more
 
@@ -29,7 +28,7 @@ def recall_score(
     model: PreTrainedModel,
     cases: Sequence[RecallCase],
     *,
-    method: Comparator | None = None,
+    method: Method | None = None,
     batch_size: int = 16,
     most_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -81,7 +80,7 @@ def recall_score(
 
 
 def _batches(
-    cases: Sequence[RecallCase], method: Comparator | None, batch_size: int, most_tokens: int
+    cases: Sequence[RecallCase], method: Method | None, batch_size: int, most_tokens: int
 ) -> list[list[int]]:
     """Numbers of cases that go through the model together: all of one length, without padding.
 

@@ -1,25 +1,61 @@
-"""Scoring a method that acts on the K,V cache: the context fills it, answers read it."""
+"""Other ways to compute a model's attention, and predictions through the K,V cache of one."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from chai_attention.errors import EvaluationError
 from chai_attention.integrations.transformers.devices import input_device
 
-if TYPE_CHECKING:
-    from chai_attention.evaluation.comparators.base import Comparator
+
+class Method(ABC):
+    """A way to compute a model's attention, attached for the time of a ``with`` block.
+
+    Attributes:
+        name: what errors call it.
+        needs_cache: whether the method acts on a K,V cache that the rest of a request then uses.
+            Such a method is scored in two calls: the context fills `new_cache`, the continuation
+            reads it. All others are scored in one.
+        rows_apart: whether that keeps the rows of a batch apart, so that contexts of one length
+            may differ. Only asked of methods that need a cache.
+    """
+
+    name: str
+    needs_cache: ClassVar[bool] = False
+    rows_apart: ClassVar[bool] = False
+
+    @abstractmethod
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Let ``model`` compute with this method until the context ends, whatever ends it."""
+
+    def new_cache(self, model: PreTrainedModel) -> Cache | None:
+        """Return an empty cache for one batch; None for the model's own kind."""
+        del model
+        return None
+
+    def looks_ahead(self, context: int) -> bool:
+        """Whether tokens after a context can change what is computed for tokens before them.
+
+        Answers of unequal length then cannot share a batch, in which padding follows the shorter.
+        Only asked of methods that need a cache.
+
+        Args:
+            context: tokens that have filled the cache.
+        """
+        del context
+        return False
 
 
 @torch.no_grad()
-def cached_logits(
-    model: PreTrainedModel, method: Comparator, tokens: Tensor, answer: int
-) -> Tensor:
+def cached_logits(model: PreTrainedModel, method: Method, tokens: Tensor, answer: int) -> Tensor:
     """Predict the last tokens of sequences with one context in two calls, through a cache.
 
     The first call reads all of the context but its last token, so that every prediction that is
@@ -31,8 +67,8 @@ def cached_logits(
         method: makes the cache.
         tokens: ``[R, S]`` int64, context and answer without the answer's last token. The context
             is the same in all rows, or of one length where the method keeps rows apart
-            (`Comparator.rows_apart`). Shorter answers may be followed by any tokens, unless the
-            method lets later tokens change earlier ones (`Comparator.looks_ahead`).
+            (`Method.rows_apart`). Shorter answers may be followed by any tokens, unless the
+            method lets later tokens change earlier ones (`Method.looks_ahead`).
         answer: how many predictions are wanted; those at the last ``answer`` tokens.
 
     Returns:
