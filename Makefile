@@ -16,7 +16,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make test-rivals   run the tests of rivals by library, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and the layers of docs/architecture.md"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(RIVALS) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
