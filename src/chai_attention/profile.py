@@ -28,7 +28,7 @@ FOR_EVER = 10**9  # tokens of a context in which a recent window counts for noth
 EXPORTED = "chai_profile.json"  # in the folder of an exported model
 _TABLES = ("representatives", "streaming", "error", "similarity", "costs", "offsets")
 
-# layers x clusters, as published for CHAI (ICML 2024)
+# layers x clusters, as published for CHAI (ICML 2024, https://arxiv.org/abs/2403.08058)
 PUBLISHED: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "llama-7b": (32, ((18, 32), (14, 4))),
     "llama-33b": (52, ((18, 48), (8, 36), (6, 24), (2, 8), (26, 6))),

@@ -11,7 +11,7 @@ class Allocation:
     """The cheapest way to remove any number of units, by dynamic programming on additive costs.
 
     A unit is a head, or a K/V head where whole K/V heads are chosen. Layers' costs must be
-    comparable: gradient costs are, distances of maps or outputs are not (see `level`).
+    comparable: gradient costs are, distances of maps or outputs are not (see `Level`).
 
     Args:
         costs: per layer, the cost of removing 0, 1, 2, ... units. A layer that must keep all its
