@@ -9,7 +9,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 RIVALS := .rivals
 RIVALS_STAMP := $(RIVALS)/.installed
 
-.PHONY: help demo test test-rivals test-vllm lint clean
+.PHONY: help demo test test-rivals test-vllm lint release-check clean
 
 help:
 	@echo "make demo   calibrate SmolLM2-135M and generate with clustered heads, beside the full model"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-rivals   run the tests of rivals by library, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
 	@echo "make lint   ruff, mypy and the layers of docs/architecture.md"
+	@echo "make release-check   build, install the wheel in a fresh environment and use it"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +59,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+release-check:
+	PYTHON=$(PYTHON) DEMO=1 .ci/release-check
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(RIVALS) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
