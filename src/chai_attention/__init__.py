@@ -1,9 +1,22 @@
 """Clustered Head Attention: cheaper inference by sharing attention between heads that agree.
 
+On a tiny random model; any causal language model that transformers loads goes the same way:
+
+>>> import torch
+>>> from transformers import LlamaConfig, LlamaForCausalLM
 >>> from chai_attention import calibrate, enable
->>> profile = calibrate(model, tokenizer, texts)  # doctest: +SKIP
->>> enable(model, profile)  # doctest: +SKIP
->>> model.generate(**inputs)  # doctest: +SKIP
+>>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+>>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+>>> windows = torch.randint(3, 64, (8, 48))  # or text, with the model's tokenizer
+>>> profile = calibrate(model, None, windows, clusters=2, recipe="share")
+>>> profile.clusters  # representatives per layer, of 4 heads
+(2, 2)
+>>> enable(model, profile)
+>>> model.generate(windows[:2], max_new_tokens=4, min_new_tokens=4).shape
+torch.Size([2, 52])
+
+The method: Agarwal et al., "CHAI: Clustered Head Attention for Efficient LLM Inference", ICML 2024,
+https://arxiv.org/abs/2403.08058.
 """
 
 from importlib import import_module

@@ -26,6 +26,17 @@ class Membership:
     of clusters and of kept K heads, so that caches are rectangular; who is in which cluster
     differs by row, who streams does not.
 
+    >>> import torch
+    >>> membership = Membership.from_representatives(torch.tensor([0, 0, 2, 0, 2, 5]))
+    >>> membership.clusters, membership.kept_keys  # 3 of 6 K heads are held
+    (3, 3)
+    >>> membership.slot_heads  # [B, k]: whose K is in each slot of the cache
+    tensor([[0, 2, 5]])
+    >>> membership.slot  # [B, H]: the slot whose scores each head uses
+    tensor([[0, 0, 1, 0, 1, 2]])
+    >>> membership.order  # [B, H]: heads in cluster order, as V is held
+    tensor([[0, 1, 3, 2, 4, 5]])
+
     Attributes:
         representatives: ``[B, H]`` int64, the head whose attention probabilities each head uses;
             ``representatives[b, representatives[b, h]] == representatives[b, h]``. A streaming

@@ -64,6 +64,19 @@ class Shape(Protocol):
 class ClusterProfile:
     """How many clusters of heads each layer of a model needs.
 
+    One written by hand, for two layers of four heads, and a published schedule:
+
+    >>> members = [[0, 0, 2, 2], [0, 1, 2, 3]]
+    >>> ClusterProfile.from_json(
+    ...     {"clusters": [2, 4], "membership": "static", "representatives": members}
+    ... ).representatives
+    ((0, 0, 2, 2), (0, 1, 2, 3))
+    >>> ClusterProfile.published("llama-7b").clusters[16:20]
+    (32, 32, 4, 4)
+    >>> ClusterProfile((2, 0))
+    Traceback (most recent call last):
+    chai_attention.errors.ProfileError: bad profile: ...
+
     Attributes:
         clusters: k per layer, the number of representatives. Streaming heads are none; a layer
             whose heads all stream has 0.

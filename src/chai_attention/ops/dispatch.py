@@ -41,6 +41,17 @@ def attention(
     readable reference, with a warning that says what that costs. The logger "chai_attention" says
     at level DEBUG what runs.
 
+    >>> import torch
+    >>> from chai_attention import Membership
+    >>> from chai_attention.ops import attention
+    >>> membership = Membership.from_representatives(torch.tensor([0, 0, 2, 2]))
+    >>> query = torch.randn(1, 2, 3, 8)  # [B, k, Q, D]: representatives, here heads 0 and 2
+    >>> key = torch.randn(1, 2, 10, 8)  # [B, kept, S, D]: the same
+    >>> value = torch.randn(1, 4, 10, 8)  # [B, H, S, D]: all heads, in cluster order
+    >>> out, lse = attention(query, key, value, membership, scale=8**-0.5, return_lse=True)
+    >>> out.shape, lse.shape  # [B, Q, H, D] in the order of heads, [B, k, Q]
+    (torch.Size([1, 3, 4, 8]), torch.Size([1, 2, 3]))
+
     Raises:
         AttentionInputError: tensors that do not fit together, dtypes that differ or are none of
             float64, float32, bfloat16 and float16, or, on CUDA, heads whose numbers are not

@@ -66,10 +66,27 @@ class ClusteredCache(DynamicCache):
     """K of representatives, V of heads that see far keys; used like transformers' `DynamicCache`.
 
     ``generate()`` and ``model(...)`` make one by themselves while clustered heads are enabled;
-    make one yourself to keep it over several calls (a continued chat)::
+    make one yourself to keep it over several calls (a continued chat):
 
-        cache = ClusteredCache(model, profile)
-        model.generate(**inputs, past_key_values=cache)
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from chai_attention import ClusteredCache, ClusterProfile, enabled
+    >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=64, **sizes)).eval()
+    >>> members = ((0, 0, 0, 0), (0, 0, 2, 2))
+    >>> profile = ClusterProfile((1, 2), membership="static", representatives=members)
+    >>> prompt = torch.randint(3, 64, (2, 16))
+    >>> with enabled(model, profile):
+    ...     cache = ClusteredCache(model, profile)
+    ...     ids = model.generate(
+    ...         prompt, past_key_values=cache, max_new_tokens=4, min_new_tokens=4
+    ...     )
+    >>> ids.shape, cache.get_seq_length()
+    (torch.Size([2, 20]), 19)
+    >>> cache.layers[0].keys.shape, cache.layers[0].values.shape  # K of 1 head, V of 4
+    (torch.Size([2, 1, 19, 8]), torch.Size([2, 4, 19, 8]))
+    >>> cache.memory().saved > 0.25  # 1 + 2 of 8 K heads are held
+    True
 
     A prompt shorter than the probe window keeps K of all heads until its window is full. Sliding
     window layers are held as `DynamicCache` holds them.

@@ -79,6 +79,21 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     A copy of an enabled model (``copy.deepcopy``, pickle) is an enabled model of its own. A model
     of a family that is not tested runs six tokens once, to find out whether it can be clustered.
 
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from chai_attention import ClusterProfile, disable, enable
+    >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=64, **sizes)).eval()
+    >>> ids = torch.randint(3, 64, (1, 40))
+    >>> plain = model(ids).logits
+    >>> enable(model, ClusterProfile((2, 4)))  # each request is clustered on its first 32 tokens
+    >>> out = model(ids)
+    >>> out.logits.shape, type(out.past_key_values).__name__
+    (torch.Size([1, 40, 64]), 'ClusteredCache')
+    >>> disable(model)
+    >>> torch.equal(model(ids).logits, plain)
+    True
+
     Args:
         model: a causal language model of a supported family, in float32, bfloat16 or float16; or
             a PEFT model around one.
