@@ -25,6 +25,8 @@ from eval_methods import OwnCache, Plain, arc_rows, eval_model
 from tiny_tokenizer import tiny_tokenizer
 
 MADE = {"mha": Plain, "own": OwnCache}
+# what a shell starts in the background ignores Ctrl-C, and so would a command started from there
+CATCH = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_ctrl_c_ends_all_processes_with_130_and_without_a_traceback(place):
     """In the middle of their start, when Python would print where it was."""
     command = [str(part) for part in options(place, "--jobs", "2")]
     chai = subprocess.Popen(
-        [sys.executable, "-c", "from chai_attention.cli import main; main()", *command],
+        [sys.executable, "-c", f"{CATCH}; from chai_attention.cli import main; main()", *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     children = Path(f"/proc/{chai.pid}/task/{chai.pid}/children")
