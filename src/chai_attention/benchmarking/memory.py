@@ -8,22 +8,14 @@ from pathlib import Path
 
 import torch
 
+from chai_attention.integrations.transformers.room import available
+
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def free_bytes(device: str) -> int | None:
     """Return the bytes that can still be allocated; None where the system does not tell."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0]) + int(
-            torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        )
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return available(torch.device(device))
 
 
 def release() -> None:

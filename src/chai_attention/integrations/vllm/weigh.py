@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from chai_attention.integrations.transformers.room import empty_model
 from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.command_line import OptionError, Options
 from chai_attention.integrations.vllm.estimate import Estimate, batch_defaults, estimate
@@ -66,8 +67,7 @@ def element_size(config: PreTrainedConfig, options: Options) -> int:
 
 def parameters(config: PreTrainedConfig) -> int:
     """Parameters of a model, counted without any memory for them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config, torch.float32)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

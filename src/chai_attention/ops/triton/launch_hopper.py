@@ -249,11 +249,11 @@ def box_of(page: int) -> int:
 
 def tiles_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
-    layout = tile_layout(len(block))
+    layout = _layout(len(block))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
 @cache
-def tile_layout(rank: int) -> gl.NVMMASharedLayout:
+def _layout(rank: int) -> gl.NVMMASharedLayout:
     """How tiles of 16-bit numbers lie in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)

@@ -11,7 +11,7 @@ from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.hopper_decode import BLOCK, parts
-from chai_attention.ops.triton.launch_hopper import tile_layout
+from chai_attention.ops.triton.launch_hopper import tiles_of
 from chai_attention.ops.triton.near_decode import near_block, near_parts
 from chai_attention.ops.triton.sizes import cdiv
 
@@ -122,6 +122,4 @@ def _strides(pages: Tensor) -> tuple[int, int, int]:
 
 def _tiles(pages: Tensor) -> TensorDescriptor:
     """Describe pages ``[P, N, heads, D]`` to the tensor memory accelerator, in tiles of a head."""
-    pages = pages.transpose(1, 2)
-    block = [1, 1, BLOCK.value, pages.shape[3]]
-    return TensorDescriptor(pages, list(pages.shape), list(pages.stride()), block, tile_layout(4))
+    return tiles_of(pages.transpose(1, 2), [1, 1, BLOCK.value, pages.shape[3]])
