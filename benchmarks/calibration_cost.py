@@ -21,8 +21,8 @@ from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.settings import Settings
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.loading import load_model
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.results import write_result
+from chai_attention.runtime.shape import describe
 
 RECIPES = {
     "load only": None,

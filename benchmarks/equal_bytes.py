@@ -28,9 +28,9 @@ from chai_attention.evaluation.comparators.registry import comparators
 from chai_attention.evaluation.profiled import PROFILE
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.integrations.transformers.methods import cached_logits
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.results import RowFile
+from chai_attention.runtime.shape import describe
 
 BUDGETED = ("snapkv", "think", "spatten", "spatten-mean")
 OTHERS = ("quant8", "quant4", "chai+quant8", "chai+quant4", "float8", "chai+float8")

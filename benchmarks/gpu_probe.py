@@ -22,13 +22,13 @@ import triton
 from torch import Tensor
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
 from chai_attention.ops import online
 from chai_attention.ops.triton import launch_decode, prefill
 from chai_attention.ops.triton.chunks import chunks_of, members_of
 from chai_attention.ops.triton.device import capability
 from chai_attention.results import write_result
+from chai_attention.runtime.plan import LayerPlan
 
 LAYERS, HEADS, DIM = 32, 32, 128
 CLUSTERS = (4, 8, 16)

@@ -47,7 +47,7 @@ from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.placement import Placement
 from chai_attention.integrations.transformers.room import Work
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.runtime.shape import describe
 from large_models_kinds import KINDS, TINY, profile_of
 from large_models_table import table
 

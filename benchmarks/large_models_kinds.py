@@ -7,9 +7,9 @@ from collections.abc import Callable
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 from chai_attention.benchmarking.model import FUSED, UNFUSED
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import PUBLISHED as SCHEDULES
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 PUBLISHED, DEFAULT = "published", "default recipe"
 KINDS = (UNFUSED, FUSED, PUBLISHED, DEFAULT)

@@ -30,9 +30,9 @@ from chai_attention.evaluation.frontier import RECIPES, frontier
 from chai_attention.evaluation.points import load_points
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.reports.frontier import frontier_plot, paper_ratio
 from chai_attention.results import write_result
+from chai_attention.runtime.shape import describe
 
 REMOVED = (0.05, 0.1, 0.2, 0.3, 0.4)
 PAPER_TOO = (0.025, 0.45)  # so that the paper's curve encloses the bytes of all others

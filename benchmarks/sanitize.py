@@ -23,12 +23,12 @@ import torch
 from chai_attention.clustering.assign import assign_by_cost
 from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.clustering.kmedoids import choices
-from chai_attention.integrations.transformers.plan import relative
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write, window_gram
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.probe import window_output_distances
 from chai_attention.ops.triton import online, write
+from chai_attention.runtime.plan import relative
 from helpers import random_membership
 from kernel_calls import DEVICE, Config
 from random_cases import check_case

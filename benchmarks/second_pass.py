@@ -26,9 +26,9 @@ from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.capture import AttentionCall, Callback
 from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.ops.reference import recent_attention
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.plan import LayerPlan, layer_plans
 from streaming_quality import Bench, bench_parser
 
 WINDOWS = 64  # of test text

@@ -318,7 +318,8 @@ def soak(
 
 def smollm2(work: Path, membership: str) -> tuple[Path, Path]:
     """SmolLM2 as a checkpoint, and a profile for it that clusters every second layer."""
-    from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
+    from chai_attention.hub import SMOLLM2
+    from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.profile import ClusterProfile
 
     folder = work / "smollm2"

@@ -43,9 +43,9 @@ from chai_attention.evaluation.recall_tasks import recall_sources, recall_text
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import FOR_EVER, ClusterProfile
 from chai_attention.results import write_result
+from chai_attention.runtime.shape import describe
 
 NAMES = ("default", "share", "stream")
 RIVALS = ("snapkv", "think")

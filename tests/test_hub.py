@@ -14,7 +14,8 @@ from chai_attention import hub
 from chai_attention.calibration.request import TextRequest
 from chai_attention.calibration.sources import parse_sources
 from chai_attention.errors import CalibrationError, LoadError
-from chai_attention.integrations.transformers.loading import load_config, load_model
+from chai_attention.integrations.transformers.loading import load_model
+from chai_attention.runtime.skeleton import load_config
 
 CHAI = ("-c", "from chai_attention.cli import main; main()")
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from chai_attention.errors import ProfileError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import FOR_EVER, PUBLISHED, ClusterProfile, sliding_bytes
+from chai_attention.runtime.shape import ModelShape
 
 SHAPE = ModelShape("llama", 3, 6, 6, 16, (True, True, True))
 GROUPED = ModelShape("llama", 3, 6, 2, 16, (True, True, True))

@@ -12,8 +12,8 @@ import large_models
 from chai_attention.benchmarking import ceilings, runners
 from chai_attention.benchmarking.presets import PRESETS
 from chai_attention.errors import LoadError
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from large_models_kinds import KINDS, default_like, profile_of, published_like
 from large_models_table import table
 

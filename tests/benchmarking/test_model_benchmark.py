@@ -18,8 +18,8 @@ from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers import layer as layer_module
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

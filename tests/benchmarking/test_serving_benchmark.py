@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from serving import utilization

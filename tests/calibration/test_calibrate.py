@@ -12,8 +12,8 @@ from chai_attention.clustering.assign import assign
 from chai_attention.clustering.kmeans import inertia
 from chai_attention.errors import CalibrationError, ChaiWarning, UnsupportedModelError
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 from tiny_tokenizer import tiny_tokenizer
 

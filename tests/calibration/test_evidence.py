@@ -5,7 +5,7 @@ import torch
 
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.settings import Settings
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.runtime.shape import describe
 from tiny_models import tiny_model
 
 

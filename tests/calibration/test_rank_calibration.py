@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai_attention.calibration import calibrate
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.savings import savings
 from chai_attention.profile import FOR_EVER
+from chai_attention.runtime.shape import describe
 from tiny_models import COMMON
 from tiny_tokenizer import tiny_tokenizer
 

@@ -9,7 +9,8 @@ from chai_attention.calibration.costs import Near, collect_costs
 from chai_attention.calibration.recall import recall_cases, recall_windows
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, HELD_OUT
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
+from chai_attention.hub import SMOLLM2
+from chai_attention.integrations.transformers.loading import load_model
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -11,7 +11,7 @@ from chai_attention.calibration.recall_source import recall_of, split_recall, us
 from chai_attention.calibration.settings import DEFAULT_RECALL, Settings
 from chai_attention.calibration.sources import parse_sources
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.runtime.shape import describe
 from eval_methods import eval_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -9,11 +9,11 @@ from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.support import (
     attention_modules,
-    describe,
     output_projection,
     output_weight,
 )
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from helpers import random_representatives
 from tiny_models import CONFIGS, tiny_model
 

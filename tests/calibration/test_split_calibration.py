@@ -9,8 +9,8 @@ from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.settings import AUTO, Settings
 from chai_attention.calibration.texts import windows_of
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -20,8 +20,8 @@ from chai_attention.evaluation.frontier import (
 )
 from chai_attention.evaluation.points import FrontierError, load_points
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import tiny_model
 
 HEADS, LAYERS = 6, 3

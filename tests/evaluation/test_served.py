@@ -12,8 +12,8 @@ from chai_attention.evaluation.profiled import Profiled
 from chai_attention.evaluation.served import Served, longest_text, served_device, served_names
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.transformers.digest import files_digest
-from chai_attention.integrations.transformers.skeleton import load_skeleton
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.skeleton import load_skeleton
 from eval_methods import eval_model
 from tiny_tokenizer import tiny_tokenizer
 

@@ -36,15 +36,11 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
 from chai_attention.integrations.transformers.placement import Placement, random_weights
-from chai_attention.integrations.transformers.room import (
-    Work,
-    available,
-    empty_model,
-    tensor_bytes,
-)
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.room import Work, available, tensor_bytes
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
+from chai_attention.runtime.shape import describe
+from chai_attention.runtime.skeleton import empty_model
 
 SCHEMA_VERSION = 1
 UNFUSED, FUSED, WHOLE, CLUSTERED = "unfused", "fused", "k = H", "CHAI"

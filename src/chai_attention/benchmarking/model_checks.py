@@ -14,8 +14,8 @@ from chai_attention.benchmarking.clustered import even_membership
 from chai_attention.benchmarking.correctness import WrongResultError
 from chai_attention.benchmarking.runners import Runner
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.runtime.shape import describe
 
 MakeRunner = Callable[[PreTrainedModel, ClusterProfile | None, int], Runner]
 

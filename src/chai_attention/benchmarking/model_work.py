@@ -8,8 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from chai_attention.benchmarking.cases import DECODE, PREFILL, AttentionShape, Case
 from chai_attention.benchmarking.ceilings import Work, attention_work
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 
 def weight_bytes(model: PreTrainedModel) -> tuple[int, int]:

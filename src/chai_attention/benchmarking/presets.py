@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 from chai_attention.benchmarking.cases import AttentionShape, BenchmarkError
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import PUBLISHED, STATIC, ClusterProfile
+from chai_attention.runtime.shape import describe
 
 DEFAULT = "llama-7b"
 

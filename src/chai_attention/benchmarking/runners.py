@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from chai_attention.benchmarking.timing import Timing, summary
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
 from chai_attention.integrations.transformers.devices import on_several_devices
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 LEAST_PROMPTS, MOST_PROMPTS = 3, 20
 

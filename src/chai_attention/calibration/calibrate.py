@@ -32,15 +32,11 @@ from chai_attention.calibration.texts import (
 )
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.support import (
-    ModelShape,
-    attention_modules,
-    describe,
-    unwrapped,
-)
+from chai_attention.integrations.transformers.support import attention_modules
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.ranks import distinct_ranks
+from chai_attention.runtime.shape import ModelShape, describe, unwrapped
 
 DEFAULT_LENGTH = 256
 STREAMING_LENGTH = 1024  # far keys have to be far away

@@ -19,8 +19,8 @@ from chai_attention.clustering.assign import K_BYTES, assign, on_ranks
 from chai_attention.clustering.elbow import elbow, error_curve
 from chai_attention.clustering.exact import best_assignment
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import BLEND, FOR_EVER, STATIC, ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 
 class Candidates:

@@ -28,11 +28,8 @@ from chai_attention.integrations.transformers.capture import AttentionCall, capt
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.support import (
-    attention_modules,
-    describe,
-    output_weight,
-)
+from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.runtime.shape import describe
 
 SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)

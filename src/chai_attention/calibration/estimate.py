@@ -26,8 +26,8 @@ from chai_attention.calibration.texts import SELF, self_text
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.logits import rows_at_once
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import describe
 
 WRITTEN = 16  # tokens that the model writes to see how fast it does
 WRITTEN_AT_ONCE = 32

@@ -24,9 +24,9 @@ from chai_attention.calibration.recall import RecallWindows
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.calibration.steps import Steps
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import quiet
 from chai_attention.results import digest
+from chai_attention.runtime.shape import describe
 
 Report = Callable[[int, int], None]
 RECALL_COSTS = "gradient costs of recalling facts"

@@ -20,8 +20,8 @@ from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.enable import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import FOR_EVER, ClusterProfile
+from chai_attention.runtime.shape import describe
 
 
 class Finish:

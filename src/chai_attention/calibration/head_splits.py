@@ -13,7 +13,7 @@ from chai_attention.calibration.evidence import Evidence
 from chai_attention.clustering.allocation import Allocation
 from chai_attention.clustering.split import Split, best_splits
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.runtime.shape import ModelShape
 
 
 class HeadSplits:

@@ -27,11 +27,11 @@ from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import (
     attention_modules,
     decoder_layers,
-    describe,
     output_projection,
     output_weight,
 )
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # relative to the mean square of the inputs
 CHECK = 0.2  # share of the windows on which the ridge is chosen

@@ -46,10 +46,10 @@ from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.results import file_digest
+from chai_attention.runtime.shape import describe
 
 START, CONTENT = "start", "content"
 

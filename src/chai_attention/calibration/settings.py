@@ -11,9 +11,9 @@ from chai_attention.calibration.costs import COSTS, GRADIENT, SCORES, VALUE
 from chai_attention.clustering.assign import K_BYTES, TARGETS
 from chai_attention.clustering.elbow import cluster_counts
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import BLEND, DEFAULT_WINDOW, MEMBERSHIPS, ONLINE, STATIC
 from chai_attention.ranks import rank_problem
+from chai_attention.runtime.shape import ModelShape
 
 PAPER_WINDOW = 5
 DEFAULT_RECENT, DEFAULT_SINKS = 32, 4

@@ -14,9 +14,9 @@ from chai_attention.calibration.statistics import rounded
 from chai_attention.clustering.elbow import error_curve
 from chai_attention.clustering.split import Split
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.ranks import distinct_ranks
+from chai_attention.runtime.shape import ModelShape
 
 USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told with this w
 

@@ -15,10 +15,11 @@ from chai_attention.calibration.calibrate import (
     window_length,
 )
 from chai_attention.calibration.settings import Settings
-from chai_attention.integrations.transformers.loading import SMOLLM2, load_config
+from chai_attention.hub import SMOLLM2
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.room import Work, WorkOf
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.runtime.shape import describe
+from chai_attention.runtime.skeleton import load_config
 
 
 def work_of(settings: Settings, length: int | None) -> WorkOf:

@@ -142,10 +142,10 @@ def attention_command(
         profile_representatives,
         resolve_attention,
     )
-    from chai_attention.integrations.transformers.loading import load_config
     from chai_attention.profile import ClusterProfile
     from chai_attention.reports.bench import attention_plot, attention_tables
     from chai_attention.reports.drawing import require_matplotlib
+    from chai_attention.runtime.skeleton import load_config
 
     require_writable(out, plot)
     if plot is not None:
@@ -234,15 +234,12 @@ def model_command(
         require_memory,
     )
     from chai_attention.benchmarking.presets import resolve_model
-    from chai_attention.integrations.transformers.loading import (
-        load_config,
-        load_model,
-        resolve_dtype,
-    )
+    from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.room import Work
     from chai_attention.reports.bench import model_plot, model_tables
     from chai_attention.reports.drawing import require_matplotlib
+    from chai_attention.runtime.skeleton import load_config
 
     require_writable(out, plot)
     if plot is not None:

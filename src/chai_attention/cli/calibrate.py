@@ -240,8 +240,8 @@ def calibrate_command(
     )
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.integrations.transformers.support import describe
     from chai_attention.profile_files import corrections_file
+    from chai_attention.runtime.shape import describe
 
     placement = parse_placement(device_map, max_memory)
     named, recall = split_recall(text or ["self"])

@@ -54,8 +54,8 @@ def demo_command(
     from chai_attention.errors import ProfileError
     from chai_attention.evaluation.demo import built_in_text, run_demo
     from chai_attention.integrations.transformers.loading import load_model
-    from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.plots import profile_plots
+    from chai_attention.runtime.shape import describe
 
     options.keep_inputs([out / "profile.json"], [model, text])
     if text is not None:

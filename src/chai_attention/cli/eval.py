@@ -165,8 +165,8 @@ def eval_command(
     from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.integrations.transformers.skeleton import load_skeleton
     from chai_attention.profile import ClusterProfile
+    from chai_attention.runtime.skeleton import load_skeleton
 
     placement = parse_placement(device_map, max_memory)
     if placement is not None and jobs > 1:

@@ -121,8 +121,8 @@ def frontier_command(
     from chai_attention.evaluation.points import FrontierError
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.integrations.transformers.support import describe
     from chai_attention.reports.frontier import frontier_plot, frontier_table
+    from chai_attention.runtime.shape import describe
     from chai_attention.whole_files import place_of, write_whole
 
     placement = parse_placement(device_map, max_memory)

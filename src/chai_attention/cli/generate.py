@@ -72,9 +72,9 @@ def generate_command(
         from chai_attention.integrations.transformers.devices import input_device
         from chai_attention.integrations.transformers.loading import load_model
         from chai_attention.integrations.transformers.placement import parse_placement
-        from chai_attention.integrations.transformers.support import describe
         from chai_attention.integrations.transformers.writing import encode_prompt, write
         from chai_attention.profile import ClusterProfile
+        from chai_attention.runtime.shape import describe
 
         placement = parse_placement(device_map, max_memory)
         chosen = ClusterProfile.resolve(_profile_of(model) if profile is None else profile)

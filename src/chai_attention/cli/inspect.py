@@ -47,8 +47,8 @@ def inspect_command(
     profile = ClusterProfile.resolve(file)
     shape = None
     if model is not None:
-        from chai_attention.integrations.transformers.loading import load_config
-        from chai_attention.integrations.transformers.support import describe
+        from chai_attention.runtime.shape import describe
+        from chai_attention.runtime.skeleton import load_config
 
         shape = describe(load_config(model, trust_remote_code=trust_remote_code))
         profile.check(shape)

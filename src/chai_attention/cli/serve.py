@@ -91,9 +91,9 @@ def serve_command(
         raise typer.BadParameter("--context and --requests go with --estimate")
     if estimate:
         from chai_attention.cli.serving_table import CONTEXTS, serving_record, serving_table
-        from chai_attention.integrations.transformers.loading import load_config
         from chai_attention.integrations.vllm.preflight import profile_path
         from chai_attention.integrations.vllm.weigh import estimate_config
+        from chai_attention.runtime.skeleton import load_config
 
         chosen = profile_path(model, profile)
         config = load_config(model)

@@ -18,10 +18,10 @@ from chai_attention.calibration.texts import cut_windows
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.results import digest
+from chai_attention.runtime.shape import ModelShape, describe
 
 SAVE, REMOVED = "save", "removed"
 TOKENS_PER_BATCH = 2048

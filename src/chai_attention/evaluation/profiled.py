@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import STATIC, ClusterProfile, sliding_bytes
 from chai_attention.results import digest
+from chai_attention.runtime.shape import describe
 
 PROFILE = "profile"
 

@@ -32,8 +32,8 @@ from chai_attention.evaluation.redundancy_files import (
     Stability,
 )
 from chai_attention.integrations.transformers.devices import input_device
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import ModelShape, describe
 
 FIRST = 5  # tokens that decide a membership in the paper
 NAME_LENGTH = 40  # characters of a text that name it

@@ -14,8 +14,8 @@ from chai_attention.evaluation.comparators.quantised import (
     quantised_comparator,
 )
 from chai_attention.integrations.transformers.methods import cached_logits
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from comparator_cases import logits, traces
 from compressed_contexts import ANSWER, RECENT, STATIC, by_definition, sequence
 from tiny_models import tiny_model

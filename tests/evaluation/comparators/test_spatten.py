@@ -10,7 +10,7 @@ from chai_attention.evaluation.comparators import spatten
 from chai_attention.evaluation.comparators.spatten import SpAtten, keep_count, most_important
 from chai_attention.evaluation.comparators.spatten_schedule import Schedule, schedule
 from chai_attention.integrations.transformers.intervene import replaced_attention
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.runtime.shape import describe
 from comparator_cases import (
     FAMILIES,
     assert_causal,

@@ -17,8 +17,8 @@ from chai_attention.evaluation.comparators.streaming import (
 )
 from chai_attention.evaluation.profiled import narrowed_share
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import FOR_EVER, ClusterProfile
+from chai_attention.runtime.shape import ModelShape, describe
 from comparator_cases import batch, logits, text
 from tiny_models import tiny_model
 

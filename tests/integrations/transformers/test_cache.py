@@ -15,8 +15,8 @@ from chai_attention.integrations.transformers import (
     enabled,
 )
 from chai_attention.integrations.transformers.layer import ClusteredLayer
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile, sliding_bytes
+from chai_attention.runtime.shape import describe
 from tiny_models import tiny_model
 
 PROFILE = ClusterProfile(clusters=(2, 6, 3), window=8)

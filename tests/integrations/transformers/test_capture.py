@@ -7,8 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.capture import capture
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 
 

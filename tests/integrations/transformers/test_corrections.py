@@ -10,12 +10,12 @@ from chai_attention.integrations.transformers import disable, enable, enabled
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.support import (
     attention_modules,
-    describe,
     is_transposed,
     output_projection,
     output_weight,
 )
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 
 

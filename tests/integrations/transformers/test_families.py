@@ -7,9 +7,9 @@ import torch
 
 from chai_attention.clustering.assign import assign, assign_by_cost
 from chai_attention.integrations.transformers import ClusteredCache, enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from helpers import random_membership
 from tiny_models import CONFIGS, by_definition, tiny_model
 

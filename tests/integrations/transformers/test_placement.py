@@ -14,7 +14,8 @@ from chai_attention.integrations.transformers.placement import (
     parse_placement,
     random_weights,
 )
-from chai_attention.integrations.transformers.room import Work, empty_model, tensor_bytes
+from chai_attention.integrations.transformers.room import Work, tensor_bytes
+from chai_attention.runtime.skeleton import empty_model
 from tiny_models import CONFIGS, tiny_model
 
 pytest.importorskip("accelerate")

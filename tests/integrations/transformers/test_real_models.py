@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from chai_attention.hub import SMOLLM2
 from chai_attention.integrations.transformers import ClusteredCache, enabled
-from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
-from chai_attention.integrations.transformers.support import describe
+from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 PROMPTS = [
     "The history of the printing press begins",

@@ -15,8 +15,8 @@ from chai_attention.integrations.transformers import (
     disable,
     enable,
 )
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import CONFIGS, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(3)

@@ -17,8 +17,8 @@ from chai_attention.integrations.transformers import (
     enabled,
 )
 from chai_attention.integrations.transformers.capture import capture
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from tiny_models import COMMON, CONFIGS, GROUPED, SLIDING, tiny_model
 
 VISION = {

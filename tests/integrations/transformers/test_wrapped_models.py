@@ -12,8 +12,8 @@ from chai_attention.integrations.transformers import (
     enable,
     enabled,
 )
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from lora import add_lora
 from tiny_models import tiny_model
 

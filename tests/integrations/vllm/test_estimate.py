@@ -4,7 +4,6 @@ import pytest
 from transformers import LlamaConfig
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.estimate import (
     Blocks,
     Capacity,
@@ -15,6 +14,7 @@ from chai_attention.integrations.vllm.estimate import (
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.integrations.vllm.weigh import estimate_config, parameters
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 LLAMA_7B = LlamaConfig(dtype="bfloat16")
 GB = 10**9

@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoConfig
 
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.estimate import Capacity, blocks_of
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 from vllm_job import generate
 
 PAGE, MEMORY = 32, 2**30

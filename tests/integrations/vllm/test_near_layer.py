@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.impl import ChaiAttention
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.near_layer import NearLayer
 from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.runtime.plan import LayerPlan
 
 LAYOUTS = {"a": PageLayout(3, 1, 8, 4), "b": PageLayout(0, 0, 8, 4), "c": PageLayout(2, 5, 8, 4)}
 NUMBERS = sum(layout.numbers_per_token for layout in LAYOUTS.values())

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import PageMemberships, full_tokens
 from chai_attention.integrations.vllm.pages import PageLayout
@@ -18,6 +17,7 @@ from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.packed import paged_near
+from chai_attention.runtime.plan import LayerPlan
 
 DIM, PAGE = 16, 16
 

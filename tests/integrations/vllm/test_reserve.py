@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import PageMemberships
 from chai_attention.integrations.vllm.reserve import planned_pages, row_bytes
 from chai_attention.membership import Membership
+from chai_attention.runtime.plan import LayerPlan
 
 PAGES, DIM = 37, 64
 

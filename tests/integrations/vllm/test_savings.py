@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.layers import served_layers
 from chai_attention.integrations.vllm.savings import savings
 from chai_attention.integrations.vllm.served import ServedModel
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=8, num_hidden_layers=2, vocab_size=64)
 EVERY = tuple(range(8))

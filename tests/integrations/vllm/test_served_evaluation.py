@@ -19,7 +19,7 @@ from chai_attention.evaluation.evaluate import Evaluation, evaluate
 from chai_attention.evaluation.profiled import Profiled
 from chai_attention.evaluation.served import Served, longest_text
 from chai_attention.evaluation.tasks import TaskSource
-from chai_attention.integrations.transformers.skeleton import load_skeleton
+from chai_attention.runtime.skeleton import load_skeleton
 from eval_methods import arc_rows
 from vllm_job import ENVIRONMENT
 from vllm_profiles import PROFILES

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from chai_attention.errors import ProfileError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
 from chai_attention.integrations.vllm.pages import PageLayout, near_page
 from chai_attention.integrations.vllm.savings import savings
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 
 def shape_of(heads: int, kv_heads: int, layers: int = 1) -> ModelShape:

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import LEAST_VARLEN, StepAttention
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.memberships import FixedMembership
 from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.ops.cache_write import write_paged
+from chai_attention.runtime.plan import LayerPlan
 
 DIM, PAGE = 16, 16
 

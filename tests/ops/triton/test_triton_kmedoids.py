@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 from chai_attention.clustering import kmedoids as search
 from chai_attention.clustering.assign import K_BYTES, SCORES, assign, assign_by_cost
 from chai_attention.clustering.kmeans import TIE, squared_distances
-from chai_attention.integrations.transformers.plan import relative
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.kmedoids import kmedoids
+from chai_attention.runtime.plan import relative
 from membership_checks import assert_same_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

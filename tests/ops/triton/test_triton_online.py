@@ -6,12 +6,12 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.clustering.kmeans import TIE, kmeans
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
 from chai_attention.ops.online import Windows
 from chai_attention.ops.probe import window_gram
 from chai_attention.ops.triton import online
 from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.runtime.plan import LayerPlan
 from helpers import random_membership
 from membership_checks import assert_same_membership
 

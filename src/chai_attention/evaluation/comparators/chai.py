@@ -14,8 +14,8 @@ from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.with_profile import WithProfile
 from chai_attention.evaluation.profiled import head_counts, profile_digest
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import ModelShape, describe
 
 # name -> arguments of `calibrate`
 RECIPES: dict[str, dict[str, Any]] = {

@@ -31,8 +31,8 @@ from chai_attention.evaluation.comparators.head_predictor import (
     Importance,
 )
 from chai_attention.integrations.transformers.intervene import edited_heads
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import describe
 
 
 class DejaVu(Comparator):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.kvpress import load_kvpress
 from chai_attention.evaluation.comparators.streaming import StreamingHeads
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.progress import Progress
+from chai_attention.runtime.shape import describe
 
 SHARE = 0.5  # of the heads that stream, without a budget: the paper's for grouped queries
 

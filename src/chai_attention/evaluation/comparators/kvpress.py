@@ -31,8 +31,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.integrations.transformers.support import attention_modules, describe
+from chai_attention.integrations.transformers.support import attention_modules
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import describe
 
 THINK_CHANNELS = 0.4  # share of K's channels that ThinK's paper removes
 SNAPKV_TOKENS = 0.5  # share of the prompt that SnapKV removes, without a budget

@@ -26,9 +26,9 @@ from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
 from chai_attention.evaluation.profiled import decides_late, narrowed_share, profile_digest
 from chai_attention.integrations.transformers import ClusteredCache, enabled
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import ModelShape, describe
 
 FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64

@@ -13,8 +13,8 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.membership import Membership
+from chai_attention.runtime.plan import LayerPlan
 
 RESIDUAL = 128  # so many tokens after the prompt stay whole before they are quantised
 

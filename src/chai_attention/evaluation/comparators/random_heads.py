@@ -15,8 +15,8 @@ from chai_attention.clustering.assign import K_BYTES
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.profiled import profile_digest
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.runtime.shape import ModelShape, describe
 
 
 class RandomHeads(Comparator):

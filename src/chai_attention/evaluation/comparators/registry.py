@@ -20,9 +20,9 @@ from chai_attention.evaluation.comparators.random_heads import RandomHeads
 from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
 from chai_attention.evaluation.comparators.streaming import MassStream, RandomStream
 from chai_attention.evaluation.profiled import PROFILE, Profiled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import describe
 
 # percent of heads that DejaVu leaves out
 _DEJAVU = {f"dejavu-{percent}": percent / 100 for percent in (10, 30, 50)}

@@ -41,7 +41,7 @@ from chai_attention.errors import UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.spatten_schedule import Schedule, schedule
 from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
-from chai_attention.integrations.transformers.support import ModelShape, describe
+from chai_attention.runtime.shape import ModelShape, describe
 
 MAPS = 1 << 27  # probabilities that exist at a time
 Tokens = Literal["sum", "mean"]

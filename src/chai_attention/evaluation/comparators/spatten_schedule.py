@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from chai_attention.errors import EvaluationError
-from chai_attention.integrations.transformers.support import ModelShape
+from chai_attention.runtime.shape import ModelShape
 
 # front layers that keep everything, as published
 TOKEN_FRONT, HEAD_FRONT = 0.15, 0.3

@@ -18,9 +18,9 @@ from chai_attention.evaluation.comparators.chai import stacked
 from chai_attention.evaluation.comparators.with_profile import WithProfile
 from chai_attention.evaluation.profiled import profile_digest
 from chai_attention.integrations.transformers.capture import AttentionCall
-from chai_attention.integrations.transformers.support import ModelShape, describe
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import ModelShape, describe
 
 RECENT, SINKS = 128, 4  # without a profile that has an exact window
 

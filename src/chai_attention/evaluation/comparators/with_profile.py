@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 
 class WithProfile(Comparator):

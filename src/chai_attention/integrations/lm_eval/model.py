@@ -227,7 +227,7 @@ class ChaiLM(HFLM):
 
 
 def _is_gguf(name: str) -> bool:
-    from chai_attention.integrations.transformers.loading import SMOLLM2
+    from chai_attention.hub import SMOLLM2
 
     return name == SMOLLM2 or Path(name).suffix == ".gguf"
 

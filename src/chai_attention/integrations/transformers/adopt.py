@@ -10,8 +10,8 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers import cache as dynamic
 from chai_attention.integrations.transformers import static_cache as static
 from chai_attention.integrations.transformers.cache import ClusteredCache
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
+from chai_attention.runtime.plan import LayerPlan
 
 
 def adopt(

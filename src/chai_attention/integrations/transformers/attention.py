@@ -17,13 +17,13 @@ from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.plain import plain_attention
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.precision import (
     as_attended,
     no_autocast,
     require_one_dtype,
 )
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
+from chai_attention.runtime.plan import LayerPlan
 
 NAME = "chai"
 PLAN_ATTRIBUTE = "_chai_plan"

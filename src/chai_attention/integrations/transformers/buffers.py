@@ -84,19 +84,6 @@ class TokenBuffer:
         self.data = data
 
 
-def pick_heads(states: Tensor, heads: Tensor, axis: int = 1) -> Tensor:
-    """Choose ``heads [B, n]`` of each sequence along ``axis`` (1 or 2) of ``states``.
-
-    ``[B, H, S, D]`` becomes ``[B, n, S, D]`` (axis 1), ``[B, S, H, D]`` ``[B, S, n, D]`` (axis 2).
-    """
-    if states.shape[0] == 1:
-        return states.index_select(axis, heads[0])
-    shape = list(states.shape)
-    shape[axis] = heads.shape[1]
-    index = heads[:, :, None, None] if axis == 1 else heads[:, None, :, None]
-    return states.gather(axis, index.expand(shape))
-
-
 def pick_tokens(states: Tensor, positions: Tensor) -> Tensor:
     """``[B, H, S, D]`` and ``[B or 1, W]`` to ``[B, H, W, D]``."""
     batch, heads, _, dim = states.shape

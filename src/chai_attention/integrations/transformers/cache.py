@@ -12,10 +12,10 @@ from transformers.cache_utils import CacheLayerMixin
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import tokens_kept
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.recent import NEAR
-from chai_attention.integrations.transformers.support import decoder_config, describe
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.plan import LayerPlan, layer_plans
+from chai_attention.runtime.shape import decoder_config, describe
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,13 @@ from chai_attention.integrations.transformers import attention, forwards, graphs
 from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.devices import hook_masks, on_several_devices
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.seal import Seal
-from chai_attention.integrations.transformers.support import (
-    attention_modules,
-    decoder_layers,
-    describe,
-    unwrapped,
-)
+from chai_attention.integrations.transformers.support import attention_modules, decoder_layers
 from chai_attention.integrations.transformers.switch import Switch
 from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.plan import LayerPlan, layer_plans
+from chai_attention.runtime.shape import describe, unwrapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

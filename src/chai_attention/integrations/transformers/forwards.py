@@ -14,10 +14,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from chai_attention.integrations.transformers.adopt import adopt
 from chai_attention.integrations.transformers.eager import eager
 from chai_attention.integrations.transformers.layer import ClusteredLayer
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.transformers.seal import Seal
-from chai_attention.integrations.transformers.support import decoder_config
 from chai_attention.integrations.transformers.switch import containing
+from chai_attention.runtime.plan import LayerPlan
+from chai_attention.runtime.shape import decoder_config
 
 PREPARE = "_prepare_cache_for_generation"
 _CACHE = "past_key_values"

@@ -15,12 +15,9 @@ from transformers.masking_utils import sdpa_mask
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.plain import plain_attention
-from chai_attention.integrations.transformers.support import (
-    attention_modules,
-    describe,
-    output_projection,
-)
+from chai_attention.integrations.transformers.support import attention_modules, output_projection
 from chai_attention.integrations.transformers.switch import Switch
+from chai_attention.runtime.shape import describe
 
 _numbers = count()  # every replacement registers under a name of its own, so that they nest
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
-from chai_attention.integrations.transformers.memory import LayerMemory, Probe
+from chai_attention.integrations.transformers.buffers import pick_tokens
+from chai_attention.integrations.transformers.memory import LayerMemory, Probe, stored_states
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.plan import slot_queries, stored_states
 from chai_attention.integrations.transformers.recent import near_keys
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.ring import decode_recent
+from chai_attention.runtime.heads import pick_heads, slot_queries
 
 WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
 

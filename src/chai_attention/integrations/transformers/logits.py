@@ -18,8 +18,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.support import attention_modules, decoder_config
+from chai_attention.integrations.transformers.support import attention_modules
 from chai_attention.integrations.transformers.switch import containing
+from chai_attention.runtime.shape import decoder_config
 
 LOGITS = 1 << 27  # numbers that exist at a time, at most: 512 MB in float32
 MOST_TOKENS = 32_768  # of a forward, unless one sequence has more

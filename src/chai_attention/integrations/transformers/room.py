@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from chai_attention.integrations.transformers.logits import LOGITS
 
@@ -66,17 +66,6 @@ def available(device: torch.device) -> int | None:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def empty_model(
-    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Build a model without any memory for its weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    return model.eval()
 
 
 def tensor_bytes(model: nn.Module) -> int:

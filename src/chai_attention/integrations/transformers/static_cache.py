@@ -14,17 +14,12 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import tokens_kept
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
-from chai_attention.integrations.transformers.support import (
-    ModelShape,
-    decoder_config,
-    decoder_layers,
-    describe,
-    unwrapped,
-)
+from chai_attention.integrations.transformers.support import decoder_layers
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.plan import LayerPlan, layer_plans
+from chai_attention.runtime.shape import ModelShape, decoder_config, describe, unwrapped
 
 if TYPE_CHECKING:
     from chai_attention.integrations.transformers.graphs import DecodeGraph

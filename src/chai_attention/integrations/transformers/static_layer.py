@@ -18,13 +18,14 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer, lasting
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.plan import LayerPlan, slot_queries
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
 from chai_attention.integrations.transformers.static_tokens import STOPPED, StaticTokens
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.cache_write import write_dense
 from chai_attention.ops.ring import NearRing, decode_recent
+from chai_attention.runtime.heads import slot_queries
+from chai_attention.runtime.plan import LayerPlan
 
 
 class StaticClusteredLayer(ClusteredLayer):

@@ -28,10 +28,10 @@ from chai_attention.integrations.transformers.cache import ClusteredCache
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.plan import layer_plans
-from chai_attention.integrations.transformers.support import FAMILIES, ModelShape, supported
 from chai_attention.integrations.transformers.switch import Switch
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.plan import layer_plans
+from chai_attention.runtime.shape import FAMILIES, ModelShape, supported
 
 logger = logging.getLogger("chai_attention")
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.copies import PageCopies
 from chai_attention.integrations.vllm.memberships import (
     FixedMembership,
@@ -24,6 +23,7 @@ from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.packed import paged_near
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
+from chai_attention.runtime.plan import LayerPlan
 
 Window = dict[str, Any]  # the exact window's arguments of an operation
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages

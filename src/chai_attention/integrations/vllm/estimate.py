@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
 from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
 from chai_attention.integrations.vllm.pages import PAGE, near_pages_of
 from chai_attention.integrations.vllm.reserve import row_bytes
 from chai_attention.integrations.vllm.savings import Savings, savings
 from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
 GIB = 2**30

@@ -14,13 +14,13 @@ import torch
 
 from chai_attention.clustering.assign import K_BYTES, assign_by_cost
 from chai_attention.errors import ProfileError
-from chai_attention.integrations.transformers.plan import LayerPlan, layer_plans
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.pages import PageLayout, near_page
 from chai_attention.integrations.vllm.shares import fixed_shares, online_shares
 from chai_attention.membership import Membership
 from chai_attention.profile import ClusterProfile
 from chai_attention.ranks import rank_problem
+from chai_attention.runtime.plan import LayerPlan, layer_plans
+from chai_attention.runtime.shape import ModelShape
 
 Table = tuple[tuple[float, ...], ...]
 

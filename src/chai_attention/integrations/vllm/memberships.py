@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.integrations.vllm.layers import ServedLayer
 from chai_attention.integrations.vllm.step import Step
 from chai_attention.integrations.vllm.step_rows import Row
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.ops.rows import MembershipRows
+from chai_attention.runtime.plan import LayerPlan
 
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
 

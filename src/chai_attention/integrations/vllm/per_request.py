@@ -1,4 +1,4 @@
-"""Attention of one request after the other, by the Transformers runtime's operations.
+"""Attention of one request after the other, by the operations of `ops`.
 
 The CPU runs everything so, which has few requests at a time. K and V of a request are copied out of
 its pages.
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.near import NearKeys
+from chai_attention.runtime.heads import pick_heads
 
 
 @dataclass(frozen=True, eq=False)

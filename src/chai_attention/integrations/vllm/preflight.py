@@ -79,8 +79,8 @@ def layers_of(
         ProfileError: the profile does not fit the model.
         UnsupportedModelError: the model has sliding windows.
     """
-    from chai_attention.integrations.transformers.support import describe
     from chai_attention.integrations.vllm.layers import served_layers
+    from chai_attention.runtime.shape import describe
 
     shape = describe(config)
     layers = served_layers(shape, profile, ranks)
@@ -111,7 +111,7 @@ def _local_config(model: str) -> PreTrainedConfig | None:
     """The config of a model that is on this machine; None where vLLM would have to fetch it."""
     from transformers import AutoConfig
 
-    from chai_attention.integrations.transformers.loading import load_config
+    from chai_attention.runtime.skeleton import load_config
 
     if Path(model).exists():
         return load_config(model)

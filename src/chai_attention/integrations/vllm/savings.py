@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.integrations.vllm.layers import ServedLayer, served_layers
 from chai_attention.profile import ClusterProfile
 from chai_attention.ranks import copies
+from chai_attention.runtime.shape import ModelShape
 
 NOTICED = 0.0005  # share of a saving that is worth a word
 

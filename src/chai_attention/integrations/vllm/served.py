@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm import reserve
 from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
 from chai_attention.integrations.vllm.layers import (
@@ -28,6 +27,7 @@ from chai_attention.integrations.vllm.options import (
 )
 from chai_attention.integrations.vllm.pages import PAGE, PAGE_MULTIPLE
 from chai_attention.integrations.vllm.savings import savings
+from chai_attention.runtime.shape import describe
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.near_layer import NearLayer

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from chai_attention.integrations.transformers.room import empty_model
-from chai_attention.integrations.transformers.support import describe
 from chai_attention.integrations.vllm.command_line import OptionError, Options
 from chai_attention.integrations.vllm.estimate import Estimate, batch_defaults, estimate
 from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
+from chai_attention.runtime.shape import describe
+from chai_attention.runtime.skeleton import empty_model
 
 _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 

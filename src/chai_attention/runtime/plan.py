@@ -13,8 +13,6 @@ from chai_attention.clustering.assign import K_BYTES, SCORES, assign, assign_by_
 from chai_attention.clustering.kmeans import TIE, squared_distances
 from chai_attention.clustering.kmedoids import choices
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.buffers import pick_heads
-from chai_attention.integrations.transformers.support import ModelShape
 from chai_attention.membership import Membership, table_of
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.ops.online import (
@@ -24,6 +22,7 @@ from chai_attention.ops.online import (
     fused_representatives,
 )
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
+from chai_attention.runtime.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -281,37 +280,6 @@ def relative(cost: Tensor) -> Tensor:
     own = torch.eye(heads, dtype=torch.bool, device=cost.device)
     total = cost.masked_fill(own, 0.0).sum((1, 2), keepdim=True)
     return cost * (heads * (heads - 1) / total.clamp_min(1e-30))
-
-
-def slot_queries(membership: Membership, query: Tensor) -> Tensor:
-    """Q of representatives in slot order, ``[B, k, Q, D]``.
-
-    Args:
-        membership: of the layer.
-        query: ``[B, H, Q, D]`` of all heads.
-    """
-    if query.shape[1] == membership.clusters:
-        return query
-    return pick_heads(query, membership.slot_heads)
-
-
-def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, kept_values, Q, Dv]``.
-
-    Args:
-        membership: of the layer.
-        key: ``[B, G, Q, D]`` of all heads.
-        value: ``[B, G, Q, Dv]``.
-    """
-    # where V is reordered or left out, fewer K heads are kept than there are
-    if key.shape[1] == membership.kept_keys:
-        return key, value
-    key = pick_heads(key, membership.key_heads)
-    if membership.reorders_values:
-        # token by token, as it lies in memory in front of attention and behind it
-        tokens = pick_heads(value.transpose(1, 2), membership.value_heads, axis=2)
-        value = tokens.transpose(1, 2)
-    return key, value
 
 
 def layer_plans(shape: ModelShape, profile: ClusterProfile) -> tuple[LayerPlan, ...]:

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.integrations.transformers.plan import LayerPlan
 from chai_attention.ops import online
 from chai_attention.ops.triton import online as kernels
+from chai_attention.runtime.plan import LayerPlan
 from membership_checks import assert_same_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
