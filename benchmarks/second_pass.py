@@ -24,8 +24,12 @@ from chai_attention.calibration.costs import GRADIENT, Costs, Near, collect_cost
 from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.capture import AttentionCall, Callback
-from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
+from chai_attention.integrations.transformers.intervene import (
+    Callback,
+    LayerCall,
+    MaskedCall,
+    replaced_attention,
+)
 from chai_attention.ops.reference import recent_attention
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan, layer_plans
@@ -118,7 +122,7 @@ def reduced(plans: tuple[LayerPlan, ...]) -> Callable[..., Any]:
             plan = plans[call.layer]
             out = call.plain() if plan.is_identity else _clustered(plan, call)
             q, k, v = (x.detach() for x in (call.query, call.key, call.value))
-            callback(AttentionCall(call.layer, q, k, v, call.scale, call.softcap), out)
+            callback(LayerCall(call.layer, q, k, v, call.scale, call.softcap), out)
             return out
 
         with replaced_attention(model, attend):

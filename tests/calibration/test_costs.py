@@ -10,7 +10,7 @@ from chai_attention.calibration import backward, calibrate, costs, pairs
 from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.capture import capture
+from chai_attention.integrations.transformers.intervene import capture
 from chai_attention.integrations.transformers.support import attention_modules
 from tiny_models import tiny_model
 

@@ -10,7 +10,7 @@ from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.evaluation.head_sums import HeadSums
 from chai_attention.evaluation.map_pictures import MapPictures
 from chai_attention.integrations.transformers import logits, plain
-from chai_attention.integrations.transformers.capture import AttentionCall
+from chai_attention.integrations.transformers.intervene import LayerCall
 from largest_tensor import largest_tensor
 from tiny_models import tiny_model
 
@@ -105,7 +105,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(evidence, size, monkeypat
     """Operations of torch included: scores of a block, or what grows with the length alone."""
     monkeypatch.setattr(pairs, "SCORES", 30_000)
     query, key, value, gradient = states(4, 2, size)
-    call = AttentionCall(0, query[None], key[None], value[None], 1.0, None)
+    call = LayerCall(0, query[None], key[None], value[None], 1.0, None)
     with largest_tensor() as made:
         if evidence == "maps":
             GramStatistics(1, 4).add(call)

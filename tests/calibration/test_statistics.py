@@ -5,7 +5,7 @@ import torch
 
 from chai_attention.calibration import pairs
 from chai_attention.calibration.statistics import GramStatistics, cosine_similarity, observe
-from chai_attention.integrations.transformers.capture import AttentionCall
+from chai_attention.integrations.transformers.intervene import LayerCall
 from tiny_models import CONFIGS, tiny_model
 
 FAMILIES = sorted(CONFIGS)
@@ -103,7 +103,7 @@ def test_no_map_of_a_whole_sequence_ever_exists():
     query = torch.randn(1, 2, 2048, 8)
     record = GramStatistics(1, 2)
     with Watch():
-        record.add(AttentionCall(0, query, query, query, 1.0, None))
+        record.add(LayerCall(0, query, query, query, 1.0, None))
     assert largest == 2 * pairs.ROWS * 2048
 
 

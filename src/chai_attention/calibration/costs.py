@@ -24,8 +24,8 @@ from chai_attention.calibration.pairs import (
     value_costs,
 )
 from chai_attention.calibration.statistics import Later
-from chai_attention.integrations.transformers.capture import AttentionCall, capture
 from chai_attention.integrations.transformers.devices import input_device
+from chai_attention.integrations.transformers.intervene import LayerCall, capture
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import attention_modules, output_weight
@@ -131,7 +131,7 @@ def collect_costs(
     costs: list[tuple[int, Tensor]] = []  # of a batch's layers, each where it is
     first = start  # window of text at the beginning of the batch in the model
 
-    def add(call: AttentionCall, gradient: Tensor | None) -> None:
+    def add(call: LayerCall, gradient: Tensor | None) -> None:
         group, device = call.query.shape[1] // call.value.shape[1], call.query.device
         if call.layer not in tables:
             tables[call.layer] = [
@@ -160,9 +160,9 @@ def collect_costs(
         costs.append((call.layer, cost))
 
     reached: set[int] = set()
-    recomputed: dict[int, AttentionCall] = {}  # of the layer that is differentiated
+    recomputed: dict[int, LayerCall] = {}  # of the layer that is differentiated
 
-    def watch(call: AttentionCall, out: Tensor) -> None:
+    def watch(call: LayerCall, out: Tensor) -> None:
         layer = call.layer
         if not differentiate:
             with torch.autocast(out.device.type, enabled=False):
@@ -243,7 +243,7 @@ class OffsetStatistics:
         self._weighted = torch.zeros(*shape, heads, dtype=torch.float64)
         self._weights = torch.zeros(*shape, 1, dtype=torch.float64)
 
-    def add(self, call: AttentionCall, out: Tensor | None = None) -> Later:
+    def add(self, call: LayerCall, out: Tensor | None = None) -> Later:
         """See a layer's queries and keys, not its output; what is returned adds to the sums."""
         weighted, weights = (  # where the layer is
             torch.zeros_like(sums[:, call.layer], device=call.query.device)

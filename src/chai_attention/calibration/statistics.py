@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.pairs import maps_of
-from chai_attention.integrations.transformers.capture import AttentionCall, capture
 from chai_attention.integrations.transformers.devices import input_device
+from chai_attention.integrations.transformers.intervene import LayerCall, capture
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
 
 Later = Callable[[], None]
-Watcher = Callable[[AttentionCall, Tensor], Later | None]
+Watcher = Callable[[LayerCall, Tensor], Later | None]
 
 
 class GramStatistics:
@@ -28,7 +28,7 @@ class GramStatistics:
     def __init__(self, layers: int, heads: int):
         self.grams = torch.zeros(layers, heads, heads, dtype=torch.float64)
 
-    def add(self, call: AttentionCall, out: Tensor | None = None) -> Later:
+    def add(self, call: LayerCall, out: Tensor | None = None) -> Later:
         """See a layer's queries and keys, not its output; what is returned adds their maps."""
         heads = call.query.shape[1]
         gram = torch.zeros(heads, heads, dtype=torch.float64, device=call.query.device)
@@ -64,7 +64,7 @@ def observe(
     """
     left: list[Later] = []
 
-    def show(call: AttentionCall, out: Tensor) -> None:
+    def show(call: LayerCall, out: Tensor) -> None:
         with torch.autocast(call.query.device.type, enabled=False):
             for watcher in watchers:
                 if (later := watcher(call, out)) is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.calibration.pairs import maps_of
-from chai_attention.integrations.transformers.capture import AttentionCall
+from chai_attention.integrations.transformers.intervene import LayerCall
 
 
 class HeadSums:
@@ -32,7 +32,7 @@ class HeadSums:
         self._first_gram = torch.zeros(len(layers), heads, heads, dtype=torch.float64)
         self._first_sum = torch.zeros(len(layers), heads, dtype=torch.float64)
 
-    def __call__(self, call: AttentionCall, out: Tensor) -> None:
+    def __call__(self, call: LayerCall, out: Tensor) -> None:
         """Add a batch of whole requests; the layer's output is not needed."""
         place = self._place.get(call.layer)
         if place is None:

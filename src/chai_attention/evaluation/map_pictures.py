@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.calibration.pairs import maps_of
-from chai_attention.integrations.transformers.capture import AttentionCall
+from chai_attention.integrations.transformers.intervene import LayerCall
 
 
 class MapPictures:
@@ -24,7 +24,7 @@ class MapPictures:
         self.block = math.ceil(length / cells)
         self.encoded: dict[int, str] = {}
 
-    def __call__(self, call: AttentionCall, out: Tensor) -> None:
+    def __call__(self, call: LayerCall, out: Tensor) -> None:
         """Keep a layer's maps; the layer's output is not needed."""
         query, key = call.query[0], call.key[0]
         heads, length, _ = query.shape

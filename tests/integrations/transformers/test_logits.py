@@ -8,7 +8,7 @@ from chai_attention.calibration import costs
 from chai_attention.calibration.perplexity import token_loss
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import logits, plain
-from chai_attention.integrations.transformers.capture import capture
+from chai_attention.integrations.transformers.intervene import capture
 from chai_attention.integrations.transformers.logits import (
     rows_at_once,
     summed_loss,

@@ -16,7 +16,7 @@ from chai_attention.integrations.transformers import (
     enable,
     enabled,
 )
-from chai_attention.integrations.transformers.capture import capture
+from chai_attention.integrations.transformers.intervene import capture
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 from tiny_models import COMMON, CONFIGS, GROUPED, SLIDING, tiny_model

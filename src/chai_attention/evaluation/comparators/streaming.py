@@ -17,7 +17,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.chai import stacked
 from chai_attention.evaluation.comparators.with_profile import WithProfile
 from chai_attention.evaluation.profiled import profile_digest
-from chai_attention.integrations.transformers.capture import AttentionCall
+from chai_attention.integrations.transformers.intervene import LayerCall
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import ModelShape, describe
@@ -123,7 +123,7 @@ class MassStream(StreamingHeads):
             )
         mass = torch.zeros(shape.layers, shape.heads, dtype=torch.float64)
 
-        def watch(call: AttentionCall, out: Tensor) -> None:
+        def watch(call: LayerCall, out: Tensor) -> None:
             for query, key in zip(call.query, call.key, strict=True):
                 for maps in maps_of(query, key, call.scale, call.softcap):
                     mass[call.layer] += far_mass(maps.whole, maps.rows, recent, sinks).cpu()

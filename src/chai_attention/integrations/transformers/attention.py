@@ -6,22 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.integrations.transformers.devices import PADDING_TAG, launched_on
-from chai_attention.integrations.transformers.eager import eager
-from chai_attention.integrations.transformers.gradients import without_gradients
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import LAYER_TAG
-from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.plain import plain_attention
-from chai_attention.integrations.transformers.precision import (
+from chai_attention.integrations.transformers.modes import (
     as_attended,
+    eager,
     no_autocast,
     require_one_dtype,
+    without_gradients,
 )
+from chai_attention.integrations.transformers.padding import Padding
+from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.runtime.plan import LayerPlan
 
@@ -32,18 +31,6 @@ PLAN_ATTRIBUTE = "_chai_plan"
 def is_enabled(model: nn.Module) -> bool:
     """Whether clustered heads are enabled for a model, or for a part of it."""
     return any(hasattr(module, PLAN_ATTRIBUTE) for module in model.modules())
-
-
-def register() -> None:
-    """Make ``attn_implementation="chai"`` known to transformers."""
-    AttentionInterface.register(NAME, clustered_attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
-
-
-def unregister() -> None:
-    """Undo `register`."""
-    AttentionInterface._global_mapping.pop(NAME, None)
-    AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
 @eager

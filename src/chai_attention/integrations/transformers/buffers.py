@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def lasting() -> torch.inference_mode:
-    """Where memory is made that later forwards write to; a context manager or a decorator.
-
-    Memory made under ``torch.inference_mode()`` cannot be written to outside of it.
-    """
-    return torch.inference_mode(False)
+from chai_attention.integrations.transformers.modes import lasting
 
 
 class TokenBuffer:

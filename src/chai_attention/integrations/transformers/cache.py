@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +105,7 @@ class ClusteredCache(DynamicCache):
     """
 
     plans: tuple[LayerPlan, ...]
+    layers: list[Any]
 
     def __init__(
         self, model: PreTrainedModel | PreTrainedConfig, profile: ClusterProfile | str
@@ -113,7 +113,16 @@ class ClusteredCache(DynamicCache):
         shape = describe(model)
         profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
         super().__init__(config=decoder_config(model))
-        take_over(self, layer_plans(shape, profile))
+        self.take_over(layer_plans(shape, profile))
+
+    def take_over(self, plans: tuple[LayerPlan, ...]) -> None:
+        """Put clustered layers in the place of full-attention layers, which are empty."""
+        self.layers = [
+            ClusteredLayer(plan) if plan.full_attention else self.layers[plan.layer]
+            for plan in plans
+        ]
+        self.layer_class_to_replicate = None
+        self.plans = plans
 
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""
@@ -188,13 +197,3 @@ def memory_of(cache: Cache) -> CacheMemory:
         tokens=cache.get_seq_length(),
         sequences=sequences,
     )
-
-
-def take_over(cache: ClusteredCache, plans: Sequence[LayerPlan]) -> None:
-    """Put clustered layers in the place of an empty cache's full-attention layers."""
-    sliding = cache.layers
-    cache.layers = [
-        ClusteredLayer(plan) if plan.full_attention else sliding[plan.layer] for plan in plans
-    ]
-    cache.layer_class_to_replicate = None
-    cache.plans = tuple(plans)

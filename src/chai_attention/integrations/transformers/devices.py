@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.eager import eager
+from chai_attention.integrations.transformers.modes import eager
 
 PADDING_TAG = "_chai_padding"
 _MOVED = "_chai_moved"

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import attention, forwards, graphs
-from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.devices import hook_masks, on_several_devices
+from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.seal import Seal
 from chai_attention.integrations.transformers.support import attention_modules, decoder_layers
-from chai_attention.integrations.transformers.switch import Switch
+from chai_attention.integrations.transformers.switch import Switch, register, unregister
 from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan, layer_plans
@@ -54,7 +54,7 @@ class _Enabled:
     def _use(self) -> None:
         """Keep our functions in transformers' tables for as long as this object lives."""
         if not list(_in_use):
-            attention.register()
+            register(attention.NAME, attention.clustered_attention, attention.padding_mask)
         _in_use.add(self)
         weakref.finalize(self, _unregister_if_unused).atexit = False
 
@@ -198,4 +198,4 @@ def _unregister_if_unused() -> None:
     """Take our functions out of transformers' tables when no model uses them."""
     # iterating skips what is being collected; the length does not
     if not list(_in_use):
-        attention.unregister()
+        unregister(attention.NAME)

@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chai_attention.errors import CacheError, UnsupportedModelError
-from chai_attention.integrations.transformers.buffers import lasting
 from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
-from chai_attention.integrations.transformers.precision import autocast_state
+from chai_attention.integrations.transformers.modes import autocast_state, lasting
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
 DEVICE = "cuda"

@@ -1,4 +1,4 @@
-"""Changing what heads put out, or how they attend, for the time of a ``with`` block."""
+"""Watching or replacing a model's attention for the time of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -9,43 +9,55 @@ from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.support import attention_modules, output_projection
-from chai_attention.integrations.transformers.switch import Switch
+from chai_attention.integrations.transformers.switch import switched
 from chai_attention.runtime.shape import describe
 
 _numbers = count()  # every replacement registers under a name of its own, so that they nest
 
 
 @dataclass(frozen=True)
-class MaskedCall:
+class LayerCall:
     """What one layer's attention gets, rotary embedding included.
 
     Attributes:
         layer: index of the layer.
-        query: ``[B, H, Q, D]``.
+        query: ``[B, H, S, D]``.
         key: ``[B, G, S, D]``.
         value: ``[B, G, S, Dv]``.
-        mask: ``[B, 1, Q, S]`` bool, True for keys that are seen; None for causal attention
-            without padding.
         scale: factor on the scores.
         softcap: cap on the scores, or None.
-        plain: computes the model's own attention, ``[B, Q, H, Dv]``.
     """
 
     layer: int
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
     scale: float
     softcap: float | None
+
+
+@dataclass(frozen=True)
+class MaskedCall(LayerCall):
+    """The same with what makes it attention, for whoever computes it in the layer's place.
+
+    Attributes:
+        mask: ``[B, 1, Q, S]`` bool, True for keys that are seen; None for causal attention
+            without padding.
+        plain: computes the model's own attention, ``[B, Q, H, Dv]``.
+    """
+
+    mask: Tensor | None
     plain: Callable[[], Tensor]
+
+
+Callback = Callable[[LayerCall, Tensor], None]
 
 
 @contextmanager
@@ -81,21 +93,35 @@ def replaced_attention(
                 module, query, key, value, attention_mask, scale, softcap, kwargs
             )
 
-        call = MaskedCall(layers[module], query, key, value, attention_mask, scale, softcap, plain)
+        call = MaskedCall(layers[module], query, key, value, scale, softcap, attention_mask, plain)
         return attention(call), None
 
-    name = f"chai_replaced_{next(_numbers)}"
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    try:
-        switch = Switch(model, layers, name)
-        try:
-            yield
-        finally:
-            switch.undo()
-    finally:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+    with switched(model, layers, f"chai_replaced_{next(_numbers)}", attend, sdpa_mask):
+        yield
+
+
+@contextmanager
+def capture(model: PreTrainedModel, callback: Callback) -> Iterator[None]:
+    """Call ``callback(call, out)`` at every layer's attention, out its result ``[B, S, H, Dv]``.
+
+    The model's results do not change. For whole, unpadded sequences without a cache. ``out`` may
+    be part of a graph: a hook on its gradient must not hold ``out`` itself.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached, or clustered heads are
+            enabled (call ``disable(model)`` first).
+    """
+    if is_enabled(model):
+        raise UnsupportedModelError("disable(model) before calibrating it")
+
+    def attend(call: MaskedCall) -> Tensor:
+        out = call.plain()
+        q, k, v = (x.detach() for x in (call.query, call.key, call.value))
+        callback(LayerCall(call.layer, q, k, v, call.scale, call.softcap), out)
+        return out
+
+    with replaced_attention(model, attend):
+        yield
 
 
 @contextmanager

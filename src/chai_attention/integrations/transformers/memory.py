@@ -11,8 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer
-from chai_attention.integrations.transformers.eager import eager
-from chai_attention.integrations.transformers.precision import as_attended
+from chai_attention.integrations.transformers.modes import as_attended, eager
 from chai_attention.integrations.transformers.recent import RecentWindow
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed

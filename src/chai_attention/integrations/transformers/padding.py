@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.transformers.buffers import lasting
+from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.ops.windowed import WindowTables, window_tables
 
 

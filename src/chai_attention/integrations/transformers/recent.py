@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import lasting, pick_tokens
+from chai_attention.integrations.transformers.buffers import pick_tokens
+from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.membership import Membership
 from chai_attention.ops.near import NearKeys

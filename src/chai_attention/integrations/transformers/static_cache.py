@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +56,7 @@ class StaticClusteredCache(Cache):
     """
 
     plans: tuple[LayerPlan, ...]
+    layers: list[Any]
     tokens: StaticTokens
     graph: DecodeGraph | None  # of generate()
     keeps_padding: bool  # whatever mask a forward brings, while a step is captured
@@ -76,12 +76,24 @@ class StaticClusteredCache(Cache):
         shape = describe(model)
         plain = StaticCache(decoder_config(model), max_tokens)
         super().__init__(layers=plain.layers)
-        take_over(self, layer_plans(shape, profile), max_tokens)
+        self.take_over(layer_plans(shape, profile), max_tokens)
         if batch_size is None:
             return
         if not isinstance(model, PreTrainedModel):
             raise CacheError("batch_size allocates memory for a model, so a config is not enough")
         self._allocate(model, batch_size, shape)
+
+    def take_over(self, plans: tuple[LayerPlan, ...], max_tokens: int) -> None:
+        """Make the full-attention layers of an empty cache clustered ones."""
+        window = any(plan.has_recent_window for plan in plans)
+        self.plans = plans
+        self.tokens = StaticTokens(max_tokens, plans[0].sinks if window else 0)
+        self.graph = None
+        self.keeps_padding = False
+        self.layers = [
+            StaticClusteredLayer(plan, self.tokens) if plan.full_attention else sliding
+            for plan, sliding in zip(plans, self.layers, strict=True)
+        ]
 
     def _allocate(self, model: PreTrainedModel, batch_size: int, shape: ModelShape) -> None:
         """Make every layer's memory where the layer is."""
@@ -175,18 +187,3 @@ class StaticClusteredCache(Cache):
 
     def _clustered(self) -> list[StaticClusteredLayer]:
         return [layer for layer in self.layers if isinstance(layer, StaticClusteredLayer)]
-
-
-def take_over(cache: Cache, plans: Sequence[LayerPlan], max_tokens: int) -> None:
-    """Make an empty `StaticCache`'s full-attention layers clustered ones."""
-    assert isinstance(cache, StaticClusteredCache)
-    window = any(plan.has_recent_window for plan in plans)
-    cache.plans = tuple(plans)
-    cache.tokens = StaticTokens(max_tokens, plans[0].sinks if window else 0)
-    cache.graph = None
-    cache.keeps_padding = False
-    sliding = cache.layers
-    cache.layers = [
-        StaticClusteredLayer(plan, cache.tokens) if plan.full_attention else sliding[plan.layer]
-        for plan in plans
-    ]

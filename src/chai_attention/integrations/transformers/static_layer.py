@@ -15,8 +15,9 @@ from torch import Tensor
 
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import TokenBuffer, lasting
+from chai_attention.integrations.transformers.buffers import TokenBuffer
 from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
 from chai_attention.integrations.transformers.static_tokens import STOPPED, StaticTokens

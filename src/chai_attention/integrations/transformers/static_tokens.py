@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import lasting
+from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 
 STOPPED = (

@@ -9,11 +9,17 @@ and a name of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from chai_attention.errors import UnsupportedModelError
 
@@ -51,6 +57,38 @@ class Switch:
         for module, config in self._before:
             module.config = config
         self._before = []
+
+
+@contextmanager
+def switched(
+    model: PreTrainedModel,
+    modules: Iterable[nn.Module],
+    name: str,
+    attention: Callable[..., Any],
+    mask: Callable[..., Any],
+) -> Iterator[None]:
+    """Let attention modules ask for ``attention`` and ``mask`` inside a ``with`` block."""
+    register(name, attention, mask)
+    try:
+        switch = Switch(model, modules, name)
+        try:
+            yield
+        finally:
+            switch.undo()
+    finally:
+        unregister(name)
+
+
+def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make ``attn_implementation=name`` known to transformers."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def unregister(name: str) -> None:
+    """Undo `register`."""
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def containing(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chai_attention.errors import ChaiError, UnsupportedModelError
@@ -28,7 +28,7 @@ from chai_attention.integrations.transformers.cache import ClusteredCache
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import LAYER_TAG
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.switch import Switch
+from chai_attention.integrations.transformers.switch import switched
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import layer_plans
 from chai_attention.runtime.shape import FAMILIES, ModelShape, supported
@@ -92,23 +92,17 @@ def _runs(model: PreTrainedModel, modules: Mapping[int, nn.Module], shape: Model
     calls = _Calls(modules, shape, real.bool())
     for plan, module in zip(layer_plans(shape, whole), modules.values(), strict=True):
         setattr(module, PLAN_ATTRIBUTE, plan)
-    AttentionInterface.register(_NAME, calls)
-    AttentionMaskInterface.register(_NAME, padding_mask)
-    switch = Switch(model, modules.values(), _NAME)
+    failed: Exception | None = None
     try:
-        cache = ClusteredCache(model, whole)
-        cache.begin(real, shape.layers)
-        model(**inputs, past_key_values=cache)
+        with switched(model, modules.values(), _NAME, calls, padding_mask):
+            cache = ClusteredCache(model, whole)
+            cache.begin(real, shape.layers)
+            model(**inputs, past_key_values=cache)
     except _DifferentError:
         raise
     except Exception as error:
-        failed: Exception | None = error
-    else:
-        failed = None
+        failed = error
     finally:
-        switch.undo()
-        AttentionInterface._global_mapping.pop(_NAME, None)
-        AttentionMaskInterface._global_mapping.pop(_NAME, None)
         for module in modules.values():
             delattr(module, PLAN_ATTRIBUTE)
     if failed is None:
