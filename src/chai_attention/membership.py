@@ -8,12 +8,14 @@ Words: *H* query heads, *G* K/V heads (``G == H`` in multi-head attention), *k* 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from chai_attention.index_tables import checked_clusters, marked, table_of, true_positions
 
 _T = TypeVar("_T")
 
@@ -87,13 +89,12 @@ class Membership:
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads} heads cannot be split over {kv_heads} K/V heads")
         if clusters is None:
-            clusters = _checked_clusters(rep, streaming)
+            clusters = checked_clusters(rep, streaming)
         if kv_heads == heads:
             kept_keys = clusters
         elif kept_keys is None:
             far = rep[:, [head for head in range(heads) if head not in streaming]]
-            used = torch.zeros(rep.shape[0], kv_heads, dtype=torch.bool, device=rep.device)
-            used.scatter_(1, far // (heads // kv_heads), True)
+            used = marked(far // (heads // kv_heads), kv_heads)
             kept_keys = int(used.sum(1).max())
         return cls(rep, clusters, kv_heads, kept_keys, streaming)
 
@@ -112,29 +113,18 @@ class Membership:
         streaming = tuple(sorted(set(streaming)))
         if not streaming:
             return far
-        device = far.representatives.device
-        made = cls(
-            torch.arange(heads, device=device).repeat(far.batch, 1),
-            far.clusters,
-            kv_heads,
-            far.kept_keys,
-            streaming,
-        )
+        alone = torch.arange(heads, device=far.device).repeat(far.batch, 1)
+        made = cls(alone, far.clusters, kv_heads, far.kept_keys, streaming)
         sees = [head for head in made.far_heads if head not in streaming]
-        inside = table_of(tuple(made.far_heads.index(head) for head in sees), device)
-        followed = table_of(made.far_heads, device)[far.representatives[:, inside]]
-        made.representatives.index_copy_(1, table_of(tuple(sees), device), followed)
+        inside = table_of(tuple(made.far_heads.index(head) for head in sees), far.device)
+        followed = table_of(made.far_heads, far.device)[far.representatives[:, inside]]
+        made.representatives.index_copy_(1, table_of(tuple(sees), far.device), followed)
         made.__dict__["far"] = far
         return made
 
     @classmethod
     def from_tables(
-        cls,
-        representatives: Tensor,
-        clusters: int,
-        kv_heads: int,
-        kept_keys: int,
-        **tables: Tensor,
+        cls, representatives: Tensor, clusters: int, kv_heads: int, kept_keys: int, **tables: Tensor
     ) -> Membership:
         """Take a membership whose tables a kernel has made, by their names here."""
         membership = cls(representatives, clusters, kv_heads, kept_keys)
@@ -144,11 +134,9 @@ class Membership:
     @classmethod
     def identity(
         cls,
-        heads: int,
-        kv_heads: int | None = None,
-        batch: int = 1,
+        heads: int, kv_heads: int | None = None, batch: int = 1,
         device: torch.device | str | None = None,
-    ) -> Membership:
+    ) -> Membership:  # fmt: skip
         """Every head on its own: plain multi-head or grouped-query attention."""
         kv_heads = heads if kv_heads is None else kv_heads
         rep = torch.arange(heads, device=device).expand(batch, heads)
@@ -163,6 +151,11 @@ class Membership:
     def heads(self) -> int:
         """Number of query heads H."""
         return self.representatives.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self.representatives.device
 
     @property
     def group_size(self) -> int:
@@ -227,31 +220,27 @@ class Membership:
     @cached_property
     def far_place(self) -> Tensor:
         """``[H]`` int64: each head's place among `far_heads`; 0 for heads that are not."""
-        places = [
-            self.far_heads.index(head) if head in self.far_heads else 0
-            for head in range(self.heads)
-        ]
-        return table_of(tuple(places), self.representatives.device)
+        number = {head: place for place, head in enumerate(self.far_heads)}
+        return table_of(tuple(number.get(head, 0) for head in range(self.heads)), self.device)
 
     @cached_property
     def streams(self) -> Tensor:
         """``[H]`` bool: whether a head sees near keys only."""
         flags = tuple(int(head in self.streaming) for head in range(self.heads))
-        return table_of(flags, self.representatives.device).bool()
+        return table_of(flags, self.device).bool()
 
     # ---- who is where
 
     @cached_property
     def _is_representative(self) -> Tensor:
         """``[B, H]`` bool."""
-        heads = torch.arange(self.heads, device=self.representatives.device)
-        own = self.representatives == heads
+        own = self.representatives == torch.arange(self.heads, device=self.device)
         return own & ~self.streams if self.streaming else own
 
     @cached_property
     def slot_heads(self) -> Tensor:
         """``[B, k]`` int64: the representative head of each slot, ascending."""
-        return _true_positions(self._is_representative, self.clusters)
+        return true_positions(self._is_representative, self.clusters)
 
     @cached_property
     def slot(self) -> Tensor:
@@ -270,15 +259,13 @@ class Membership:
             return self.slot_heads
         if self.streaming:
             return self._natural(None if self.far is None else self.far.key_heads)
-        return _true_positions(self._needed_kv_heads, self.kept_keys)
+        return true_positions(self._needed_kv_heads, self.kept_keys)
 
     @cached_property
     def removed_key_heads(self) -> Tensor:
         """``[B, G - kept_keys]`` int64: the K/V heads whose K no cache place holds, ascending."""
-        kept = torch.zeros(
-            self.batch, self.kv_heads, dtype=torch.bool, device=self.representatives.device
-        ).scatter_(1, self.key_heads, True)
-        return _true_positions(~kept, self.kv_heads - self.kept_keys)
+        kept = marked(self.key_heads, self.kv_heads)
+        return true_positions(~kept, self.kv_heads - self.kept_keys)
 
     @cached_property
     def key_place(self) -> Tensor:
@@ -287,18 +274,14 @@ class Membership:
 
     def _natural(self, far_kv_heads: Tensor | None) -> Tensor:
         """K/V heads of `far`, ``[B, n]``, by their numbers here."""
-        device = self.representatives.device
         if far_kv_heads is None:
-            return torch.zeros(self.batch, 0, dtype=torch.long, device=device)
-        return table_of(self.far_kv_heads, device)[far_kv_heads]
+            return torch.zeros(self.batch, 0, dtype=torch.long, device=self.device)
+        return table_of(self.far_kv_heads, self.device)[far_kv_heads]
 
     @cached_property
     def _needed_kv_heads(self) -> Tensor:
         """``[B, G]`` bool: K/V heads read by a representative, filled up to `kept_keys`."""
-        needed = torch.zeros(
-            self.batch, self.kv_heads, dtype=torch.bool, device=self.representatives.device
-        )
-        needed.scatter_(1, self.representatives // self.group_size, True)
+        needed = marked(self.representatives // self.group_size, self.kv_heads)
         missing = self.kept_keys - needed.sum(1, keepdim=True)
         spare_rank = (~needed).long().cumsum(1)
         return needed | (spare_rank <= missing)
@@ -307,8 +290,7 @@ class Membership:
     def key_slot(self) -> Tensor:
         """``[B, k]`` int64: the place in the K cache that each slot's scores read."""
         if self.kv_heads == self.heads:
-            places = torch.arange(self.clusters, device=self.representatives.device)
-            return places.expand(self.batch, self.clusters)
+            return torch.arange(self.clusters, device=self.device).expand(self.batch, -1)
         if self.streaming and self.far is not None:
             return self.far.key_slot
         rank = self._needed_kv_heads.long().cumsum(1) - 1
@@ -317,15 +299,13 @@ class Membership:
     @cached_property
     def order(self) -> Tensor:
         """``[B, H]`` int64: heads sorted by (slot, head), so that a cluster is contiguous."""
-        heads = torch.arange(self.heads, device=self.representatives.device)
+        heads = torch.arange(self.heads, device=self.device)
         return (self.slot * self.heads + heads).argsort(1)
 
     @cached_property
     def offsets(self) -> Tensor:
         """``[B, k + 1]`` int64: cluster c is ``order[offsets[c]:offsets[c + 1]]``."""
-        counts = torch.zeros(
-            self.batch, self.clusters + 1, dtype=torch.long, device=self.representatives.device
-        )
+        counts = self.slot.new_zeros(self.batch, self.clusters + 1)
         counts.scatter_add_(1, self.slot + 1, torch.ones_like(self.slot))
         return counts.cumsum(1)
 
@@ -341,7 +321,7 @@ class Membership:
             return self._natural(None if self.far is None else self.far.value_heads)
         if self.kv_heads == self.heads:
             return self.order
-        places = torch.arange(self.kv_heads, device=self.representatives.device)
+        places = torch.arange(self.kv_heads, device=self.device)
         return places.expand(self.batch, self.kv_heads).contiguous()
 
     @cached_property
@@ -354,15 +334,14 @@ class Membership:
             return self.value_place.repeat_interleave(self.group_size, 1)
         if self.kv_heads == self.heads:
             return self.order.argsort(1)
-        heads = torch.arange(self.heads, device=self.representatives.device)
+        heads = torch.arange(self.heads, device=self.device)
         return (heads // self.group_size).expand(self.batch, self.heads)
 
     @cached_property
     def removed_value_heads(self) -> Tensor:
         """``[B, G - kept_values]`` int64: V heads no cache place holds, ascending."""
-        removed = [head for head in range(self.kv_heads) if head not in self.far_kv_heads]
-        table = table_of(tuple(removed), self.representatives.device)
-        return table.expand(self.batch, len(removed))
+        removed = tuple(head for head in range(self.kv_heads) if head not in self.far_kv_heads)
+        return table_of(removed, self.device).expand(self.batch, -1)
 
     @cached_property
     def value_place(self) -> Tensor:
@@ -377,7 +356,7 @@ class Membership:
     @property
     def known_rows(self) -> tuple[tuple[int, ...], ...] | None:
         """`host_rows` if they are known without waiting for another device, else None."""
-        if self.representatives.device.type == "cpu":
+        if self.device.type == "cpu":
             return self.host_rows
         return self.__dict__.get("host_rows")
 
@@ -402,70 +381,20 @@ class Membership:
     def expand(self, batch: int) -> Membership:
         """Return this one-row membership for ``batch`` sequences (no copy of the vector)."""
         rep = self.representatives.expand(batch, self.heads)
-        expanded = Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
-        if self.known_rows is not None:
-            expanded.__dict__["host_rows"] = self.known_rows * batch
-        return expanded
+        return self._with(rep, None if self.known_rows is None else self.known_rows * batch)
 
     def select(self, rows: Tensor) -> Membership:
         """Return the rows ``rows`` (``[N]`` integer or ``[B]`` bool), as beam search needs."""
-        rep = self.representatives[rows]
-        return Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
+        return self._with(self.representatives[rows], None)
 
     def to(self, device: torch.device | str) -> Membership:
         """Return the membership on ``device``: this one, with all that was made of it, if it is."""
         rep = self.representatives.to(device)
-        if rep is self.representatives:
-            return self
-        moved = Membership(rep, self.clusters, self.kv_heads, self.kept_keys, self.streaming)
-        if self.known_rows is not None:
-            moved.__dict__["host_rows"] = self.known_rows
-        return moved
+        return self if rep is self.representatives else self._with(rep, self.known_rows)
 
-
-def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """A table for everybody to read and nobody to write: ``[n]`` int64."""
-    if device.type == "cuda":  # where making it waits for all that runs
-        return _kept_table(numbers, device)
-    return torch.tensor(numbers, dtype=torch.long, device=device)
-
-
-@lru_cache(maxsize=4096)
-def _kept_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # also for what needs gradients
-        return torch.tensor(numbers, dtype=torch.long, device=device)
-
-
-def _true_positions(flags: Tensor, count: int) -> Tensor:
-    """Positions of the first ``count`` true flags of each row, ascending: ``[B, count]``.
-
-    Contiguous, as kernels read it at every step.
-    """
-    size = flags.shape[1]
-    position = torch.arange(size, device=flags.device)
-    return torch.where(flags, position, position + size).argsort(1)[:, :count].contiguous()
-
-
-def _checked_clusters(rep: Tensor, streaming: tuple[int, ...]) -> int:
-    """Validate a ``[B, H]`` vector and return its number of clusters."""
-    heads = rep.shape[1]
-    if heads == 0 or rep.shape[0] == 0:
-        raise ValueError("a membership needs at least one sequence and one head")
-    if bool(((rep < 0) | (rep >= heads)).any()):
-        raise ValueError(f"a representative is not a head: heads are 0 to {heads - 1}")
-    if bool((rep.gather(1, rep) != rep).any()):
-        raise ValueError("a representative must be its own representative")
-    if streaming and not 0 <= streaming[0] <= streaming[-1] < heads:
-        raise ValueError(f"a streaming head is not a head: heads are 0 to {heads - 1}")
-    alone = torch.ones(heads, dtype=torch.bool)
-    alone[list(streaming)] = False
-    alone = alone.to(rep.device)  # False for streaming heads
-    each = torch.arange(heads, device=rep.device)
-    if bool(((rep != each) & ~(alone & alone[rep])).any()):
-        raise ValueError("a streaming head represents itself alone: nobody can use its scores")
-    counts = ((rep == each) & alone).sum(1)
-    if bool((counts != counts[0]).any()):
-        raise ValueError(
-            f"every sequence of a batch needs the same number of clusters, not {counts.tolist()}"
-        )
-    return int(counts[0])
+    def _with(self, rep: Tensor, rows: tuple[tuple[int, ...], ...] | None) -> Membership:
+        """The same of other sequences or on another device; ``rows`` where they are known."""
+        made = replace(self, representatives=rep)
+        if rows is not None:
+            made.__dict__["host_rows"] = rows
+        return made

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chai_attention.membership import Membership, table_of
+from chai_attention.index_tables import table_of
+from chai_attention.membership import Membership
 from chai_attention.ops.windowed import head_offsets
 
 if TYPE_CHECKING:

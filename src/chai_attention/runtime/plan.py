@@ -13,7 +13,8 @@ from chai_attention.clustering.assign import K_BYTES, SCORES, assign, assign_by_
 from chai_attention.clustering.kmeans import TIE, squared_distances
 from chai_attention.clustering.kmedoids import choices
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.membership import Membership, table_of
+from chai_attention.index_tables import table_of
+from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.ops.online import (
     Windows,

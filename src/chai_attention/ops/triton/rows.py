@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chai_attention.membership import Membership, table_of
+from chai_attention.index_tables import table_of
+from chai_attention.membership import Membership
 from chai_attention.ops.triton.chunks import _deal
 from chai_attention.ops.triton.paged_prefill import _deal_natural
 from chai_attention.ops.triton.sizes import power_of_2
