@@ -55,6 +55,21 @@ def test_a_step_in_several_graphs_is_the_step(family, kind, cut, monkeypatch):
 
 
 @torch.no_grad()
+def test_no_mask_grows_from_step_to_step(monkeypatch):
+    # OPT of transformers 5.17 makes a mask of all tokens where it is given none
+    model, seen = tiny_model("opt"), []
+    profile = ClusterProfile(clusters=(2, 6, 3), window=6)
+    with enabled(model, profile), played(monkeypatch):
+        runner = SplitRunner(model, profile, 60)
+        runner.prefill(torch.randint(3, 97, (2, 40)))
+        hook = lambda module, args, options: seen.append(options["attention_mask"].shape)  # noqa: E731
+        with model.register_forward_pre_hook(hook, with_kwargs=True):
+            for _ in range(3):
+                runner.step(torch.tensor([[5], [7]]))
+    assert set(seen) == {(2, 60)}
+
+
+@torch.no_grad()
 def test_layers_with_masks_of_their_own_are_refused():
     model, hidden = tiny_model("opt"), torch.randn(1, 1, 48)
     run = split_steps._Run(decoder_layers(model))

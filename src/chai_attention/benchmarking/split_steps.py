@@ -124,8 +124,12 @@ class SplitStep:
             for place, layer in enumerate(run.layers)
         ]
         positions = torch.full_like(token, self._count)
-        mask = None  # of a clustered cache there is no padding
-        if not self._is_clustered:
+        if self._is_clustered:
+            # there is no padding. Without a mask some models make one that grows with every step
+            ones = torch.ones_like(token, dtype=torch.bool)
+            mask = ones.expand(-1, self._cache.tokens.capacity)
+            self._cache.keeps_padding = True
+        else:
             mask = step_mask(self._model, positions, self._cache.layers[0].keys.shape[2])
         try:
             for layer, _, forward in replaced:
@@ -135,6 +139,8 @@ class SplitStep:
                 use_cache=True,
             )  # fmt: skip
         finally:
+            if self._is_clustered:
+                self._cache.keeps_padding = False
             for layer, before, _ in replaced:
                 del layer.forward
                 if before is not None:
