@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from chai_attention.benchmarking import ceilings, model_checks, runners
+from chai_attention.benchmarking import ceilings, model_checks, plain_steps, runners
 from chai_attention.benchmarking import model as bench
 from chai_attention.benchmarking.cases import BenchmarkError, Case
 from chai_attention.benchmarking.correctness import WrongResultError
@@ -189,6 +190,31 @@ def test_the_work_of_streaming_heads_is_near_k_and_v_only():
     far = (3 + 4) + (6 + 6) + 0  # heads with scores, and with a product with V
     # near: scores of the head that shares, scores and products of those that stream
     assert found.flops == 2 * 2 * 8 * (far * tokens + near * ((1 + 2 * 2) + 2 * 6))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt", "gpt2"])
+def test_the_fused_baseline_is_the_fastest_backend_that_gives_the_models_logits(
+    family, monkeypatch
+):
+    wrong = SDPBackend.EFFICIENT_ATTENTION if DEVICE == "cpu" else SDPBackend.OVERRIDEABLE
+    monkeypatch.setattr(
+        plain_steps, "BACKENDS",
+        {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH, "none": wrong},
+    )  # fmt: skip
+    monkeypatch.setattr(bench, "make_runner", StaticRunner)
+    model = tiny_model(family).to(DEVICE)
+    request = ModelRequest("tiny", STATIC, "", [(2, 20)], new_tokens=3, seconds=0.0)
+    ids = torch.randint(97, (2, 20), device=DEVICE)
+    peaks = ceilings.Ceilings(1.0, 1.0)
+    with torch.inference_mode():
+        row = bench.measure_run(model, "fused", request, ids, peaks)
+        assert {"masked", "math"} <= set(row["tpot_us_by_backend"]) <= {"masked", "math", "flash"}
+        assert row["tpot_us"] == min(row["tpot_us_by_backend"].values())
+        right = plain_steps.attending_to
+        monkeypatch.setattr(plain_steps, "attending_to", lambda of, count: right(of, count - 3))
+        row = bench.measure_run(model, "fused", request, ids, peaks)
+    assert list(row["tpot_us_by_backend"]) == ["masked"]
+    assert model.config._attn_implementation == tiny_model(family).config._attn_implementation
 
 
 @pytest.mark.parametrize("kind", [DynamicRunner, StaticRunner])

@@ -16,6 +16,8 @@ from chai_attention.membership import Membership
 from chai_attention.ops import reference
 
 ROWS = 8  # queries of each of the three stretches that are compared
+# relative errors of logits that rounding alone brings about in a deep model
+ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 class WrongResultError(BenchmarkError):
@@ -77,6 +79,12 @@ def require_right(name: str, found: Accuracy) -> Accuracy:
             "nothing is reported"
         )
     return found
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm())
 
 
 def _stretches(queries: int) -> Iterator[tuple[int, int]]:

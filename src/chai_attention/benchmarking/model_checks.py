@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.benchmarking.clustered import even_membership
-from chai_attention.benchmarking.correctness import WrongResultError
+from chai_attention.benchmarking.correctness import ROUNDING, WrongResultError, relative_error
 from chai_attention.benchmarking.runners import Runner
 from chai_attention.integrations.transformers import enabled
 from chai_attention.profile import STATIC, ClusterProfile
@@ -21,8 +21,6 @@ MakeRunner = Callable[[PreTrainedModel, ClusterProfile | None, int], Runner]
 
 BATCH, TOKENS, STEPS = 2, 48, 3
 MOST = TOKENS + STEPS
-# relative errors that rounding alone brings about in a deep model
-ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def check_model(
@@ -75,12 +73,6 @@ def plain_implementations(model: PreTrainedModel) -> tuple[str, ...]:
     finally:
         model.set_attn_implementation(before)
     return "eager", "sdpa"
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    want = want.double()
-    return float((got.double() - want).norm() / want.norm())
 
 
 def _by_steps(runner: Runner, ids: Tensor) -> Tensor:

@@ -121,13 +121,19 @@ def measure_speed(
         times.append((time.perf_counter() - start) * 1e6)
     assert logits is not None
     token = runner.step(logits.argmax(-1, keepdim=True)).argmax(-1, keepdim=True)
+    return Speed(summary(times), time_steps(runner.step, token, new_tokens, wait))
+
+
+def time_steps(
+    step: Callable[[Tensor], Tensor], token: Tensor, count: int, wait: Callable[[], None]
+) -> float:
+    """Microseconds of a step, the mean of ``count`` behind ``token [B, 1]``."""
     wait()
     start = time.perf_counter()
-    for _ in range(new_tokens):
-        token = runner.step(token).argmax(-1, keepdim=True)  # nothing is read on the host
+    for _ in range(count):
+        token = step(token).argmax(-1, keepdim=True)  # nothing is read on the host
     wait()
-    tpot = (time.perf_counter() - start) * 1e6 / new_tokens
-    return Speed(summary(times), tpot)
+    return (time.perf_counter() - start) * 1e6 / count
 
 
 def wait_for(device: str) -> Callable[[], None]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from chai_attention.benchmarking.static_runner import StaticRunner, moved, step_mask
+from chai_attention.benchmarking.plain_steps import moved, rewind, step_mask
+from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import StaticClusteredCache
 from chai_attention.integrations.transformers.support import decoder_layers
@@ -112,9 +113,8 @@ class SplitStep:
         """Stand behind the tokens that count."""
         if self._is_clustered:
             self._cache.rewind(self._count)
-            return
-        for layer in self._cache.layers:
-            layer.cumulative_length.fill_(self._count)
+        else:
+            rewind(self._cache, self._count)
 
     def _with_layers(self, token: Tensor, forwards: Sequence[Callable[..., Any]]) -> Tensor:
         """A step in which ``forwards[r](place, *args)`` stand for the layers of run r."""
