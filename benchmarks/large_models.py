@@ -50,6 +50,7 @@ from chai_attention.integrations.transformers.room import Work
 from chai_attention.runtime.shape import describe
 from large_models_kinds import KINDS, TINY, profile_of
 from large_models_table import table
+from parts import Parts, load_parts
 
 Told = Callable[[int, int], None]
 SPEED, EVIDENCE = "speed", "evidence"
@@ -62,28 +63,16 @@ class OutOfTimeError(Exception):
     """A part has taken as long as it may."""
 
 
-class Results:
-    """One model's results, in a file that is up to date after each part."""
-
-    def __init__(self, file: Path, about: dict[str, Any]):
-        self.file = file
-        self.found: dict[str, Any] = {"about": about}
-        if file.is_file():
-            kept = json.loads(file.read_text())
-            if kept["about"] != about:
-                raise SystemExit(
-                    f"{file} was measured otherwise: move it away, or take its options"
-                )
-            self.found = kept
+class Results(Parts):
+    """One model's results."""
 
     def has(self, part: str) -> bool:
         """Whether a part is done."""
         return "stopped" not in self.found.get(part, {"stopped": True})
 
-    def add(self, part: str, value: dict[str, Any]) -> None:
-        """Add a part and save."""
-        self.found[part] = value
-        self.file.write_text(json.dumps(self.found, indent=1) + "\n")
+    def add(self, part: str, value: dict[str, Any], within: str | None = None) -> None:
+        """Keep a part and print it."""
+        super().add(part, value, within)
         say(f"{part}: {json.dumps(value)}")
 
 
@@ -272,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
             measure(name, options, end)
             release()
     files = [options.out / f"large-{name}.json" for name in MODELS]
-    text = table([json.loads(file.read_text()) for file in files if file.is_file()])
+    text = table([load_parts(file) for file in files if file.is_file()])
     (options.out / "large-models.md").write_text(text)
     print(text)
 

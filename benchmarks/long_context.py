@@ -3,8 +3,9 @@
 A model of LLaMA-7B's shape with random weights, bfloat16. Windows of tokens at random: what things
 take does not depend on what they say. Calibration is its evidence, one window of each length: the
 pass for attention maps and offsets, and the one for gradient costs of all exact windows from 32 to
-512 keys, which share, none and every pair of heads are read off. Results are written as they come;
-what would begin after ``--limit`` seconds is left out, and named.
+512 keys, which share, none and every pair of heads are read off. Results are written as they come,
+and a run that was stopped goes on. What would begin after ``--limit`` seconds is left out, and
+named.
 
     python benchmarks/long_context.py --out long.json
     python benchmarks/long_context.py --tiny --out tiny.json      # on a CPU, to see that it runs
@@ -40,6 +41,7 @@ from chai_attention.evaluation.head_sums import HeadSums
 from chai_attention.evaluation.redundancy import default_lengths
 from chai_attention.integrations.transformers import enabled
 from chai_attention.progress import quiet
+from parts import Parts
 
 RECENTS, SINKS = (32, 64, 128, 256, 512), 4
 NEAR = (256, 4)  # the exact window of evaluations and kernels
@@ -83,22 +85,32 @@ class Sizes:
         )
 
 
-class Report:
-    """Results, written whenever there is one more."""
+class Report(Parts):
+    """Results; steps of an earlier run are not done again."""
 
-    def __init__(self, out: Path, limit: float, device: str):
-        self._out, self._limit, self._device = out, limit, device
+    def __init__(self, out: Path, about: dict[str, Any], limit: float, device: str):
+        super().__init__(out, about)
+        self._limit, self._device = limit, device
         self._start = time.perf_counter()
-        self.found: dict[str, Any] = {
-            "benchmark": "long contexts", "machine": machine(device), "rows": [], "left_out": [],
-        }  # fmt: skip
+        self.found |= {"machine": machine(device), "left_out": []}
+        self.add("rows", self.found.get("rows", []))
 
-    def measure(self, about: dict[str, Any], step: Step) -> Any:
-        """Run a step, and write down its seconds and the most memory that was held."""
+    def has(self, about: dict[str, Any]) -> bool:
+        """Whether a step was measured."""
+        rows = self.found["rows"]
+        return any(about.items() <= row.items() and "missing" not in row for row in rows)
+
+    def measure(self, about: dict[str, Any], step: Step, again: bool = False) -> Any:
+        """Run a step, and write down its seconds and the most memory that was held.
+
+        Returns:
+            What the step returns; None if it was measured before (unless ``again``) or time is up.
+        """
+        if self.has(about) and not again:
+            return None
         spent = time.perf_counter() - self._start
         if spent > self._limit:
-            self.found["left_out"].append(about)
-            self._write()
+            self.add("left_out", [*self.found["left_out"], about])
             return None
         release()
         reset_peak(self._device)
@@ -112,18 +124,10 @@ class Report:
             row["peak_bytes"] = peak_bytes(self._device)
         except torch.OutOfMemoryError as error:
             row["missing"] = str(error).splitlines()[0]
-        self.found["rows"].append(row)
+        others = [other for other in self.found["rows"] if not about.items() <= other.items()]
         print(f"{time.perf_counter() - self._start:6.1f} s  {json.dumps(row)}", flush=True)
-        self._write()
+        self.add("rows", [*others, row])
         return value
-
-    def add(self, name: str, value: Any) -> None:
-        """Add something to the file."""
-        self.found[name] = value
-        self._write()
-
-    def _write(self) -> None:
-        self._out.write_text(json.dumps(self.found, indent=1) + "\n")
 
 
 def wait(device: str) -> None:
@@ -155,12 +159,12 @@ def calibration(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
             costs(ids, maps())
             continue
         about = {"part": "calibration", "length": length, "windows": len(ids)}
-        offsets = report.measure({**about, "pass": "maps and offsets"}, maps)
+        second = {**about, "pass": f"gradient costs, {len(nears)} exact windows"}
+        if report.has(second):
+            continue
+        offsets = report.measure({**about, "pass": "maps and offsets"}, maps, again=True)
         if offsets is not None:
-            report.measure(
-                {**about, "pass": f"gradient costs, {len(nears)} exact windows"},
-                lambda ids=ids, offsets=offsets: costs(ids, offsets),
-            )
+            report.measure(second, lambda ids=ids, offsets=offsets: costs(ids, offsets))
 
 
 def evaluation(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
@@ -245,13 +249,16 @@ def main() -> None:
         sizes.config.max_position_embeddings = max(sizes.lengths)
     if options.kernels:
         sizes.kernels = tuple(int(n) for n in options.kernels.split(","))
-    report = Report(options.out, options.limit, device)
-    report.add("model", {**sizes.config.to_diff_dict(), "dtype": "bfloat16"})
+    about = {
+        "benchmark": "long contexts", "lengths": sizes.lengths, "kernels": sizes.kernels,
+        "model": {**sizes.config.to_diff_dict(), "dtype": "bfloat16"},
+    }  # fmt: skip
+    report = Report(options.out, about, options.limit, device)
     parts = options.only.split(",")
     if {"calibration", "evaluation"} & set(parts):
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = report.measure(
-            {"part": "model"}, lambda: random_model(sizes.config, dtype, device, seed=0)
+            {"part": "model"}, lambda: random_model(sizes.config, dtype, device, seed=0), again=True
         )
         report.add("weight_bytes", sum(p.nbytes for p in model.parameters()))
         if "calibration" in parts:

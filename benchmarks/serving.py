@@ -6,7 +6,7 @@ engine runs in a process of its own and measures, in this order: K,V capacity; t
 with more requests waiting than run, of lengths like those of chats and of long prompts; chats
 behind one system prompt, with hits in the prefix cache and without. With several cards as many
 engines run at the same time; models that need several cards ("33b ...", "66b ...") take --ranks.
-Results are written after each part.
+Results are written after each part; a run leaves out the parts that a file has already.
 
     python benchmarks/serving.py time --work /tmp/serving --out results --cards 2
     python benchmarks/serving.py time --out results --only stock --only default --part chats
@@ -24,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chai_attention.errors import ChaiError
-from chai_attention.results import write_result
+from parts import Parts
 from serving_jobs import capacity, engine, in_process, kind_jobs, label, on_cards, progress
 from serving_kinds import KINDS, SHAPES, TINY
 from serving_loads import SHARED, Case, Scale, run_case, scale_of, shared_prompt
@@ -55,26 +54,16 @@ def engine_options(scale: Scale) -> dict[str, Any]:
     }
 
 
-class Results:
-    """One engine's results, in a file that is up to date after each part."""
+class Results(Parts):
+    """One engine's results."""
 
-    def __init__(self, file: Path, kind: str, about: dict[str, Any]):
-        self.file = file
-        self.found: dict[str, Any] = {
-            "kind": kind, "about": about, "cases": {}, "throughput": {},
-        }  # fmt: skip
-
-    def add(self, part: str, name: str | None, value: Any) -> None:
-        """Add a part and save."""
-        if name is None:
-            self.found[part] = value
-        else:
-            self.found[part][name] = value
-        write_result(self.file, self.found, ChaiError)
+    def add(self, part: str, value: Any, within: str | None = None) -> None:
+        """Keep a part and tell of it."""
+        super().add(part, value, within)
         short = value
         if isinstance(value, dict):
             short = {key: each for key, each in value.items() if key not in ("runs", "groups")}
-        progress(f"{name or part}: {json.dumps(short)}")
+        progress(f"{part}: {json.dumps(short)}")
 
 
 def utilization(free: int, total: int, ranks: int) -> float:
@@ -101,61 +90,69 @@ def memory() -> dict[str, int]:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Measure everything with one engine."""
+    """Measure what is asked for and not there yet with one engine."""
     import torch
     import vllm
 
     options, tiny = job["options"], job["tiny"]
-    if not tiny:
-        options["gpu_memory_utilization"] = utilization(
-            *torch.cuda.mem_get_info(), options["tensor_parallel_size"]
-        )
     about = {
         "device": "CPU" if tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "tiny": tiny,
-        "options": options,
+        "options": dict(options),
     }
     kind = KINDS[job["name"]]
     scale = scale_of(kind.model, tiny)
     vocabulary = (TINY if tiny else SHAPES)[kind.model].vocabulary
-    results = Results(Path(job["result"]), job["name"], about)
+    results = Results(Path(job["result"]), about)
+    results.found |= {"kind": job["name"]}
+    parts = missing(scale, job, results)
+    if not parts:
+        progress("all is there")
+        return
+    if not tiny:
+        options["gpu_memory_utilization"] = utilization(
+            *torch.cuda.mem_get_info(), options["tensor_parallel_size"]
+        )
+        results.add("gpu_memory_utilization", options["gpu_memory_utilization"])
     start = time.perf_counter()
     llm = engine(job)
-    results.add("start_s", None, round(time.perf_counter() - start, 1))
-    results.add("capacity", None, capacity(llm, scale.context))
+    results.add("start_s", round(time.perf_counter() - start, 1))
+    results.add("capacity", capacity(llm, scale.context))
     try:
-        measure(llm, scale, vocabulary, job, results)
+        measure(llm, scale, vocabulary, parts, job["until"], results)
     finally:
         if not tiny:
-            results.add("memory", None, memory())
+            results.add("memory", memory())
 
 
-def measure(llm: Any, scale: Scale, vocabulary: int, job: dict[str, Any], results: Results) -> None:
-    """Run the parts that are asked for."""
+def missing(scale: Scale, job: dict[str, Any], results: Results) -> list[tuple[str, str]]:
+    """Parts that are asked for and not there: "cases" or "throughput", and the name."""
+    for within in ("cases", "throughput"):
+        results.found.setdefault(within, {})
+    parts = [("cases", case.name) for case in scale.cases]
+    parts += [("throughput", load) for load in scale.loads]
+    wanted = job["parts"] or [name for _, name in parts]
+    return [(at, name) for at, name in parts if name in wanted and name not in results.found[at]]
+
+
+def measure(
+    llm: Any, scale: Scale, vocabulary: int, parts: list[tuple[str, str]], until: float,
+    results: Results,
+) -> None:  # fmt: skip
+    """Run parts one after the other, as far as there is time."""
     run_case(llm, Case(2, scale.longest // 16, 8, 1), vocabulary)  # compiled at the first call
-    for case in scale.cases:
-        if may_run(case.name, job):
-            results.add("cases", case.name, run_case(llm, case, vocabulary))
-    for load in scale.loads:
-        if not may_run(load, job):
-            continue
-        if load == SHARED:
-            found = shared_prompt(llm, scale, vocabulary)
+    cases = {case.name: case for case in scale.cases}
+    for within, name in parts:
+        if time.time() > until:
+            progress(f"no time left for {name}")
+        elif within == "cases":
+            results.add(name, run_case(llm, cases[name], vocabulary), within)
+        elif name == SHARED:
+            results.add(name, shared_prompt(llm, scale, vocabulary), within)
         else:
-            found = measure_throughput(llm, load, scale, vocabulary)
-        results.add("throughput", load, found)
-
-
-def may_run(part: str, job: dict[str, Any]) -> bool:
-    """Whether a part is asked for and there is time for it."""
-    if job["parts"] and part not in job["parts"]:
-        return False
-    if time.time() > job["until"]:
-        progress(f"no time left for {part}")
-        return False
-    return True
+            results.add(name, measure_throughput(llm, name, scale, vocabulary), within)
 
 
 def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:

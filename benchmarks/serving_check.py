@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chai_attention.profile import ClusterProfile
+from parts import Parts, load_parts
 from serving_jobs import STOCK, engine, in_process, label, params
 
 # 4 layers of 8 heads in 3 groups of equal heads
@@ -124,7 +126,7 @@ def jobs(
     made: list[dict[str, Any]] = [{**common, "name": STOCK, "profile": None}]
     for name, kind in kinds.items():
         path = work / f"profile-{label(name)}.json"
-        path.write_text(json.dumps(profile(kind)))
+        ClusterProfile.from_json(profile(kind)).save(path)
         made.append({**common, "name": name, "profile": str(path)})
         if kind.streams:
             made.append({**common, "name": f"{name}{RUNTIME}", "profile": str(path)})
@@ -139,7 +141,7 @@ def run_job(job: dict[str, Any]) -> None:
     prompts += [prompts[8][:600], prompts[8][:1000]]  # hit the cached prefix, if there is one
     run = by_transformers if job["name"].endswith(RUNTIME) else by_engine
     found = run(job, [prompts[:12], prompts[4:]])
-    Path(job["result"]).write_text(json.dumps({"requests": found}))
+    Parts(Path(job["result"]), {"job": job}).add("requests", found)
 
 
 def by_engine(job: dict[str, Any], batches: list[list[list[int]]]) -> list[dict[str, Any]]:
@@ -160,7 +162,6 @@ def by_transformers(job: dict[str, Any], batches: list[list[list[int]]]) -> list
     from transformers import AutoModelForCausalLM
 
     from chai_attention.integrations.transformers import enabled
-    from chai_attention.profile import ClusterProfile
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, job["options"]["dtype"])
@@ -240,8 +241,7 @@ def _variant(
             settings["CUDA_VISIBLE_DEVICES"] = str(chosen.index(job) % cards)
         if not in_process(__file__, "run", job, work, limit, settings):
             return None
-        found: dict[str, Any] = json.loads(Path(job["result"]).read_text())
-        return found
+        return load_parts(Path(job["result"]))
 
     with ThreadPoolExecutor(len(chosen)) as pool:
         found = dict(zip([job["name"] for job in chosen], pool.map(run, chosen), strict=True))

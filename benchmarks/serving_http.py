@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chai_attention.errors import ChaiError
-from chai_attention.results import write_result
+from parts import Parts, load_parts
 from serving import engine_options
 from serving_jobs import compile_caches, kind_jobs, label
 from serving_kinds import KINDS, stock_of
@@ -103,23 +102,22 @@ def run_job(job: dict[str, Any], work: Path, out: Path, parts: list[str]) -> Non
     start = time.perf_counter()
     name = label(job["name"])
     with running(serve_command(job), work / f"serve-{name}.log", compile_caches(work)) as server:
-        found: dict[str, Any] = {"kind": job["name"], "loads": {}}
-        found["start_s"] = round(time.perf_counter() - start, 1)
-        for load in parts:
+        results = Parts(out / f"http-{name}.json", {"options": job["options"]})
+        results.found |= {"kind": job["name"], "start_s": round(time.perf_counter() - start, 1)}
+        for load in [load for load in parts if load not in results.found.get("loads", {})]:
             file = work / f"{label(load)}.jsonl"
             count = write_load(load, file)
             log = work / f"bench-{name}-{label(load)}.log"
             measured = bench(server.url, job["model"], file, count, log)
-            found["loads"][load] = {key: round(measured[key], 2) for key in SHOWN}
-            print(f"{name}, {load}: {json.dumps(found['loads'][load])}", flush=True)
-            write_result(out / f"http-{name}.json", found, ChaiError)
+            results.add(load, {key: round(measured[key], 2) for key in SHOWN}, "loads")
+            print(f"{name}, {load}: {json.dumps(results.found['loads'][load])}", flush=True)
 
 
 def table(folder: Path) -> None:
     """Print all results in a folder, with what they gain on the stock server's."""
     found = {}
     for path in sorted(folder.glob("http-*.json")):
-        result = json.loads(path.read_text())
+        result = load_parts(path)
         found[result.get("kind", path.stem.removeprefix("http-"))] = result["loads"]
     for name, results in found.items():
         for load, values in results.items():

@@ -13,16 +13,18 @@ import os
 import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from chai_attention.profile import ClusterProfile
 from serving_kinds import KINDS, SHAPES, TINY
 
 STOCK = "stock"
+# of a job's process: where it tells how far it is, and its name
+TERMINAL, NAME = "CHAI_JOB_TERMINAL", "CHAI_JOB_NAME"
 
 
 def engine(job: dict[str, Any]) -> Any:
@@ -86,8 +88,10 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
 
 
 def progress(text: str) -> None:
-    """Tell the parent process, which prints it."""
-    print(f"PROGRESS {text}", flush=True)
+    """Print to the terminal of the process that started this one; its output goes to a log."""
+    terminal = os.dup(int(os.environ.get(TERMINAL, "1")))
+    with os.fdopen(terminal, "w") as out:
+        print(f"{os.environ.get(NAME, 'here')}: {text}", file=out)
 
 
 def in_process(
@@ -119,19 +123,17 @@ def in_process(
     log = work / f"{name}.log"
     start = time.perf_counter()
     with log.open("w") as file:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-        )
-        timer = threading.Timer(limit, child.kill)
-        timer.start()
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith("PROGRESS "):
-                print(f"{name}: {line.removeprefix('PROGRESS ').rstrip()}", flush=True)
-            else:
-                file.write(line)
-        code = child.wait()
-        timer.cancel()
+        terminal = os.dup(1)
+        environment |= {TERMINAL: str(terminal), NAME: name}
+        try:
+            code: int | str = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit,
+                pass_fds=[terminal], check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+        finally:
+            os.close(terminal)
     spent = time.perf_counter() - start
     print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {spent:.0f} s", flush=True)
     if code:
@@ -175,7 +177,7 @@ def kind_jobs(
         found, path = kind.profile(shape, ranks), None
         if found is not None:
             path = work / f"profile-{label(name)}.json"
-            path.write_text(json.dumps(found))
+            ClusterProfile.from_json(found).save(path)
         own = {"kv_cache_dtype": kind.cache_dtype} if kind.cache_dtype != "auto" else {}
         made.append(
             {

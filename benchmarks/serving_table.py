@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from parts import load_parts
 from serving_ideal import Ideal
 from serving_kinds import KINDS, SHAPES, TINY, stock_of
 from serving_loads import SHARED, Case, requests_of, scale_of
@@ -17,7 +17,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     """The result files of a folder, by kind."""
     found = {}
     for path in folder.glob("serving-*.json"):
-        result = json.loads(path.read_text())
+        result = load_parts(path)
         if "kind" not in result:
             raise SystemExit(f"{path} was written by an earlier version of this script")
         found[result["kind"]] = result

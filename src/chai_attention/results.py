@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from chai_attention.errors import ChaiError
 from chai_attention.strict_json import load_json
@@ -129,6 +131,37 @@ def as_json(value: Any, error: type[ChaiError]) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as reason:
         raise error(f"a result cannot be kept as JSON: {reason}") from reason
+
+
+def from_json(kind: type[Row], item: Any, of: str = "") -> Row:
+    """A dataclass from the JSON of its fields: a value of another kind is said here.
+
+    Args:
+        kind: whose fields are numbers, texts, lists, other dataclasses, or None.
+        item: from a file.
+        of: behind the name of a field, in messages.
+
+    Raises:
+        TypeError: other fields, or a value of another kind.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(item, dict) or set(item) != set(hints):
+        raise TypeError(f"{kind.__name__} has other fields")
+    return kind(**{name: _value(hints[name], item[name], name + of) for name in hints})
+
+
+def _value(hint: Any, value: Any, name: str, verb: str = "is") -> Any:
+    origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin is UnionType:  # something, or None
+        return None if value is None else _value(parts[0], value, name, verb)
+    if isinstance(origin, type) and is_dataclass(origin):
+        return from_json(origin, value)
+    kinds: Any = {float: (int, float), tuple: list, Mapping: dict}.get(origin, origin)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and origin is not bool):
+        raise TypeError(f"{name} {verb} {value!r}")
+    if origin in (list, tuple):
+        return origin(_value(parts[0], part, name, "holds") for part in value)
+    return value
 
 
 class RowFile(Generic[Row]):

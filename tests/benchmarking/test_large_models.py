@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import large_models
 from chai_attention.benchmarking import ceilings, runners
 from chai_attention.benchmarking.presets import PRESETS
-from chai_attention.errors import LoadError
+from chai_attention.errors import ChaiError, LoadError
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 from large_models_kinds import KINDS, default_like, profile_of, published_like
@@ -56,7 +56,7 @@ def test_all_parts_of_both_models(tmp_path, capsys):
     before = (tmp_path / "large-opt-66b.json").read_text()
     run(tmp_path)  # all is there
     assert (tmp_path / "large-opt-66b.json").read_text() == before
-    with pytest.raises(SystemExit, match="measured otherwise"):
+    with pytest.raises(ChaiError, match="measured with another prompt"):
         run(tmp_path, "--prompt", "30")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.results import RowFile
+from chai_attention.results import RowFile, from_json
 
 SCHEMA_VERSION = 1
 
@@ -89,7 +89,7 @@ class PointFile(RowFile[Point]):
     @classmethod
     def parse(cls, item: Any) -> Point:
         """One point of a file; a TypeError says what is wrong with it."""
-        return _point(item)
+        return from_json(Point, item, " of a point")
 
     @classmethod
     def plain(cls, row: Point) -> dict[str, Any]:
@@ -104,27 +104,3 @@ def load_points(path: str | Path) -> list[Point]:
         FrontierError: the file cannot be read, or is none of ours.
     """
     return PointFile.load(Path(path))[1]
-
-
-# what a field may be: a value of another kind is said here, not met somewhere in a table
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "text", "digest"), (str,)),
-    "settings": (dict,),
-    "asked": (str, type(None)),
-    "budget": (*_NUMBER, type(None)),
-    **dict.fromkeys(("context", "windows"), (int,)),
-    "at_least": (bool,),
-    **dict.fromkeys(("removed", "saved", "baseline", "rise", "standard_error", "seconds"), _NUMBER),
-}
-
-
-def _point(item: Any) -> Point:
-    """One point of a file, or a TypeError that says what is wrong with it."""
-    if not isinstance(item, dict) or set(item) != set(_KINDS):
-        raise TypeError("a point has other fields")
-    for name, kinds in _KINDS.items():
-        value = item[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise TypeError(f"{name} of a point is {value!r}")
-    return Point(**item)

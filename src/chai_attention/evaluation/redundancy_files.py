@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.results import read_result, verified, write_result
+from chai_attention.results import from_json, read_result, verified, write_result
 
 SCHEMA_VERSION = 1
 KIND = "redundancy"
@@ -153,16 +153,10 @@ def parse_redundancy(data: Any, path: Path) -> Redundancy:
     """
     try:
         data = verified(data, SCHEMA_VERSION)
-        if data["kind"] != KIND:
-            raise ValueError(f"its kind is {data['kind']!r}")
-        study = Redundancy(
-            **{
-                **_fields(Redundancy, data, extra={"kind"}),
-                "stability": _stability(data["stability"], len(data["lengths"])),
-                "layers": [_layer(item, data) for item in data["layers"]],
-                "prompts": [_prompt(item, data) for item in data["prompts"]],
-            }
-        )
+        if (kind := data.pop("kind")) != KIND:
+            raise ValueError(f"its kind is {kind!r}")
+        study = from_json(Redundancy, data)
+        _check(study)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RedundancyError(
@@ -181,66 +175,41 @@ def off_diagonal(matrix: Matrix) -> float:
     return (sum(map(sum, matrix)) - sum(matrix[i][i] for i in range(size))) / (size * (size - 1))
 
 
-def _fields(
-    kind: type, item: Any, extra: frozenset[str] | set[str] = frozenset()
-) -> dict[str, Any]:
-    """The fields of a dataclass, no more and no fewer."""
-    wanted = {field.name for field in fields(kind)}
-    if not isinstance(item, dict) or set(item) - set(extra) != wanted:
-        raise TypeError(f"{kind.__name__} has other fields")
-    return {name: item[name] for name in wanted}
-
-
-def _layer(item: Any, data: Mapping[str, Any]) -> LayerRedundancy:
-    heads = data["model"]["heads"]
-    values = _fields(LayerRedundancy, item)
-    for name in ("correlation", "without_first"):
-        _require_numbers(values[name], (heads, heads), name)
-    _require_numbers(values["inertia"], (heads,), "inertia")
-    _require_heads(values["representatives"], heads)
-    values["stability"] = _stability(item["stability"], len(data["lengths"]))
-    return LayerRedundancy(**values)
-
-
-def _stability(item: Any, lengths: int) -> Stability | None:
-    if item is None:
-        return None
-    values = _fields(Stability, item)
-    for name, value in values.items():
-        square = name.startswith("agreement")
-        _require_numbers(value, (lengths, lengths) if square else (lengths,), name)
-    return Stability(**values)
-
-
-def _prompt(item: Any, data: Mapping[str, Any]) -> Prompt:
-    prompt = Prompt(**_fields(Prompt, item))
-    layers = len(data["layers"])
-    if len(prompt.maps) != layers or len(prompt.representatives) != layers:
-        raise ValueError(f"prompt {prompt.name!r} has maps of other layers")
-    cells = math.ceil(len(prompt.tokens) / prompt.block)
-    size = data["model"]["heads"] * cells * (cells + 1) // 2
-    for maps, layer in zip(prompt.maps, prompt.representatives, strict=True):
-        if len(maps) != 4 * math.ceil(size / 3):
+def _check(study: Redundancy) -> None:
+    """Raise a ValueError where sizes do not fit together, or a membership is none."""
+    heads, lengths = study.model["heads"], len(study.lengths)
+    for layer in study.layers:
+        for name in ("correlation", "without_first"):
+            _require_shape(getattr(layer, name), (heads, heads), name)
+        _require_shape(layer.inertia, (heads,), "inertia")
+        _require_membership(layer.representatives, heads)
+    for stability in (study.stability, *(layer.stability for layer in study.layers)):
+        for name, value in vars(stability).items() if stability is not None else ():
+            square = name.startswith("agreement")
+            _require_shape(value, (lengths, lengths) if square else (lengths,), name)
+    for prompt in study.prompts:
+        if not len(prompt.maps) == len(prompt.representatives) == len(study.layers):
+            raise ValueError(f"prompt {prompt.name!r} has maps of other layers")
+        cells = math.ceil(len(prompt.tokens) / prompt.block)
+        size = 4 * math.ceil(heads * cells * (cells + 1) // 2 / 3)
+        if any(len(maps) != size for maps in prompt.maps):
             raise ValueError(f"prompt {prompt.name!r} has maps of another size")
-        if len(layer) != len(prompt.lengths):
-            raise ValueError(f"prompt {prompt.name!r} lacks memberships")
-        for row in layer:
-            _require_heads(row, data["model"]["heads"])
-    return prompt
+        for rows in prompt.representatives:
+            if len(rows) != len(prompt.lengths):
+                raise ValueError(f"prompt {prompt.name!r} lacks memberships")
+            for row in rows:
+                _require_membership(row, heads)
 
 
-def _require_heads(row: list[int], heads: int) -> None:
-    """A membership, ``rep[rep[h]] == rep[h]``."""
-    whole = all(type(head) is int and 0 <= head < heads for head in row)
-    if len(row) != heads or not whole or any(row[head] != head for head in row):
+def _require_membership(row: list[int], heads: int) -> None:
+    """``rep[rep[h]] == rep[h]``."""
+    whole = len(row) == heads and all(0 <= head < heads for head in row)
+    if not whole or any(row[head] != head for head in row):
         raise ValueError("a membership is none")
 
 
-def _require_numbers(value: Any, shape: tuple[int, ...], name: str) -> None:
+def _require_shape(value: list[Any], shape: tuple[int, ...], name: str) -> None:
     if len(value) != shape[0]:
         raise ValueError(f"{name} has length {len(value)}, not {shape[0]}")
-    for item in value:
-        if len(shape) > 1:
-            _require_numbers(item, shape[1:], name)
-        elif isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
-            raise TypeError(f"{name} holds {item!r}")
+    for row in value if len(shape) > 1 else ():
+        _require_shape(row, shape[1:], name)

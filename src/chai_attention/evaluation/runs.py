@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import EvaluationError
-from chai_attention.integrations.lm_eval.items import KINDS, Item, read_item
-from chai_attention.results import as_json, require_same, verified, write_result
+from chai_attention.integrations.lm_eval.items import KINDS, Item
+from chai_attention.results import as_json, from_json, require_same, verified, write_result
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import require_folder, write_whole
 
@@ -166,12 +166,13 @@ def load_result(path: Path) -> Result:
     """
     try:
         body = verified(load_json(path), SCHEMA_VERSION, signed=True)
-        items = tuple(map(read_item, body.pop("items")))
-        result = Result(items=items, **body)
+        result = from_json(Result, body)
         if result.kind not in KINDS:
             raise EvaluationError(f"its kind is {result.kind!r}")
-        if not items or not all(isinstance(result.settings[name], dict) for name in _SETTINGS):
-            raise ValueError("it has no items, or no settings")
+        if not result.items or not all(item.loglikelihoods for item in result.items):
+            raise ValueError("it has no items, or one has no likelihood")
+        if not all(isinstance(result.settings[name], dict) for name in _SETTINGS):
+            raise ValueError("it has no settings")
     except OSError as error:
         raise EvaluationError(f"cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 CHOICE, CONTINUATION, TEXT, RECALLED = "choice", "continuation", "text", "recall"
 KINDS = (CHOICE, CONTINUATION, TEXT, RECALLED)
@@ -36,33 +35,3 @@ class Item:
     acc_norm: float | None
     nll: float
     tokens: int
-
-
-def read_item(values: Any) -> Item:
-    """An item from the JSON of its fields.
-
-    Raises:
-        TypeError: other fields, or a value of another kind; ValueError: no likelihood.
-    """
-    if not isinstance(values, dict) or set(values) != set(_KINDS):
-        raise TypeError("an item has other fields")
-    for name, kinds in _KINDS.items():
-        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
-            raise TypeError(f"{name} of an item is {values[name]!r}")
-    likelihoods = tuple(values["loglikelihoods"])
-    if not all(isinstance(one, _NUMBER) and not isinstance(one, bool) for one in likelihoods):
-        raise TypeError("a likelihood is no number")
-    if not likelihoods:
-        raise ValueError("an item has no likelihood")
-    return Item(**{**values, "loglikelihoods": likelihoods})
-
-
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("doc", "tokens"), (int,)),
-    "digest": (str,),
-    **dict.fromkeys(("gold", "chosen", "chosen_norm"), (int, type(None))),
-    "loglikelihoods": (list,),
-    **dict.fromkeys(("acc", "acc_norm"), (*_NUMBER, type(None))),
-    "nll": _NUMBER,
-}
