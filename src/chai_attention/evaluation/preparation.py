@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import window_length
 from chai_attention.calibration.sources import Source, mixed_windows
-from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.profiled import PROFILE, Profiled, profile_digest
+from chai_attention.evaluation.profiled import PROFILE, profile_digest
 from chai_attention.evaluation.scorer import MHA
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
@@ -107,21 +106,15 @@ def prepare(
     def make(names: Sequence[str]) -> Mapping[str, Comparator]:
         from chai_attention.evaluation.comparators import registry
 
-        made: dict[str, Comparator] = {}
-        if PROFILE in names:
-            if calibration.profile is None:
-                raise EvaluationError(f"the comparator {PROFILE} needs a profile: --profile FILE")
-            made[PROFILE] = Profiled(calibration.profile)
-        others = [name for name in names if name != PROFILE]
         tokens: list[Tensor] = []
-        if set(others) - {MHA}:
+        if set(names) - {MHA, PROFILE}:
             length = window_length(model, length=calibration.length)
             windows, _ = mixed_windows(
                 calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
             )
             tokens = list(windows)
-        made |= registry.comparators(
-            others,
+        return registry.comparators(
+            names,
             model=model,
             tokens=tokens,
             profile=calibration.profile,
@@ -130,6 +123,5 @@ def prepare(
             tokenizer=tokenizer,
             progress=progress,
         )
-        return made
 
     return make

@@ -85,7 +85,7 @@ class ServedProfile(Profiled):
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share of the K,V bytes at ``length`` tokens, near K and V included."""
-        profile = self._profile
+        profile = self.profile
         layers = layers_of(model.config.model_type, model.config, profile, self._ranks)
         full = 2 * describe(model).kv_heads * len(layers)
         far = self._ranks * sum(layer.kept + layer.kept_values for layer in layers)

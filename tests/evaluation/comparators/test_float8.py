@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chai_attention.evaluation.comparators.float8 import ClusteredFloat8, Float8
+from chai_attention.evaluation.comparators.float8 import Float8
 from chai_attention.evaluation.comparators.quantised import Quantised
 from chai_attention.integrations.transformers.intervene import replaced_attention
 from chai_attention.integrations.transformers.methods import cached_logits
@@ -49,7 +49,7 @@ def test_prompt_and_answer_read_rounded_k_and_v(family):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_with_clusters(family):
     model, tokens = tiny_model(family), sequence()
-    method = ClusteredFloat8(STATIC)
+    method = Float8(STATIC)
     with method.attached(model):
         found = cached_logits(model, method, tokens[None], ANSWER)[0]
     wanted = by_rounding(model, tokens, STATIC.representatives)
@@ -59,7 +59,7 @@ def test_with_clusters(family):
 def test_shares_and_what_decides_late():
     model = tiny_model("llama")
     assert Float8().kv_share(model, 9) == 0.5
-    static, recent = ClusteredFloat8(STATIC), ClusteredFloat8(RECENT)
+    static, recent = Float8(STATIC), Float8(RECENT)
     assert static.kv_share(model, 100) == pytest.approx((11 + 18) / 36 / 2)
     # K of 7 removed heads, 5 + 2 tokens of it, in 16 bits
     assert recent.kv_share(model, 70) == pytest.approx((11 + 18) / 36 / 2 + 7 * 7 / 70 / 36)

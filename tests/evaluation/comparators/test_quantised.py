@@ -7,7 +7,6 @@ import torch
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.evaluation.comparators.quantised import (
-    ClusteredQuantised,
     Quantised,
     bits_per_value,
     group_size,
@@ -51,7 +50,7 @@ def test_groups_fit_a_head_an_even_number_of_times(head_dim, group):
 def test_odd_heads_and_sliding_windows_are_refused():
     with pytest.raises(UnsupportedModelError, match="even size"):
         group_size(63)
-    for method in (Quantised(8), ClusteredQuantised(4, STATIC)):
+    for method in (Quantised(8), Quantised(4, STATIC)):
         with pytest.raises(UnsupportedModelError, match="sliding-window"):
             method.prepare(tiny_model("gemma2"), ())
 
@@ -71,7 +70,7 @@ def test_with_clusters_the_shares_multiply_but_for_the_recent_window(bits):
     quantised, shape = Quantised(bits), describe(model)
     for profile in (STATIC, WHOLE, RECENT):
         for length in (3, 40, 5000):
-            share = ClusteredQuantised(bits, profile).kv_share(model, length)
+            share = Quantised(bits, profile).kv_share(model, length)
             window = profile.window_bytes(shape, 1) * min(1, length / 7)  # 5 and 2 tokens
             full, kept = profile.bytes_per_token(shape, 1)
             wanted = quantised.kv_share(model, length) * kept / full + window / full / length
@@ -102,7 +101,7 @@ def test_a_prompt_takes_the_bytes_that_the_share_says(quantiser, family, bits):
     model, tokens = tiny_model(family).to(torch.bfloat16), sequence(37)[None]
     shape = describe(model)
     full = 2 * 2 * shape.layers * shape.kv_heads * 37 * shape.head_dim
-    for method in (Quantised(bits), ClusteredQuantised(bits, STATIC)):
+    for method in (Quantised(bits), Quantised(bits, STATIC)):
         cache = method.new_cache(model)
         with method.attached(model), torch.no_grad():
             model(tokens, past_key_values=cache)
@@ -174,7 +173,7 @@ def test_without_clusters_it_is_transformers_cache_token_by_token(quantiser, fam
     """Past the 128 tokens at which later tokens join the quantised ones."""
     model, tokens = tiny_model(family), sequence(150)[None]
     rows = []
-    for method in (Quantised(4), ClusteredQuantised(4, WHOLE)):
+    for method in (Quantised(4), Quantised(4, WHOLE)):
         cache, found = method.new_cache(model), []
         with method.attached(model), torch.no_grad():
             found.append(model(tokens[:, :11], past_key_values=cache).logits[:, -1])
@@ -199,9 +198,9 @@ def test_online_memberships_and_recent_windows_work_beside_it(quantiser, length)
 
 
 def test_answers_help_to_decide_memberships_after_short_contexts_only():
-    online = ClusteredQuantised(8, RECENT)
+    online = Quantised(8, RECENT)
     assert [online.looks_ahead(context) for context in (1, 6, 7, 40)] == [True, True, False, False]
-    assert not ClusteredQuantised(8, STATIC).looks_ahead(1)
+    assert not Quantised(8, STATIC).looks_ahead(1)
     assert not Quantised(8).looks_ahead(1)
 
 
@@ -222,7 +221,7 @@ def test_rows_share_calls_and_see_neither_each_other_nor_padding(quantiser, name
 
 def test_what_would_need_the_unquantised_cache_is_refused(quantiser):
     model, tokens = tiny_model("llama"), sequence(20)[None]
-    method = ClusteredQuantised(8, STATIC)
+    method = Quantised(8, STATIC)
     cache, before = method.new_cache(model), traces(model)
     with method.attached(model), torch.no_grad():
         model(tokens, past_key_values=cache)

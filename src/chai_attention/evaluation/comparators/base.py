@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ class Comparator(Method):
         source: the paper and section that define the method.
     """
 
-    source: ClassVar[str]
+    source: str
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -39,15 +39,19 @@ class Comparator(Method):
         """
         del model, tokens, progress
 
-    @abstractmethod
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Change nothing of the model, as where the method is all in its cache."""
+        return nullcontext()
+
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Return the share of MHA's K,V bytes that a serving implementation keeps.
+        """Return the share of MHA's K,V bytes that a serving implementation keeps; here, all.
 
         Args:
             model: the model, unchanged.
             length: tokens of the sequence.
         """
+        return 1.0
 
-    @abstractmethod
     def settings(self) -> Mapping[str, Any]:
-        """Return what identifies this comparator's results, JSON values only."""
+        """Return what identifies this comparator's results, JSON values only; here, nothing."""
+        return {}

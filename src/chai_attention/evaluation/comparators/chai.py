@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.calibration.calibrate import calibrate
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.comparators.with_profile import WithProfile
-from chai_attention.evaluation.profiled import head_counts, profile_digest
+from chai_attention.evaluation.profiled import Profiled
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import ModelShape, describe
 
@@ -26,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class Chai(WithProfile):
+class Chai(Profiled):
     """Clustered heads, run by the library itself as they are served.
 
     - "chai": the paper's recipe. Clusters per layer by the elbow of the k-means error (3.2),
@@ -58,6 +57,7 @@ class Chai(WithProfile):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
+        super().__init__()
         self.name = name
         self._tokenizer = tokenizer
         self._save, self._seed = save, seed
@@ -99,8 +99,7 @@ class Chai(WithProfile):
             "recipe": RECIPES[self.name],
             "save": self._save,
             "seed": self._seed,
-            "profile": profile_digest(self.profile),
-            **head_counts(self.profile),
+            **super().settings(),
         }
 
 

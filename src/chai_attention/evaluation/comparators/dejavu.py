@@ -91,10 +91,6 @@ class DejaVu(Comparator):
         with edited_heads(model, edit, see):
             yield
 
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """All bytes: K and V of every head stay."""
-        return 1.0
-
     def settings(self) -> Mapping[str, Any]:
         """The share, and how predictors are trained."""
         if self._predictors is None:

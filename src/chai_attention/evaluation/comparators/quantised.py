@@ -12,7 +12,7 @@ in, and of a prompt, all of which is quantised.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -21,11 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
-from chai_attention.errors import EvaluationError, UnsupportedModelError
-from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
-from chai_attention.evaluation.profiled import decides_late, narrowed_share, profile_digest
-from chai_attention.integrations.transformers import ClusteredCache, enabled
+from chai_attention.evaluation.profiled import NarrowCache
+from chai_attention.integrations.transformers import ClusteredCache
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import ModelShape, describe
@@ -34,22 +33,29 @@ FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
 
 
-class Quantised(Comparator):
-    """K and V of all heads in ``bits`` bits.
+class Quantised(NarrowCache):
+    """K and V in ``bits`` bits.
+
+    With clusters, what their cache holds: the same quantiser, groups and residual. K of removed
+    heads that an exact recent window needs stays in 16 bits: it is a residual itself.
 
     Args:
         bits: 8 or 4.
+        profile: of clustered heads; None for all heads.
 
     Raises (from `prepare` and what it makes):
         UnsupportedModelError: sliding-window layers, or a head size that is odd.
     """
 
-    source = "transformers' QuantizedCache with HQQ (Badri and Shaji 2023), after KIVI, ICML 2024"
-    needs_cache = True
-
-    def __init__(self, bits: int):
-        self.name = f"quant{bits}"
+    def __init__(self, bits: int, profile: ClusterProfile | None = None):
+        super().__init__(f"quant{bits}", profile)
         self._bits = bits
+        self.source = (
+            "transformers' QuantizedCache with HQQ (Badri and Shaji 2023), after KIVI, ICML 2024"
+            if profile is None
+            else "Agarwal et al., ICML 2024 (CHAI), with its K,V quantised as by transformers' "
+            "QuantizedCache with HQQ"
+        )
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -57,88 +63,39 @@ class Quantised(Comparator):
         """Learn nothing; refuse a model that the method cannot run."""
         _group(describe(model))
 
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Change nothing of the model: the cache does it."""
-        return _memory_kept()
+    @contextmanager
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
+        """Enable the profile, if there is one: the cache does the rest."""
+        with _memory_kept(), super().attached(model):
+            yield
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Return an empty quantised cache."""
+        group = _group(describe(model))
+        if self._profile is not None:
+            cache = ClusteredCache(model, self._profile)
+            cache.layers = [
+                QuantisedClusteredLayer(plan, self._bits, group) for plan in cache.plans
+            ]
+            return cache
         return QuantizedCache(
             backend="hqq",
             config=model.config,
             nbits=self._bits,
             axis_key=1,  # groups of neighbouring values, as transformers advises for HQQ
             axis_value=1,
-            q_group_size=_group(describe(model)),
+            q_group_size=group,
             residual_length=RESIDUAL,
         )
 
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
+    def number_share(self, model: PreTrainedModel) -> float:
         """Bits per value, scales and zeros included, of 16."""
         return bits_per_value(self._bits, _group(describe(model))) / FULL_BITS
 
     def settings(self) -> Mapping[str, Any]:
-        """What the quantiser is told."""
-        return {"bits": self._bits, "largest_group": LARGEST_GROUP, "residual": RESIDUAL}
-
-
-class ClusteredQuantised(Quantised):
-    """What the cache of clustered heads holds, K of representatives and V of all heads, quantised.
-
-    The same quantiser, groups and residual as without clusters. K of removed heads that an exact
-    recent window needs stays in 16 bits: it is a residual itself.
-
-    Args:
-        bits: 8 or 4.
-        profile: the clusters; None only asks whether the library is there.
-    """
-
-    source = (
-        "Agarwal et al., ICML 2024 (CHAI), with its K,V quantised as by transformers' "
-        "QuantizedCache with HQQ"
-    )
-
-    def __init__(self, bits: int, profile: ClusterProfile | None):
-        super().__init__(bits)
-        self.name = f"chai+quant{bits}"
-        self._given = profile
-
-    @property
-    def _profile(self) -> ClusterProfile:
-        if self._given is None:
-            raise EvaluationError(f"the comparator {self.name} needs a profile")
-        return self._given
-
-    @contextmanager
-    def attached(self, model: PreTrainedModel) -> Iterator[None]:
-        """Enable the profile."""
-        with _memory_kept(), enabled(model, self._profile):
-            yield
-
-    def new_cache(self, model: PreTrainedModel) -> Cache:
-        """Return an empty cache of clustered heads, quantised."""
-        cache = ClusteredCache(model, self._profile)
-        group = _group(describe(model))
-        cache.layers = [QuantisedClusteredLayer(plan, self._bits, group) for plan in cache.plans]
-        return cache
-
-    def looks_ahead(self, context: int) -> bool:
-        """Where the context is too short to decide memberships, the answer helps to do so."""
-        return decides_late(self._profile, context)
-
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of the K and V that all tokens keep, quantised, and of near ones, which are not.
-
-        Args:
-            model: the model, unchanged.
-            length: tokens of the prompt.
-        """
-        share = super().kv_share(model, length)
-        return narrowed_share(self._profile, model, length, share)
-
-    def settings(self) -> Mapping[str, Any]:
         """What the quantiser is told, and the profile."""
-        return {**super().settings(), "profile": profile_digest(self._profile)}
+        told = {"bits": self._bits, "largest_group": LARGEST_GROUP, "residual": RESIDUAL}
+        return {**told, **super().settings()}
 
 
 def bits_per_value(bits: int, group: int) -> float:
@@ -165,18 +122,13 @@ def group_size(head_dim: int) -> int:
 
 
 def quantised_comparator(name: str, profile: ClusterProfile | None) -> Quantised:
-    """Make "quant8", "quant4", "chai+quant8" or "chai+quant4".
-
-    Args:
-        name: one of these.
-        profile: of those with clustered heads.
+    """Make "quant8", "quant4", and with a profile "chai+quant8" or "chai+quant4".
 
     Raises:
         ImportError: hqq is not installed.
     """
     import_module("hqq.core.quantize")
-    bits = int(name[-1])
-    return ClusteredQuantised(bits, profile) if name.startswith("chai+") else Quantised(bits)
+    return Quantised(int(name[-1]), profile)
 
 
 def _group(shape: ModelShape) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.clustering.assign import K_BYTES
-from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.profiled import profile_digest
-from chai_attention.integrations.transformers import enabled
+from chai_attention.evaluation.profiled import Profiled, profile_digest
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.runtime.shape import ModelShape, describe
 
 
-class RandomHeads(Comparator):
+class RandomHeads(Profiled):
     """As many clusters and streaming heads per layer as a profile has, of random heads.
 
     What the profile has beside its memberships stays: how many heads go in which layer, the recent
@@ -35,29 +32,22 @@ class RandomHeads(Comparator):
         seed: of the choice.
     """
 
+    name = "random"
     source = "control for Agarwal et al., ICML 2024 (CHAI), section 3: a random choice of heads"
 
     def __init__(self, profile: ClusterProfile, seed: int = 0):
-        self.name = "random"
-        self._from, self._seed = profile, seed
-
-    def attached(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """Enable the random profile."""
-        return enabled(model, self.profile_for(model))
-
-    def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share at ``length`` tokens, near K and V included."""
-        return 1 - self.profile_for(model).saved(describe(model), length)
+        super().__init__(profile)
+        self._seed = seed
 
     def settings(self) -> Mapping[str, Any]:
         """The profile that gave the numbers, and the seed."""
-        return {"profile": profile_digest(self._from), "seed": self._seed}
+        return {"profile": profile_digest(self.profile), "seed": self._seed}
 
     def profile_for(self, model: PreTrainedModel) -> ClusterProfile:
         """Return the random profile; the same one at every call."""
         shape = describe(model)
-        self._from.check(shape)
-        return random_profile(self._from, shape, self._seed)
+        self.profile.check(shape)
+        return random_profile(self.profile, shape, self._seed)
 
 
 def random_profile(profile: ClusterProfile, shape: ModelShape, seed: int) -> ClusterProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 
@@ -13,7 +14,7 @@ from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.chai import RECIPES, Chai
 from chai_attention.evaluation.comparators.dejavu import DejaVu
-from chai_attention.evaluation.comparators.float8 import ClusteredFloat8, Float8
+from chai_attention.evaluation.comparators.float8 import Float8
 from chai_attention.evaluation.comparators.head_predictor import HeadPredictors
 from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
@@ -121,42 +122,36 @@ def comparators(
     return found
 
 
+@dataclass
 class _Workshop:
     """Makes comparators of one model; what several of them share is made once."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokens: Sequence[Tensor],
-        profile: ClusterProfile | None,
-        save: float | None,
-        seed: int,
-        tokenizer: PreTrainedTokenizerBase | None,
-        progress: Progress,
-    ):
-        self._model, self._tokens, self._given = model, tokens, profile
-        self._save, self._seed, self._progress = save, seed, progress
-        self._tokenizer = tokenizer
-        self._predictors = HeadPredictors(seed)
+    model: PreTrainedModel
+    tokens: Sequence[Tensor]
+    given: ClusterProfile | None
+    save: float | None
+    seed: int
+    tokenizer: PreTrainedTokenizerBase | None
+    progress: Progress
 
     def __call__(self, name: str) -> Comparator:
         if name == "default":
             return self._default
         made = self._make(name)
-        made.prepare(self._model, self._tokens, self._progress)
+        made.prepare(self.model, self.tokens, self.progress)
         return made
 
     def _make(self, name: str) -> Comparator:
         if name == "mha":
             return Mha()
         if name == PROFILE:
-            if self._given is None:
-                raise EvaluationError(f"the comparator {PROFILE} needs a profile")
-            return Profiled(self._given)
+            if self.given is None:
+                raise EvaluationError(f"the comparator {PROFILE} needs a profile: --profile FILE")
+            return Profiled(self.given)
         if name in RECIPES:
-            return Chai(name, self._save, self._seed, self._tokenizer)
+            return Chai(name, self.save, self.seed, self.tokenizer)
         if name == "random":
-            return RandomHeads(self._profile, self._seed)
+            return RandomHeads(self._profile, self.seed)
         if name in _STREAM:
             return self._streaming(name)
         if name in _DEJAVU:
@@ -164,31 +159,36 @@ class _Workshop:
         if name in _ORACLE:
             return DejaVu(_ORACLE[name], None)
         if name in VARIANTS:
-            return SpAtten(name, self._save)
+            return SpAtten(name, self.save)
+        clusters = self._profile if name.startswith("chai+") else None
         if name in _FLOAT8:
-            return ClusteredFloat8(self._profile) if name.startswith("chai+") else Float8()
-        return _rival(name, self._save, self._profile if name.startswith("chai+") else None)
+            return Float8(clusters)
+        return _rival(name, self.save, clusters)
 
     def _streaming(self, name: str) -> Comparator:
         """Streaming heads at the bytes and with the window of the profile, where there is one."""
-        profile = self._given if self._given is not None or self._save else self._profile
-        save = self._save or (profile and profile.saved(describe(self._model), 10**9))
+        profile = self.given if self.given is not None or self.save else self._profile
+        save = self.save or (profile and profile.saved(describe(self.model), 10**9))
         if not save:
             raise EvaluationError(f"{name} takes what the profile saves, which is nothing: --save")
         near = (profile.recent, profile.sinks) if profile and profile.recent else None
         if name == "mass-stream":
             return MassStream(save, near)
-        return RandomStream(save, near, self._seed)
+        return RandomStream(save, near, self.seed)
+
+    @cached_property
+    def _predictors(self) -> HeadPredictors:
+        return HeadPredictors(self.seed)
 
     @cached_property
     def _default(self) -> Chai:
-        made = Chai("default", self._save, self._seed, self._tokenizer)
-        made.prepare(self._model, self._tokens, self._progress)
+        made = Chai("default", self.save, self.seed, self.tokenizer)
+        made.prepare(self.model, self.tokens, self.progress)
         return made
 
     @property
     def _profile(self) -> ClusterProfile:
-        return self._default.profile if self._given is None else self._given
+        return self._default.profile if self.given is None else self.given
 
 
 def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Comparator:

@@ -15,8 +15,7 @@ from chai_attention.calibration.pairs import maps_of
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.chai import stacked
-from chai_attention.evaluation.comparators.with_profile import WithProfile
-from chai_attention.evaluation.profiled import profile_digest
+from chai_attention.evaluation.profiled import Profiled, profile_digest
 from chai_attention.integrations.transformers.intervene import LayerCall
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.progress import Progress, quiet
@@ -25,7 +24,7 @@ from chai_attention.runtime.shape import ModelShape, describe
 RECENT, SINKS = 128, 4  # without a profile that has an exact window
 
 
-class StreamingHeads(WithProfile):
+class StreamingHeads(Profiled):
     """K/V heads whose query heads see near keys only; all others stay as they are.
 
     Run by the library itself, as a profile. K and V of a streaming K/V head go together, so that
@@ -39,6 +38,7 @@ class StreamingHeads(WithProfile):
     def __init__(self, save: float, near: tuple[int, int] | None = None):
         if not 0 < save <= 1:
             raise EvaluationError(f"save is a share above 0 and at most 1, not {save:g}")
+        super().__init__()
         self._save, self._near = save, near
 
     def prepare(
