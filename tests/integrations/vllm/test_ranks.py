@@ -22,6 +22,10 @@ PROFILES = {
         representatives=(*REPRESENTATIVES[:2], (0, 0, 3, 3, 4, 4, 7, 7), EVERY),
     ),
     "online": ClusterProfile((4, 8, 4, 8), window=8),
+    "window": ClusterProfile(
+        (4, 8, 4, 8), "static", tensor_parallel=4,
+        representatives=(*REPRESENTATIVES[:2], (0, 0, 3, 3, 4, 4, 7, 7), EVERY), **NEAR,
+    ),
     "streaming": ClusterProfile(
         (4, 8, 4, 0), "static", tensor_parallel=4, representatives=REPRESENTATIVES,
         streaming=((), (), (0, 3, 5, 6), EVERY), **NEAR,
@@ -57,11 +61,8 @@ def paired(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [
-        *((kind, 4) for kind in PROFILES),
-        ("streaming", 2), ("online streaming", 2),
-    ],
-)  # fmt: skip
+    [*((kind, ranks) for kind in PROFILES for ranks in (2, 4))],
+)
 def test_ranks_have_the_tokens_of_one(kind, ranks, engine, paired) -> None:
     prompts = prompts_of([90, 9, 64])
     found = engine(
