@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,17 +52,11 @@ class TokenBuffer:
         self.length = 0
         self.append(data)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows`` of the batch, the first axis."""
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold ``change(data)``: some sequences of the batch, or another dtype."""
         if self.data is not None:
             with lasting():
-                self.data = self.data[rows]
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Hold the same numbers in another dtype."""
-        if self.data is not None and self.data.dtype != dtype:
-            with lasting():
-                self.data = self.data.to(dtype)
+                self.data = change(self.data)
 
     def _grow(self, new: Tensor, needed: int) -> None:
         shape = list(new.shape)

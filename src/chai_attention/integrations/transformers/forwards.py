@@ -141,7 +141,30 @@ def adopt(
     return cache
 
 
-class PreparedCache:
+class OfModel:
+    """What stands in a model's attributes and does not keep it alive.
+
+    Copied or pickled with its model, it belongs to the copy.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, which has to be there."""
+        model = self._model()
+        assert model is not None, "a model that is gone asks for nothing"
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _model=weakref.ref(state["_model"]))
+
+
+class PreparedCache(OfModel):
     """What an enabled model does where ``generate()`` prepares its cache.
 
     The clustered cache has to be there before the first forward: assisted decoding announces to it
@@ -150,22 +173,22 @@ class PreparedCache:
     It stands in the model's attributes under the name `PREPARE`.
 
     Args:
-        model: the model, which is not kept alive by it.
+        model: the model.
         plans: of its layers.
     """
 
     def __init__(self, model: PreTrainedModel, plans: tuple[LayerPlan, ...]):
-        self._model = weakref.ref(model)
+        super().__init__(model)
         self._plans = plans
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Prepare the cache as transformers does, and make it a clustered one."""
-        model = self._model()
-        assert model is not None, "a model that is gone generates nothing"
-        prepare = getattr(type(model), PREPARE)
-        found = prepare(model, generation_config, model_kwargs, *args, **kwargs)
+        model = self.model
+        found = getattr(type(model), PREPARE)(
+            model, generation_config, model_kwargs, *args, **kwargs
+        )
         cache = model_kwargs.get(_CACHE)
         if type(cache) in (DynamicCache, StaticCache):
             cache = adopt(cache, self._plans, decoder_config(model))
@@ -176,11 +199,3 @@ class PreparedCache:
                     if isinstance(layer, ClusteredLayer):
                         layer.keeps_past = True
         return found
-
-    def __getstate__(self) -> tuple[PreTrainedModel | None, tuple[LayerPlan, ...]]:
-        """Copied or pickled with its model, it belongs to the copy."""
-        return self._model(), self._plans
-
-    def __setstate__(self, state: tuple[PreTrainedModel, tuple[LayerPlan, ...]]) -> None:
-        self._model = weakref.ref(state[0])
-        self._plans = state[1]

@@ -10,7 +10,6 @@ launched by Python, and takes minutes where a capture takes two decode steps.
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
+from chai_attention.integrations.transformers.forwards import OfModel
 from chai_attention.integrations.transformers.modes import autocast_state, lasting
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
@@ -219,17 +219,11 @@ class DecodeGraph:
         return same and valid == valid_now and weights == weights_now
 
 
-class GraphedCall:
+class GraphedCall(OfModel):
     """What an enabled model answers with when ``generate()`` asks for a compiled call.
 
     It stands in the model's attributes under the name ``get_compiled_call``.
-
-    Args:
-        model: the model, which is not kept alive by it.
     """
-
-    def __init__(self, model: PreTrainedModel):
-        self._model = weakref.ref(model)
 
     def __call__(self, compile_config: Any = None) -> Callable[..., Any]:
         """Return a forward that replays decode steps.
@@ -245,16 +239,7 @@ class GraphedCall:
                 "clustered heads are not run through torch.compile, so compile_config cannot be "
                 "honoured: leave it out, decode steps are replayed as CUDA graphs on their own"
             )
-        model = self._model()
-        assert model is not None, "a model that is gone asks for nothing"
-        return partial(_call, model)
-
-    def __getstate__(self) -> PreTrainedModel | None:
-        """Copied or pickled with its model, it belongs to the copy."""
-        return self._model()
-
-    def __setstate__(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(model)
+        return partial(_call, self.model)
 
 
 def _call(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:

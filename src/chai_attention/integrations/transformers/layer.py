@@ -66,7 +66,7 @@ class ClusteredLayer(LayerMemory):
         # autocast may be in force for some forwards and not for others: the wider dtype is kept
         wide = dtype if held is None else torch.promote_types(dtype, held.dtype)
         if held is not None and held.dtype != wide:
-            self._widen(wide)
+            self._change(lambda states: states.to(wide))
         query, key, value = (x.to(wide) for x in states)
         return self._attend(query, key, value, padding, scale=scale, softcap=softcap).to(dtype)
 

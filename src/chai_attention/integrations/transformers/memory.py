@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from chai_attention.runtime.plan import LayerPlan
 LAYER_TAG = "_chai_layer"
 
 
-@dataclass(frozen=True, eq=False)
-class Probe:
+class Probe(NamedTuple):
     """What a clustered layer needs to wait for its probe window again.
 
     Attributes:
@@ -34,14 +33,6 @@ class Probe:
     query: Tensor
     key: Tensor
     value: Tensor
-
-    def select(self, rows: Tensor) -> Probe:
-        """Return the sequences ``rows``."""
-        return Probe(self.query[rows], self.key[rows], self.value[rows])
-
-    def cast(self, dtype: torch.dtype) -> Probe:
-        """Return the same in another dtype."""
-        return Probe(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype))
 
 
 class LayerMemory(CacheLayerMixin):
@@ -201,13 +192,7 @@ class LayerMemory(CacheLayerMixin):
         if not self.get_seq_length():
             return
         rows = indices.to(self.device)
-        self._keys.select(rows)
-        self._values.select(rows)
-        self._recent.select(rows)
-        if self._window_query is not None:
-            self._window_query = self._window_query[rows]
-        if self._probe is not None:
-            self._probe = self._probe.select(rows)
+        self._change(lambda states: states[rows])
         if self.membership is not None:
             self._use(self.membership.select(rows))
 
@@ -263,15 +248,14 @@ class LayerMemory(CacheLayerMixin):
         """What K and V are held in."""
         return self._values.data
 
-    def _widen(self, dtype: torch.dtype) -> None:
-        """Hold everything in a wider dtype."""
-        self._keys.cast(dtype)
-        self._values.cast(dtype)
-        self._recent.cast(dtype)
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold ``change(states)`` of everything: some sequences of the batch, or another dtype."""
+        for held in (self._keys, self._values, self._recent):
+            held.change(change)
         if self._window_query is not None:
-            self._window_query = self._window_query.to(dtype)
+            self._window_query = change(self._window_query)
         if self._probe is not None:
-            self._probe = self._probe.cast(dtype)
+            self._probe = Probe(*map(change, self._probe))
 
     def _use(self, membership: Membership) -> None:
         """Set the membership and what follows from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -112,21 +113,11 @@ class RecentStates:
         self.last = self.last[:, :, begin:left].clone()
         self._first_is_whole = False
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Hold the same in another dtype."""
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold ``change(states)``: some sequences of the batch, or another dtype."""
         self._in_order()
-        if self.last is not None:
-            self.last = self.last.to(dtype)
-        if self.first is not None:
-            self.first = self.first.to(dtype)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows`` of the batch."""
-        self._in_order()
-        if self.last is not None:
-            self.last = self.last[rows]
-        if self.first is not None:
-            self.first = self.first[rows]
+        self.last = None if self.last is None else change(self.last)
+        self.first = None if self.first is None else change(self.first)
 
     def _extend_first(self, new: Tensor, padding: Padding) -> None:
         """Take those of the first real tokens that are among the new ones."""
@@ -286,15 +277,10 @@ class RecentWindow:
             if recent.last is not None:
                 recent.crop(length - keep, self.recent if trim else None)
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Hold the same in another dtype."""
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Hold ``change(states)`` of K and of V."""
         for recent in self.kinds:
-            recent.cast(dtype)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows`` of the batch."""
-        for recent in self.kinds:
-            recent.select(rows)
+            recent.change(change)
 
     def tensors(self) -> dict[str, Tensor | None]:
         """What is held, by the names of `NEAR`."""

@@ -44,13 +44,18 @@ class Seal:
         self._states = [(projection, _state(projection)) for projection in changed]
         self._hooks: list[RemovableHandle] = []
         for projection, why in changed.items():
-            hook = _RefuseSaving(f"{self._names[projection]} {why}")
-            self._hooks.append(projection.register_state_dict_pre_hook(hook))
+            saving = _Refuse(
+                f"{self._names[projection]} {why} while clustered heads are enabled: {_FIRST} "
+                "saving it, or use chai export"
+            )
+            self._hooks.append(projection.register_state_dict_pre_hook(saving))
         if changed:
-            why = next(iter(changed.values()))
+            loading = _Refuse(
+                f"projections of this model {next(iter(changed.values()))} while clustered heads "
+                f"are enabled: {_FIRST} loading weights into it"
+            )
             for module in containing(model, changed):  # the outermost is asked first
-                refuse = _RefuseLoading(why)
-                self._hooks.append(module.register_load_state_dict_pre_hook(refuse))
+                self._hooks.append(module.register_load_state_dict_pre_hook(loading))
 
     def check(self) -> None:
         """Raise if a sealed module is not what it was.
@@ -98,26 +103,11 @@ def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     return all(one is other for one, other in objects) and last[0] is last[1]
 
 
-class _RefuseSaving:
-    """Hook of ``state_dict()``; can be copied and pickled with its module."""
+class _Refuse:
+    """Hook that refuses what it is called before; copied and pickled with its module."""
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, message: str):
+        self.message = message
 
-    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        raise UnsupportedModelError(
-            f"{self.what} while clustered heads are enabled: {_FIRST} saving it, or use chai export"
-        )
-
-
-class _RefuseLoading:
-    """Hook of ``load_state_dict()``."""
-
-    def __init__(self, why: str):
-        self.why = why
-
-    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        raise UnsupportedModelError(
-            f"projections of this model {self.why} while clustered heads are enabled: {_FIRST} "
-            "loading weights into it"
-        )
+    def __call__(self, *args: Any) -> None:
+        raise UnsupportedModelError(self.message)

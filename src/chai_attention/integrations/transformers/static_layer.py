@@ -17,6 +17,7 @@ from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer
 from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.memory import Probe
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
@@ -244,7 +245,7 @@ class StaticClusteredLayer(ClusteredLayer):
             for memory in (x for pair in self._near.memories for x in pair):
                 memory.copy_(memory[rows])
         if self._probe is not None:
-            self._probe = self._probe.select(rows)
+            self._probe = Probe(*(states[rows] for states in self._probe))
         if self.plan.needs_probe and self.membership is not None:
             self._use(self.membership.select(rows))
 

@@ -36,7 +36,6 @@ class StaticTokens:
         count: tokens held, those of the forward under way included.
         lengths: ``[B]`` int32 on the device, the same.
         start: ``[B]`` int32, position of the first token of the forward under way.
-        index: ``[1]`` int64, the same for indexing.
         sink_positions: ``[B, s]`` int32, where the first real tokens stand, -1 for those to come.
         padding: of the tokens held.
     """
