@@ -9,11 +9,12 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 RIVALS := .rivals
 RIVALS_STAMP := $(RIVALS)/.installed
 
-.PHONY: help demo test test-rivals test-vllm lint release-check clean
+.PHONY: help demo test test-all test-rivals test-vllm lint release-check clean
 
 help:
 	@echo "make demo   calibrate SmolLM2-135M and generate with clustered heads, beside the full model"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests but the exhaustive ones"
+	@echo "make test-all   run the exhaustive tests, too, and measure coverage"
 	@echo "make test-rivals   run the tests of rivals by library, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
 	@echo "make lint   ruff, mypy and the layers of docs/architecture.md"
@@ -46,6 +47,9 @@ demo: $(STAMP)
 	$(BIN)/chai demo
 
 test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not exhaustive'
+
+test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term
 
 test-rivals: $(RIVALS_STAMP)

@@ -47,6 +47,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+@pytest.mark.exhaustive
 @given(content=CONTENT, suffix=st.sampled_from(FILE_SUFFIXES), template=st.sampled_from(TEMPLATES))
 @settings(
     max_examples=300,

@@ -23,6 +23,7 @@ from chai_attention import cli
 from chai_attention.integrations.transformers import disable, loading
 from chai_attention.profile import ClusterProfile
 
+pytestmark = pytest.mark.exhaustive
 SECONDS = 60  # of one case, which takes a fraction of one
 OLD = b"this was here before"
 PROFILE = ClusterProfile(
