@@ -128,20 +128,23 @@ class LayerPlan:
             far = self._far.online_membership(*self._far_states(query, key, value), scale, softcap)
             return Membership.with_streaming(far, self.heads, self.kv_heads, self.streaming)
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        fused = self._fused_membership(query, key, value, options)
+        fused = (
+            fused_membership(query, key, self.clusters, tie=TIE, **options)
+            if self._by_means
+            else fused_medoids(
+                query, key, self.clusters, value=value if self._by_value else None,
+                **self._medoids(query.device), **options,
+            )
+        )  # fmt: skip
         if fused is not None:
             return fused
+        kind = window_output_distances if self._by_value else window_gram
+        found = kind(query, key, *([value] if self._by_value else []), **options)
+        self._require_finite(found)
         if self.costs is None:
-            gram = window_gram(query, key, **options)
-            self._require_finite(gram)
-            rep = assign(gram, self.clusters, self.kv_heads, self.target)
+            rep = assign(found, self.clusters, self.kv_heads, self.target)
         else:
-            distance = (
-                window_output_distances(query, key, value, **options)
-                if self.features == "value"
-                else squared_distances(window_gram(query, key, **options))
-            )
-            self._require_finite(distance)
+            distance = found if self._by_value else squared_distances(found)
             cost = relative(distance) + self._weighted_costs(query.device)
             rep = assign_by_cost(cost, self.clusters, self.kv_heads, self.target)
         # how many K/V heads "scores" needs depends on the data; otherwise it follows from k
@@ -176,12 +179,11 @@ class LayerPlan:
             UnsupportedModelError: NaN or infinity in the window (found on the CPU).
         """
         far = self._far if self.streaming else self
-        by_value = far.costs is not None and far.features == "value"
         heads = table_of(tuple(self._far_heads), query.device) if self.streaming else None
         found = fused_representatives(
             query, key, far.clusters, Windows(tokens, count, heads), scale=scale, softcap=softcap,
-            value=self._far_values(value[tokens].transpose(1, 2)) if by_value else None,
-            by_means=far.costs is None and far.target == SCORES, **far._medoids(query.device),
+            value=self._far_values(value[tokens].transpose(1, 2)) if far._by_value else None,
+            by_means=far._by_means, **far._medoids(query.device),
         )  # fmt: skip
         if found is not None:
             return found
@@ -232,17 +234,15 @@ class LayerPlan:
                 "or float32)"
             )
 
-    def _fused_membership(
-        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> Membership | None:
-        """`online_membership` by the GPU's kernels; None where there are none."""
-        if self.costs is None and self.target == SCORES:
-            return fused_membership(query, key, self.clusters, tie=TIE, **options)
-        by_value = self.costs is not None and self.features == "value"
-        return fused_medoids(
-            query, key, self.clusters, value=value if by_value else None,
-            **self._medoids(query.device), **options,
-        )  # fmt: skip
+    @property
+    def _by_means(self) -> bool:
+        """Whether kernels cluster by k-means of attention maps, not by k-medoids on costs."""
+        return self.costs is None and self.target == SCORES
+
+    @property
+    def _by_value(self) -> bool:
+        """Whether the window's heads are compared by what they put out."""
+        return self.costs is not None and self.features == "value"
 
     def _medoids(self, device: torch.device) -> dict[str, Any]:
         """How kernels search for medoids; k-means takes the margin of ties alone."""

@@ -72,8 +72,7 @@ def load_skeleton(
             name, local_files_only=find_model(name), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # it fails in a different way for every kind of mistake
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoadError(f"cannot load {name}: {reason[0]}") from error
+        raise load_error(name, error) from error
     return model, tokenizer
 
 

@@ -19,7 +19,7 @@ from chai_attention.integrations.transformers.modes import (
     require_one_dtype,
     without_gradients,
 )
-from chai_attention.integrations.transformers.padding import Padding
+from chai_attention.integrations.transformers.padding import Padding, require_cover
 from chai_attention.integrations.transformers.plain import plain_attention
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.runtime.plan import LayerPlan
@@ -166,11 +166,7 @@ def _padding_of(mask: Tensor | None, query: Tensor, length: int) -> Padding:
             f"attention_mask is for {mask.shape[0]} sequences, but the input has "
             f"{query.shape[0]}: give a row for each"
         )
-    if mask.shape[1] < length:
-        raise CacheError(
-            f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {length}: "
-            "give a mask over all of them"
-        )
+    require_cover(mask, length)
     known: list[Padding] = getattr(mask, PADDING_TAG, [])  # what is not ours remembers nothing
     for padding in known:
         if padding.length == length:

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
-from chai_attention.integrations.transformers.memory import tokens_kept
+from chai_attention.integrations.transformers.memory import STOPPED, tokens_kept
 from chai_attention.integrations.transformers.recent import NEAR
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan, layer_plans
@@ -137,10 +137,7 @@ class ClusteredCache(DynamicCache):
         """
         holding = [x for x in self.layers[:layers] if isinstance(x, CacheLayerMixin)]
         if len({layer.get_seq_length() for layer in holding}) > 1:
-            raise CacheError(
-                "an earlier forward with this cache stopped midway, so its layers hold different "
-                "tokens: call cache.reset() and run the prompt again"
-            )
+            raise CacheError(STOPPED)
         for layer in self._clustered():
             layer.expect()
 

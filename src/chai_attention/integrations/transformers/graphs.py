@@ -58,26 +58,26 @@ class DecodeGraph:
     """
 
     def __init__(self, model: PreTrainedModel, cache: StaticClusteredCache):
+        reason = None
         if model.device.type != DEVICE:
-            raise UnsupportedModelError(
-                f"decode steps are captured in CUDA graphs, which {model.device} does not have: "
-                "call the model itself"
-            )
-        if on_several_devices(model):
-            raise UnsupportedModelError(
+            reason = f"decode steps are captured in CUDA graphs, which {model.device} does not have"
+        elif on_several_devices(model):
+            reason = (
                 f"this model is on {len(devices_of(model))} devices, and a decode step across "
-                "them cannot be captured in a CUDA graph: call the model itself"
+                "them cannot be captured in a CUDA graph"
             )
-        if not cache.is_compileable:
-            raise UnsupportedModelError(
+        elif not cache.is_compileable:
+            reason = (
                 "sliding-window layers decide on the host what a step does, so that it cannot be "
-                "captured: call the model itself"
+                "captured"
             )
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise UnsupportedModelError(
+        elif "position_ids" not in inspect.signature(model.forward).parameters:
+            reason = (
                 f"{type(model).__name__} takes no position_ids, so a captured step would stand at "
-                "one position for ever: call the model itself"
+                "one position for ever"
             )
+        if reason is not None:
+            raise UnsupportedModelError(f"{reason}: call the model itself")
         self.model = model
         self.cache = cache
         self._graph: torch.cuda.CUDAGraph | None = None

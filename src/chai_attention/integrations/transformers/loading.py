@@ -119,28 +119,9 @@ def _places(
         raise load_error(name, error) from error
     if placement is not None:
         return placement.divide(model, room)
-    require_room(name, tensor_bytes(model), room, dtype, device)
-    return None
-
-
-def require_room(
-    name: str, weights: int, room: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuse a model that a device cannot hold, and name the option that divides it.
-
-    Args:
-        name: of the model.
-        weights: bytes of them.
-        room: bytes that the work with it takes besides.
-        dtype: of the weights.
-        device: that they are meant for.
-
-    Raises:
-        LoadError: one line.
-    """
-    free = available(device)
+    weights = tensor_bytes(model)
     if free is None or weights + room <= free:
-        return
+        return None
     divided = "several GPUs" if device.type == "cuda" else "GPUs and the host's memory"
     raise LoadError(
         f"{name} needs about {gigabytes(weights + room)} on {device} ({gigabytes(weights)} of "

@@ -19,6 +19,10 @@ from chai_attention.runtime.heads import pick_heads
 from chai_attention.runtime.plan import LayerPlan
 
 LAYER_TAG = "_chai_layer"
+STOPPED = (
+    "an earlier forward with this cache stopped midway, so its layers hold different tokens: call "
+    "cache.reset() and run the prompt again"
+)
 
 
 class Probe(NamedTuple):

@@ -7,8 +7,22 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.ops.windowed import WindowTables, window_tables
+
+
+def require_cover(mask: Tensor, length: int) -> None:
+    """Refuse an attention mask ``[B, S]`` of too few tokens.
+
+    Raises:
+        CacheError: cache and input hold more.
+    """
+    if mask.shape[1] < length:
+        raise CacheError(
+            f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {length}: "
+            "give a mask over all of them"
+        )
 
 
 class Padding:

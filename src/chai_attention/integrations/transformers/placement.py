@@ -124,11 +124,6 @@ def random_weights(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTr
             owner, _, own = name.rpartition(".")
             _fill(modules[owner], own, _device(place))
     model.init_weights()
-    return dispatched(model, places)
-
-
-def dispatched(model: PreTrainedModel, places: Mapping[str, Place]) -> PreTrainedModel:
-    """Let accelerate bring inputs to the devices of a model's parts."""
     if len(set(places.values())) > 1:
         from accelerate import dispatch_model
 

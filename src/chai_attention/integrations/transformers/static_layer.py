@@ -17,11 +17,11 @@ from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer
 from chai_attention.integrations.transformers.layer import ClusteredLayer
-from chai_attention.integrations.transformers.memory import Probe
+from chai_attention.integrations.transformers.memory import STOPPED, Probe
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
-from chai_attention.integrations.transformers.static_tokens import STOPPED, StaticTokens
+from chai_attention.integrations.transformers.static_tokens import StaticTokens
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.cache_write import write_dense

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import CacheError
+from chai_attention.integrations.transformers.memory import STOPPED
 from chai_attention.integrations.transformers.modes import lasting
-from chai_attention.integrations.transformers.padding import Padding
-
-STOPPED = (
-    "an earlier forward with this cache stopped midway, so its layers hold different tokens: call "
-    "cache.reset() and run the prompt again"
-)
+from chai_attention.integrations.transformers.padding import Padding, require_cover
 
 
 class StaticTokens:
@@ -161,11 +157,7 @@ class StaticTokens:
             CacheError: it covers too few tokens.
         """
         total = self.count + queries
-        if mask.shape[1] < total:
-            raise CacheError(
-                f"attention_mask covers {mask.shape[1]} tokens, but cache and input hold {total}: "
-                "give a mask over all of them"
-            )
+        require_cover(mask, total)
         mask = mask[:, :total]
         if not self._is_padded:
             if queries > 1 and bool(mask.all()):
