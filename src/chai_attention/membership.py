@@ -2,7 +2,7 @@
 
 Words: *H* query heads, *G* K/V heads (``G == H`` in multi-head attention), *k* clusters. A
 *slot* is a cluster's place in the K cache; slots are ordered by their representative. A
-*streaming head* sees near keys only (the exact window): it uses nobody's scores for the far ones.
+*streaming head* sees near keys only (the exact window): far ones weigh nothing for it.
 """
 
 from __future__ import annotations

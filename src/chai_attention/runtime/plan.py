@@ -226,7 +226,7 @@ class LayerPlan:
         return states[:, table_of(groups, states.device)]
 
     def _require_finite(self, found: Tensor) -> None:
-        """Refuse to cluster what is no number; a GPU's answer would have to be waited for."""
+        """Refuse NaN and infinity; not on a GPU, whose answer would have to be waited for."""
         if found.device.type == "cpu" and not bool(found.isfinite().all()):
             raise UnsupportedModelError(
                 f"Q, K or V of layer {self.layer} are not finite in the probe window: the model's "

@@ -1,4 +1,4 @@
-"""Memory of the cache: tensors that grow along the tokens, and picking of heads and tokens."""
+"""Memory of the cache: tensors that grow along the tokens, and picking of tokens."""
 
 from __future__ import annotations
 

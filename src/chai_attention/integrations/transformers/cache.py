@@ -129,7 +129,7 @@ class ClusteredCache(DynamicCache):
         return memory_of(self)
 
     def begin(self, mask: Any, layers: int) -> None:
-        """Hear of a forward of the first ``layers``; attention itself looks at its mask.
+        """Prepare for a forward through the first ``layers``; attention itself looks at its mask.
 
         Raises:
             CacheError: these layers hold different tokens. Later ones, which a draft that exits

@@ -141,8 +141,8 @@ def adopt(
     return cache
 
 
-class OfModel:
-    """What stands in a model's attributes and does not keep it alive.
+class ModelAttribute:
+    """An attribute of a model that does not keep the model alive.
 
     Copied or pickled with its model, it belongs to the copy.
     """
@@ -152,7 +152,7 @@ class OfModel:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, which has to be there."""
+        """The model that it belongs to."""
         model = self._model()
         assert model is not None, "a model that is gone asks for nothing"
         return model
@@ -164,7 +164,7 @@ class OfModel:
         vars(self).update(state, _model=weakref.ref(state["_model"]))
 
 
-class PreparedCache(OfModel):
+class PreparedCache(ModelAttribute):
     """What an enabled model does where ``generate()`` prepares its cache.
 
     The clustered cache has to be there before the first forward: assisted decoding announces to it

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chai_attention.errors import CacheError, UnsupportedModelError
 from chai_attention.integrations.transformers.devices import devices_of, on_several_devices
-from chai_attention.integrations.transformers.forwards import OfModel
+from chai_attention.integrations.transformers.forwards import ModelAttribute
 from chai_attention.integrations.transformers.modes import autocast_state, lasting
 from chai_attention.integrations.transformers.static_cache import StaticClusteredCache
 
@@ -219,7 +219,7 @@ class DecodeGraph:
         return same and valid == valid_now and weights == weights_now
 
 
-class GraphedCall(OfModel):
+class GraphedCall(ModelAttribute):
     """What an enabled model answers with when ``generate()`` asks for a compiled call.
 
     It stands in the model's attributes under the name ``get_compiled_call``.

@@ -45,7 +45,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class MaskedCall(LayerCall):
-    """The same with what makes it attention, for whoever computes it in the layer's place.
+    """A `LayerCall` with its mask, for a function that attends in the layer's place.
 
     Attributes:
         mask: ``[B, 1, Q, S]`` bool, True for keys that are seen; None for causal attention

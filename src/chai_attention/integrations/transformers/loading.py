@@ -46,7 +46,7 @@ def load_model(
     placement: Placement | None = None,
     work: WorkOf | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer; what does not fit is refused before.
+    """Load a causal language model and its tokenizer; a model that does not fit is refused first.
 
     Args:
         name: a folder, a name on the hub, a ``.gguf`` file, or "smollm2-135m" for the model that

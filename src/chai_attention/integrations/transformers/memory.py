@@ -57,15 +57,15 @@ class LayerMemory(CacheLayerMixin):
         self.reset()
 
     def expect(self) -> None:
-        """Hear that a forward of an enabled model begins, whose attention calls `attend`.
+        """Allow one `update`: a forward of an enabled model begins, whose attention calls `attend`.
 
-        Of an earlier forward that stopped midway, nothing is left but what it stored.
+        An earlier forward that stopped midway leaves nothing behind but what it stored.
         """
         self._is_expected = True
         self._incoming = None
 
     def activate_past_recording(self) -> None:
-        """Hear that tokens of the next forwards will be taken back by `crop`."""
+        """Keep what a `crop` needs that takes back tokens of the next forwards."""
         self.record_past = True
 
     # ---- what transformers asks of a cache layer
@@ -84,8 +84,8 @@ class LayerMemory(CacheLayerMixin):
         Returns them, K marked so that the attention function finds this layer.
 
         Raises:
-            CacheError: no forward of an enabled model is under way, so that whoever asks would
-                take the new tokens for all there are.
+            CacheError: no forward of an enabled model is running, so that the caller would take the
+                new tokens for all there are.
         """
         if not self._is_expected:
             raise CacheError(

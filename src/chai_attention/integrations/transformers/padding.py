@@ -82,7 +82,7 @@ class Padding:
         return int(self.first_positions(count).max()) + 1
 
     def window_tables(self, queries: int, recent: int, sinks: int) -> WindowTables:
-        """Who of the last ``queries`` tokens sees what exactly: `ops.windowed.window_tables`."""
+        """What each of the last ``queries`` tokens sees exactly: `ops.windowed.window_tables`."""
         if self.valid is None:
             return _plain_tables(self.length, queries, recent, sinks, self.device)
         name = (queries, recent, sinks)

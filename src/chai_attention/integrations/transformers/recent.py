@@ -43,7 +43,7 @@ class RecentStates:
         self._first_is_whole = False  # s real tokens of every sequence are held
 
     def push(self, new: Tensor, recent: int, padding: Padding, record: bool) -> Tensor:
-        """Take one token ``[B, removed, 1, D]``: `extend` for who reads the last ones in a ring.
+        """Append one token ``[B, removed, 1, D]`` to a ring, which decoding reads in place.
 
         Returns:
             ``[B, removed, w or fewer, D]``, the oldest at the place ``begin``.
@@ -203,7 +203,7 @@ class RecentWindow:
     def step(
         self, key: Tensor, value: Tensor, membership: Membership, padding: Padding, record: bool
     ) -> NearRing:
-        """Take one new token, as `extend` does, for an attention that reads K, V where they stand.
+        """Append one token for decoding, which reads K and V in place.
 
         Args:
             key: ``[B, G, 1, D]`` of the new token, all heads.

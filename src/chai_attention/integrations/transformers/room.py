@@ -23,7 +23,7 @@ WIDEST = 16  # a file of 2-bit weights becomes so much larger in float32
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done with a model, as far as memory beside its weights depends on it.
+    """The work that a model is loaded for, as far as it takes memory beside the weights.
 
     Attributes:
         tokens: of a forward.
@@ -84,5 +84,5 @@ def is_surely_small(name: str, needed: int, free: int) -> bool:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes for people."""
+    """Bytes as a person reads them."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

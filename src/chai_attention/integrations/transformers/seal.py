@@ -104,7 +104,7 @@ def _same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
 
 
 class _Refuse:
-    """Hook that refuses what it is called before; copied and pickled with its module."""
+    """Hook that refuses the call it stands before; copied and pickled with its module."""
 
     def __init__(self, message: str):
         self.message = message

@@ -120,7 +120,7 @@ class StaticClusteredCache(Cache):
         return replace(memory_of(self), table_bytes=tables)
 
     def begin(self, mask: Any, layers: int) -> None:
-        """Hear of a forward of the first ``layers``, and of its attention mask."""
+        """Prepare for a forward through the first ``layers`` with this attention mask."""
         self.tokens.offer(None if self.keeps_padding else self.padding_of(mask))
         for layer in self._clustered():
             layer.expect()

@@ -35,8 +35,8 @@ class StaticClusteredLayer(ClusteredLayer):
 
     Args:
         plan: of the layer.
-        tokens: of the cache; the layer that a forward comes to first advances them. Of a layer
-            on another device than the first they are those of its own.
+        tokens: of the cache, advanced by the first layer of a forward. A layer on another device
+            than the first uses the tables there.
     """
 
     is_compileable = True  # generate() asks the model for a fast decode step then
@@ -191,7 +191,7 @@ class StaticClusteredLayer(ClusteredLayer):
             )
 
     def activate_past_recording(self) -> None:
-        """Hear that tokens of the next forwards will be taken back.
+        """Keep what a `crop` needs that takes back tokens of the next forwards.
 
         Raises:
             CacheError: the ring of an exact recent window cannot, its size is fixed.
@@ -206,7 +206,7 @@ class StaticClusteredLayer(ClusteredLayer):
         super().activate_past_recording()
 
     def rewind(self, keep: int) -> None:
-        """Hold ``keep`` tokens only; later ones are overwritten by the next."""
+        """Hold ``keep`` tokens only; the next ones overwrite what was behind them."""
         if self._probe is not None and keep < self._window_end:
             self._wait_again(keep)
         elif self.is_waiting:

@@ -20,18 +20,18 @@ class StaticTokens:
 
     Every sequence holds equally many, padding included. Their number stands on the host, for
     checks and shapes, and on the device, for kernels: a decode step changes the device's tensors
-    in place, without a look at them, so that it can be captured in a CUDA graph. What is done to
-    the first device's, by the cache, is done to those of the other devices, too.
+    in place, without a look at them, so that it can be captured in a CUDA graph. The cache changes
+    the first device's tables, which pass every change on to those of the other devices.
 
     Args:
         capacity: tokens that a sequence can hold.
         sinks: s, first real tokens that every head attends to with its own scores; 0 for none.
-        first: those of the device that a forward comes to first, for all others.
+        first: the tables of the device that a forward reaches first; None for these themselves.
 
     Attributes:
-        count: tokens held, those of the forward under way included.
+        count: tokens held, those of the running forward included.
         lengths: ``[B]`` int32 on the device, the same.
-        start: ``[B]`` int32, position of the first token of the forward under way.
+        start: ``[B]`` int32, position of the first token of the running forward.
         sink_positions: ``[B, s]`` int32, where the first real tokens stand, -1 for those to come.
         padding: of the tokens held.
     """
@@ -50,7 +50,7 @@ class StaticTokens:
         self._first = first
         self._others: dict[torch.device, StaticTokens] = {}
         self._mask: Tensor | None = None
-        self._told: Tensor | None = None  # the mask of the forward under way
+        self._told: Tensor | None = None  # the mask of the running forward
         self._valid: Tensor | None = None  # [B, capacity], True in spare room
         self._is_padded = False
 
@@ -60,7 +60,7 @@ class StaticTokens:
         return self._valid if self._is_padded else None
 
     def at(self, device: torch.device) -> StaticTokens:
-        """Those of a device; the first that is asked for is the first of all."""
+        """The tables on ``device``; the first device asked for is the first of all."""
         if not self.batch or self.lengths.device == device:
             return self
         if device not in self._others:
@@ -108,7 +108,7 @@ class StaticTokens:
             )
 
     def offer(self, mask: Tensor | None) -> None:
-        """Hear, before a forward, what its 2D attention mask is; `advance` looks at it."""
+        """Remember the 2D attention mask of the next forward, which `advance` looks at."""
         self._mask = self._told = mask
         for other in self._others.values():
             other.offer(mask)
