@@ -10,7 +10,7 @@ as its window needs, out of the same blocks (`estimate.Blocks`).
 from __future__ import annotations
 
 from chai_attention.integrations.vllm.estimate import Blocks
-from chai_attention.integrations.vllm.pages import near_page
+from chai_attention.integrations.vllm.layers import near_page
 
 SINKS = 4
 LENGTHS = (300, 2048, 8192, 32768)

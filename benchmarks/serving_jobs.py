@@ -39,9 +39,9 @@ def engine(job: dict[str, Any]) -> Any:
         options["attention_backend"] = "CUSTOM"
         options["additional_config"] = {"chai": {"profile": job["profile"]}}
         if job.get("own"):
-            from chai_attention.integrations.vllm import stock
+            from chai_attention.integrations.vllm import backend
 
-            stock.stock_backend = lambda *args: None
+            backend.native_backend = lambda *args: None
     start = time.perf_counter()
     llm = LLM(job["model"], skip_tokenizer_init=True, **options)
     progress(f"engine started in {time.perf_counter() - start:.0f} s")
@@ -72,7 +72,7 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
         window, sinks = getattr(spec, "sliding_window", None), getattr(spec, "sinks", 0)
         pages = -(-length // spec.block_size)
         if window:
-            from chai_attention.integrations.vllm.pages import near_pages_of
+            from chai_attention.integrations.vllm.layers import near_pages_of
 
             pages = near_pages_of(length, spec.block_size, window, sinks)
         groups.append({"page": spec.block_size, "window": window, "pages": pages})

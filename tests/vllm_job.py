@@ -72,8 +72,7 @@ def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
 
     Args:
         job: ``model``, ``profile`` (path, or None for vLLM as it is), ``own`` (layers without
-            clusters run our attention too), ``together`` (batches go to the kernels' operations, or
-            on a CPU to their PyTorch versions), ``scales`` of K and V in 8-bit pages as of a
+            clusters run our attention too), ``scales`` of K and V in 8-bit pages as of a
             checkpoint, or None, ``options`` of the engine, ``parts``.
         log: a file.
 
@@ -119,19 +118,15 @@ def _engine(job: dict[str, Any]) -> Any:
     options = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, **job["options"]}
     if job["profile"] is not None:
         options["additional_config"] = {"chai": {"profile": job["profile"]}}
-        from chai_attention.integrations.vllm import impl
+        from chai_attention.integrations.vllm import impl, memberships
 
+        memberships.memory_left = lambda config, device: 2**26  # as on a GPU
         if job["own"]:
-            impl.stock_backend = lambda *args: None
-        if job["together"]:
-            from chai_attention.integrations.vllm import reserve
-
-            impl.runs_kernels = lambda device: True
-            reserve.room = lambda config, device: 2**26
+            impl.native_backend = lambda *args: None
         if job["scales"] is not None:
             _set_scales(*job["scales"])
     if any(part["do"] == "score" for part in job["parts"]):
-        from chai_attention.integrations.vllm.engine_process import SETTINGS
+        from chai_attention.integrations.vllm.scoring import SETTINGS
 
         os.environ.update(SETTINGS)
     # vLLM's beam search asks the tokenizer how texts end
@@ -175,7 +170,7 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         "blocks": config.num_gpu_blocks,
         "block_size": config.block_size,
         "preemptions": sum(counted),
-        "counted": any(impl.served._pages for impl in impls if hasattr(impl, "served")),
+        "counted": any(impl.model_state._planned for impl in impls if hasattr(impl, "model_state")),
         "held": any(getattr(impl, "_held", None) is not None for impl in impls),
     }
 
@@ -211,8 +206,7 @@ def _generate(llm: Any, part: Part) -> dict[str, Any]:
 
 
 def _score(llm: Any, part: Part) -> dict[str, Any]:
-    from chai_attention.integrations.vllm.engine_process import batches
-    from chai_attention.integrations.vllm.scoring import answer
+    from chai_attention.integrations.vllm.scoring import answer, batches
 
     requests = part["prompts"]
     found: dict[str, Any] = {"score": {}, "write": {}}

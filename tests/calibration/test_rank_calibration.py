@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chai_attention.calibration import calibrate
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.vllm.savings import savings
+from chai_attention.integrations.vllm.shares import savings
 from chai_attention.profile import FOR_EVER
 from chai_attention.runtime.shape import describe
 from tiny_models import COMMON

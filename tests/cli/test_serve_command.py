@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from chai_attention import hub
-from chai_attention.integrations.vllm import serving
+from chai_attention.integrations.vllm import serve
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_estimate_says_in_one_line_what_is_wrong(chai, seven, options, message) 
 
 
 def test_everything_else_goes_to_vllm(chai, seven, monkeypatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
     run: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda file, command: run.append(command))
     code, _, _ = chai("serve", seven, "--profile", "llama-7b", "--port", "1", "-tp", "2")
@@ -143,14 +143,14 @@ def test_everything_else_goes_to_vllm(chai, seven, monkeypatch) -> None:
 
 
 def test_without_vllm(chai, monkeypatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: None)
+    monkeypatch.setattr(serve, "installed", lambda: None)
     code, _, err = chai("serve", "model", "--profile", "llama-7b")
     assert code == 2
     assert "pip install 'chai-attention[vllm]'" in err
 
 
 def test_a_short_option_with_an_h_in_it_does_not_ask_for_help(chai, seven, monkeypatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
     run: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda file, command: run.append(command))
     code, out, _ = chai("serve", seven, "--profile", "llama-7b", "-sc.method", "ngram")
@@ -167,7 +167,7 @@ def test_an_option_of_vllm_before_the_model_is_not_taken_for_it(chai, seven, fir
 
 
 def test_a_model_that_is_nowhere_is_told_before_vllm_starts(chai, monkeypatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
     monkeypatch.setattr(hub, "_answer", lambda kind, name: (False, "none is public there"))
     code, _, err = chai("serve", "no/model", "--profile", "llama-7b")
     assert code == 2
@@ -176,7 +176,7 @@ def test_a_model_that_is_nowhere_is_told_before_vllm_starts(chai, monkeypatch) -
 
 @pytest.mark.parametrize("given", [("--model", "other"), ("--model=other",)])
 def test_a_second_model_is_refused(chai, seven, monkeypatch, given) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
     code, _, err = chai("serve", seven, "--profile", "llama-7b", *given)
     assert code == 2
     assert f"leave out --model: {seven} is the model" in err

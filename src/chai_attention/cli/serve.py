@@ -91,8 +91,8 @@ def serve_command(
         raise typer.BadParameter("--context and --requests go with --estimate")
     if estimate:
         from chai_attention.cli.serving_table import CONTEXTS, serving_record, serving_table
-        from chai_attention.integrations.vllm.preflight import profile_path
-        from chai_attention.integrations.vllm.weigh import estimate_config
+        from chai_attention.integrations.vllm.estimate import estimate_config
+        from chai_attention.integrations.vllm.serve import profile_path
         from chai_attention.runtime.skeleton import load_config
 
         chosen = profile_path(model, profile)
@@ -103,7 +103,7 @@ def serve_command(
         shown.give(lambda: serving_record(found, lengths, requests))
         shown.say(lambda: serving_table(found, lengths, requests))
         return
-    from chai_attention.integrations.vllm.serving import vllm_command
+    from chai_attention.integrations.vllm.serve import vllm_command
 
     command = vllm_command(model, profile, context.args)
     os.execv(command[0], command)

@@ -16,11 +16,11 @@ from chai_attention.evaluation.profiled import PROFILE, Profiled
 from chai_attention.evaluation.scorer import MHA, Scorer, run_settings
 from chai_attention.evaluation.tasks import TaskSource, text_length
 from chai_attention.integrations.transformers.digest import files_digest
-from chai_attention.integrations.vllm.engine_process import BUDGET, ScoringEngine
+from chai_attention.integrations.vllm.layers import PAGE
 from chai_attention.integrations.vllm.options import Asked, refuse
-from chai_attention.integrations.vllm.pages import PAGE
 from chai_attention.integrations.vllm.plugin import installed, version_problem
-from chai_attention.integrations.vllm.preflight import layers_of
+from chai_attention.integrations.vllm.scoring import BUDGET, ScoringEngine
+from chai_attention.integrations.vllm.serve import layers_of
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from transformers import AutoConfig
 
-from chai_attention.integrations.vllm.layers import served_layers
+from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 from runtime_tokens import narrow_losses, runtime_tokens
@@ -60,7 +60,7 @@ def served(engine, tiny):
     """One engine of each kind, through everything that happens to requests, in little memory."""
 
     @cache
-    def made(kind: str, together: bool):
+    def made(kind: str):
         profile = PROFILES[kind]
         probed = profile.membership != "static"
         parts = {
@@ -78,7 +78,7 @@ def served(engine, tiny):
             block_size=PAGE, num_gpu_blocks_override=pool_of(kind),
             # a chunk shorter than the probe window would decide a membership on fewer tokens
             max_num_batched_tokens=512 if probed else 48,
-            max_model_len=256, together=together,
+            max_model_len=256,
         )  # fmt: skip
         found["parts"] = dict(zip(parts, found["parts"], strict=True))
         return found
@@ -86,16 +86,12 @@ def served(engine, tiny):
     return made
 
 
-EVERY = pytest.mark.parametrize(
-    ("kind", "together"),
-    [(kind, together) for kind in PROFILES for together in (False, True)],
-    ids=lambda value: value if isinstance(value, str) else ["one by one", "together"][value],
-)
+EVERY = pytest.mark.parametrize("kind", PROFILES)
 
 
 @EVERY
-def test_tokens_are_those_of_the_transformers_runtime(kind, together, served, expected) -> None:
-    found = served(kind, together)
+def test_tokens_are_those_of_the_transformers_runtime(kind, served, expected) -> None:
+    found = served(kind)
     assert found["preemptions"] >= 8
     assert found["parts"]["first"]["ids"] == expected(kind)["mixed"]
     # hits of pages that another request writes in the same step
@@ -105,8 +101,8 @@ def test_tokens_are_those_of_the_transformers_runtime(kind, together, served, ex
 
 
 @EVERY
-def test_aborts_in_flight_disturb_nobody(kind, together, served, expected) -> None:
-    found = served(kind, together)
+def test_aborts_in_flight_disturb_nobody(kind, served, expected) -> None:
+    found = served(kind)
     assert found["parts"]["aborts"]["ids"] == [
         None if row in DROPPED else ids for row, ids in enumerate(expected(kind)["mixed"])
     ]
@@ -114,23 +110,23 @@ def test_aborts_in_flight_disturb_nobody(kind, together, served, expected) -> No
 
 
 @EVERY
-def test_memory_for_memberships_is_counted_before_pages_are(kind, together, served) -> None:
-    found = served(kind, together)
-    # `vllm_job` says how much there is, where steps run as on a GPU
-    assert found["counted"] == (together and PROFILES[kind].membership != "static")
+def test_memory_for_memberships_is_counted_before_pages_are(kind, served) -> None:
+    found = served(kind)
+    # `vllm_job` says how much there is, as on a GPU
+    assert found["counted"] == (PROFILES[kind].membership != "static")
     assert not found["held"]
 
 
 @EVERY
-def test_weights_that_are_loaded_anew_change_no_token(kind, together, served, expected) -> None:
-    parts = served(kind, together)["parts"]
+def test_weights_that_are_loaded_anew_change_no_token(kind, served, expected) -> None:
+    parts = served(kind)["parts"]
     for part in ("reloaded", "afterwards"):  # with requests under way, and none
         assert parts[part]["ids"] == expected(kind)["mixed"][:4]
 
 
 @EVERY
-def test_samples_and_beams_share_the_pages_of_a_prompt(kind, together, served, expected) -> None:
-    parts = served(kind, together)["parts"]
+def test_samples_and_beams_share_the_pages_of_a_prompt(kind, served, expected) -> None:
+    parts = served(kind)["parts"]
     assert parts["samples"]["ids"] == [[expected(kind)["mixed"][0][0][:FEW]] * 3]
     assert parts["beams"]["ids"] == expected(kind)["beams"]
 
@@ -161,21 +157,19 @@ def test_short_first_chunks_and_prompts(engine, tiny) -> None:
     short = ClusterProfile(CLUSTERS, window=8, similarity=alike)
     few = [*prompts_of([4, 3, 2, 4, 3]), [7], [9]]
     wanted = runtime_tokens(tiny, STATIC, few, 20)
-    for together in (False, True):
-        # chunks end within prompts
-        found = engine(tiny, [generate(few, 20)], short, block_size=PAGE, together=together,
-                       max_num_batched_tokens=9)  # fmt: skip
-        assert found["parts"][0]["ids"] == wanted
+    # chunks end within prompts
+    found = engine(tiny, [generate(few, 20)], short, block_size=PAGE, max_num_batched_tokens=9)
+    assert found["parts"][0]["ids"] == wanted
 
 
-@pytest.mark.parametrize(("kind", "together"), [("online", False), ("blend", True)])
-def test_what_short_prompts_decided_is_no_prefix_of_longer_ones(kind, together, engine, tiny):
+@pytest.mark.parametrize("kind", ["online", "blend"])
+def test_what_short_prompts_decided_is_no_prefix_of_longer_ones(kind, engine, tiny):
     # chats that begin with less than a probe window, are scored with their answer (which computes
     # all of it anew), and go on: the last turn finds pages of the turns before it
     begun = prompts_of([9, 8, 7, 6, 5, 6, 7, 9], seed=9)
     rest = prompts_of([90] * len(begun), seed=10)
     first = engine(
-        tiny, [generate(begun, 40)], PROFILES[kind], block_size=PAGE, together=together
+        tiny, [generate(begun, 40)], PROFILES[kind], block_size=PAGE
     )["parts"][0]["ids"]  # fmt: skip
     chats = [
         [*chat, *answer[0][: PAGE + 8], *more]
@@ -190,17 +184,15 @@ def test_what_short_prompts_decided_is_no_prefix_of_longer_ones(kind, together, 
             generate([chat], 40), generate([scored], 1, scored=True), generate([turn], 20)
         )
     ]  # fmt: skip
-    found = engine(tiny, parts, PROFILES[kind], block_size=PAGE, together=together)["parts"]
+    found = engine(tiny, parts, PROFILES[kind], block_size=PAGE)["parts"]
     assert all(turn["cached"] == [4 * PAGE] for turn in found[2::3])  # caching goes on
     assert [turn["ids"][0] for turn in found[2::3]] == runtime_tokens(
         tiny, PROFILES[kind], last, 20
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "together"), [("online", True), ("blend", False), ("online window", True)]
-)
-def test_preemption_does_not_change_what_a_short_prompt_decided(kind, together, engine, tiny):
+@pytest.mark.parametrize("kind", ["online", "blend", "online window"])
+def test_preemption_does_not_change_what_a_short_prompt_decided(kind, engine, tiny):
     # a preempted request starts anew with all it has generated, which is more than its prompt
     # and, in the end, more than the probe window
     short = prompts_of([40, 1, 2, 3, 4, 5, 6, 7], seed=6)
@@ -209,7 +201,7 @@ def test_preemption_does_not_change_what_a_short_prompt_decided(kind, together, 
     crowd = generate([*prompts_of([100, 90, 60], seed=5), *short], 40)
     found = engine(
         tiny, [*alone, crowd], PROFILES[kind], block_size=PAGE, num_gpu_blocks_override=15,
-        max_num_seqs=12, enable_prefix_caching=False, max_model_len=192, together=together,
+        max_num_seqs=12, enable_prefix_caching=False, max_model_len=192,
         enable_chunked_prefill=False, max_num_batched_tokens=256,
     )  # fmt: skip
     assert found["preemptions"] >= 4
@@ -252,7 +244,7 @@ def test_clients_that_leave_a_pipeline_cost_nobody_the_recent_window(engine, tin
 def test_tensor_parallel_ranks_cluster_their_own_heads(engine, tiny) -> None:
     # clusters that lie across ranks are taken apart: the same as a profile that never had them
     shape = describe(AutoConfig.from_pretrained(tiny))
-    ranks = [served_layers(shape, STATIC, 2, rank) for rank in range(2)]
+    ranks = [layer_shards(shape, STATIC, 2, rank) for rank in range(2)]
     rep = [
         [*low.fallback, *(head + HEADS // 2 for head in high.fallback)]
         for low, high in zip(*ranks, strict=True)
@@ -264,16 +256,15 @@ def test_tensor_parallel_ranks_cluster_their_own_heads(engine, tiny) -> None:
     assert found["parts"][0]["ids"] == runtime_tokens(tiny, apart, prompts, 16)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
 @pytest.mark.parametrize("kind", list(GROUPED))
-def test_grouped_queries_through_hits_preemption_and_chunks(kind, together, engine, tiny_grouped):
+def test_grouped_queries_through_hits_preemption_and_chunks(kind, engine, tiny_grouped):
     profile = GROUPED[kind]
     parts = {
         "first": generate(MIXED, TOKENS), "shared": generate(SHARED, TOKENS),
         "samples": generate(MIXED[:1], FEW, n=3), "again": generate(MIXED[:4], TOKENS),
     }  # fmt: skip
     found = engine(
-        tiny_grouped, list(parts.values()), profile, together=together, block_size=PAGE,
+        tiny_grouped, list(parts.values()), profile, block_size=PAGE,
         num_gpu_blocks_override=16, max_model_len=256,
         max_num_batched_tokens=512 if kind == "online" else 48,
     )  # fmt: skip
@@ -288,39 +279,31 @@ def test_grouped_queries_through_hits_preemption_and_chunks(kind, together, engi
 
 
 @pytest.mark.parametrize(
-    ("kind", "together"),
-    [
-        ("static", False), ("static window", False), ("static window", True), ("online", True),
-        ("streaming", True), ("online streaming", False),
-    ],
-)  # fmt: skip
-def test_draft_tokens_of_n_grams(kind, together, engine, tiny) -> None:
+    "kind", ["static", "static window", "online", "streaming", "online streaming"]
+)
+def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
     prompts = [prompts_of([12])[0] * 4, prompts_of([30], seed=5)[0]]
     profile = PROFILES[kind]
     found = engine(
-        tiny, [generate(prompts, 30)], profile, block_size=PAGE, together=together,
+        tiny, [generate(prompts, 30)], profile, block_size=PAGE,
         speculative_config={
             "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
         },
     )  # fmt: skip
     assert found["parts"][0]["ids"] == runtime_tokens(tiny, profile, prompts, 30)
-    if "streaming" not in kind and not together:  # the planner gives the blocks of the formula
+    if "streaming" not in kind:  # the planner gives the blocks of the formula
         page = PAGE * 64 * 4 * sum(k + HEADS for k in CLUSTERS)
         assert found["blocks"] == 2**30 // page
 
 
 @pytest.mark.parametrize(
-    ("kind", "together"),
-    [
-        ("static", True), ("online", False), ("static window", False), ("static window", True),
-        ("streaming", True), ("online window", True),
-    ],
-)  # fmt: skip
-def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
+    "kind", ["static", "online", "static window", "streaming", "online window"]
+)
+def test_pages_of_8_bits(kind, engine, tiny) -> None:
     profile = PROFILES[kind]
     found = engine(
         tiny, [generate(MIXED, TOKENS), generate(SHARED, TOKENS)], profile, own=True,
-        together=together, kv_cache_dtype="fp8", block_size=PAGE,
+        kv_cache_dtype="fp8", block_size=PAGE,
         num_gpu_blocks_override=pool_of(kind), max_model_len=256,
         max_num_batched_tokens=512 if profile.membership != "static" else 48,
     )  # fmt: skip
@@ -330,14 +313,12 @@ def test_pages_of_8_bits(kind, together, engine, tiny) -> None:
         assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < NEAR
 
 
-@pytest.mark.parametrize(
-    ("kind", "together"), [("static", True), ("static window", True), ("online", False)]
-)
-def test_scales_of_8_bit_pages_change_no_token(kind, together, engine, tiny) -> None:
+@pytest.mark.parametrize("kind", ["static", "static window", "online"])
+def test_scales_of_8_bit_pages_change_no_token(kind, engine, tiny) -> None:
     # by powers of two K and V round to the same numbers
     prompts = MIXED[:5]
     found = engine(
-        tiny, [generate(prompts, FEW)], PROFILES[kind], own=True, together=together,
+        tiny, [generate(prompts, FEW)], PROFILES[kind], own=True,
         scales=(0.5, 4.0), kv_cache_dtype="fp8", block_size=PAGE, enable_prefix_caching=False,
     )  # fmt: skip
     losses = narrow_losses(tiny, PROFILES[kind], prompts, found["parts"][0]["ids"])

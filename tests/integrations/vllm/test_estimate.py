@@ -10,9 +10,10 @@ from chai_attention.integrations.vllm.estimate import (
     batch_defaults,
     blocks_of,
     estimate,
+    estimate_config,
+    parameters,
 )
-from chai_attention.integrations.vllm.layers import served_layers
-from chai_attention.integrations.vllm.weigh import estimate_config, parameters
+from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 
@@ -21,7 +22,7 @@ GB = 10**9
 
 
 def test_pages_are_the_planners() -> None:
-    layers = served_layers(describe(LLAMA_7B), ClusterProfile.published("llama-7b"))
+    layers = layer_shards(describe(LLAMA_7B), ClusterProfile.published("llama-7b"))
     found = Capacity(blocks_of(layers, 128), 100, 8192)
     assert found.per.block_bytes == 16 * 2 * 128 * (18 * 64 + 14 * 36)
     assert found.per.near_page is None
@@ -98,7 +99,7 @@ def windowed(recent: int, own: int = 8, streaming: int = 12) -> ClusterProfile:
 
 
 def test_near_pages_are_taken_from_the_same_blocks() -> None:
-    layers = served_layers(describe(LLAMA_7B), windowed(128))
+    layers = layer_shards(describe(LLAMA_7B), windowed(128))
     found = blocks_of(layers, 128, page=64)
     assert found.far_bytes == 64 * 32 * (8 + 20) * 128 * 2
     assert (found.near_page, found.near_bytes) == (48, 48 * 32 * (24 + 12) * 128 * 2)
@@ -117,7 +118,7 @@ def test_near_pages_are_taken_from_the_same_blocks() -> None:
 
 
 def test_a_near_page_may_be_the_larger_one() -> None:
-    found = blocks_of(served_layers(describe(LLAMA_7B), windowed(128)), 128, page=16)
+    found = blocks_of(layer_shards(describe(LLAMA_7B), windowed(128)), 128, page=16)
     assert found.near_page == 16
     assert found.block_bytes == found.near_bytes == 16 * 32 * 36 * 128 * 2
     assert found.wasted == pytest.approx(1 - 28 / 36)

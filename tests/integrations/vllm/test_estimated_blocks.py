@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from chai_attention.integrations.vllm.estimate import Capacity, blocks_of
-from chai_attention.integrations.vllm.layers import served_layers
+from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 from vllm_job import generate
@@ -43,7 +43,7 @@ def test_the_planner_makes_the_blocks_of_the_estimate(kind, options, engine, tin
     shape = describe(AutoConfig.from_pretrained(tiny))
     ranks = options.get("tensor_parallel_size", 1)
     element = 1 if "kv_cache_dtype" in options else 4
-    per = blocks_of(served_layers(shape, PROFILES[kind], ranks), 64, element, PAGE)
+    per = blocks_of(layer_shards(shape, PROFILES[kind], ranks), 64, element, PAGE)
     assert (per.near_page is None) == (kind == "no window")
     found = engine(tiny, [generate([EVERY], 2)], PROFILES[kind], block_size=PAGE, **options)
     assert found["blocks"] == MEMORY // per.block_bytes
@@ -52,7 +52,7 @@ def test_the_planner_makes_the_blocks_of_the_estimate(kind, options, engine, tin
 @pytest.mark.parametrize("kind", ["window", "streaming", "all stream"])
 def test_so_many_requests_run_without_preemption(kind, engine, tiny) -> None:
     shape = describe(AutoConfig.from_pretrained(tiny))
-    per = blocks_of(served_layers(shape, PROFILES[kind]), 64, 4, PAGE)
+    per = blocks_of(layer_shards(shape, PROFILES[kind]), 64, 4, PAGE)
     context, chunk, count = 200, 64, 4
     blocks = next(n for n in range(999) if Capacity(per, n, chunk).requests(context) == count)
     prompts = [[3 + seed + n % 50 for n in range(180)] for seed in range(count)]

@@ -12,9 +12,8 @@ pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.impl import ChaiAttention
-from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.near_layer import NearLayer
-from chai_attention.integrations.vllm.pages import PageLayout
+from chai_attention.integrations.vllm.kv_cache import NearLayer
+from chai_attention.integrations.vllm.layers import LayerShard, PageLayout
 from chai_attention.runtime.plan import LayerPlan
 
 LAYOUTS = {"a": PageLayout(3, 1, 8, 4), "b": PageLayout(0, 0, 8, 4), "c": PageLayout(2, 5, 8, 4)}
@@ -57,16 +56,16 @@ def test_a_cache_for_trials_gets_free() -> None:
     rep = (0, 0, 2, 2, 4)
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=4, sinks=1, streaming=(4,))
     impl = object.__new__(ChaiAttention)
-    impl.layer = ServedLayer(plan, 2, rep)
+    impl.layer = LayerShard(plan, 2, rep)
     impl.scale, impl.softcap, impl.is_narrow = 0.3, None, False
-    impl._name, impl._copies, impl._held = "layer", None, None
+    impl._name, impl._workspace, impl._held = "layer", None, None
     impl.layout, impl.near_layout = impl.layer.layout(8, 8), impl.layer.near_layout(8, 8)
     numbers = impl.near_layout.numbers_per_token
     near = NearLayer(None, None, {"layer": impl.near_layout}, numbers, [1], int, 4, 1, 0)
     cache_config = SimpleNamespace(num_gpu_blocks=None)
     model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
-    impl.served = SimpleNamespace(
-        near=near, rows=3, config=SimpleNamespace(cache_config=cache_config)
+    impl.model_state = SimpleNamespace(
+        near=near, max_requests=3, config=SimpleNamespace(cache_config=cache_config)
     )
     far_memory = np.zeros((4, 1, 16, impl.layer.layout(8, 8).numbers_per_token), np.float32)
     near_memory = np.zeros((4, 1, 16, numbers), np.float32)

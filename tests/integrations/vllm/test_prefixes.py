@@ -19,10 +19,9 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
-from chai_attention.integrations.vllm.pages import PageLayout
-from chai_attention.integrations.vllm.prefixes import ProbedManager, ProbedSpec, probed
-from chai_attention.integrations.vllm.stock import with_prefixes
+from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of, with_prefixes
+from chai_attention.integrations.vllm.kv_cache import ProbedManager, ProbedSpec, probed
+from chai_attention.integrations.vllm.layers import PageLayout
 
 PAGE, PROBE = 16, 10
 PLAIN = FullAttentionSpec(

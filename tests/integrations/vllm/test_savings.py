@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from chai_attention.integrations.vllm.layers import served_layers
-from chai_attention.integrations.vllm.savings import savings
-from chai_attention.integrations.vllm.served import ServedModel
+from chai_attention.integrations.vllm.model_state import ModelState
+from chai_attention.integrations.vllm.shares import layer_shards, savings
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 
@@ -60,8 +59,8 @@ def test_one_rank_of_a_server_logs_one_line(rank, first, monkeypatch) -> None:
     distributed = pytest.importorskip("vllm.distributed")
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(distributed, "get_pp_group", lambda: SimpleNamespace(is_first_rank=first))
-    model = ServedModel.__new__(ServedModel)
-    model.profile, model.layers = FIRST, served_layers(describe(CONFIG), FIRST, 2, rank)
+    model = ModelState.__new__(ModelState)
+    model.profile, model.layers = FIRST, layer_shards(describe(CONFIG), FIRST, 2, rank)
     model.config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=CONFIG),
         parallel_config=SimpleNamespace(tensor_parallel_size=2),

@@ -7,35 +7,37 @@ import torch
 
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import LEAST_VARLEN, StepAttention
-from chai_attention.integrations.vllm.layers import ServedLayer
+from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.pages import Pages
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.runtime.plan import LayerPlan
 
 DIM, PAGE = 16, 16
 
 
-def served(rows: int, longest: int, near: torch.Tensor | None = None) -> SimpleNamespace:
+def model_of(requests: int, longest: int, near: torch.Tensor | None = None) -> SimpleNamespace:
     model = SimpleNamespace(max_model_len=longest)
     layer = None if near is None else SimpleNamespace(kv_cache=near)
-    return SimpleNamespace(rows=rows, near=layer, config=SimpleNamespace(model_config=model))
+    config = SimpleNamespace(model_config=model)
+    return SimpleNamespace(max_requests=requests, near=layer, config=config)
 
 
 def test_kinds_of_steps() -> None:
     cache = torch.zeros(4, 1, PAGE, 1)
-    steps = list(warm_up.steps(served(640, 8192), cache))
-    decodes = {(step.decodes, step.most_keys) for step in steps if step.decodes}
+    steps = list(warm_up.steps(model_of(640, 8192), cache))
+    decodes = {(step.num_decodes, step.max_seq_len) for step in steps if step.num_decodes}
     assert {(1, 64), (1, 8192), (8, 128), (640, 64), (640, 8192)} <= decodes
-    prompts = [step for step in steps if not step.decodes]
-    tokens = {(row.tokens, row.context > 0) for step in prompts for row in step.rows}
+    prompts = [step for step in steps if not step.num_decodes]
+    tokens = {(each.query_len, each.context_len > 0) for step in prompts for each in step.requests}
     assert {(16, True), (64, True), (128, True), (16, False), (128, False)} == tokens
     kinds = {
-        (part.fresh, part.begins) for step in prompts for part in step.prefilling(LEAST_VARLEN)
+        (part.is_new, part.has_new)
+        for step in prompts
+        for part in step.prefill_batches(LEAST_VARLEN)
     }
     assert kinds == {(True, True), (False, True), (False, False)}
     assert max(n for n, context in tokens if not context) >= LEAST_VARLEN
-    assert not any(step.fresh for step in steps if step.decodes)
+    assert not any(step.new for step in steps if step.num_decodes)
 
 
 @pytest.mark.parametrize("longest", [1, 20, 100])
@@ -43,7 +45,7 @@ def test_kinds_of_steps() -> None:
 def test_nothing_is_written(longest: int, window: int) -> None:
     rep = (0, 0, 2, 2, 0)
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=window, sinks=1 if window else 0)
-    layer = ServedLayer(plan, 2, rep)
+    layer = LayerShard(plan, 2, rep)
     layout, near_layout = layer.layout(DIM, DIM), layer.near_layout(DIM, DIM)
     cache = torch.randn(4, 1, PAGE, layout.numbers_per_token)
     near_cache, near = None, None
@@ -52,14 +54,15 @@ def test_nothing_is_written(longest: int, window: int) -> None:
         near = near_layout.split(near_cache)
     before = cache.clone(), None if near_cache is None else near_cache.clone()
     memberships = FixedMembership(layer, 3, torch.device("cpu"))
-    attention = StepAttention(plan, memberships, 0.3, None, together=True)
+    attention = StepAttention(plan, memberships, 0.3, None)
     pages = Pages(*layout.split(cache), *(near or ()))
-    for step in warm_up.steps(served(3, longest, near_cache), cache):
-        query, key, value = torch.randn(3, step.tokens, 5, DIM)
+    for step in warm_up.steps(model_of(3, longest, near_cache), cache):
+        query, key, value = torch.randn(3, step.num_actual_tokens, 5, DIM)
         out = torch.full_like(query, torch.nan)
         near_table = None if step.near is None else step.near.block_table
         write_paged(
-            key, value, pages.key, pages.value, step.slot_mapping, memberships.of(step.pages)[0],
+            key, value, pages.key, pages.value, step.slot_mapping,
+            memberships.of(step.first_pages)[0],
             near=attention.near_pages(pages, near_table, step.block_table),
             near_slot_mapping=attention.near_slots(step, pages),
         )  # fmt: skip

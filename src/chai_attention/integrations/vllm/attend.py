@@ -7,30 +7,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.copies import PageCopies
+from chai_attention.integrations.vllm.layers import Pages
 from chai_attention.integrations.vllm.memberships import (
     FixedMembership,
     PageMemberships,
     full_tokens,
     probe_range,
 )
-from chai_attention.integrations.vllm.pages import Pages
-from chai_attention.integrations.vllm.per_request import Request, from_pages
-from chai_attention.integrations.vllm.step import Packed, Part, Step
-from chai_attention.integrations.vllm.step_rows import Row
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, PackedTokens, SubBatch
+from chai_attention.ops.narrow import FLOAT8, widen_pages
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.packed import paged_near
 from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 from chai_attention.runtime.plan import LayerPlan
 
 Window = dict[str, Any]  # the exact window's arguments of an operation
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
+# tokens whose 8-bit pages are copied at a time; prompts behind more read the pages themselves
+MOST_COPIED = 32768
+
+
+def workspace_tokens(batch_tokens: int, longest: int) -> int:
+    """For how many tokens of pages the workspace has room.
+
+    Args:
+        batch_tokens: of a step, vLLM's ``max_num_batched_tokens``.
+        longest: of a request, its ``max_model_len``.
+    """
+    return min(batch_tokens + longest, MOST_COPIED)
+
+
+class DequantisationWorkspace:
+    """Memory for copies of 8-bit pages in the model's dtype, which matrix products take.
+
+    The layers of a model use it one after the other. It is taken before vLLM plans its pages.
+
+    Args:
+        tokens: room for the pages of so many.
+        dtype: of the copies.
+        device: of the cache.
+    """
+
+    def __init__(self, tokens: int, dtype: torch.dtype, device: torch.device):
+        self._tokens = tokens
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def reserve(self, numbers: int) -> None:
+        """Take memory for a layer whose pages hold so many numbers per token."""
+        if self._memory.numel() < self._tokens * numbers:
+            self._memory = self._memory.new_empty(self._tokens * numbers)
+
+    def widen(self, pages: tuple[Tensor, Tensor], used: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Copy pages of K and V in the wider dtype.
+
+        Args:
+            pages: ``[P, N, heads, D]`` each.
+            used: ``[n]`` int64, which of them.
+
+        Returns:
+            ``[n, N, heads, D]`` each; None where there is no room for so many.
+        """
+        shapes = [torch.Size((used.shape[0], *states.shape[1:])) for states in pages]
+        end = shapes[0].numel()
+        if end + shapes[1].numel() > self._memory.numel():
+            return None
+        keys = self._memory[:end].view(shapes[0])
+        values = self._memory[end : end + shapes[1].numel()].view(shapes[1])
+        widen_pages(pages[0], used, keys)
+        widen_pages(pages[1], used, values)
+        return keys, values
 
 
 class StepAttention:
-    """How a layer attends: whole batches by the kernels' operations, or requests one by one.
+    """How a layer attends: all requests of a kind by one operation.
 
     Q, K and V of a step are ``[T, H, D]``, ``[T, G, D]`` and ``[T, G, Dv]``; pages are as
     `PageLayout.split` views them; the output is ``[T, H, Dv]``.
@@ -40,8 +89,7 @@ class StepAttention:
         memberships: whom each request's heads follow.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
-        together: whether whole batches go to one operation, as kernels want it.
-        copies: memory for copies of 8-bit pages.
+        workspace: for copies of 8-bit pages.
     """
 
     def __init__(
@@ -50,31 +98,27 @@ class StepAttention:
         memberships: FixedMembership | PageMemberships,
         scale: float,
         softcap: float | None,
-        together: bool,
-        copies: PageCopies | None = None,
+        workspace: DequantisationWorkspace | None = None,
     ):
         self.plan = plan
         self.memberships = memberships
         self.scale = scale
         self.softcap = softcap
-        self.together = together
-        self.copies = copies
+        self.workspace = workspace
 
-    def reads_new(self, step: Step) -> bool:
+    def reads_new(self, step: ChaiMetadata) -> bool:
         """Whether some requests attend to K and V of new tokens as they come, not in pages.
 
         Asked where pages are of 8 bits.
         """
-        if not self.together:
-            return True
         return bool(step.prefills) and (
-            self.plan.needs_probe or any(part.fresh for part in self._parts(step, is_narrow=True))
+            self.plan.needs_probe or any(part.is_new for part in self._prefills(step, True))
         )
 
-    def _parts(self, step: Step, is_narrow: bool) -> list[Part]:
+    def _prefills(self, step: ChaiMetadata, is_narrow: bool) -> list[SubBatch]:
         """The requests behind the decodes, by the operation that they need."""
         # prompts read 8-bit pages as copies, which windows have none of
-        return step.prefilling(
+        return step.prefill_batches(
             None if is_narrow and not self.plan.has_recent_window else LEAST_VARLEN
         )
 
@@ -93,7 +137,7 @@ class StepAttention:
             keys, values, table = pages.key[:, :, :0], pages.value[:, :, :0], far_table
         return NearPages(keys, values, table, self.plan.recent, self.plan.sinks)
 
-    def near_slots(self, step: Step, pages: Pages) -> Tensor | None:
+    def near_slots(self, step: ChaiMetadata, pages: Pages) -> Tensor | None:
         """``[T]`` int64, where new tokens go in `near_pages`; None without an exact window."""
         if not self.plan.has_recent_window:
             return None
@@ -102,39 +146,42 @@ class StepAttention:
         return step.near.slot_mapping
 
     def run(
-        self, step: Step, query: Tensor, key: Tensor, value: Tensor, pages: Pages, out: Tensor
+        self,
+        step: ChaiMetadata,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pages: Pages,
+        out: Tensor,
     ) -> None:
         """Attend with all requests, whose new tokens stand in the pages."""
-        if not self.together:
-            for row in step.rows:
-                if row.tokens:
-                    self._one(step, row, query, key, value, pages, out)
-            return
-        if step.decodes:
-            self._decode(step, step.decoding, query, pages, out)
+        if step.num_decodes:
+            self._decode(step, step.decode_batch, query, pages, out)
         if step.prefills:
-            for part in self._parts(step, pages.key.dtype == FLOAT8):
+            for part in self._prefills(step, pages.key.dtype == FLOAT8):
                 self._prefill(step, part, query, key, value, pages, out)
             if self.plan.needs_probe:
                 self._behind_probes(step, query, key, value, out)
 
-    def _decode(self, step: Step, part: Part, query: Tensor, pages: Pages, out: Tensor) -> None:
+    def _decode(
+        self, step: ChaiMetadata, part: SubBatch, query: Tensor, pages: Pages, out: Tensor
+    ) -> None:
         """Attend with one token of each of the first requests."""
-        member, rows = self.memberships.of(part.pages)
+        member, rows = self.memberships.of(part.first_pages)
         window: Window = {}
         if self.plan.has_recent_window:
             near = self.near_pages(pages, part.near_table, part.block_table)
-            window = {"near": near, "offset": self.memberships.offsets(part.pages)}
+            window = {"near": near, "offset": self.memberships.offsets(part.first_pages)}
         paged_decode(
             query[part.tokens], pages.key, pages.value, part.block_table, member,
-            lengths=part.lengths, scale=self.scale, softcap=self.softcap, rows=rows,
-            out=out[part.tokens], most_keys=step.most_keys, **window,
+            lengths=part.seq_lens, scale=self.scale, softcap=self.softcap, rows=rows,
+            out=out[part.tokens], most_keys=step.max_seq_len, **window,
         )  # fmt: skip
 
     def _prefill(
         self,
-        step: Step,
-        part: Part,
+        step: ChaiMetadata,
+        part: SubBatch,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -143,32 +190,32 @@ class StepAttention:
     ) -> None:
         """Attend with some of the requests behind the decodes."""
         query, key, value = (x[part.tokens] for x in (query, key, value))
-        member, rows = self.memberships.of(part.pages)
+        member, rows = self.memberships.of(part.first_pages)
         options: dict[str, Any] = {
-            "query_starts": part.query_starts,
-            "most_queries": part.most_queries,
+            "query_starts": part.query_start_loc,
+            "most_queries": part.max_query_len,
             "scale": self.scale,
             "softcap": self.softcap,
             "rows": rows,
             "out": out[part.tokens],
         }
-        if self.plan.needs_probe and part.begins:
+        if self.plan.needs_probe and part.has_new:
             options["probe"] = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
-            options["offset"] = self.memberships.offsets(part.pages)
-        if part.fresh:
+            options["offset"] = self.memberships.offsets(part.first_pages)
+        if part.is_new:
             varlen_prefill(
                 query, key, value, member, natural_order=True, **options, **self._window()
             )
             return
         near = self.near_pages(pages, part.near_table, part.block_table)
         far, table = (pages.key, pages.value), part.block_table
-        if pages.key.dtype == FLOAT8 and self.copies is not None:
+        if pages.key.dtype == FLOAT8 and self.workspace is not None:
             used, places = step.prefill_pages(pages.key.shape[1])
-            copied = self.copies.of(far, used)
-            if copied is not None:
-                far, table = copied, places
-        paged_prefill(query, *far, table, member, lengths=part.lengths, near=near, **options)
+            widened = self.workspace.widen(far, used)
+            if widened is not None:
+                far, table = widened, places
+        paged_prefill(query, *far, table, member, lengths=part.seq_lens, near=near, **options)
 
     def _window(self) -> Window:
         """The exact window of prompts that attend to K and V as they come."""
@@ -177,7 +224,7 @@ class StepAttention:
         return {"recent": self.plan.recent, "sinks": self.plan.sinks}
 
     def _behind_probes(
-        self, step: Step, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+        self, step: ChaiMetadata, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> None:
         """Put right where `Probe` went too far: behind a prompt that ends in the probe window.
 
@@ -188,64 +235,37 @@ class StepAttention:
         undecided = step.undecided_tokens(*reach)
         if undecided is not None:
             out[undecided.tokens] = self._again(step, query, key, value, undecided)
-        for row in step.begun_again(*reach):
-            own, end = full_tokens(self.plan, row), min(self.plan.probe_end, row.tokens)
-            one = Packed(
-                torch.tensor([row.number], device=out.device),
-                torch.arange(row.start, row.start + end, device=out.device),
+        for each in step.begun_again(*reach):
+            own, end = full_tokens(self.plan, each), min(self.plan.probe_end, each.query_len)
+            one = PackedTokens(
+                torch.tensor([each.req_index], device=out.device),
+                torch.arange(each.start, each.start + end, device=out.device),
                 torch.arange(2, dtype=torch.int32, device=out.device) * end,
                 end,
             )
             out[one.tokens] = self._again(step, query, key, value, one, own)
 
     def _again(
-        self, step: Step, query: Tensor, key: Tensor, value: Tensor, some: Packed, own: int = 0
+        self,
+        step: ChaiMetadata,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        some: PackedTokens,
+        own: int = 0,
     ) -> Tensor:
         """Attend with first tokens of requests, the first ``own`` with all heads: ``[T', H, Dv]``.
 
         Q, K and V are those of the step.
         """
         q, k, v = (x[some.tokens] for x in (query, key, value))
-        first = step.pages[some.rows]
-        member, rows = self.memberships.of(first)
+        first_pages = step.first_pages[some.requests]
+        member, rows = self.memberships.of(first_pages)
         window = self._window()
         if window:
-            window["offset"] = self.memberships.offsets(first)
+            window["offset"] = self.memberships.offsets(first_pages)
         return varlen_prefill(
-            q, k, v, member, query_starts=some.starts, most_queries=some.most, scale=self.scale,
-            softcap=self.softcap, rows=rows, natural_order=True,
+            q, k, v, member, query_starts=some.query_start_loc, most_queries=some.max_query_len,
+            scale=self.scale, softcap=self.softcap, rows=rows, natural_order=True,
             probe=Probe(q, k, v, own) if own else None, **window,
         )[0]  # fmt: skip
-
-    def _one(
-        self,
-        step: Step,
-        row: Row,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pages: Pages,
-        out: Tensor,
-    ) -> None:
-        """Attend with the tokens of one request."""
-        plan, tokens = self.plan, slice(row.start, row.stop)
-        first = step.pages[row.number : row.number + 1]
-        member, lines = self.memberships.of(first)
-        if lines is not None:
-            member = member.select(lines.long())
-        q, k, v = (x[tokens].transpose(0, 1)[None] for x in (query, key, value))
-        table = step.block_table[row.number]
-        keys, values = (from_pages(x, table, row.length).to(q.dtype) for x in pages[:2])
-        request = Request(q, k, v, keys, values, member, self.scale, self.softcap)
-        line = slice(row.number, row.number + 1)
-        near_table = None if step.near is None else step.near.block_table[line]
-        near = self.near_pages(pages, near_table, step.block_table[line])
-        if near is None:
-            out[tokens] = request.attend()
-        else:
-            [near_keys] = paged_near(near, [(keys[0], values[0])], member, [row.tokens])
-            offset = self.memberships.offsets(first)
-            out[tokens] = request.attend_near(plan.recent, plan.sinks, offset, near_keys)
-        own = full_tokens(plan, row)
-        if own:
-            out[row.start : row.start + own] = request.attend_fully(own)

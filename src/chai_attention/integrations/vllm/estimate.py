@@ -1,31 +1,36 @@
-"""How many tokens of K and V fit into a GPU, and what that gains, before anything is loaded."""
+"""How many tokens of K and V fit into a GPU, and what that gains, before anything is loaded.
+
+Everything comes from the model's config, the profile and vLLM's options.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedConfig
+
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.vllm.copies import MOST_TOKENS, copied_tokens
-from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
-from chai_attention.integrations.vllm.pages import PAGE, near_pages_of
-from chai_attention.integrations.vllm.reserve import row_bytes
-from chai_attention.integrations.vllm.savings import Savings, savings
+from chai_attention.integrations.vllm.attend import MOST_COPIED, workspace_tokens
+from chai_attention.integrations.vllm.command_line import OptionError, Options
+from chai_attention.integrations.vllm.layers import (
+    PAGE,
+    LayerShard,
+    near_page_tokens,
+    near_pages_of,
+)
+from chai_attention.integrations.vllm.memberships import row_bytes
+from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
+from chai_attention.integrations.vllm.shares import Savings, layer_shards, savings
 from chai_attention.profile import ClusterProfile
-from chai_attention.runtime.shape import ModelShape
+from chai_attention.runtime.shape import ModelShape, describe
+from chai_attention.runtime.skeleton import empty_model
 
 BLOCK = 16  # tokens of a page, vLLM's default on CUDA
 GIB = 2**30
 RUNTIME = 10**9  # CUDA context, graphs and workspaces, roughly
-
-
-def batch_defaults(gpu_bytes: int) -> tuple[int, int]:
-    """What vLLM takes for ``--max-num-seqs`` and ``--max-num-batched-tokens`` on such a GPU.
-
-    Of an A100 they are those of smaller GPUs, which bytes do not tell.
-    """
-    if gpu_bytes >= 160 * GIB:
-        return 1024, 16384
-    return (1024, 8192) if gpu_bytes >= 70 * GIB else (256, 2048)
+_SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ class Estimate:
 
 
 def blocks_of(
-    layers: tuple[ServedLayer, ...], head_dim: int, element_size: int = 2, page: int = BLOCK
+    layers: tuple[LayerShard, ...], head_dim: int, element_size: int = 2, page: int = BLOCK
 ) -> Blocks:
     """What vLLM's planner makes blocks of.
 
@@ -190,7 +195,7 @@ def estimate(
     utilization: float = 0.92,
     requests: int = 256,
     batch_tokens: int = 8192,
-    longest: int = MOST_TOKENS,
+    longest: int = MOST_COPIED,
     element_size: int = 2,
     cache_element_size: int | None = None,
     block: int | None = None,
@@ -217,8 +222,8 @@ def estimate(
         ChaiError: the model does not fit, or the profile does not fit the model.
     """
     size, cached = shape.head_dim, cache_element_size or element_size
-    layers = served_layers(shape, profile, ranks)
-    plain = served_layers(shape, ClusterProfile((shape.heads,) * shape.layers), ranks)
+    layers = layer_shards(shape, profile, ranks)
+    plain = layer_shards(shape, ClusterProfile((shape.heads,) * shape.layers), ranks)
     full, kept = (
         blocks_of(kind, size, cached, block or page)
         for kind, page in ((plain, BLOCK), (layers, PAGE))
@@ -229,9 +234,9 @@ def estimate(
     total, weights = int(gpu_bytes * utilization), weight_bytes // ranks
     copies = 0
     if cached < element_size:
-        copied = [layer for layer in layers if layer.reads_copies]
+        copied = [layer for layer in layers if layer.needs_workspace]
         numbers = (layer.layout(size, size).numbers_per_token for layer in copied)
-        copies = copied_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
+        copies = workspace_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
     left = total - weights - activations - RUNTIME
     if left - copies <= 0:
         raise ChaiError(
@@ -251,3 +256,95 @@ def estimate(
         requests,
         savings(shape, profile, ranks, layers),
     )
+
+
+def estimate_config(
+    config: PreTrainedConfig, profile: str, options: Sequence[str], gpu_bytes: int
+) -> Estimate:
+    """Estimate capacity and gain of a model.
+
+    Args:
+        config: the model's.
+        profile: as `ClusterProfile.resolve` takes it.
+        options: of ``vllm serve``; those that matter for memory are heeded.
+        gpu_bytes: memory of one GPU.
+
+    Raises:
+        ChaiError: an option that is no number, a profile that does not fit, too little memory.
+    """
+    text, given = config.get_text_config(decoder=True), Options(options)
+    size = element_size(text, given)
+    longest = _longest(given, text.max_position_embeddings)
+    cache = given.text("--kv-cache-dtype") or "auto"
+    if (problem := cache_problem(cache, None)) is not None:
+        raise OptionError(f"clustered heads do not support {problem}")
+    requests, batch_tokens = _batch(given, gpu_bytes, longest)
+    return estimate(
+        describe(config),
+        named_profile(profile),
+        gpu_bytes=gpu_bytes,
+        weight_bytes=parameters(config) * size,
+        vocabulary=text.vocab_size,
+        utilization=_utilization(given),
+        requests=requests,
+        batch_tokens=batch_tokens,
+        longest=longest,
+        element_size=size,
+        cache_element_size=1 if cache in EIGHT_BITS else size,
+        block=given.count("--block-size", 0) or None,
+        ranks=given.count("--tensor-parallel-size", 1),
+    )
+
+
+def element_size(config: PreTrainedConfig, options: Options) -> int:
+    """Bytes of a number of the model's weights and hidden states as vLLM runs it."""
+    saved = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    named = options.text("--dtype") or "auto"
+    # vLLM runs checkpoints in float32 as float16 unless it is told otherwise
+    if named not in ("auto", *_SIZES):
+        raise OptionError(f"--dtype is one of auto, {', '.join(_SIZES)}, not {named!r}")
+    dtype = saved if named == "auto" and saved != "float32" else named
+    return _SIZES.get(dtype, 2)
+
+
+def parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a model, counted without any memory for them."""
+    model = empty_model(config, torch.float32)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _batch(options: Options, gpu_bytes: int, longest: int) -> tuple[int, int]:
+    """Requests and tokens of a step, where they are not given as vLLM chooses them."""
+    requests, tokens = batch_defaults(gpu_bytes)
+    if options.text("--performance-mode") == "throughput":
+        requests, tokens = 2 * requests, 2 * tokens
+    given = options.count("--max-num-seqs", 0)
+    tokens = min(tokens, (given or requests) * longest)
+    tokens = options.count("--max-num-batched-tokens", tokens)
+    return given or min(requests, tokens), tokens
+
+
+def _utilization(options: Options) -> float:
+    """The share of a GPU's memory that vLLM may take."""
+    name = "--gpu-memory-utilization"
+    share = options.number(name, 0.92)
+    if not 0 < share <= 1:
+        raise OptionError(f"{name} is a share of more than 0 and at most 1, not {share:g}")
+    return share
+
+
+def _longest(options: Options, default: int) -> int:
+    """Tokens of the longest request; "auto" and -1 leave it to vLLM."""
+    name = "--max-model-len"
+    left = options.text(name) in ("auto", "-1")
+    return default if left else options.count(name, default)
+
+
+def batch_defaults(gpu_bytes: int) -> tuple[int, int]:
+    """What vLLM takes for ``--max-num-seqs`` and ``--max-num-batched-tokens`` on such a GPU.
+
+    Of an A100 they are those of smaller GPUs, which bytes do not tell.
+    """
+    if gpu_bytes >= 160 * GIB:
+        return 1024, 16384
+    return (1024, 8192) if gpu_bytes >= 70 * GIB else (256, 2048)

@@ -11,33 +11,27 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm import warm_up
-from chai_attention.integrations.vllm.attend import StepAttention
-from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
-from chai_attention.integrations.vllm.copies import PageCopies
-from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
-from chai_attention.integrations.vllm.near_layer import PACKED_LAYOUTS
-from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
-from chai_attention.integrations.vllm.pages import Pages
-from chai_attention.integrations.vllm.served import ServedModel
-from chai_attention.integrations.vllm.step import Step
-from chai_attention.integrations.vllm.stock import (
+from chai_attention.integrations.vllm.attend import DequantisationWorkspace, StepAttention
+from chai_attention.integrations.vllm.backend import (
+    PACKED_LAYOUTS,
+    ChaiBackend,
+    backend_of,
     common_layouts,
-    give_way,
     limited_to,
-    stock_backend,
+    native_backend,
+    run_natively,
     with_prefixes,
 )
+from chai_attention.integrations.vllm.layers import LayerShard, Pages
+from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
+from chai_attention.integrations.vllm.metadata import ChaiMetadata
+from chai_attention.integrations.vllm.model_state import ModelState
+from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.narrow import FLOAT8, as_stored
 
 
-def runs_kernels(device: torch.device) -> bool:
-    """Whether whole batches go to one operation, as kernels want it, or requests one by one."""
-    return device.type == "cuda"
-
-
-class ChaiAttention(AttentionImpl[Step]):
+class ChaiAttention(AttentionImpl[ChaiMetadata]):
     """What vLLM's ``Attention`` calls for a layer; the arguments are vLLM's."""
 
     def __init__(
@@ -70,7 +64,7 @@ class ChaiAttention(AttentionImpl[Step]):
         self.is_narrow = kv_cache_dtype in EIGHT_BITS
         self._scales = (1.0, 1.0)  # what pages hold K and V divided by
         self.softcap = logits_soft_cap or None
-        self.served = ServedModel.of(get_current_vllm_config())
+        self.model_state = ModelState.of(get_current_vllm_config())
         self._name: str | None = None  # of the layer, once its weights are loaded
         self._is_prepared = False  # for a cache
 
@@ -86,7 +80,7 @@ class ChaiAttention(AttentionImpl[Step]):
         from vllm.model_executor.models.utils import extract_layer_index
         from vllm.platforms import current_platform
 
-        config = self.served.config
+        config = self.model_state.config
         context = config.compilation_config.static_forward_context
         name, module = next(
             (name, module)
@@ -94,35 +88,35 @@ class ChaiAttention(AttentionImpl[Step]):
             if getattr(module, "impl", None) is self
         )
         self._name = name
-        self.layer: ServedLayer = self.served.layers[extract_layer_index(name)]
+        self.layer: LayerShard = self.model_state.layers[extract_layer_index(name)]
         plan = self.layer.plan
         if (plan.heads, plan.kv_heads) != (self.num_heads, self.num_kv_heads):
             raise UnsupportedModelError(
                 f"{name} has {self.num_heads} heads and {self.num_kv_heads} K/V heads, but the "
                 f"config says {plan.heads} and {plan.kv_heads}"
             )
-        stock = stock_backend(config, module, config.model_config.dtype)
-        some = any(each.plan.is_identity for each in self.served.layers)
-        own = PACKED_LAYOUTS if self.served.packs else ChaiBackend.layouts
-        layouts = common_layouts(own, stock if some else None)
-        self.served.add_near_layer(module, layouts)
-        probe_end = self.served.prefix_probe
-        if plan.is_identity and stock is not None:
+        native = native_backend(config, module, config.model_config.dtype)
+        some = any(each.plan.is_identity for each in self.model_state.layers)
+        own = PACKED_LAYOUTS if self.model_state.packs else ChaiBackend.layouts
+        layouts = common_layouts(own, native if some else None)
+        self.model_state.add_near_layer(module, layouts)
+        probe_end = self.model_state.prefix_probe
+        if plan.is_identity and native is not None:
             # near pages are kept in layouts that vLLM's attention reads but does not name
-            if config.parallel_config.pipeline_parallel_size > 1 or self.served.packs:
-                stock = limited_to(stock, layouts)
+            if config.parallel_config.pipeline_parallel_size > 1 or self.model_state.packs:
+                native = limited_to(native, layouts)
             if probe_end:
-                stock = with_prefixes(stock, probe_end)
-            give_way(module, stock, act_dtype)
+                native = with_prefixes(native, probe_end)
+            run_natively(module, native, act_dtype)
             return
         self.layout = self.layer.layout(self.head_size, module.head_size_v)
         module.attn_backend = backend_of(self.layout, layouts, probe_end)
         device = torch.device(current_platform.device_type)
-        self._copies: PageCopies | None = None
-        if self.is_narrow and self.layer.reads_copies:
-            self._copies = self.served.copies(device)
-            self._copies.reserve(self.layout.numbers_per_token)
-        self._held = self.served.hold(self.layer, device)
+        self._workspace: DequantisationWorkspace | None = None
+        if self.is_narrow and self.layer.needs_workspace:
+            self._workspace = self.model_state.workspace(device)
+            self._workspace.reserve(self.layout.numbers_per_token)
+        self._held = self.model_state.hold(self.layer, device)
         self.near_layout = self.layer.near_layout(self.head_size, module.head_size_v)
 
     def _weights_changed(self) -> None:
@@ -141,7 +135,7 @@ class ChaiAttention(AttentionImpl[Step]):
         """What pages hold K and V divided by; known once all weights are processed."""
         if not self.is_narrow:
             return 1.0, 1.0
-        module = self.served.config.compilation_config.static_forward_context[self._name]
+        module = self.model_state.config.compilation_config.static_forward_context[self._name]
         return module._k_scale_float, module._v_scale_float
 
     def prepare(self, cache: Tensor) -> None:
@@ -149,36 +143,37 @@ class ChaiAttention(AttentionImpl[Step]):
         device, plan = cache.device, self.layer.plan
         self._scales = self._checkpoint_scales()
         self._is_prepared = True
-        if cache.shape[0] == self.served.config.cache_config.num_gpu_blocks:
+        if cache.shape[0] == self.model_state.config.cache_config.num_gpu_blocks:
             self._held = None  # what is made now was counted; caches before that are for trials
         self._memberships: FixedMembership | PageMemberships = (
-            PageMemberships(self.layer, cache.shape[0], device, runs_kernels(device))
+            PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe
-            else FixedMembership(self.layer, self.served.rows, device)
+            else FixedMembership(self.layer, self.model_state.max_requests, device)
         )
         self._attention = StepAttention(
-            plan, self._memberships, self.scale * self._scales[0], self.softcap,
-            runs_kernels(device), self._copies,
-        )  # fmt: skip
+            plan, self._memberships, self.scale * self._scales[0], self.softcap, self._workspace
+        )
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it
-            self._run(cache, next(warm_up.decodes(self.served, cache, [1])))
-            if self.layer.kind not in self.served.warmed:
-                self.served.warmed.add(self.layer.kind)
-                for step in warm_up.steps(self.served, cache):
+            self._run(cache, next(warm_up.decodes(self.model_state, cache, [1])))
+            if self.layer.kind not in self.model_state.warmed:
+                self.model_state.warmed.add(self.layer.kind)
+                for step in warm_up.steps(self.model_state, cache):
                     self._run(cache, step)
 
-    def _run(self, cache: Tensor, step: Step) -> None:
+    def _run(self, cache: Tensor, step: ChaiMetadata) -> None:
         """Run a step of random tokens."""
         heads, groups, dim = self.num_heads, self.num_kv_heads, self.head_size
-        dtype = self.served.config.model_config.dtype
-        fused = torch.randn(step.tokens, heads + 2 * groups, dim, dtype=dtype, device=cache.device)
+        dtype = self.model_state.config.model_config.dtype
+        fused = torch.randn(
+            step.num_actual_tokens, heads + 2 * groups, dim, dtype=dtype, device=cache.device
+        )
         query, key, value = fused.split([heads, groups, groups], 1)
         value = value[..., : self.layout.value_dim]
-        out = query.new_empty(step.tokens, heads, value.shape[2])
+        out = query.new_empty(step.num_actual_tokens, heads, value.shape[2])
         self.forward(None, query, key, value, cache, step, out)
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: ChaiMetadata) -> None:
         """Take in requests whose first tokens are too few to cluster heads on.
 
         Not left to `forward`, as vLLM's older model runner decodes prompts of one token by a CUDA
@@ -193,9 +188,9 @@ class ChaiAttention(AttentionImpl[Step]):
         """View the layer's pages, far and near."""
         dtype = FLOAT8 if self.is_narrow else cache.dtype
         far = self.layout.split(cache.view(dtype) if self.is_narrow else cache)
-        if self.near_layout is None or self.served.near is None or self._name is None:
+        if self.near_layout is None or self.model_state.near is None or self._name is None:
             return Pages(far[0], far[1])
-        near = self.served.near.split(self._name, dtype)
+        near = self.model_state.near.split(self._name, dtype)
         return Pages(far[0], far[1], near[0], near[1])
 
     def forward(
@@ -205,7 +200,7 @@ class ChaiAttention(AttentionImpl[Step]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: ChaiMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -218,7 +213,7 @@ class ChaiAttention(AttentionImpl[Step]):
             key: ``[T, G, D]``.
             value: ``[T, G, Dv]``.
             kv_cache: ``[P, 1, N, numbers]``, the layer's pages; uint8 where they hold 8-bit floats.
-            attn_metadata: the step; None while vLLM measures memory.
+            attn_metadata: of the step; None while vLLM measures memory.
             output: ``[T, H, Dv]`` or ``[T, H * Dv]``, written to.
             output_scale: of a quantised output, which is not supported.
             output_block_scale: the same.
@@ -227,7 +222,7 @@ class ChaiAttention(AttentionImpl[Step]):
             raise UnsupportedModelError("clustered heads do not quantise attention's output")
         if attn_metadata is None:
             return output.fill_(0)
-        step, tokens = attn_metadata, attn_metadata.tokens
+        step, tokens = attn_metadata, attn_metadata.num_actual_tokens
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         out = output[:tokens].view(tokens, self.num_heads, -1)
         pages = self._pages(kv_cache)

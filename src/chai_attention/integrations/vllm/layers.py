@@ -1,32 +1,142 @@
-"""A profile as vLLM runs it: one plan per layer, for the heads that one rank holds.
-
-With tensor parallelism every rank holds some of the heads (see `chai_attention.ranks`), and
-probabilities never cross ranks. Every rank must have pages of the same size (see `shares`).
-"""
+"""A layer as vLLM runs it: the heads that one rank holds, and what lies in their pages."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from chai_attention.clustering.assign import K_BYTES, assign_by_cost
-from chai_attention.errors import ProfileError
-from chai_attention.integrations.vllm.pages import PageLayout, near_page
-from chai_attention.integrations.vllm.shares import fixed_shares, online_shares
 from chai_attention.membership import Membership
-from chai_attention.profile import ClusterProfile
-from chai_attention.ranks import rank_problem
-from chai_attention.runtime.plan import LayerPlan, layer_plans
-from chai_attention.runtime.shape import ModelShape
+from chai_attention.runtime.plan import LayerPlan
 
-Table = tuple[tuple[float, ...], ...]
+PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
+PAGE = 64  # tokens of a page on GPUs: with fewer the kernels look up pages more than they read them
+# Prefixes are found again at multiples of both kinds of pages: not more than so many far pages
+_MOST_ALIGNED = 4
+_LONGEST = 2  # near pages hold no more than so many far ones, unless the window does
 
 
 @dataclass(frozen=True)
-class ServedLayer:
+class PageLayout:
+    """The pages of one layer, far or near.
+
+    A page of N tokens is one run of memory: ``[N, key_heads, D]`` of K and behind it
+    ``[N, value_heads, Dv]`` of V. Far pages hold the heads that a membership keeps, in the order of
+    its ``key_heads`` and ``value_heads``; near pages those that it removes, in the order of its
+    ``removed_key_heads`` and ``removed_value_heads``.
+
+    Attributes:
+        key_heads: K heads that a page holds.
+        value_heads: V heads that a page holds.
+        head_dim: D.
+        value_dim: Dv.
+    """
+
+    key_heads: int
+    value_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers that a page holds for every token; at least one, as vLLM has no empty pages."""
+        return max(1, self.key_heads * self.head_dim + self.value_heads * self.value_dim)
+
+    def page_bytes(self, tokens: int, element_size: int) -> int:
+        """Bytes of a page of ``tokens``."""
+        return tokens * self.numbers_per_token * element_size
+
+    def split(self, cache: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """View the K and V pages of a layer's cache.
+
+        Args:
+            cache: ``[P, 1, N, C]``, as vLLM hands it to attention; a page is one run of memory.
+            start: numbers of a page, per token, that stand before the layer's.
+
+        Returns:
+            ``[P, N, key_heads, D]`` and ``[P, N, value_heads, Dv]``.
+        """
+        pages, tokens, stride = cache.shape[0], cache.shape[2], cache.stride(0)
+        line, end = self.key_heads * self.head_dim, self.value_heads * self.value_dim
+        first = cache.storage_offset() + tokens * start
+        return (
+            cache.as_strided(
+                (pages, tokens, self.key_heads, self.head_dim),
+                (stride, line, self.head_dim, 1),
+                first,
+            ),
+            cache.as_strided(
+                (pages, tokens, self.value_heads, self.value_dim),
+                (stride, end, self.value_dim, 1),
+                first + tokens * line,
+            ),
+        )
+
+
+class Pages(NamedTuple):
+    """A layer's pages in one step; nobody keeps them, as vLLM replaces caches.
+
+    Attributes:
+        key: ``[P, N, kept K heads, D]``.
+        value: ``[P, N, kept V heads, Dv]``.
+        near_key: ``[P, N', removed K heads, D]`` of near pages; None if far pages hold all heads.
+        near_value: ``[P, N', removed V heads, Dv]``; the same.
+    """
+
+    key: Tensor
+    value: Tensor
+    near_key: Tensor | None = None
+    near_value: Tensor | None = None
+
+
+def near_page(page: int, far: int, near: int, recent: int) -> int:
+    """Tokens of a near page beside far pages of ``page`` tokens.
+
+    vLLM takes both from one store of blocks, so every block is as large as the larger of the two.
+    Near pages are as long as they can be without being the larger ones; but 16 tokens at least,
+    not much longer than the window or far pages, and so that prefixes can be found again at every
+    fourth far page or more often.
+
+    Args:
+        page: tokens of a far page, a multiple of 16.
+        far: numbers per token in the far pages of all layers together.
+        near: the same of near pages.
+        recent: w.
+    """
+    found = PAGE_MULTIPLE
+    longest = min(page * far // max(1, near), max(_LONGEST * page, recent), _MOST_ALIGNED * page)
+    for tokens in range(PAGE_MULTIPLE, longest + 1, PAGE_MULTIPLE):
+        if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
+            found = tokens
+    return found
+
+
+def sink_pages(sinks: int, page: int) -> int:
+    """Near pages of ``page`` tokens that hold a request's first ``sinks`` tokens."""
+    return -(-sinks // page)
+
+
+def near_pages_of(tokens: int, page: int, recent: int, sinks: int, new: int = 1) -> int:
+    """Near pages that a request of ``tokens`` holds at most, while ``new`` of them are read.
+
+    Args:
+        tokens: with the new ones.
+        page: tokens of a near page.
+        recent: w.
+        sinks: s.
+        new: tokens of a step, all of whose near pages are there while it runs.
+    """
+    window = -(-(recent - 2 + new) // page) + 1  # it may begin anywhere in a page
+    return min(-(-tokens // page), window + sink_pages(sinks, page))
+
+
+@dataclass(frozen=True)
+class LayerShard:
     """One layer's heads on one rank.
 
     Attributes:
@@ -72,8 +182,8 @@ class ServedLayer:
         )
 
     @property
-    def reads_copies(self) -> bool:
-        """Whether prompts read pages of 8 bits as copies of 16; with a window they do not."""
+    def needs_workspace(self) -> bool:
+        """Whether prompts read copies of 8-bit pages: `attend.DequantisationWorkspace`."""
         return not self.plan.is_identity and not self.plan.has_recent_window
 
     @property
@@ -95,9 +205,7 @@ class ServedLayer:
         return PageLayout(keys, values, head_dim, value_dim)
 
 
-def near_page_tokens(
-    layers: Iterable[ServedLayer], page: int, head_dim: int, value_dim: int
-) -> int:
+def near_page_tokens(layers: Iterable[LayerShard], page: int, head_dim: int, value_dim: int) -> int:
     """Tokens of the near pages of a model, the same in all layers and on all ranks.
 
     Args:
@@ -113,93 +221,3 @@ def near_page_tokens(
         layout = layer.near_layout(head_dim, value_dim)
         near += 0 if layout is None else layout.numbers_per_token
     return near_page(page, far, near, recent)
-
-
-def served_layers(
-    shape: ModelShape, profile: ClusterProfile, ranks: int = 1, rank: int = 0
-) -> tuple[ServedLayer, ...]:
-    """Return the layers of ``rank`` of ``ranks``.
-
-    Clusters that lie across ranks are taken apart, and ranks that need fewer heads' scores, or
-    fewer V heads, than another keep spare ones, so a profile saves less with more ranks. An online
-    membership finds k / ranks clusters, rounded up, among each rank's heads, or as its share of the
-    heads that do not stream demands.
-
-    Raises:
-        ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
-    """
-    plans = layer_plans(shape, profile)
-    problem = rank_problem(shape.heads, shape.kv_heads, ranks)
-    if problem is not None:
-        raise ProfileError(f"--tensor-parallel-size {ranks}: {problem}")
-    # K/V heads that several ranks hold are heads of their own
-    plans = tuple(replace(plan, kv_heads=max(shape.kv_heads, ranks)) for plan in plans)
-    similarity = profile.similarity or (None,) * shape.layers
-    return tuple(
-        _share(plan, table, ranks, rank) for plan, table in zip(plans, similarity, strict=True)
-    )
-
-
-def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> ServedLayer:
-    """One rank's share of a layer."""
-    heads, groups = plan.heads // ranks, plan.kv_heads // ranks
-    first = rank * heads
-    local = replace(
-        plan,
-        heads=heads,
-        kv_heads=groups,
-        costs=_part(plan.costs, first, heads),
-        offsets=_part(plan.offsets, first, heads),
-    )
-    every, whole = tuple(range(heads)), plan.target == K_BYTES
-    # a layer that keeps all its heads on every rank needs no tables
-    identity = replace(local, clusters=heads, representatives=None, streaming=())
-    if plan.is_identity:
-        return ServedLayer(identity, groups, every)
-    if not plan.needs_probe:
-        rep = plan.representatives or tuple(range(plan.heads))
-        mine = fixed_shares(rep, plan.streaming, ranks, plan.kv_heads, whole)[rank]
-        if mine.is_identity:
-            return ServedLayer(identity, groups, every)
-        fixed = replace(
-            local,
-            clusters=len(set(mine.representatives)) - len(mine.streaming),
-            representatives=mine.representatives,
-            streaming=mine.streaming,
-        )
-        return ServedLayer(fixed, mine.kept, mine.representatives)
-    share = online_shares(plan.clusters, plan.heads, plan.streaming, ranks, plan.kv_heads, whole)[
-        rank
-    ]
-    if share.is_identity:
-        return ServedLayer(identity, groups, every)
-    local = replace(local, clusters=share.clusters, streaming=share.streaming)
-    fallback = _fallback(local, _part(similarity, first, heads))
-    return ServedLayer(local, share.kept, fallback, share.exact)
-
-
-def _part(table: Table | None, first: int, heads: int) -> Table | None:
-    """Rows and columns of ``heads`` heads."""
-    if table is None:
-        return None
-    return tuple(row[first : first + heads] for row in table[first : first + heads])
-
-
-def _fallback(plan: LayerPlan, similarity: Table | None) -> tuple[int, ...]:
-    """What is known about the heads without a request: costs, else similarity, else nothing."""
-    if plan.costs is not None:
-        cost = torch.tensor([plan.costs])
-    elif similarity is not None:
-        cost = 1 - torch.tensor([similarity])
-    else:
-        # neighbouring heads together
-        head = torch.arange(plan.heads, dtype=torch.float32)
-        cost = (head[:, None] - head).abs()[None]
-    found = list(range(plan.heads))
-    far = [head for head in found if head not in plan.streaming]
-    if far:
-        kv_heads = len(far) * plan.kv_heads // plan.heads
-        rep = assign_by_cost(cost[:, far][:, :, far], plan.clusters, kv_heads, plan.target)
-        for number, chosen in zip(far, rep[0].tolist(), strict=True):
-            found[number] = far[chosen]
-    return tuple(found)

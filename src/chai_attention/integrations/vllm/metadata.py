@@ -1,182 +1,373 @@
-"""The metadata builder: from vLLM's description of a batch to a `Step`."""
+"""What all clustered layers need to know about one step of vLLM, made once for all of them.
+
+A step that decodes has hundreds of requests, and nobody asks about a single one. So what is asked
+about all is asked of arrays, and a request is described (`RequestSpan`) when it is looked at.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from itertools import accumulate
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
 
-from chai_attention.integrations.vllm.near_layer import NearLayer
-from chai_attention.integrations.vllm.request_table import RequestTable
-from chai_attention.integrations.vllm.step import NearTables, Step
-from chai_attention.integrations.vllm.step_rows import Rows
-
-_STASH = "_chai_step"
+Asked = ParamSpec("Asked")
+Made = TypeVar("Made")
 
 
-class StepBuffers:
-    """Tensors that CUDA graphs read, filled before each replay; shared by a model's layers.
+class RequestSpan(NamedTuple):
+    """One request of a step, in numbers of the host.
 
-    Args:
-        rows: most requests of a step, with those that pad a graph.
-        device: of the cache.
+    Attributes:
+        req_index: its place in the step.
+        start: its first token among those of the step.
+        stop: behind its last one.
+        context_len: tokens that stand in the cache already.
+        prompt_len: tokens of its prompt; what comes behind them was generated, also where a
+            preempted request starts anew with both.
     """
 
-    def __init__(self, rows: int, device: torch.device):
-        self.pages = torch.zeros(rows, dtype=torch.int32, device=device)
+    req_index: int
+    start: int
+    stop: int
+    context_len: int
+    prompt_len: int
+
+    @property
+    def query_len(self) -> int:
+        """New tokens."""
+        return self.stop - self.start
+
+    @property
+    def seq_len(self) -> int:
+        """All tokens, with the new ones."""
+        return self.context_len + self.query_len
+
+    def prompt_before(self, end: int) -> int:
+        """New tokens of the prompt that stand before position ``end``; without any context."""
+        return min(self.query_len, self.prompt_len, end)
 
 
-class ChaiMetadataBuilder(AttentionMetadataBuilder[Step]):
-    """Builds a `Step`; the layers of all page sizes share one."""
+class RequestSpans:
+    """All requests of a step.
 
-    # decode runs in full CUDA graphs, prefill and mixed batches between graphs
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
-        context = vllm_config.compilation_config.static_forward_context
-        self._layers = [context[name] for name in layer_names]
-        served = self._layers[0].impl.served
-        self._buffers: StepBuffers = served.buffers(device)
-        self._decides = served.needs_probe  # else nobody asks how long prompts are
-        self._requests = RequestTable.of_caller() if self._decides else None
-        self._near: NearLayer | None = served.near
-        self._prepared: Tensor | None = None
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> Step:
-        """Describe a batch; all builders of a step return the same object."""
-        self._prepare()
-        step = self._step_of(common_attn_metadata, is_capture=False)
-        if self._decides and step.fresh:
-            for layer in self._layers:
-                layer.impl.begin(step)
-        return step
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
-        """Describe a dummy batch of decodes whose graph is captured."""
-        self._prepare()
-        return self._step_of(common_attn_metadata, is_capture=True)
-
-    def _step_of(self, common: CommonAttentionMetadata, is_capture: bool) -> Step:
-        """The one step that all layers share."""
-        step: Step | None = getattr(common, _STASH, None)
-        if step is None or step.is_capture != is_capture:
-            step = self._step(common, is_capture)
-            setattr(common, _STASH, step)
-            if self._near is not None:
-                self._near.step = step  # `NearMetadataBuilder` is asked behind all others
-        return step
-
-    def _prepare(self) -> None:
-        """Let layers make their tables for a new cache, which no graph may do."""
-        cache = self._layers[0].kv_cache
-        if self._prepared is not cache:
-            for layer in self._layers:
-                layer.impl.prepare(layer.kv_cache)
-            self._prepared = cache
-
-    def _step(self, common: CommonAttentionMetadata, is_capture: bool) -> Step:
-        requests, tokens = common.num_reqs, common.num_actual_tokens
-        rows = Rows(
-            common.query_start_loc_cpu[: requests + 1].numpy(),
-            self._host_lengths(common)[:requests].numpy(),
-            partial(self._requests.prompt, req_idx=common.req_idx)
-            if self._requests is not None and self._decides and not is_capture
-            else None,
-        )
-        # rows without tokens pad a graph of decodes
-        uniform = common.max_query_len == 1
-        decodes = min(requests, tokens) if uniform else rows.leading_decodes()
-        table = common.block_table_tensor[:requests]
-        lengths = common.seq_lens[:requests]
-        pages = self._buffers.pages[:requests]
-        token_pages = pages
-        if self._decides:
-            pages.copy_(table[:, 0])
-            # each token's request; found on the device, where padding may make more tokens
-            if not uniform or tokens != requests:
-                row = _rows_of_tokens(common.query_start_loc, requests, tokens)
-                token_pages = pages[row]
-        return Step(
-            rows=rows,
-            tokens=tokens,
-            decodes=decodes,
-            query_starts=common.query_start_loc[: requests + 1],
-            lengths=lengths,
-            block_table=table,
-            slot_mapping=common.slot_mapping[:tokens],
-            pages=pages,
-            token_pages=token_pages,
-            most_queries=common.max_query_len,
-            most_keys=common.max_seq_len,
-            is_capture=is_capture,
-        )
-
-    def _host_lengths(self, common: CommonAttentionMetadata) -> Tensor:
-        """Tokens of each request, on the host; exact but for requests that only decode."""
-        bound = common.seq_lens_cpu_upper_bound
-        if bound is None or common.seq_lens.device.type == "cpu":
-            return common.seq_lens.cpu()
-        return bound
-
-
-class NearMetadataBuilder(AttentionMetadataBuilder[Step]):
-    """Adds the near pages to the `Step` that the other layers' builder has made."""
-
-    _cudagraph_support = ChaiMetadataBuilder._cudagraph_support
+    Args:
+        query_start_loc: ``[B + 1]``, where their tokens begin, and the end.
+        seq_lens: ``[B]``, how many they then have.
+        prompt_len: from a request's index to the tokens of its prompt, asked for requests without
+            context; None where nobody needs to know.
+    """
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
-        context = vllm_config.compilation_config.static_forward_context
-        self._layer: NearLayer = context[layer_names[0]]
-
-    def build(
         self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> Step:
-        """Complete the step that is being described."""
-        step, self._layer.step = self._layer.step, None
-        tokens = common_attn_metadata.num_actual_tokens
-        if step is None or step.tokens != tokens:
-            raise RuntimeError(
-                "near pages were described before the layers that need them; please report this, "
-                "with the version of vLLM"
-            )
-        step.near = NearTables(
-            common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs],
-            common_attn_metadata.slot_mapping[:tokens],
+        query_start_loc: ArrayLike,
+        seq_lens: ArrayLike,
+        prompt_len: Callable[[int], int] | None = None,
+    ):
+        # vLLM writes the next step to the arrays of this one
+        self._starts = np.array(query_start_loc, dtype=np.int64)
+        self._seq_lens = np.array(seq_lens, dtype=np.int64)
+        self._query_lens = np.diff(self._starts)
+        self._prompt_len = prompt_len
+
+    def __len__(self) -> int:
+        return len(self._query_lens)
+
+    def __getitem__(self, index: int) -> RequestSpan:
+        start, new = int(self._starts[index]), int(self._query_lens[index])
+        length = int(self._seq_lens[index])
+        context = max(0, length - new)
+        prompt = length
+        if self._prompt_len is not None and not context and new:
+            prompt = self._prompt_len(index)
+        return RequestSpan(index, start, start + new, context, prompt)
+
+    def __iter__(self) -> Iterator[RequestSpan]:
+        return (self[index] for index in range(len(self)))
+
+    def leading_decodes(self) -> int:
+        """How many requests at the front have one new token each."""
+        others = np.flatnonzero(self._query_lens != 1)
+        return int(others[0]) if len(others) else len(self)
+
+    def new(self) -> list[RequestSpan]:
+        """Requests with new tokens and no context."""
+        found = (self._query_lens > 0) & (self._seq_lens <= self._query_lens)
+        return [self[index] for index in np.flatnonzero(found).tolist()]
+
+    def behind(self, first: int) -> list[RequestSpan]:
+        """Requests with new tokens, from an index on."""
+        return [self[n + first] for n in np.flatnonzero(self._query_lens[first:] > 0).tolist()]
+
+
+class NearTables(NamedTuple):
+    """Where the near K and V of a step's requests and of its new tokens stand.
+
+    Attributes:
+        block_table: ``[B, max_pages]`` int32, near pages; any number for those given back.
+        slot_mapping: ``[T]`` int64, where each token goes in the near pages; -1 for padding.
+    """
+
+    block_table: Tensor
+    slot_mapping: Tensor
+
+
+class SubBatch(NamedTuple):
+    """Neighbouring requests of a step that one operation attends with.
+
+    Attributes:
+        tokens: theirs among those of the step.
+        query_start_loc: ``[n + 1]`` int32, where each request's tokens begin, counted from those of
+            the first one, and the end.
+        max_query_len: no request has more new tokens.
+        is_new: whether none has context.
+        has_new: whether some has none.
+        first_pages: ``[n]`` int32, as in `ChaiMetadata`, as are the next three.
+        block_table: ``[n, max_pages]`` int32.
+        seq_lens: ``[n]`` int32.
+        near_table: ``[n, max_near_pages]`` int32, None without near pages.
+    """
+
+    tokens: slice
+    query_start_loc: Tensor
+    max_query_len: int
+    is_new: bool
+    has_new: bool
+    first_pages: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    near_table: Tensor | None
+
+
+class NewRequests(NamedTuple):
+    """Requests that start with a step, and their prompts' tokens in the probe window.
+
+    Attributes:
+        first_pages: ``[n]`` int32, the first page of each.
+        window: ``[n, W]`` int64, the window's tokens among those of the step.
+        real: ``[n]`` int32, how many of them are there; a prompt that ends in the window has
+            others of its tokens behind them.
+    """
+
+    first_pages: Tensor
+    window: Tensor
+    real: Tensor
+
+
+class PackedTokens(NamedTuple):
+    """Some requests' first tokens, one request after the other.
+
+    Attributes:
+        requests: ``[n]`` int64, the requests' places in the step.
+        tokens: ``[T']`` int64, their tokens among those of the step.
+        query_start_loc: ``[n + 1]`` int32, where each request's begin, and the end.
+        max_query_len: no request has more.
+    """
+
+    requests: Tensor
+    tokens: Tensor
+    query_start_loc: Tensor
+    max_query_len: int
+
+
+def _once(
+    make: Callable[Concatenate[ChaiMetadata, Asked], Made],
+) -> Callable[Concatenate[ChaiMetadata, Asked], Made]:
+    """Let all layers that ask with the same arguments share what is made."""
+
+    @wraps(make)
+    def shared(step: ChaiMetadata, /, *asked: Asked.args, **named: Asked.kwargs) -> Made:
+        key = make, *asked
+        if key not in step._made:
+            step._made[key] = make(step, *asked, **named)
+        made: Made = step._made[key]
+        return made
+
+    return shared
+
+
+@dataclass(eq=False)
+class ChaiMetadata:
+    """One forward of a batch; T tokens of B requests, packed.
+
+    What several layers derive from it is made once.
+
+    Attributes:
+        requests: all of them. Those that only pad a CUDA graph are among the first ``num_decodes``.
+        num_actual_tokens: T.
+        num_decodes: so many leading requests have one token each, all others come behind them.
+        query_start_loc: ``[B + 1]`` int32, where each request's tokens begin, and the end.
+        seq_lens: ``[B]`` int32, tokens of each request with the new ones; 0 for padding.
+        block_table: ``[B, max_pages]`` int32.
+        slot_mapping: ``[T]`` int64, where each token goes in the pages; -1 for padding.
+        first_pages: ``[B]`` int32, first page of each request; of any use where memberships depend
+            on requests only, as is ``token_pages``.
+        token_pages: ``[T]`` int32, first page of each token's request.
+        max_query_len: no request has more new tokens.
+        max_seq_len: no request has more tokens.
+        is_capture: whether this is a dummy for a CUDA graph.
+        near: the near pages, which vLLM describes after all else; None without any.
+    """
+
+    requests: RequestSpans
+    num_actual_tokens: int
+    num_decodes: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    first_pages: Tensor
+    token_pages: Tensor
+    max_query_len: int
+    max_seq_len: int
+    is_capture: bool
+    near: NearTables | None = None
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @cached_property
+    def new(self) -> list[RequestSpan]:
+        """Requests that start with this step."""
+        return [] if self.is_capture else self.requests.new()
+
+    @cached_property
+    def prefills(self) -> list[RequestSpan]:
+        """Requests behind the decodes."""
+        return self.requests.behind(self.num_decodes)
+
+    @cached_property
+    def decode_batch(self) -> SubBatch:
+        """The decodes."""
+        tokens = slice(0, self.num_decodes)
+        return self._sub_batch(0, self.num_decodes, tokens, 1, is_new=False, has_new=False)
+
+    @_once
+    def prefill_batches(self, least: int | None) -> list[SubBatch]:
+        """The requests behind the decodes: with context, and behind them those without any.
+
+        Args:
+            least: tokens of the longest prompt without context that are worth a batch of their own;
+                None for one batch of all.
+        """
+        prefills = self.prefills
+        new = len(prefills)
+        while new and prefills[new - 1].context_len == 0:
+            new -= 1
+        if least is None or max((each.query_len for each in prefills[new:]), default=0) < least:
+            new = len(prefills)
+        batches = []
+        border = prefills[new].req_index if new < len(prefills) else len(self.requests)
+        for some, start, stop, is_new in (
+            (prefills[:new], self.num_decodes, border, False),
+            (prefills[new:], border if new else self.num_decodes, len(self.requests), True),
+        ):
+            if some:
+                most = max(each.query_len for each in some)
+                tokens = slice(some[0].start, some[-1].stop)
+                has_new = any(each.context_len == 0 for each in some)
+                batches.append(self._sub_batch(start, stop, tokens, most, is_new, has_new))
+        return batches
+
+    def _sub_batch(
+        self,
+        start: int,
+        stop: int,
+        tokens: slice,
+        max_query_len: int,
+        is_new: bool,
+        has_new: bool,
+    ) -> SubBatch:
+        own, starts = slice(start, stop), self.query_start_loc[start : stop + 1]
+        return SubBatch(
+            tokens,
+            starts - tokens.start if tokens.start else starts,
+            max_query_len,
+            is_new,
+            has_new,
+            self.first_pages[own],
+            self.block_table[own],
+            self.seq_lens[own],
+            None if self.near is None else self.near.block_table[own],
         )
-        return step
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
-        """The same for a graph that is captured."""
-        return self.build(0, common_attn_metadata)
+    @_once
+    def prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
+        """The pages of all requests behind the decodes, one after the other, and a block table.
 
+        For layers that attend to copies of these pages.
 
-def _rows_of_tokens(query_starts: Tensor, requests: int, tokens: int) -> Tensor:
-    """``[T]`` int64: the request of each token."""
-    token = torch.arange(tokens, dtype=query_starts.dtype, device=query_starts.device)
-    row = torch.searchsorted(query_starts[1 : requests + 1], token, right=True)
-    return row.clamp_max(requests - 1)
+        Args:
+            page: N, tokens of a page.
+
+        Returns:
+            ``[n]`` int64 numbers of pages, and ``[B - num_decodes, most]`` int32 places among them.
+        """
+        requests = (self.requests[n] for n in range(self.num_decodes, len(self.requests)))
+        count = torch.tensor([-(-r.seq_len // page) if r.query_len else 0 for r in requests])
+        first = count.cumsum(0) - count
+        row = torch.repeat_interleave(count)
+        column = torch.arange(len(row)) - first[row]
+        most = torch.arange(max(1, int(count.max())))
+        table = (first[:, None] + most).clamp_max(max(0, len(row) - 1)).int()
+        row, column, table = (self._sent(x) for x in (row, column, table))
+        return self.block_table[row + self.num_decodes, column].long(), table
+
+    @_once
+    def deciders(self, start: int, end: int, least: int) -> NewRequests | None:
+        """`new` requests whose prompts have ``least`` tokens or more from ``start`` to ``end``.
+
+        All together, with windows of one length; None if there are none.
+        """
+        some = [each for each in self.new if each.prompt_before(end) - start >= least]
+        if not some:
+            return None
+        first = torch.tensor([each.start + start for each in some])
+        count = torch.tensor([each.prompt_before(end) - start for each in some])
+        window = first[:, None] + torch.arange(end - start).clamp_max(count[:, None] - 1)
+        return NewRequests(self._pages_of(some), self._sent(window), self._sent(count.int()))
+
+    @_once
+    def undecided_pages(self, start: int, end: int, least: int) -> Tensor | None:
+        """``[n]`` int32, first pages of `new` requests that are none of `deciders`, or None."""
+        some = [each for each in self.new if each.prompt_before(end) - start < least]
+        return self._pages_of(some) if some else None
+
+    @_once
+    def undecided_tokens(self, start: int, end: int, least: int) -> PackedTokens | None:
+        """The first ``end`` tokens of undecided requests behind the decodes."""
+        new = [each for each in self.new if each.req_index >= self.num_decodes]
+        some = [each for each in new if each.prompt_before(end) - start < least]
+        if not some:
+            return None
+        counts = [min(each.query_len, end) for each in some]
+        tokens = [torch.arange(n) + each.start for each, n in zip(some, counts, strict=True)]
+        return PackedTokens(
+            self._sent(torch.tensor([each.req_index for each in some])),
+            self._sent(torch.cat(tokens)),
+            self._sent(torch.tensor([0, *accumulate(counts)], dtype=torch.int32)),
+            max(counts),
+        )
+
+    @_once
+    def begun_again(self, start: int, end: int, least: int) -> list[RequestSpan]:
+        """`new` requests of `deciders` that bring more than a prompt that ends before ``end``.
+
+        Preempted ones, which start anew with what they have generated.
+        """
+        return [
+            r for r in self.new if start + least <= r.prompt_before(end) < min(end, r.query_len)
+        ]
+
+    def _pages_of(self, some: Sequence[RequestSpan]) -> Tensor:
+        return self.first_pages[self._sent(torch.tensor([each.req_index for each in some]))]
+
+    def _sent(self, host: Tensor) -> Tensor:
+        """Bring a table to the device without waiting for it."""
+        if self.first_pages.is_cuda:
+            return host.pin_memory().to(self.first_pages.device, non_blocking=True)
+        return host

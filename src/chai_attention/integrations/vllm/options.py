@@ -9,7 +9,7 @@ from typing import Any
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
-from chai_attention.integrations.vllm.pages import PAGE, PAGE_MULTIPLE
+from chai_attention.integrations.vllm.layers import PAGE, PAGE_MULTIPLE
 from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
 from chai_attention.results import digest as digest_of
 

@@ -1,20 +1,25 @@
-"""The entry point that vLLM calls, and the versions it may have."""
+"""What vLLM loads: the entry point, the backend of each model, and the versions it may have."""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from chai_attention.errors import UnsupportedModelError
 
 # what the tests of the engine have run with: docs/serving.md
 FIRST, BEHIND_LAST = (0, 30), (0, 34)
-BACKEND = "chai_attention.integrations.vllm.selection.Backend"
+BACKEND = "chai_attention.integrations.vllm.plugin.Backend"
+NATIVE_CPU = "vllm.v1.attention.backends.cpu_attn"
 
 
 def register() -> None:
     """Make the backend known to vLLM; further calls change nothing.
 
     On CUDA it is ``--attention-backend CUSTOM``. On the CPU vLLM knows one backend only, whose
-    place ours takes; it steps aside where nothing asks for clustered heads (`selection`).
+    place ours takes; it steps aside where nothing asks for clustered heads (``Backend``).
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -22,6 +27,29 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def __getattr__(name: str) -> Any:
+    """``Backend``, which vLLM asks for when it makes a model's first attention layer.
+
+    It is ours, or vLLM's own on a CPU where nobody asked for ours.
+    """
+    if name != "Backend":
+        raise AttributeError(name)
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    config = get_current_vllm_config()
+    asked = config.attention_config.backend == AttentionBackendEnum.CUSTOM
+    if not asked and "chai" not in (config.additional_config or {}):
+        return import_module(NATIVE_CPU).CPUAttentionBackend
+    found = installed()
+    problem = version_problem(None if found is None else found[1])
+    if problem is not None:
+        raise UnsupportedModelError(problem)
+    from chai_attention.integrations.vllm.backend import ChaiBackend
+
+    return ChaiBackend
 
 
 def installed() -> tuple[str, str] | None:
@@ -32,12 +60,6 @@ def installed() -> tuple[str, str] | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def installed_version() -> str | None:
-    """The version of vLLM, whichever package brings it; None without one."""
-    found = installed()
-    return None if found is None else found[1]
 
 
 def version_problem(installed: str | None) -> str | None:

@@ -1,14 +1,29 @@
-"""How the heads of a layer are dealt to ranks, so that pages have one size on all of them.
+"""How a profile's layers are dealt to ranks, and what each rank saves.
 
-Probabilities never cross ranks. A rank that could hold less than another keeps more instead: a head
-that shared another's scores, or saw near keys only, then attends to all keys by itself. So with
-more ranks a profile saves less, and no head becomes less exact.
+With tensor parallelism every rank holds some of the heads (see `chai_attention.ranks`).
+Probabilities never cross ranks, and pages have one size on all of them. A rank that could hold less
+than another keeps more instead: a head that shared another's scores, or saw near keys only, then
+attends to all keys by itself. So with more ranks a profile saves less, and no head becomes less
+exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+
+from chai_attention.clustering.assign import K_BYTES, assign_by_cost
+from chai_attention.errors import ProfileError
+from chai_attention.integrations.vllm.layers import LayerShard
+from chai_attention.profile import ClusterProfile
+from chai_attention.ranks import copies, rank_problem
+from chai_attention.runtime.plan import LayerPlan, layer_plans
+from chai_attention.runtime.shape import ModelShape
+
+Table = tuple[tuple[float, ...], ...]
+NOTICED = 0.0005  # share of a saving that is worth a word
 
 
 @dataclass(frozen=True)
@@ -189,3 +204,177 @@ def online_shares(
         OnlineShare(own if whole else found[r], local[r], exact[r], kept, whole)
         for r in range(ranks)
     ]
+
+
+def layer_shards(
+    shape: ModelShape, profile: ClusterProfile, ranks: int = 1, rank: int = 0
+) -> tuple[LayerShard, ...]:
+    """Return the layers of ``rank`` of ``ranks``.
+
+    Clusters that lie across ranks are taken apart, and ranks that need fewer heads' scores, or
+    fewer V heads, than another keep spare ones, so a profile saves less with more ranks. An online
+    membership finds k / ranks clusters, rounded up, among each rank's heads, or as its share of the
+    heads that do not stream demands.
+
+    Raises:
+        ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
+    """
+    plans = layer_plans(shape, profile)
+    problem = rank_problem(shape.heads, shape.kv_heads, ranks)
+    if problem is not None:
+        raise ProfileError(f"--tensor-parallel-size {ranks}: {problem}")
+    # K/V heads that several ranks hold are heads of their own
+    plans = tuple(replace(plan, kv_heads=max(shape.kv_heads, ranks)) for plan in plans)
+    similarity = profile.similarity or (None,) * shape.layers
+    return tuple(
+        _share(plan, table, ranks, rank) for plan, table in zip(plans, similarity, strict=True)
+    )
+
+
+def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> LayerShard:
+    """One rank's share of a layer."""
+    heads, groups = plan.heads // ranks, plan.kv_heads // ranks
+    first = rank * heads
+    local = replace(
+        plan,
+        heads=heads,
+        kv_heads=groups,
+        costs=_part(plan.costs, first, heads),
+        offsets=_part(plan.offsets, first, heads),
+    )
+    every, whole = tuple(range(heads)), plan.target == K_BYTES
+    # a layer that keeps all its heads on every rank needs no tables
+    identity = replace(local, clusters=heads, representatives=None, streaming=())
+    if plan.is_identity:
+        return LayerShard(identity, groups, every)
+    if not plan.needs_probe:
+        rep = plan.representatives or tuple(range(plan.heads))
+        mine = fixed_shares(rep, plan.streaming, ranks, plan.kv_heads, whole)[rank]
+        if mine.is_identity:
+            return LayerShard(identity, groups, every)
+        fixed = replace(
+            local,
+            clusters=len(set(mine.representatives)) - len(mine.streaming),
+            representatives=mine.representatives,
+            streaming=mine.streaming,
+        )
+        return LayerShard(fixed, mine.kept, mine.representatives)
+    share = online_shares(plan.clusters, plan.heads, plan.streaming, ranks, plan.kv_heads, whole)[
+        rank
+    ]
+    if share.is_identity:
+        return LayerShard(identity, groups, every)
+    local = replace(local, clusters=share.clusters, streaming=share.streaming)
+    fallback = _fallback(local, _part(similarity, first, heads))
+    return LayerShard(local, share.kept, fallback, share.exact)
+
+
+def _part(table: Table | None, first: int, heads: int) -> Table | None:
+    """Rows and columns of ``heads`` heads."""
+    if table is None:
+        return None
+    return tuple(row[first : first + heads] for row in table[first : first + heads])
+
+
+def _fallback(plan: LayerPlan, similarity: Table | None) -> tuple[int, ...]:
+    """What is known about the heads without a request: costs, else similarity, else nothing."""
+    if plan.costs is not None:
+        cost = torch.tensor([plan.costs])
+    elif similarity is not None:
+        cost = 1 - torch.tensor([similarity])
+    else:
+        # neighbouring heads together
+        head = torch.arange(plan.heads, dtype=torch.float32)
+        cost = (head[:, None] - head).abs()[None]
+    found = list(range(plan.heads))
+    far = [head for head in found if head not in plan.streaming]
+    if far:
+        kv_heads = len(far) * plan.kv_heads // plan.heads
+        rep = assign_by_cost(cost[:, far][:, :, far], plan.clusters, kv_heads, plan.target)
+        for number, chosen in zip(far, rep[0].tolist(), strict=True):
+            found[number] = far[chosen]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Savings:
+    """K,V heads per token, summed over layers.
+
+    Attributes:
+        ranks: of tensor parallelism.
+        made_for: ranks that the profile was made for.
+        full: heads that a rank would hold without clusters, K and V.
+        kept: those that its far pages hold.
+        one_rank: those that one rank with all heads would hold.
+        copies: ranks that hold the same K/V head.
+    """
+
+    ranks: int
+    made_for: int
+    full: int
+    kept: int
+    one_rank: int
+    copies: int
+
+    @property
+    def share(self) -> float:
+        """Share of a rank's K,V bytes per token that is saved."""
+        return 1 - self.kept / max(1, self.full)
+
+    @property
+    def share_on_one(self) -> float:
+        """The same of one rank that holds all heads."""
+        return 1 - self.one_rank * self.copies / max(1, self.full * self.ranks)
+
+    @property
+    def lost(self) -> float:
+        """Share of what the profile saves on one GPU that ranks keep nevertheless."""
+        saved = self.share_on_one
+        return 1 - self.share / saved if saved > 0 else 0.0
+
+    @property
+    def line(self) -> str:
+        """What is saved, and why it is less than on one GPU."""
+        if self.ranks == 1:
+            return f"{self.share:.1%} of the K,V bytes per token saved"
+        line = f"{self.share:.1%} of the K,V bytes per token saved on each of {self.ranks} ranks"
+        if self.lost > NOTICED:
+            return (
+                f"{line}, {self.share_on_one:.1%} on one GPU: pages of one size keep "
+                f"{self.lost:.1%} of the saving; chai calibrate --tensor-parallel {self.ranks} "
+                "chooses heads so that they keep nothing"
+            )
+        made = f" (the profile is made for {self.made_for})" if self.made_for > 1 else ""
+        return f"{line}, as on one GPU{made}"
+
+
+def savings(
+    shape: ModelShape,
+    profile: ClusterProfile,
+    ranks: int,
+    layers: tuple[LayerShard, ...] | None = None,
+) -> Savings:
+    """Return what each of ``ranks`` saves.
+
+    Args:
+        shape: of the model.
+        profile: for it.
+        ranks: of tensor parallelism.
+        layers: of one of them, where they are known.
+
+    Raises:
+        ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
+    """
+    here = layer_shards(shape, profile, ranks) if layers is None else layers
+    return Savings(
+        ranks,
+        profile.tensor_parallel,
+        sum(2 * layer.plan.kv_heads for layer in here),
+        _held(here),
+        _held(layer_shards(shape, profile)),
+        copies(shape.kv_heads, ranks),
+    )
+
+
+def _held(layers: tuple[LayerShard, ...]) -> int:
+    return sum(layer.kept + layer.kept_values for layer in layers)

@@ -7,8 +7,8 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.vllm import serving
-from chai_attention.integrations.vllm.serving import vllm_command
+from chai_attention.integrations.vllm import serve
+from chai_attention.integrations.vllm.serve import vllm_command
 from chai_attention.profile import EXPORTED, ClusterProfile
 
 CLUSTERS = (3, 8)
@@ -18,7 +18,7 @@ STATIC = ClusterProfile(CLUSTERS, "static", representatives=REPRESENTATIVES)
 
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "installed", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed", lambda: ("vllm", "0.32.0"))
 
 
 @pytest.fixture

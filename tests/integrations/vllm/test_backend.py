@@ -7,9 +7,13 @@ pytest.importorskip("vllm")
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of
-from chai_attention.integrations.vllm.pages import PageLayout
-from chai_attention.integrations.vllm.stock import common_layouts, limited_to
+from chai_attention.integrations.vllm.backend import (
+    ChaiBackend,
+    backend_of,
+    common_layouts,
+    limited_to,
+)
+from chai_attention.integrations.vllm.layers import PageLayout
 
 TOKENS_FIRST, HEADS_FIRST = KVCacheLayout.LBNHC, KVCacheLayout.LBHNC
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from chai_attention.errors import ProfileError
-from chai_attention.integrations.vllm.layers import ServedLayer, near_page_tokens, served_layers
-from chai_attention.integrations.vllm.pages import PageLayout, near_page
-from chai_attention.integrations.vllm.savings import savings
+from chai_attention.integrations.vllm.layers import (
+    LayerShard,
+    PageLayout,
+    near_page,
+    near_page_tokens,
+)
+from chai_attention.integrations.vllm.shares import layer_shards, savings
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import ModelShape
 
@@ -19,7 +23,7 @@ def shape_of(heads: int, kv_heads: int, layers: int = 1) -> ModelShape:
 
 
 def test_published_schedule_keeps_k_heads_of_k() -> None:
-    layers = served_layers(shape_of(32, 32, 32), ClusterProfile.published("llama-7b"))
+    layers = layer_shards(shape_of(32, 32, 32), ClusterProfile.published("llama-7b"))
     assert [layer.kept for layer in layers] == [32] * 18 + [4] * 14
     numbers = [layer.layout(128, 128).numbers_per_token for layer in layers]
     assert numbers == [64 * 128] * 18 + [36 * 128] * 14
@@ -29,7 +33,7 @@ def test_published_schedule_keeps_k_heads_of_k() -> None:
 def test_clusters_never_cross_ranks(ranks: int) -> None:
     rep = (0, 0, 2, 2, 0, 5, 5, 8, 8, 9, 10, 10)
     profile = ClusterProfile((len(set(rep)),), "static", representatives=(rep,))
-    shares = [served_layers(shape_of(12, 12), profile, ranks, rank)[0] for rank in range(ranks)]
+    shares = [layer_shards(shape_of(12, 12), profile, ranks, rank)[0] for rank in range(ranks)]
     assert len({share.kept for share in shares}) == 1  # pages of one size
     for rank, share in enumerate(shares):
         first, heads = rank * 12 // ranks, 12 // ranks
@@ -46,7 +50,7 @@ def test_clusters_never_cross_ranks(ranks: int) -> None:
 def test_grouped_heads_keep_the_same_number_of_keys_on_every_rank() -> None:
     rep = (0, 0, 0, 0, 4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15)  # 16 heads, 8 K/V heads
     profile = ClusterProfile((len(set(rep)),), "static", representatives=(rep,))
-    shares = [served_layers(shape_of(16, 8), profile, 2, rank)[0] for rank in range(2)]
+    shares = [layer_shards(shape_of(16, 8), profile, 2, rank)[0] for rank in range(2)]
     assert shares[0].kept == shares[1].kept == 4
     for share in shares:
         assert share.membership().key_heads.shape == (1, share.kept)
@@ -56,9 +60,9 @@ def test_grouped_heads_keep_the_same_number_of_keys_on_every_rank() -> None:
 def test_k_bytes_profiles_keep_whole_groups() -> None:
     rep = (0, 1, 0, 1, 4, 5, 4, 5)  # 8 heads, 4 K/V heads, of which two keep their K
     profile = ClusterProfile((4,), "static", target="k-bytes", representatives=(rep,))
-    whole = served_layers(shape_of(8, 4), profile)[0]
+    whole = layer_shards(shape_of(8, 4), profile)[0]
     assert whole.kept == 2
-    shares = [served_layers(shape_of(8, 4), profile, 2, rank)[0] for rank in range(2)]
+    shares = [layer_shards(shape_of(8, 4), profile, 2, rank)[0] for rank in range(2)]
     assert [share.kept for share in shares] == [1, 1]
     assert [share.membership().representatives[0].tolist() for share in shares] == [
         [0, 1, 0, 1]
@@ -66,14 +70,14 @@ def test_k_bytes_profiles_keep_whole_groups() -> None:
     crossing = ClusterProfile(
         (4,), "static", target="k-bytes", representatives=((0, 1, 2, 3, 0, 1, 2, 3),)
     )
-    shares = [served_layers(shape_of(8, 4), crossing, 2, rank)[0] for rank in range(2)]
+    shares = [layer_shards(shape_of(8, 4), crossing, 2, rank)[0] for rank in range(2)]
     assert [share.kept for share in shares] == [2, 2]
 
 
 def test_online_clusters_are_dealt_to_ranks() -> None:
     profile = ClusterProfile((5, 12), window=8)
     for ranks, kept in ((1, 5), (2, 3), (3, 2)):
-        layers = served_layers(shape_of(12, 12, 2), profile, ranks)
+        layers = layer_shards(shape_of(12, 12, 2), profile, ranks)
         assert [layer.kept for layer in layers] == [kept, 12 // ranks]
         assert layers[0].plan.needs_probe
         assert not layers[1].plan.needs_probe
@@ -87,7 +91,7 @@ def test_fallback_of_short_requests_uses_what_is_known(kind: str) -> None:
         options = {"membership": "blend", "costs": [far]}
     elif kind == "similarity":
         options = {"similarity": [[[1 - x for x in row] for row in far]]}
-    layer = served_layers(shape_of(6, 6), ClusterProfile((2,), window=8, **options))[0]
+    layer = layer_shards(shape_of(6, 6), ClusterProfile((2,), window=8, **options))[0]
     expected = [0, 1, 0, 1, 0, 1] if kind != "nothing" else None
     rep = layer.membership().representatives[0]
     assert len(set(rep.tolist())) == 2
@@ -102,7 +106,7 @@ def test_costs_and_offsets_are_cut_to_the_rank() -> None:
     profile = ClusterProfile(
         (4,), "blend", window=8, costs=[table], recent=4, sinks=1, offsets=[table]
     )
-    plan = served_layers(shape_of(8, 8), profile, 2, 1)[0].plan
+    plan = layer_shards(shape_of(8, 8), profile, 2, 1)[0].plan
     wanted = torch.tensor(table)[4:, 4:]
     assert torch.equal(torch.tensor(plan.costs), wanted)
     assert torch.equal(torch.tensor(plan.offsets), wanted)
@@ -117,7 +121,7 @@ def test_ranks_hold_copies_of_kv_heads_where_there_are_fewer(heads, kv_heads, ra
     )  # fmt: skip
     shape = shape_of(heads, kv_heads, 3)
     for rank in range(ranks):
-        near, own, shared = served_layers(shape, profile, ranks, rank)
+        near, own, shared = layer_shards(shape, profile, ranks, rank)
         assert [(x.plan.heads, x.plan.kv_heads) for x in (near, own, shared)] == [
             (heads // ranks, 1)
         ] * 3
@@ -126,12 +130,12 @@ def test_ranks_hold_copies_of_kv_heads_where_there_are_fewer(heads, kv_heads, ra
         assert (shared.kept, shared.kept_values) == (1, 1)  # who follows one head follows its own
     assert savings(shape, profile, ranks).share == pytest.approx(1 / 3)
     online = ClusterProfile((kv_heads,), window=8)
-    assert served_layers(shape_of(heads, kv_heads), online, ranks)[0].kept == 1
+    assert layer_shards(shape_of(heads, kv_heads), online, ranks)[0].kept == 1
 
 
 def test_ranks_that_do_not_fit() -> None:
     with pytest.raises(ProfileError, match="cannot be dealt to 4 ranks"):
-        served_layers(shape_of(9, 3), ClusterProfile((9,)), 4)
+        layer_shards(shape_of(9, 3), ClusterProfile((9,)), 4)
 
 
 # ---- streaming heads
@@ -151,7 +155,7 @@ def random_layer(seed: int, heads: int, kv_heads: int) -> tuple[tuple[int, ...],
     return tuple(rep), tuple(sorted(streaming))
 
 
-def sees(layer: ServedLayer) -> list[str]:
+def sees(layer: LayerShard) -> list[str]:
     """What each head does with far keys."""
     rep = layer.membership().representatives[0].tolist()
     return [
@@ -172,8 +176,8 @@ def test_streaming_heads_are_dealt_to_ranks_with_pages_of_one_size(
         (k,), "static", representatives=(rep,), streaming=(streaming,), recent=8, sinks=2
     )
     shape = shape_of(heads, kv_heads)
-    whole = served_layers(shape, profile)[0]
-    shares = [served_layers(shape, profile, ranks, rank)[0] for rank in range(ranks)]
+    whole = layer_shards(shape, profile)[0]
+    shares = [layer_shards(shape, profile, ranks, rank)[0] for rank in range(ranks)]
     assert len({share.layout(64, 64) for share in shares}) == 1
     assert len({share.near_layout(64, 64) for share in shares}) == 1
     assert len({share.plan.is_identity for share in shares}) == 1
@@ -222,11 +226,11 @@ def test_streaming_heads_of_online_profiles_are_dealt_to_ranks(
         (clusters,), target=target, window=8, streaming=(streaming,), recent=8, sinks=2
     )
     shape = shape_of(heads, kv_heads)
-    shares = [served_layers(shape, profile, ranks, rank)[0] for rank in range(ranks)]
+    shares = [layer_shards(shape, profile, ranks, rank)[0] for rank in range(ranks)]
     assert len({share.layout(64, 64) for share in shares}) == 1
     assert len({share.near_layout(64, 64) for share in shares}) == 1
     assert len({share.plan.is_identity for share in shares}) == 1
-    whole = served_layers(shape, profile)[0]
+    whole = layer_shards(shape, profile)[0]
     assert whole.streaming == streaming
     assert whole.plan.clusters == clusters
     torch.manual_seed(0)
@@ -259,7 +263,7 @@ def test_heads_of_the_default_recipe_make_these_pages() -> None:
         (8,) * 32, "static", representatives=[rep] * 32, streaming=[tuple(range(20, 32))] * 32,
         recent=128, sinks=4,
     )  # fmt: skip
-    layers = served_layers(shape_of(32, 32, 32), profile)
+    layers = layer_shards(shape_of(32, 32, 32), profile)
     far, near = layers[0].layout(128, 128), layers[0].near_layout(128, 128)
     assert near is not None
     assert (far.key_heads, far.value_heads) == (8, 20)
@@ -273,7 +277,7 @@ def test_a_layer_whose_heads_all_stream_has_pages_of_next_to_nothing() -> None:
         (0, 8), "static", representatives=[every] * 2, streaming=[every, ()], recent=8, sinks=2
     )
     for ranks in (1, 2):
-        layer, plain = served_layers(shape_of(8, 8, 2), profile, ranks)
+        layer, plain = layer_shards(shape_of(8, 8, 2), profile, ranks)
         assert plain.plan.is_identity
         assert plain.near_layout(64, 64) is None
         assert (layer.kept, layer.kept_values) == (0, 0)

@@ -1,4 +1,4 @@
-"""A model under vLLM, as its clustered layers share it."""
+"""What the clustered layers of a model share under vLLM."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chai_attention.integrations.vllm import reserve
-from chai_attention.integrations.vllm.copies import PageCopies, copied_tokens
+from chai_attention.integrations.vllm import memberships
+from chai_attention.integrations.vllm.attend import DequantisationWorkspace, workspace_tokens
 from chai_attention.integrations.vllm.layers import (
-    ServedLayer,
+    PAGE,
+    PAGE_MULTIPLE,
+    LayerShard,
     near_page_tokens,
-    served_layers,
 )
 from chai_attention.integrations.vllm.options import (
     EIGHT_BITS,
@@ -25,21 +26,20 @@ from chai_attention.integrations.vllm.options import (
     profile_of,
     refuse,
 )
-from chai_attention.integrations.vllm.pages import PAGE, PAGE_MULTIPLE
-from chai_attention.integrations.vllm.savings import savings
+from chai_attention.integrations.vllm.shares import layer_shards, savings
 from chai_attention.runtime.shape import describe
 
 if TYPE_CHECKING:
-    from chai_attention.integrations.vllm.near_layer import NearLayer
+    from chai_attention.integrations.vllm.kv_cache import NearLayer
 
 _log = logging.getLogger("vllm.chai_attention")  # shown where vLLM's own lines are
 NEAR_LAYER = "near_pages.0"  # vLLM wants the number of a layer in every name
 
 # layers hold their model; a model without layers leaves by itself
-_models: weakref.WeakValueDictionary[int, ServedModel] = weakref.WeakValueDictionary()
+_models: weakref.WeakValueDictionary[int, ModelState] = weakref.WeakValueDictionary()
 
 
-class ServedModel:
+class ModelState:
     """Profile, layers and shared memory of one model on one rank.
 
     Args:
@@ -62,21 +62,23 @@ class ServedModel:
         mark(config, self.profile)
         if choose_page(config.cache_config, current_platform.is_cuda()):
             _log.info("clustered heads: pages of %d tokens (--block-size)", PAGE)
-        self.layers: tuple[ServedLayer, ...] = served_layers(
+        self.layers: tuple[LayerShard, ...] = layer_shards(
             describe(config.model_config.hf_config),
             self.profile,
             get_tensor_model_parallel_world_size(),
             get_tensor_model_parallel_rank(),
         )
         self._tell_savings()
-        self.requests: int = config.scheduler_config.max_num_seqs
-        # a graph may be padded to more rows
-        self.rows = max(self.requests, config.compilation_config.max_cudagraph_capture_size or 0)
+        # most requests of a step; a graph may be padded to more
+        self.max_requests: int = max(
+            config.scheduler_config.max_num_seqs,
+            config.compilation_config.max_cudagraph_capture_size or 0,
+        )
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self.near: NearLayer | None = None  # of this rank, once its layers' weights are loaded
-        self._buffers: Any = None
-        self._pages: int | None = None  # at most, before vLLM plans them
-        self._copies: PageCopies | None = None
+        self._first_pages: torch.Tensor | None = None
+        self._planned: int | None = None  # pages at most, before vLLM plans them
+        self._workspace: DequantisationWorkspace | None = None
 
     def _tell_savings(self) -> None:
         """Log once what is saved."""
@@ -108,7 +110,7 @@ class ServedModel:
         )
 
     @classmethod
-    def of(cls, config: Any) -> ServedModel:
+    def of(cls, config: Any) -> ModelState:
         """The model of ``config``; the same object for all its layers."""
         key = id(config.compilation_config.static_forward_context)
         model = _models.get(key)
@@ -116,48 +118,51 @@ class ServedModel:
             model = _models[key] = cls(config)
         return model
 
-    def copies(self, device: torch.device) -> PageCopies:
+    def first_pages(self, device: torch.device) -> torch.Tensor:
+        """``[most requests]`` int32 that all metadata builders fill and CUDA graphs read."""
+        if self._first_pages is None:
+            self._first_pages = torch.zeros(self.max_requests, dtype=torch.int32, device=device)
+        return self._first_pages
+
+    def workspace(self, device: torch.device) -> DequantisationWorkspace:
         """Memory for copies of 8-bit pages, shared by all layers."""
-        if self._copies is None:
+        if self._workspace is None:
             model = self.config.model_config
             batch_tokens = self.config.scheduler_config.max_num_batched_tokens
-            tokens = copied_tokens(batch_tokens, model.max_model_len)
-            self._copies = PageCopies(tokens, model.dtype, device)
-        return self._copies
+            tokens = workspace_tokens(batch_tokens, model.max_model_len)
+            self._workspace = DequantisationWorkspace(tokens, model.dtype, device)
+        return self._workspace
 
-    def hold(self, layer: ServedLayer, device: torch.device) -> torch.Tensor | None:
+    def hold(self, layer: LayerShard, device: torch.device) -> torch.Tensor | None:
         """Memory that the tables of a layer's pages will take; None where it need not be held.
 
         Called for the layers of this rank once their weights are loaded.
         """
-        config = self.config
-        size = config.model_config.get_head_size()
-        row = reserve.row_bytes(layer, size)
+        row = memberships.row_bytes(layer, self.config.model_config.get_head_size())
         if not row:
             return None
-        if self._pages is None:
-            left = reserve.room(config, device)
-            here = self._layers_here().values()
-            element = 1 if config.cache_config.cache_dtype in EIGHT_BITS else None
-            element = element or config.model_config.dtype.itemsize
-            tokens = config.cache_config.block_size or PAGE_MULTIPLE
-            self._pages = (
-                0
-                if left is None
-                else reserve.planned_pages(
-                    config.cache_config,
-                    left,
-                    sum(each.layout(size, size).page_bytes(tokens, element) for each in here),
-                    sum(reserve.row_bytes(each, size) for each in here),
-                )
-            )
-        return (
-            torch.empty(self._pages * row, dtype=torch.uint8, device=device)
-            if self._pages
-            else None
+        if self._planned is None:
+            self._planned = self._planned_pages(device)
+        held = self._planned * row
+        return torch.empty(held, dtype=torch.uint8, device=device) if held else None
+
+    def _planned_pages(self, device: torch.device) -> int:
+        """Pages that vLLM will plan at most; 0 where it does not count the memory."""
+        left = memberships.memory_left(self.config, device)
+        if left is None:
+            return 0
+        cache, model = self.config.cache_config, self.config.model_config
+        element = 1 if cache.cache_dtype in EIGHT_BITS else model.dtype.itemsize
+        size, tokens = model.get_head_size(), cache.block_size or PAGE_MULTIPLE
+        here = self._layers_here().values()
+        return memberships.planned_pages(
+            cache,
+            left,
+            sum(each.layout(size, size).page_bytes(tokens, element) for each in here),
+            sum(memberships.row_bytes(each, size) for each in here),
         )
 
-    def _layers_here(self) -> dict[str, ServedLayer]:
+    def _layers_here(self) -> dict[str, LayerShard]:
         """Those of this rank of a pipeline, by their names."""
         from vllm.model_executor.models.utils import extract_layer_index
 
@@ -177,7 +182,8 @@ class ServedModel:
         """
         if self.near is not None or not self.packs:
             return
-        from chai_attention.integrations.vllm.near_layer import NearLayer, near_backend
+        from chai_attention.integrations.vllm.backend import near_backend
+        from chai_attention.integrations.vllm.kv_cache import NearLayer
 
         sizes = self.config.model_config.get_head_size(), module.head_size_v
         held = {
@@ -208,11 +214,3 @@ class ServedModel:
             start, stop = get_pp_indices(len(self.layers), rank, ranks)
             held = (layer.near_layout(head_dim, value_dim) for layer in self.layers[start:stop])
             yield sum(layout.numbers_per_token for layout in held if layout is not None)
-
-    def buffers(self, device: torch.device) -> Any:
-        """Tensors that all metadata builders fill."""
-        if self._buffers is None:
-            from chai_attention.integrations.vllm.metadata import StepBuffers
-
-            self._buffers = StepBuffers(self.rows, device)
-        return self._buffers

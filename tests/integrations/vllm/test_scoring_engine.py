@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from chai_attention.errors import EvaluationError
-from chai_attention.integrations.vllm.engine_process import ScoringEngine, batches, reason_of
+from chai_attention.integrations.vllm.scoring import ScoringEngine, batches, reason_of
 from vllm_job import ENVIRONMENT
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.layers import ServedLayer
-from chai_attention.integrations.vllm.memberships import PageMemberships
-from chai_attention.integrations.vllm.reserve import planned_pages, row_bytes
+from chai_attention.integrations.vllm.layers import LayerShard
+from chai_attention.integrations.vllm.memberships import PageMemberships, planned_pages, row_bytes
 from chai_attention.membership import Membership
 from chai_attention.runtime.plan import LayerPlan
 
@@ -42,7 +41,7 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     rep = tuple(
         head if head in own or head in streaming else own[head % unit] for head in range(heads)
     )
-    layer = ServedLayer(plan, kept, rep)
+    layer = LayerShard(plan, kept, rep)
     pages = PageMemberships(layer, PAGES, torch.device("cpu"))
     member = pages._all
     # what writing, decode, prefill and windows read
@@ -68,8 +67,8 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
 
 def test_layers_that_decide_nothing_need_no_tables() -> None:
     rep = (0, 1, 0, 1)
-    assert row_bytes(ServedLayer(LayerPlan(0, 4, 4, 2, 8, "scores", rep), 2, rep), DIM) == 0
-    assert row_bytes(ServedLayer(LayerPlan(0, 4, 4, 4, 8, "scores"), 4, rep), DIM) == 0
+    assert row_bytes(LayerShard(LayerPlan(0, 4, 4, 2, 8, "scores", rep), 2, rep), DIM) == 0
+    assert row_bytes(LayerShard(LayerPlan(0, 4, 4, 4, 8, "scores"), 4, rep), DIM) == 0
 
 
 def test_pages_and_their_tables_share_what_is_left() -> None:

