@@ -62,7 +62,7 @@ def crowd(prompts: list[list[int]], requests: list[list[int | None]]) -> Part:
 def score(requests: list[tuple[list[int], int]], rows: int, budget: int) -> Part:
     """Score the last tokens of rows, and write as many behind the others (`scoring.answer`).
 
-    They come in steps as `engine_process` makes them: of so many ``rows`` and tokens.
+    They come in steps as `scoring.ScoringEngine` makes them: of so many ``rows`` and tokens.
     """
     return {"do": "score", "prompts": requests, "rows": rows, "budget": budget}
 

@@ -12,7 +12,7 @@ from chai_attention.integrations.lm_eval.model import Answer, ChaiLM, TokenReque
 
 
 class TokenScorer(Protocol):
-    """What scores tokens, such as `integrations.vllm.engine_process.ScoringEngine`."""
+    """What scores tokens, such as `integrations.vllm.scoring.ScoringEngine`."""
 
     def score(
         self, requests: Sequence[tuple[Sequence[int], int]], progress: Callable[[int], None]

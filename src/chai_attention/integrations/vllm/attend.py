@@ -86,7 +86,7 @@ class StepAttention:
 
     Args:
         plan: the layer's heads on this rank.
-        memberships: whom each request's heads follow.
+        memberships: of the layer's requests.
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         workspace: for copies of 8-bit pages.
@@ -226,10 +226,11 @@ class StepAttention:
     def _behind_probes(
         self, step: ChaiMetadata, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> None:
-        """Put right where `Probe` went too far: behind a prompt that ends in the probe window.
+        """Attend again where `Probe` reached too far.
 
-        First tokens up to the window's end are done again, by clusters. That is rare and little:
-        prompts that decide nothing, all at once, and short ones of requests that were preempted.
+        `Probe` takes all tokens up to the probe window's end. Those of a prompt that decides
+        nothing, and those behind a prompt that ends in the window (of a preempted request), have to
+        attend by clusters. That is rare and little.
         """
         reach = probe_range(self.plan)
         undecided = step.undecided_tokens(*reach)

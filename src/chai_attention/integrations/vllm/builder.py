@@ -38,7 +38,7 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         self._layers = [context[name] for name in layer_names]
         model: ModelState = self._layers[0].impl.model_state
         self._first_pages = model.first_pages(device)
-        self._decides = model.needs_probe  # else nobody asks how long prompts are
+        self._decides = model.needs_probe  # else no layer needs the lengths of prompts
         self._requests = RequestTable.of_caller() if self._decides else None
         self._near = model.near
         self._prepared: Tensor | None = None
@@ -79,7 +79,7 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
             step = self._describe(common, is_capture)
             setattr(common, _STASH, step)
             if self._near is not None:
-                self._near.step = step  # `NearMetadataBuilder` is asked behind all others
+                self._near.step = step  # vLLM asks `NearMetadataBuilder` after all others
         return step
 
     def _describe(self, common: CommonAttentionMetadata, is_capture: bool) -> ChaiMetadata:

@@ -71,8 +71,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find out which layer this is, and choose its pages.
 
-        vLLM calls this again where it reloads weights or wakes up. What was made by then is in use,
-        by requests that go on and by CUDA graphs, so it stays.
+        vLLM calls this again when it reloads weights or wakes up. By then running requests and CUDA
+        graphs use what was made, so it stays.
         """
         if self._name is not None:
             self._weights_changed()
@@ -174,10 +174,10 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self.forward(None, query, key, value, cache, step, out)
 
     def begin(self, step: ChaiMetadata) -> None:
-        """Take in requests whose first tokens are too few to cluster heads on.
+        """Give a membership to requests whose first tokens are too few to cluster heads on.
 
-        Not left to `forward`, as vLLM's older model runner decodes prompts of one token by a CUDA
-        graph, in which nothing new can be published.
+        That is not left to `forward`: vLLM's older model runner decodes prompts of one token by a
+        CUDA graph, in which no membership can be set.
         """
         if isinstance(self._memberships, PageMemberships):
             self._memberships.begin(step)
@@ -231,8 +231,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             # new tokens have to be what others read in pages
             key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
             scales = (1.0, 1.0)
-        # Requests of one step may share pages that one of them is writing (prefix caching), so
-        # every membership comes before any other read of the tables, and every write before reads
+        # Requests of a step may share pages that one of them is writing (prefix caching). So first
+        # all memberships are decided, then all pages are written, and then requests read either.
         if isinstance(self._memberships, PageMemberships):
             self._memberships.probe(
                 step, query, key, value, self._attention.scale, self.softcap

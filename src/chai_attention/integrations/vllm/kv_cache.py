@@ -126,7 +126,7 @@ class NearSpec(SlidingWindowSpec):
 
     Attributes:
         sinks: s, first tokens that are never given back.
-        probe_end: as in `prefixes.ProbedSpec`; 0 where memberships do not depend on requests.
+        probe_end: as in `ProbedSpec`; 0 where memberships do not depend on requests.
     """
 
     sinks: int = 0
@@ -140,7 +140,7 @@ class NearSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(self, *args: Any, **kwargs: Any) -> int:
         """Pages that a request holds at most, as vLLM counts on before it starts one.
 
-        For the window's pages vLLM counts all steps that may be in flight (`pages.near_pages_of`
+        For the window's pages vLLM counts all steps that may be in flight (`layers.near_pages_of`
         counts one).
         """
         most: int = super().max_admission_blocks_per_request(*args, **kwargs)

@@ -79,7 +79,7 @@ class PageLayout:
 
 
 class Pages(NamedTuple):
-    """A layer's pages in one step; nobody keeps them, as vLLM replaces caches.
+    """A layer's pages, for one step: vLLM replaces caches, so these views must not be kept.
 
     Attributes:
         key: ``[P, N, kept K heads, D]``.

@@ -1,12 +1,13 @@
 """Memberships of running requests, found by the first page of each.
 
 A request's membership has to be found again in every step, also after vLLM moved its row, and by
-other requests that share its first page (prefix caching). The page's number does all that: it is
-the request's until its K and V are dropped, and whoever reads that page needs its membership.
+other requests that share its first page (prefix caching). The number of that page serves for both:
+it belongs to the request until its K and V are dropped, and a request that reads the page needs
+the membership that wrote it.
 
-So every page has a row of tables in every layer that decides memberships. They are made when the
-pages are there, of what vLLM left: as much memory as they will take is held from when the weights
-are loaded, which vLLM counts, until they are made (`row_bytes`, `planned_pages`).
+So every page has a row of tables in every layer that decides memberships. The tables are made once
+vLLM has made its pages, of the memory that is left. To leave enough, the layers hold as much from
+when their weights are loaded, and vLLM counts it as taken (`row_bytes`, `planned_pages`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from chai_attention.runtime.plan import LayerPlan
 
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
 
-# all that is made of a membership for pages, prompts and exact windows
+# a membership's tables that kernels read, for pages and prompts, and for exact windows
 _TABLES = ("slot_heads", "key_heads", "value_heads", "value_slot", "key_slot")
 _WINDOW_TABLES = ("removed_key_heads", "removed_value_heads", "key_place", "value_place")
 
@@ -43,8 +44,9 @@ def probe_range(plan: LayerPlan) -> tuple[int, int, int]:
 def full_tokens(plan: LayerPlan, request: RequestSpan) -> int:
     """First new tokens of a request that attend with all heads.
 
-    They are those of its prompt up to the window's end. A request that these do not decide runs
-    like one of a static profile from its first token on, however its prompt is cut into chunks.
+    They are the tokens of its prompt up to the probe window's end. Where these are too few to
+    decide a membership, there are none: the request runs like one of a static profile from its
+    first token on, however its prompt is cut into chunks.
     """
     if request.context_len or not plan.needs_probe:
         return 0
@@ -139,7 +141,7 @@ class PageMemberships:
         fallback = layer.membership(device)
         self._fallback = fallback.representatives  # [1, H]
         if (clustered := layer.plan.clustered) is not None:
-            # of the heads that a membership is found for, by their numbers among themselves
+            # only these heads get a membership; they are counted among themselves
             inside = {head: number for number, head in enumerate(clustered)}
             own = [[inside[layer.fallback[head]] for head in clustered]]
             self._fallback = torch.tensor(own, device=device)
@@ -177,7 +179,7 @@ class PageMemberships:
         self._rows.put(pages, representatives)
 
     def begin(self, step: ChaiMetadata) -> None:
-        """Give requests that start with too few tokens to tell what is known without a request."""
+        """Give the known membership to requests that start with too few tokens to decide one."""
         pages = step.undecided_pages(*self._range)
         if pages is not None:
             self.publish(pages, self._fallback)
@@ -196,8 +198,7 @@ class PageMemberships:
             scale: factor on the scores.
             softcap: as in `ops.reference.attention`.
         """
-        found = step.deciders(*self._range)
-        if found is not None:
+        if step.new and (found := step.deciders(*self._range)) is not None:
             representatives = self.layer.plan.packed_representatives(
                 query, key, value, found.window, found.real, scale, softcap
             )

@@ -1,7 +1,7 @@
 """What all clustered layers need to know about one step of vLLM, made once for all of them.
 
-A step that decodes has hundreds of requests, and nobody asks about a single one. So what is asked
-about all is asked of arrays, and a request is described (`RequestSpan`) when it is looked at.
+A step that decodes has hundreds of requests, and no layer asks about a single one. So they are
+kept as arrays (`RequestSpans`), and one is described (`RequestSpan`) only when it is looked at.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class RequestSpans:
         query_start_loc: ``[B + 1]``, where their tokens begin, and the end.
         seq_lens: ``[B]``, how many they then have.
         prompt_len: from a request's index to the tokens of its prompt, asked for requests without
-            context; None where nobody needs to know.
+            context; None if no layer needs it.
     """
 
     def __init__(
@@ -194,9 +194,9 @@ def _once(
 
 @dataclass(eq=False)
 class ChaiMetadata:
-    """One forward of a batch; T tokens of B requests, packed.
+    """One forward of a batch: T tokens of B requests, packed.
 
-    What several layers derive from it is made once.
+    What layers derive from it is made once and shared.
 
     Attributes:
         requests: all of them. Those that only pad a CUDA graph are among the first ``num_decodes``.
@@ -206,8 +206,8 @@ class ChaiMetadata:
         seq_lens: ``[B]`` int32, tokens of each request with the new ones; 0 for padding.
         block_table: ``[B, max_pages]`` int32.
         slot_mapping: ``[T]`` int64, where each token goes in the pages; -1 for padding.
-        first_pages: ``[B]`` int32, first page of each request; of any use where memberships depend
-            on requests only, as is ``token_pages``.
+        first_pages: ``[B]`` int32, first page of each request; filled only where memberships depend
+            on requests, as is ``token_pages``.
         token_pages: ``[T]`` int32, first page of each token's request.
         max_query_len: no request has more new tokens.
         max_seq_len: no request has more tokens.

@@ -32,7 +32,7 @@ def register() -> None:
 def __getattr__(name: str) -> Any:
     """``Backend``, which vLLM asks for when it makes a model's first attention layer.
 
-    It is ours, or vLLM's own on a CPU where nobody asked for ours.
+    It is ours, or vLLM's own on a CPU where ours is not asked for.
     """
     if name != "Backend":
         raise AttributeError(name)

@@ -240,7 +240,7 @@ def _ending(code: int) -> str:
 
 
 def main() -> None:
-    """Start an engine, and answer until nobody asks any more."""
+    """Start an engine, and answer messages until its input ends."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is its log
     try:

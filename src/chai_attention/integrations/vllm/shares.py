@@ -124,7 +124,7 @@ def fixed_shares(
 def _rank(
     representatives: Sequence[int], streaming: Sequence[int], mine: range, group: int
 ) -> _Heads:
-    """Heads ``mine``, which follow nobody on another rank."""
+    """Heads ``mine``, whose representatives are all on this rank."""
     chosen: dict[int, int] = {}  # cluster to its representative here
     for head in mine:
         cluster = representatives[head]
