@@ -19,6 +19,7 @@ from chai_attention.cli import app
 from chai_attention.cli.eval import eval_command
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation import comparators as package
+from chai_attention.evaluation.profiled import Profiled
 from chai_attention.integrations.vllm.plugin import installed
 from chai_attention.profile import ClusterProfile
 from eval_methods import OwnCache, Plain, arc_rows, eval_model
@@ -36,9 +37,10 @@ def asked(monkeypatch):
 
     def comparators(names, **options):
         calls.append((tuple(names), options))
-        if unknown := set(names) - set(MADE):
+        made = {"profile": lambda name: Profiled(options["profile"]), **MADE}
+        if unknown := set(names) - set(made):
             raise ChaiError(f"no comparator {unknown}: mha, own")
-        return {name: MADE[name](name) for name in names}
+        return {name: made[name](name) for name in names}
 
     made = types.ModuleType("registry")
     made.comparators = comparators
@@ -86,7 +88,7 @@ def test_a_profile_is_set_beside_the_model_and_a_second_run_measures_nothing(cha
     assert "accuracy, %" in out
     assert f"{row['tasks']['arc_easy']['nll']:.4f}" in out
     assert f"{row['kv_share']:.1%}" in out
-    assert [names for names, _ in asked] == [("mha",)]
+    assert [names for names, _ in asked] == [("mha", "profile")]
     code, again, err = chai(*arguments)
     assert (code, again, err, len(asked)) == (0, out, "", 1)
 

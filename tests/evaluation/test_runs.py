@@ -2,11 +2,12 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.runs import Result, RunFolder, load_result, write_text
+from chai_attention.evaluation.runs import Result, RunFolder, load_result
 from chai_attention.integrations.lm_eval.items import Item
 
 RUN, TASK = {"model": "m", "seed": 0}, {"name": "piqa", "data": "d", "limit": None}
@@ -119,18 +120,18 @@ def test_a_damaged_result_is_not_taken(folder, redone, damage):
     assert folder.get(RUN, TASK, ASKED) is None
 
 
-def test_an_interrupt_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_text(path, "old")
+def test_an_interrupt_while_writing_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
+    path = written(folder)
+    before = path.read_bytes()
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+        folder.put(replace(result(), source="there"))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_numbers_that_json_lacks_are_refused(folder):

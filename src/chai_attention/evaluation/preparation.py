@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.calibrate import window_length
 from chai_attention.calibration.sources import Source, mixed_windows
+from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.profiled import PROFILE, profile_digest
+from chai_attention.evaluation.profiled import NO_PROFILE, PROFILE, profile_digest
 from chai_attention.evaluation.scorer import MHA
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
@@ -73,6 +74,9 @@ def comparator_names(
         profile: the profile to evaluate.
         model: what they are to run; None leaves out only those whose library is missing.
         on_left_out: called with a message for each comparator that "all" leaves out.
+
+    Raises:
+        EvaluationError: "profile" is asked for, and there is none.
     """
     from chai_attention.evaluation.comparators import registry
 
@@ -85,6 +89,8 @@ def comparator_names(
                 on_left_out(message)
         elif name.strip():
             names.append(name.strip())
+    if PROFILE in names and profile is None:
+        raise EvaluationError(NO_PROFILE)
     return tuple(dict.fromkeys(names))
 
 

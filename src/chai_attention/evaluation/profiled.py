@@ -17,6 +17,7 @@ from chai_attention.results import digest
 from chai_attention.runtime.shape import describe
 
 PROFILE = "profile"
+NO_PROFILE = f"the comparator {PROFILE} needs a profile: --profile FILE"
 
 
 class Profiled(Comparator):

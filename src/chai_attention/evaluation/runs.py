@@ -45,7 +45,7 @@ from chai_attention.errors import EvaluationError
 from chai_attention.integrations.lm_eval.items import KINDS, Item
 from chai_attention.results import as_json, from_json, require_same, verified, write_result
 from chai_attention.strict_json import load_json
-from chai_attention.whole_files import require_folder, write_whole
+from chai_attention.whole_files import require_folder
 
 SCHEMA_VERSION = 1
 TABLES = ("results.json", "table.md")
@@ -178,12 +178,3 @@ def load_result(path: Path) -> Result:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"it is damaged ({type(error).__name__}: {error})") from error
     return result
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is the old one or the new one, whatever happens meanwhile.
-
-    Raises:
-        EvaluationError: it cannot be written.
-    """
-    write_whole(path, text.encode(), EvaluationError, make_folder=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.comparators.mha import Mha
-from chai_attention.evaluation.profiled import PROFILE, Profiled
+from chai_attention.evaluation.profiled import NO_PROFILE, PROFILE, Profiled
 from chai_attention.evaluation.scorer import MHA, Scorer, run_settings
 from chai_attention.evaluation.tasks import TaskSource, text_length
 from chai_attention.integrations.transformers.digest import files_digest
@@ -67,7 +67,7 @@ def served_names(
     if others := [name for name in asked if name not in ("all", MHA, PROFILE)]:
         raise EvaluationError(_LEFT_OUT.format(names=", ".join(others)))
     if PROFILE in asked and not profile:
-        raise EvaluationError(f"the comparator {PROFILE} needs a profile: --profile FILE")
+        raise EvaluationError(NO_PROFILE)
     return (MHA, PROFILE) if profile else (MHA,)
 
 

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from chai_attention.errors import EvaluationError
-from chai_attention.evaluation.runs import SCHEMA_VERSION, TRANSFORMERS, Result, write_text
+from chai_attention.evaluation.runs import SCHEMA_VERSION, TRANSFORMERS, Result
 from chai_attention.evaluation.scores import Mean, average, mean_of, paired
 from chai_attention.evaluation.tasks import PAPER, facts_and_length
-from chai_attention.integrations.lm_eval.items import RECALLED, TEXT, Item
+from chai_attention.integrations.lm_eval.items import RECALLED, TEXT
 from chai_attention.results import write_result
+from chai_attention.whole_files import write_whole
 
-MEASURES: dict[str, Callable[[Item], float | None]] = {
-    "acc": lambda item: item.acc,
-    "acc_norm": lambda item: item.acc_norm,
-    "nll": lambda item: item.nll,
-}
+MEASURES = ("acc", "acc_norm", "nll")  # fields of `Item`
+ENDS = ("", "_se", "_diff", "_diff_se")
+MEASURED = (  # title, measure, scale and digits of a table
+    ("accuracy, %", "acc", 100.0, 2),
+    ("accuracy by length-normalised likelihood, %", "acc_norm", 100.0, 2),
+    ("NLL of the right answer", "nll", 1.0, 4),
+)
 SHARES = {
     "kv_length": "length",
     "kv_share": "share",
     "kv_long_length": "long_length",
     "kv_long_share": "long_share",
 }
+Row = Mapping[str, Any]
+Means = Mapping[str, tuple[Mean, Mean]]  # measure -> mean, difference to the first comparator's
+Block = tuple[str, list[str], list[list[str]]]
 
 
 def build_table(
@@ -69,18 +75,14 @@ def build_table(
     for name in names:
         cells = {task: _cell(results[name, task], results[names[0], task]) for task in tasks}
         first = results[name, tasks[0]]
-        shares = {
-            key: sum(cells[task]["plain"][key] for task in others) / len(others) for key in SHARES
-        }
+        shares = {key: sum(cells[task][0][key] for task in others) / len(others) for key in SHARES}
         rows.append(
             {
                 "comparator": name,
                 "source": first.source,
                 "settings": first.settings["comparator"],
-                "tasks": {
-                    task: cell["plain"] | _flat(cell["means"]) for task, cell in cells.items()
-                },
-                "average": _average([cells[task]["means"] for task in averaged]),
+                "tasks": {task: plain | _flat(means) for task, (plain, means) in cells.items()},
+                "average": _average([cells[task][1] for task in averaged]),
                 **shares,
             }
         )
@@ -100,7 +102,7 @@ def write_table(table: Mapping[str, Any], folder: Path) -> None:
         EvaluationError: they cannot be written.
     """
     write_result(folder / "results.json", table, EvaluationError, make_folder=True)
-    write_text(folder / "table.md", markdown(table))
+    write_whole(folder / "table.md", markdown(table).encode(), EvaluationError, make_folder=True)
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -146,100 +148,62 @@ LEGEND = (
 )
 
 
-def _blocks(table: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows for accuracies and for likelihoods."""
+def _blocks(table: Row) -> list[Block]:
+    """Title, header and rows for accuracies, for likelihoods, for texts and for recall."""
     rows, tasks = table["rows"], table["tasks"]
-    some = rows[0]["tasks"]
+    first = rows[0]["tasks"]
     lengths = [f"K,V kept at {round(rows[0][key])}" for key in ("kv_length", "kv_long_length")]
-    counts = {task: f"{task} ({some[task]['items']})" for task in tasks}
-    blocks = []
-    for title, measure, scale, digits in (
-        ("accuracy, %", "acc", 100.0, 2),
-        ("accuracy by length-normalised likelihood, %", "acc_norm", 100.0, 2),
-        ("NLL of the right answer", "nll", 1.0, 4),
-    ):
-        shown = [
-            task
-            for task in tasks
-            if some[task][measure] is not None and some[task]["kind"] != RECALLED
-        ]
+    heads = {task: f"{task} ({first[task]['items']})" for task in tasks}
+    recalled = [task for task in tasks if first[task]["kind"] == RECALLED]
+    blocks: list[Block] = []
+    for title, measure, scale, digits in MEASURED:
+        shown = [t for t in tasks if first[t][measure] is not None and t not in recalled]
         if not shown:
             continue
-        summed = rows[0]["average"] is not None and rows[0]["average"][measure] is not None
-        header = ["", *lengths, *(["average"] if summed else []), *(counts[t] for t in shown)]
+        summed = (rows[0]["average"] or {}).get(measure) is not None
         body = []
-        for number, row in enumerate(rows):
-            cells = [row["average"]] if summed else []
-            cells += [row["tasks"][task] for task in shown]
-            body.append(
-                [
-                    row["comparator"],
-                    f"{row['kv_share']:.1%}",
-                    f"{row['kv_long_share']:.1%}",
-                    *(_words(cell, measure, scale, digits, number > 0) for cell in cells),
-                ]
-            )
+        for row in rows:
+            cells = [row["average"]] * summed + [row["tasks"][task] for task in shown]
+            words = [_words(cell, measure, scale, digits, row is rows[0]) for cell in cells]
+            shares = [f"{row[key]:.1%}" for key in ("kv_share", "kv_long_share")]
+            body.append([row["comparator"], *shares, *words])
+        header = ["", *lengths, *["average"] * summed, *(heads[task] for task in shown)]
         blocks.append((title, header, body))
-    texts = [task for task in tasks if some[task]["kind"] == TEXT]
-    if texts:
-        body = [
-            [
-                row["comparator"],
-                *(_perplexity(row["tasks"][task], len(texts) > 1) for task in texts),
-            ]
-            for row in rows
-        ]
-        blocks.append(("perplexity", ["", *(counts[task] for task in texts)], body))
-    return blocks + _recall_blocks(rows, [task for task in tasks if some[task]["kind"] == RECALLED])
-
-
-def _recall_blocks(
-    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]
-) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table for every length: exact answers and their likelihood, by numbers of facts."""
+    if texts := [task for task in tasks if first[task]["kind"] == TEXT]:
+        body = []
+        for row in rows:
+            cells = [row["tasks"][task] for task in texts]
+            # the K,V bytes kept at the length of its windows, where there are several
+            kept = [f" ({cell['kv_share']:.1%} kept)" * (len(texts) > 1) for cell in cells]
+            words = [f"{cell['perplexity']:.3f}{k}" for cell, k in zip(cells, kept, strict=True)]
+            body.append([row["comparator"], *words])
+        blocks.append(("perplexity", ["", *(heads[task] for task in texts)], body))
     by_length: dict[int, list[tuple[int, str]]] = {}
-    for task in tasks:
+    for task in recalled:
         facts, length = facts_and_length(task) or (0, 0)
         by_length.setdefault(length, []).append((facts, task))
-    blocks = []
     for length, found in by_length.items():
-        header = ["", "K,V kept"]
+        header, body = ["", "K,V kept"], [[row["comparator"]] for row in rows]
         for facts, task in found:
             name = f"{facts} fact{'s' * (facts > 1)}"
-            count = rows[0]["tasks"][task]["items"]
-            header += [f"{name}: exact, % ({count})", f"{name}: NLL"]
-        body = []
-        for number, row in enumerate(rows):
-            cells = [row["tasks"][task] for _, task in found]
-            line = [row["comparator"], f"{cells[0]['kv_share']:.1%}"]
-            for cell in cells:
-                line += [
-                    _words(cell, "acc", 100.0, 1, number > 0),
-                    _words(cell, "nll", 1.0, 4, number > 0),
-                ]
-            body.append(line)
+            header += [f"{name}: exact, % ({first[task]['items']})", f"{name}: NLL"]
+        for line, row in zip(body, rows, strict=True):
+            line.append(f"{row['tasks'][found[0][1]]['kv_share']:.1%}")
+            for _, task in found:
+                for measure, scale, digits in (("acc", 100.0, 1), ("nll", 1.0, 4)):
+                    line.append(_words(row["tasks"][task], measure, scale, digits, row is rows[0]))
         blocks.append((f"recall from {length:,} tokens", header, body))
     return blocks
 
 
-def _perplexity(cell: Mapping[str, Any], states_share: bool) -> str:
-    """A perplexity, and the K,V bytes kept at the length of its windows where there are several."""
-    words = f"{cell['perplexity']:.3f}"
-    return f"{words} ({cell['kv_share']:.1%} kept)" if states_share else words
-
-
-def _words(cell: Mapping[str, Any], measure: str, scale: float, digits: int, compared: bool) -> str:
-    """``61.20 ±1.10 (-0.30 ±0.20)``."""
-    value, error, difference, spread = (
-        cell[f"{measure}{end}"] * scale for end in ("", "_se", "_diff", "_diff_se")
-    )
+def _words(cell: Row, measure: str, scale: float, digits: int, is_first: bool) -> str:
+    """``61.20 ±1.10 (-0.30 ±0.20)``; of the first row without a difference."""
+    value, error, difference, spread = (cell[f"{measure}{end}"] * scale for end in ENDS)
     text = f"{value:.{digits}f} ±{error:.{digits}f}"
-    if compared:
-        text += f" ({difference:+.{digits}f} ±{spread:.{digits}f})"
-    return text
+    return text if is_first else f"{text} ({difference:+.{digits}f} ±{spread:.{digits}f})"
 
 
-def _cell(result: Result, baseline: Result) -> dict[str, Any]:
+def _cell(result: Result, baseline: Result) -> tuple[dict[str, Any], Means]:
     """One comparator's measures in one task: plain values, and means with their differences."""
     ours, theirs = (
         [(item.doc, item.digest) for item in found.items] for found in (result, baseline)
@@ -249,42 +213,40 @@ def _cell(result: Result, baseline: Result) -> dict[str, Any]:
             f"{result.comparator} and {baseline.comparator} were scored on other items of "
             f"{result.task}: evaluate into another folder"
         )
-    means: dict[str, tuple[Mean, Mean] | None] = {}
-    for name, read in MEASURES.items():
-        values = [value for item in result.items if (value := read(item)) is not None]
-        base = [value for item in baseline.items if (value := read(item)) is not None]
-        means[name] = (mean_of(values), paired(values, base)) if values else None
+    means = {}
+    for name in MEASURES:
+        values, base = (
+            [value for item in found.items if (value := getattr(item, name)) is not None]
+            for found in (result, baseline)
+        )
+        if values:
+            means[name] = mean_of(values), paired(values, base)
     plain: dict[str, Any] = {"kind": result.kind, "items": len(result.items)}
     plain["perplexity"] = result.metrics.get("perplexity") if result.kind == TEXT else None
-    plain |= {key: result.kv_share[name] for key, name in SHARES.items()}
-    return {"plain": plain, "means": means}
+    return plain | {key: result.kv_share[name] for key, name in SHARES.items()}, means
 
 
-def _average(cells: Sequence[Mapping[str, tuple[Mean, Mean] | None]]) -> dict[str, Any] | None:
-    """Means over tasks of each measure, over those that have it in all tasks."""
-    if not cells:
+def _average(found: Sequence[Means]) -> dict[str, float | None] | None:
+    """Means over tasks of each measure that all of them have."""
+    if not found:
         return None
-    means: dict[str, tuple[Mean, Mean] | None] = {}
-    for name in MEASURES:
-        found = [cell[name] for cell in cells]
-        known = [pair for pair in found if pair is not None]
-        whole = len(known) == len(found)
-        means[name] = (
-            (average([own for own, _ in known]), average([diff for _, diff in known]))
-            if whole
-            else None
-        )
-    return _flat(means)
-
-
-def _flat(means: Mapping[str, tuple[Mean, Mean] | None]) -> dict[str, float | None]:
-    flat: dict[str, float | None] = {}
-    for name, pair in means.items():
-        values = (None,) * 4 if pair is None else (
-            pair[0].mean, pair[0].error, pair[1].mean, pair[1].error
-        )  # fmt: skip
-        flat |= {
-            f"{name}{end}": value
-            for end, value in zip(("", "_se", "_diff", "_diff_se"), values, strict=True)
+    whole = [name for name in MEASURES if all(name in means for means in found)]
+    return _flat(
+        {
+            name: (
+                average([means[name][0] for means in found]),
+                average([means[name][1] for means in found]),
+            )
+            for name in whole
         }
+    )
+
+
+def _flat(means: Means) -> dict[str, float | None]:
+    flat: dict[str, float | None] = dict.fromkeys(
+        f"{name}{end}" for name in MEASURES for end in ENDS
+    )
+    for name, (own, difference) in means.items():
+        values = (own.mean, own.error, difference.mean, difference.error)
+        flat |= {f"{name}{end}": value for end, value in zip(ENDS, values, strict=True)}
     return flat

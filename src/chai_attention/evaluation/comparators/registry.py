@@ -20,7 +20,7 @@ from chai_attention.evaluation.comparators.mha import Mha
 from chai_attention.evaluation.comparators.random_heads import RandomHeads
 from chai_attention.evaluation.comparators.spatten import VARIANTS, SpAtten
 from chai_attention.evaluation.comparators.streaming import MassStream, RandomStream
-from chai_attention.evaluation.profiled import PROFILE, Profiled
+from chai_attention.evaluation.profiled import NO_PROFILE, PROFILE, Profiled
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import describe
@@ -146,7 +146,7 @@ class _Workshop:
             return Mha()
         if name == PROFILE:
             if self.given is None:
-                raise EvaluationError(f"the comparator {PROFILE} needs a profile: --profile FILE")
+                raise EvaluationError(NO_PROFILE)
             return Profiled(self.given)
         if name in RECIPES:
             return Chai(name, self.save, self.seed, self.tokenizer)
