@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from chai_attention.integrations.vllm.layers import served_layers
+from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import ModelShape
 
@@ -31,7 +31,7 @@ def test_profiles_of_kinds_fit_their_models_and_keep_what_ideals_count(name, sha
     profile = ClusterProfile.from_json(kind.profile(shape, ranks))
     profile.check(model)
     wanted = [Ideal(shape, kind, ranks).kept(*layer) for layer in kind.layers(shape, ranks)]
-    for layers in (served_layers(model, profile, ranks, rank) for rank in range(ranks)):
+    for layers in (layer_shards(model, profile, ranks, rank) for rank in range(ranks)):
         assert [(layer.kept * ranks, layer.kept_values * ranks) for layer in layers] == wanted
 
 
