@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,32 +166,21 @@ class ClusteredCache(DynamicCache):
 
 def memory_of(cache: Cache) -> CacheMemory:
     """Report what any cache holds; one without clusters is a full cache itself."""
-    key = value = probe = recent = full_key = full_value = sequences = 0
+    total: Counter[str] = Counter()
+    sequences = 0
     for layer in cache.layers:
-        if isinstance(layer, ClusteredLayer):
-            tensors = layer.tensors()
-        else:
-            pair = {"key": layer.keys, "value": layer.values}
-            tensors = {name: held for name, held in pair.items() if held is not None}
+        clustered = isinstance(layer, ClusteredLayer)
+        pair = {"key": layer.keys, "value": layer.values}
+        tensors = layer.tensors() if clustered else {k: x for k, x in pair.items() if x is not None}
         if not tensors:
             continue
         held = {name: tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
-        layer_key, layer_value = held.pop("key", 0), held.pop("value", 0)
-        full = layer_key, layer_value
-        if isinstance(layer, ClusteredLayer):
-            full = layer.full_bytes()
-        key, full_key = key + layer_key, full_key + full[0]
-        value, full_value = value + layer_value, full_value + full[1]
-        recent += sum(held.pop(name, 0) for name in NEAR)
-        probe += sum(held.values())
+        key, value = held.pop("key", 0), held.pop("value", 0)
+        full_key, full_value = layer.full_bytes() if clustered else (key, value)
+        total.update(key=key, value=value, full_key=full_key, full_value=full_value)
+        total.update(recent=sum(held.pop(name, 0) for name in NEAR))
+        total.update(probe=sum(held.values()))
         sequences = max(sequences, *(tensor.shape[0] for tensor in tensors.values()))
-    return CacheMemory(
-        key_bytes=key,
-        value_bytes=value,
-        probe_bytes=probe,
-        recent_bytes=recent,
-        full_key_bytes=full_key,
-        full_value_bytes=full_value,
-        tokens=cache.get_seq_length(),
-        sequences=sequences,
-    )
+    kinds = ("key", "value", "probe", "recent", "full_key", "full_value")
+    counted = {f"{kind}_bytes": total[kind] for kind in kinds}
+    return CacheMemory(tokens=cache.get_seq_length(), sequences=sequences, **counted)

@@ -90,20 +90,18 @@ def _place(
     """The projection and parameter that a tensor belongs to, checked."""
     parts = name.split(".")
     known = len(parts) == 3 and parts[0] == "layers" and parts[2] in ("weight", "bias")
-    if not known or not parts[1].isdigit() or int(parts[1]) not in modules:
-        raise ProfileError(
-            f"the refit holds {name}, which this model does not have: it was made for another "
-            "one. Calibrate this model with --refit, or use a profile without"
-        )
-    module = modules[int(parts[1])]
-    weight = output_weight(module)
-    wanted = weight.shape if parts[2] == "weight" else weight.shape[:1]
-    if tensor.shape != wanted:
-        raise ProfileError(
-            f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}: it was "
-            "made for another one. Calibrate this model with --refit, or use a profile without"
-        )
-    return _plain_projection(int(parts[1]), module), parts[2], tensor
+    layer = int(parts[1]) if known and parts[1].isdigit() else -1
+    reason = f"the refit holds {name}, which this model does not have"
+    if layer in modules:
+        weight = output_weight(modules[layer])
+        wanted = weight.shape if parts[2] == "weight" else weight.shape[:1]
+        if tensor.shape == wanted:
+            return _plain_projection(layer, modules[layer]), parts[2], tensor
+        reason = f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}"
+    raise ProfileError(
+        f"{reason}: it was made for another one. Calibrate this model with --refit, or use a "
+        "profile without"
+    )
 
 
 def _plain_projection(layer: int, module: nn.Module) -> nn.Module:
