@@ -8,6 +8,7 @@ into the static memory, where it stays.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -146,10 +147,14 @@ class StaticClusteredLayer(ClusteredLayer):
         waiting = {f"waiting {name}": held for name, held in super().tensors().items()}
         if not self.is_initialized:
             return waiting
-        held = {"key": self._key, "value": self._value}
-        if self._near is not None and self._near.ring.shape[1]:
-            held |= dict(zip(NEAR, [x for pair in self._near.memories for x in pair], strict=False))
-        return held | waiting
+        near = dict(zip(NEAR, chain(*self._rings), strict=False))
+        return {"key": self._key, "value": self._value, **near, **waiting}
+
+    @property
+    def _rings(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Ring and sinks of K, and of V where V heads stream; none where no K is removed."""
+        near = self._near
+        return () if near is None or not near.ring.shape[1] else near.memories
 
     def get_seq_length(self) -> int:
         """Tokens held, padding included."""
@@ -178,15 +183,13 @@ class StaticClusteredLayer(ClusteredLayer):
             CacheError: says what is missing.
         """
         super().check_crop(keep)
-        near = self._near
-        if self.membership is None or near is None or not near.ring.shape[1]:
-            return
-        if keep < self._window_end:
+        if self.membership is None or not self._rings or keep < self._window_end:
             return  # K of all heads is there
-        if max(0, keep - self.plan.recent + 1) < self._seen - near.ring.shape[2]:
+        held = self._rings[0][0].shape[2]
+        if max(0, keep - self.plan.recent + 1) < self._seen - held:
             raise CacheError(
                 f"cannot crop to {keep} tokens: of {self._seen}, a static cache with an exact "
-                f"recent window holds the K of all heads for the last {near.ring.shape[2]} only. "
+                f"recent window holds the K of all heads for the last {held} only. "
                 "Use ClusteredCache for assisted decoding, or reset and run the prompt again"
             )
 
@@ -241,9 +244,8 @@ class StaticClusteredLayer(ClusteredLayer):
         for memory in (self._key, self._value):
             used = memory[:, :, : self._seen]
             used.copy_(used[rows])
-        if self._near is not None:
-            for memory in (x for pair in self._near.memories for x in pair):
-                memory.copy_(memory[rows])
+        for memory in chain(*self._rings):
+            memory.copy_(memory[rows])
         if self._probe is not None:
             self._probe = Probe(*(states[rows] for states in self._probe))
         if self.plan.needs_probe and self.membership is not None:
@@ -296,12 +298,10 @@ class StaticClusteredLayer(ClusteredLayer):
     def _recent_before(self, past: int) -> RecentWindow:
         """The recent window of ``past`` tokens, copied: the ring is about to be overwritten."""
         recent = RecentWindow(self.plan.recent, self.plan.sinks)
-        if past and self._near is not None and self._near.ring.shape[1]:
-            size = self._near.ring.shape[2]
-            held = torch.arange(max(0, past - size), past, device=self._near.ring.device)
-            for states, (ring, sinks) in zip(recent.kinds, self._near.memories, strict=False):
-                states.last = ring[:, :, held % size]
-                states.first = sinks
+        for states, (ring, sinks) in zip(recent.kinds, self._rings if past else (), strict=False):
+            size = ring.shape[2]
+            held = torch.arange(max(0, past - size), past, device=ring.device)
+            states.last, states.first = ring[:, :, held % size], sinks
         return recent
 
     # ---- the membership
@@ -324,15 +324,14 @@ class StaticClusteredLayer(ClusteredLayer):
         length = keys.shape[2]
         self._key[:, :, :length].copy_(keys)
         self._value[:, :, :length].copy_(values.transpose(1, 2))
-        if self._near is not None and self._near.ring.shape[1]:
-            size = self._near.ring.shape[2]
-            for states, (ring, sinks) in zip(self._recent.kinds, self._near.memories, strict=False):
-                assert states.last is not None
-                assert states.first is not None
-                last, first = states.last[:, :, -size:], states.first
-                held = torch.arange(length - last.shape[2], length, device=last.device)
-                ring[:, :, held % size] = last
-                sinks[:, :, : first.shape[2]].copy_(first)
+        for states, (ring, sinks) in zip(self._recent.kinds, self._rings, strict=False):
+            assert states.last is not None
+            assert states.first is not None
+            size = ring.shape[2]
+            last, first = states.last[:, :, -size:], states.first
+            held = torch.arange(length - last.shape[2], length, device=last.device)
+            ring[:, :, held % size] = last
+            sinks[:, :, : first.shape[2]].copy_(first)
         self._keys, self._values = TokenBuffer(token_axis=2), TokenBuffer(token_axis=1)
         self._recent = RecentWindow(self.plan.recent, self.plan.sinks)
 
