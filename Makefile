@@ -50,7 +50,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not exhaustive'
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term --durations=20
 
 test-rivals: $(RIVALS_STAMP)
 	PYTHONPATH=$(RIVALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W ignore -n 2 $(addprefix tests/evaluation/comparators/test_,kvpress_comparators.py quantised.py comparator_registry.py whole_table.py)

@@ -7,6 +7,7 @@ import pytest
 from vllm_job import crowd, generate
 from vllm_profiles import PAGE, PROFILES
 
+pytestmark = pytest.mark.exhaustive
 MOST, PROMPTS, REQUESTS, POOL = 30, 60, 300, 30
 
 

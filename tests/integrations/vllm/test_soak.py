@@ -10,6 +10,7 @@ import pytest
 
 from chai_attention.profile import ClusterProfile
 
+pytestmark = pytest.mark.exhaustive
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "serving_soak.py"
 REQUESTS, AT_ONCE, PAGES = 40, 24, 18
 
