@@ -12,7 +12,12 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.tables import render
+from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
+from chai_attention.reports import bench as reports
+from chai_attention.reports.drawing import require_matplotlib
 
 bench_app = typer.Typer(
     help="Measure attention or a whole model beside baselines and the ideal; results are checked "
@@ -43,13 +48,8 @@ Seconds = Annotated[
     ),
 ]
 Seed = Annotated[int, options.seed("Of inputs and memberships.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Write all figures here (JSON).", callback=options.output_file),
-]
-Plot = Annotated[
-    Path | None, typer.Option(help="Draw them here (PNG).", callback=options.output_file)
-]
+Out = Annotated[Path | None, options.output("Write all figures here (JSON).")]
+Plot = Annotated[Path | None, options.output("Draw them here (PNG).")]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -119,63 +119,40 @@ def attention_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Time one layer's clustered attention against every attention that is installed."""
-    from chai_attention.cli.progress import import_libraries
-
     import_libraries(quiet=quiet)
+    from chai_attention.benchmarking import cases, presets
     from chai_attention.benchmarking.attention import AttentionRequest, bench_attention
-    from chai_attention.benchmarking.cases import (
-        default_cases,
-        default_clusters,
-        default_dtypes,
-        default_seconds,
-        parse_cache_dtype,
-        parse_case,
-        parse_clusters,
-        parse_dtypes,
-        parse_recent,
-        resolve_device,
-    )
     from chai_attention.benchmarking.clustered import Layout
-    from chai_attention.benchmarking.files import require_writable
-    from chai_attention.benchmarking.presets import (
-        profile_clusters,
-        profile_representatives,
-        resolve_attention,
-    )
-    from chai_attention.profile import ClusterProfile
-    from chai_attention.reports.bench import attention_plot, attention_tables
-    from chai_attention.reports.drawing import require_matplotlib
     from chai_attention.runtime.skeleton import load_config
 
-    require_writable(out, plot)
-    if plot is not None:
-        require_matplotlib()
-    options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
-    device = resolve_device(device)
+    _check_outputs(out, plot, [model, profile])
+    device = cases.resolve_device(device)
     chosen = None if profile is None else ClusterProfile.resolve(profile)
     read_config = partial(load_config, trust_remote_code=trust_remote_code)
-    shape = resolve_attention(model, profile, chosen, read_config)
+    shape = presets.resolve_attention(model, profile, chosen, read_config)
     window = (0, 0) if chosen is None else (chosen.recent, chosen.sinks)
-    window = window if recent is None else parse_recent(recent)
+    window = window if recent is None else cases.parse_recent(recent)
     if clusters is not None:
-        counts = parse_clusters(clusters, shape.heads)
+        counts = cases.parse_clusters(clusters, shape.heads)
+    elif chosen is not None:
+        counts = presets.profile_clusters(chosen)
     else:
-        counts = default_clusters(shape.heads) if chosen is None else profile_clusters(chosen)
+        counts = cases.default_clusters(shape.heads)
     request = AttentionRequest(
         shape=shape,
-        cases=default_cases(device) if not case else [parse_case(text) for text in case],
+        cases=[cases.parse_case(text) for text in case or ()] or cases.default_cases(device),
         clusters=counts,
-        dtypes=default_dtypes(device) if dtype is None else parse_dtypes(dtype),
+        dtypes=cases.default_dtypes(device) if dtype is None else cases.parse_dtypes(dtype),
         device=device,
-        layout=Layout(paged, *window, narrow=parse_cache_dtype(cache_dtype)),
-        seconds=default_seconds(device) if seconds is None else seconds,
+        layout=Layout(paged, *window, narrow=cases.parse_cache_dtype(cache_dtype)),
+        seconds=cases.default_seconds(device) if seconds is None else seconds,
         seed=seed,
-        representatives={} if chosen is None else profile_representatives(chosen),
+        representatives={} if chosen is None else presets.profile_representatives(chosen),
         streaming=streaming,
     )
     _report(
         lambda progress: bench_attention(request, progress),
-        attention_tables, attention_plot, out, plot, Output(as_json, quiet), base,
+        reports.attention_tables, reports.attention_plot, out, plot, Output(as_json, quiet), base,
     )  # fmt: skip
 
 
@@ -217,45 +194,26 @@ def model_command(
     A preset has random weights; a folder or a name of the hub has its own, unless --layers is
     given. Without --profile, llama-7b and llama-33b take their published schedule.
     """
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
-    from chai_attention.benchmarking.cases import (
-        BenchmarkError,
-        default_seconds,
-        parse_size,
-        resolve_device,
-    )
-    from chai_attention.benchmarking.files import require_writable
-    from chai_attention.benchmarking.model import (
-        ModelRequest,
-        bench_model,
-        random_model,
-        require_memory,
-    )
-    from chai_attention.benchmarking.presets import resolve_model
+    from chai_attention.benchmarking import cases, presets
+    from chai_attention.benchmarking import model as models
     from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.room import Work
-    from chai_attention.reports.bench import model_plot, model_tables
-    from chai_attention.reports.drawing import require_matplotlib
     from chai_attention.runtime.skeleton import load_config
 
-    require_writable(out, plot)
-    if plot is not None:
-        require_matplotlib()
-    options.keep_inputs([path for path in (out, plot) if path is not None], [model, profile])
+    _check_outputs(out, plot, [model, profile])
     placement = parse_placement(device_map, max_memory)
     if placement is not None and device != "auto":
-        raise BenchmarkError("--device-map says where the model goes: leave out --device")
-    device = resolve_device(device)
-    sizes = [parse_size(text) for text in case or ["1x2048"]]
+        raise cases.BenchmarkError("--device-map says where the model goes: leave out --device")
+    device = cases.resolve_device(device)
+    sizes = [cases.parse_size(text) for text in case or ["1x2048"]]
     longest = max(tokens for _, tokens in sizes) + new_tokens + 1
     read_config = partial(load_config, trust_remote_code=trust_remote_code)
-    plan = resolve_model(model, profile, layers, longest, read_config)
+    plan = presets.resolve_model(model, profile, layers, longest, read_config)
     kind = resolve_dtype(dtype, device)
     config = read_config(str(model)) if plan.config is None else plan.config
-    room = require_memory(
+    room = models.require_memory(
         config, sizes, new_tokens, kind, device, random=plan.config is not None,
         divided=placement is not None,
     )  # fmt: skip
@@ -267,20 +225,30 @@ def model_command(
                 work=lambda config: Work(0, beside=room),
             )  # fmt: skip
     else:
-        loaded = random_model(config, kind, device, seed, placement, room)
-    request = ModelRequest(
+        loaded = models.random_model(config, kind, device, seed, placement, room)
+    request = models.ModelRequest(
         name=plan.name,
         profile=plan.profile,
         profile_name=plan.profile_name,
         sizes=sizes,
         new_tokens=new_tokens,
-        seconds=default_seconds(device) if seconds is None else seconds,
+        seconds=cases.default_seconds(device) if seconds is None else seconds,
         seed=seed,
     )
     _report(
-        lambda progress: bench_model(loaded, request, progress),
-        model_tables, model_plot, out, plot, Output(as_json, quiet), base,
+        lambda progress: models.bench_model(loaded, request, progress),
+        reports.model_tables, reports.model_plot, out, plot, Output(as_json, quiet), base,
     )  # fmt: skip
+
+
+def _check_outputs(out: Path | None, plot: Path | None, inputs: Sequence[str | None]) -> None:
+    """Refuse, before anything is measured, what could not be written or drawn."""
+    from chai_attention.benchmarking.files import require_writable
+
+    require_writable(out, plot)
+    if plot is not None:
+        require_matplotlib()
+    options.keep_inputs([path for path in (out, plot) if path is not None], inputs)
 
 
 def _report(
@@ -295,9 +263,6 @@ def _report(
     """Measure with a progress bar, then show and write what came out."""
     from chai_attention.benchmarking.files import write_report
     from chai_attention.benchmarking.revisions import compared, resolve_revision, run_revision
-    from chai_attention.cli.progress import progress_bar
-    from chai_attention.cli.tables import render
-    from chai_attention.reports.bench import base_tables
 
     with progress_bar("starting", quiet=shown.quiet) as bar:
         other = None
@@ -309,7 +274,7 @@ def _report(
         if other is not None:
             report["base"] = {**other, "compared": compared(report, other)}
     shown.give(lambda: report)
-    for table in [*tables(report), *base_tables(report)]:
+    for table in [*tables(report), *reports.base_tables(report)]:
         shown.say(render(table, width=140))
     if out is not None:
         shown.say(f"figures written to {write_report(report, out)}")

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from chai_attention.cli import options
+from chai_attention.cli import options, tables
 from chai_attention.cli.output import Output, note
-from chai_attention.errors import FileError
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.records import profile_record
+from chai_attention.errors import CalibrationError, FileError
 from chai_attention.whole_files import require_file
 
 EVIDENCE = ".evidence"  # beside the profile: what an interrupted calibration has found
-_BUDGET, _RECIPE, _DATA = "Budget (one of these)", "Recipe", "Text"
+_budget = partial(typer.Option, rich_help_panel="Budget (one of these)")
+_recipe = partial(typer.Option, rich_help_panel="Recipe")
+_data = partial(typer.Option, rich_help_panel="Text")
 
 
 def calibrate_command(
     model: options.Model,
-    out: Annotated[
-        Path,
-        typer.Option(help="Write the profile here (JSON).", callback=options.output_file),
-    ],
+    out: Annotated[Path, options.output("Write the profile here (JSON).")],
     text: Annotated[
         list[str] | None,
-        typer.Option(
+        _data(
             help="Sample text: a text file, records or chats (.jsonl, .json, .csv, .parquet), a "
             "data set of the hub (name or name:config), or self: the model writes it. Again for a "
             "mixture, with weights if you like: "
@@ -33,176 +35,134 @@ def calibrate_command(
             "of the other text; its weight is relative to all of that (with streaming heads 0.25; "
             "recall:0 for none).",
             show_default="self",
-            rich_help_panel=_DATA,
         ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(
+        _data(
             help="Windows of text to use.",
             show_default="64 with streaming heads, 256 with cost gradient, else 1024",
-            rich_help_panel=_DATA,
         ),
     ] = None,
-    held_out: Annotated[
-        int,
-        typer.Option(help="Further windows, to measure the loss on.", min=2, rich_help_panel=_DATA),
-    ] = 64,
+    held_out: Annotated[int, _data(help="Further windows, to measure the loss on.", min=2)] = 64,
     length: Annotated[
         int | None,
-        typer.Option(
+        _data(
             help="Tokens per window.",
             show_default="1024 with streaming heads, else 256, or the model's maximum",
-            rich_help_panel=_DATA,
         ),
     ] = None,
-    seed: Annotated[int, options.seed("Which windows of the text are used.", _DATA)] = 0,
+    seed: Annotated[
+        int, _data(help="Which windows of the text are used.", min=0, max=options.LARGEST_SEED)
+    ] = 0,
     max_loss: Annotated[
         str | None,
-        typer.Option(
+        _budget(
             help="Perplexity rise on held-out text that may not be exceeded, such as 1%.",
             show_default="1% with recipes default, share and stream",
-            rich_help_panel=_BUDGET,
         ),
     ] = None,
     max_recall_loss: Annotated[
         str | None,
-        typer.Option(
+        _budget(
             help="With --max-loss: points by which the share of facts that are recalled may fall.",
             show_default="5% with streaming heads, if the model recalls any",
-            rich_help_panel=_BUDGET,
         ),
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(
-            help="K,V bytes to save, such as 20%: per token, or with streaming heads at --context.",
-            rich_help_panel=_BUDGET,
+        _budget(
+            help="K,V bytes to save, such as 20%: per token, or with streaming heads at --context."
         ),
     ] = None,
     removed: Annotated[
         str | None,
-        typer.Option(
-            help="Heads (or K/V heads, with target k-bytes) to remove, such as 25%.",
-            rich_help_panel=_BUDGET,
-        ),
+        _budget(help="Heads (or K/V heads, with target k-bytes) to remove, such as 25%."),
     ] = None,
     clusters: Annotated[
-        str | None,
-        typer.Option(
-            help="elbow, one number for all layers, or a list: 32,32,4.", rich_help_panel=_BUDGET
-        ),
+        str | None, _budget(help="elbow, one number for all layers, or a list: 32,32,4.")
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(
+        _budget(
             help="With the elbow: bound on the relative clustering error, 0 to 1.",
             show_default="0.1 for scores, 0.3 for k-bytes; paper: 1",
             callback=options.finite,
-            rich_help_panel=_BUDGET,
         ),
     ] = None,
     recipe: Annotated[
         str,
-        typer.Option(
+        _recipe(
             help="default: every head keeps its far keys, shares another's or forgets them, by "
             "gradient costs, with an exact recent window; share, stream: only one of the last two; "
             "elbow: k-means on attention maps; paper: as in CHAI.",
-            rich_help_panel=_RECIPE,
         ),
     ] = "default",
     cost: Annotated[
-        str | None,
-        typer.Option(
-            help="What merging heads is judged by: scores, value or gradient.",
-            rich_help_panel=_RECIPE,
-        ),
+        str | None, _recipe(help="What merging heads is judged by: scores, value or gradient.")
     ] = None,
     membership: Annotated[
         str | None,
-        typer.Option(
-            help="static: one map for all requests; online: cluster each request; blend: both.",
-            rich_help_panel=_RECIPE,
+        _recipe(
+            help="static: one map for all requests; online: cluster each request; blend: both."
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
+        _recipe(
             help="scores or k-bytes (grouped-query models: choose the K/V heads that keep K).",
             show_default="k-bytes for grouped-query models",
-            rich_help_panel=_RECIPE,
         ),
     ] = None,
     recent: Annotated[
         str | None,
-        typer.Option(
+        _recipe(
             help="Last tokens that every head attends to with its own scores; 0 for none; auto for "
             "what serves the budget best at --context.",
             show_default="auto with recipes default and stream, 32 with share, else 0",
-            rich_help_panel=_RECIPE,
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(
+        _recipe(
             help="Tokens of the contexts that will be served; with streaming heads.",
             show_default="2048",
-            rich_help_panel=_RECIPE,
         ),
     ] = None,
     sinks: Annotated[
         int | None,
-        typer.Option(
-            help="First tokens that it does.",
-            show_default="4 with a recent window",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(help="First tokens that it does.", show_default="4 with a recent window"),
     ] = None,
     refit: Annotated[
         str | None,
-        typer.Option(
-            help="Refit the output weights to what is left: none, output or bias.",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(help="Refit the output weights to what is left: none, output or bias."),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens that decide an online membership.",
-            show_default="32; paper: 5",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(help="Tokens that decide an online membership.", show_default="32; paper: 5"),
     ] = None,
     probe_from: Annotated[
         str,
-        typer.Option(
-            help="Where these tokens begin: start, or content (after the chat template).",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(help="Where these tokens begin: start, or content (after the chat template)."),
     ] = "start",
     blend: Annotated[
         float | None,
-        typer.Option(
+        _recipe(
             help="Weight of the static cost in a blended membership.",
             show_default="1",
             callback=options.finite,
-            rich_help_panel=_RECIPE,
         ),
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(
-            help="What a blended membership compares of these tokens: scores or value.",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(help="What a blended membership compares of these tokens: scores or value."),
     ] = None,
     tensor_parallel: Annotated[
         int,
-        typer.Option(
+        _recipe(
             help="GPUs that the profile will be served on: heads share within a GPU, and all of "
             "them save the same.",
             min=1,
-            rich_help_panel=_RECIPE,
         ),
     ] = 1,
     dtype: options.DType = "auto",
@@ -220,8 +180,6 @@ def calibrate_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Find which heads of MODEL can share their scores or forget far keys, at a loss you choose."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
     from chai_attention.calibration.estimate import estimate
     from chai_attention.calibration.evidence_file import check_place
@@ -230,14 +188,6 @@ def calibrate_command(
     from chai_attention.calibration.settings import Settings
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.calibration.work import require_readable, work_of
-    from chai_attention.cli.records import profile_record
-    from chai_attention.cli.tables import (
-        estimate_lines,
-        profile_table,
-        promise_line,
-        ranks_lines,
-        summary_line,
-    )
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.profile_files import corrections_file
@@ -290,7 +240,7 @@ def calibrate_command(
     shown = Output(as_json, quiet)
     if dry_run:
         shown.give(lambda: {**asdict(found), "at_most": found.at_most})
-        shown.say(estimate_lines(found))
+        shown.say(tables.estimate_lines(found))
         return
     profile.save(out)
     evidence.unlink(missing_ok=True)
@@ -298,19 +248,15 @@ def calibrate_command(
     if warning is not None:
         note(f"warning: {warning}")
     shown.give(lambda: profile_record(profile, shape, loaded.dtype.itemsize))
-    shown.say(profile_table(profile, shape))
-    shown.say(summary_line(profile, shape, loaded.dtype.itemsize))
-    if profile.promise is not None:
-        shown.say(promise_line(profile))
-    for line in ranks_lines(profile):
+    shown.say(tables.profile_table(profile, shape))
+    shown.say(tables.summary_line(profile, shape, loaded.dtype.itemsize))
+    for line in tables.measured_lines(profile):
         shown.say(line)
     shown.say(f"profile written to {out}")
 
 
 def _recent(recent: str) -> int | str:
     """``auto`` or a number of tokens."""
-    from chai_attention.errors import CalibrationError
-
     if recent == "auto":
         return recent
     try:
@@ -321,8 +267,6 @@ def _recent(recent: str) -> int | str:
 
 def _counts(clusters: str) -> str | int | list[int]:
     """``elbow``, a number, or numbers separated by commas."""
-    from chai_attention.errors import CalibrationError
-
     if clusters == "elbow":
         return clusters
     try:

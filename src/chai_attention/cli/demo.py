@@ -9,6 +9,11 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.records import demo_record, profile_record
+from chai_attention.cli.tables import demo_tables, profile_table, summary_line
+from chai_attention.errors import ProfileError
+from chai_attention.reports.plots import PROFILE_PLOTS, profile_plots
 
 
 def demo_command(
@@ -30,12 +35,7 @@ def demo_command(
     ] = "28%",
     out: Annotated[
         Path,
-        typer.Option(
-            help="Folder for the profile and the plots.",
-            callback=options.output_folder(
-                "profile.json", "elbow.png", "similarity.png", "heads.png"
-            ),
-        ),
+        options.output("Folder for the profile and the plots.", "profile.json", *PROFILE_PLOTS),
     ] = Path("demo-output"),
     dtype: options.DType = "auto",
     device: options.Device = "auto",
@@ -44,17 +44,11 @@ def demo_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Calibrate a model, then generate with and without clustered heads side by side."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
     from chai_attention.calibration import load_texts
     from chai_attention.calibration.texts import check_source
-    from chai_attention.cli.records import demo_record, profile_record
-    from chai_attention.cli.tables import demo_tables, profile_table, summary_line
-    from chai_attention.errors import ProfileError
     from chai_attention.evaluation.demo import built_in_text, run_demo
     from chai_attention.integrations.transformers.loading import load_model
-    from chai_attention.reports.plots import profile_plots
     from chai_attention.runtime.shape import describe
 
     options.keep_inputs([out / "profile.json"], [model, text])
@@ -64,11 +58,10 @@ def demo_command(
     options.make_folder(command, out, ProfileError)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(model, dtype, device, trust_remote_code=trust_remote_code)
-        texts = (
-            built_in_text()
-            if text is None
-            else load_texts(text, tokens=100_000, tokenizer=tokenizer)
-        )
+        if text is None:
+            texts = built_in_text()
+        else:
+            texts = load_texts(text, tokens=100_000, tokenizer=tokenizer)
         result = run_demo(
             loaded,
             tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,13 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.tables import render
+from chai_attention.errors import EvaluationError
+from chai_attention.profile import ClusterProfile
 
-_FIT = "How comparators are fitted"
+_fit = partial(typer.Option, rich_help_panel="How comparators are fitted")
+_FILES = ("results.json", "table.md")
 VLLM = "vllm"
 # options that say nothing to vLLM, and what to do instead
 _NOT_SERVED = {
@@ -75,38 +81,28 @@ def eval_command(
     ] = 100,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Folder for results, results.json and table.md. Results that it holds are kept: a "
+        options.output(
+            "Folder for results, results.json and table.md. Results that it holds are kept: a "
             "run that was stopped goes on.",
-            callback=options.output_folder("results.json", "table.md"),
+            *_FILES,
         ),
     ] = Path("chai-eval"),
     save: Annotated[
         str | None,
-        typer.Option(
+        _fit(
             help="Share of the K,V bytes that methods with a budget save, such as 5%.",
             show_default="as the profile",
-            rich_help_panel=_FIT,
         ),
     ] = None,
     calibration_text: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Text that methods learn from, as --text of chai calibrate.",
-            show_default="self",
-            rich_help_panel=_FIT,
+        _fit(
+            help="Text that methods learn from, as --text of chai calibrate.", show_default="self"
         ),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(help="Windows of that text.", min=4, rich_help_panel=_FIT)
-    ] = 128,
+    samples: Annotated[int, _fit(help="Windows of that text.", min=4)] = 128,
     length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per window.",
-            show_default="256, or the model's maximum",
-            rich_help_panel=_FIT,
-        ),
+        int | None, _fit(help="Tokens per window.", show_default="256, or the model's maximum")
     ] = None,
     engine: Annotated[
         str,
@@ -136,36 +132,24 @@ def eval_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     _check_engine(context, engine)
     import_libraries(quiet=quiet)
     from chai_attention.integrations.lm_eval import require
 
     require()
-    from functools import partial
-
     from chai_attention.calibration.calibrate import DEFAULT_LENGTH
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.calibration.work import reading_work, require_readable
-    from chai_attention.cli.tables import render
-    from chai_attention.errors import EvaluationError
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.lengths import require_lengths
     from chai_attention.evaluation.preparation import Calibration, comparator_names, prepare
     from chai_attention.evaluation.recall_tasks import parse_lengths, recall_sources, recall_text
-    from chai_attention.evaluation.served import (
-        Served,
-        longest_text,
-        served_device,
-        served_names,
-    )
+    from chai_attention.evaluation.served import Served, longest_text, served_device, served_names
     from chai_attention.evaluation.side_by_side import Processes
     from chai_attention.evaluation.table import LEGEND, rich_tables
     from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.profile import ClusterProfile
     from chai_attention.runtime.skeleton import load_skeleton
 
     placement = parse_placement(device_map, max_memory)
@@ -184,7 +168,7 @@ def eval_command(
         seed=seed,
     )
     options.keep_inputs(
-        [out / "results.json", out / "table.md"],
+        [out / name for name in _FILES],
         [model, profile, text, data, device_map, *(source.name for source in calibration.sources)],
     )
     names = task_names(tasks)
@@ -254,8 +238,6 @@ def _check_engine(context: typer.Context, engine: str) -> None:
     Raises:
         EvaluationError: names them.
     """
-    from chai_attention.errors import EvaluationError
-
     if engine not in (VLLM, "transformers"):
         raise EvaluationError(f"--engine is transformers or vllm, not {engine!r}")
     if engine != VLLM and (asked := options.given(context, "tensor_parallel")):

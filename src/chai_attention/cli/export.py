@@ -9,6 +9,8 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.profile import ClusterProfile
 
 
 def export_command(
@@ -24,14 +26,11 @@ def export_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Write MODEL with refit weights and its profile, for from_pretrained and vLLM."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
     from chai_attention.integrations.transformers.export import export, require_empty
     from chai_attention.integrations.transformers.loading import load_model, saved_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.room import Work
-    from chai_attention.profile import ClusterProfile
 
     placement = parse_placement(device_map, max_memory)
     chosen = ClusterProfile.resolve(profile)

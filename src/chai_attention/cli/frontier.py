@@ -12,6 +12,11 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.tables import render
+from chai_attention.errors import CalibrationError
+from chai_attention.evaluation.points import FrontierError
+from chai_attention.whole_files import place_of, write_whole
 
 _FILES = ("frontier.json", "frontier.txt", "frontier.png")
 Number = TypeVar("Number", int, float)
@@ -33,10 +38,10 @@ def frontier_command(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            help="Folder for frontier.json, frontier.txt and frontier.png. Points that its "
+        options.output(
+            "Folder for frontier.json, frontier.txt and frontier.png. Points that its "
             "frontier.json holds are not measured again.",
-            callback=options.output_folder(*_FILES),
+            *_FILES,
         ),
     ],
     budgets: Annotated[str, typer.Option(help="What to save, percent.")] = "5,10,20",
@@ -94,36 +99,19 @@ def frontier_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
     from chai_attention.calibration import calibrate, load_texts, windows_of
-    from chai_attention.calibration.calibrate import (
-        BATCH_SIZE,
-        DEFAULT_LENGTH,
-        window_length,
-    )
+    from chai_attention.calibration.calibrate import BATCH_SIZE, DEFAULT_LENGTH, window_length
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.recall_source import split_recall
     from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
     from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.calibration.work import reading_work, require_readable
-    from chai_attention.cli.tables import render
-    from chai_attention.errors import CalibrationError
-    from chai_attention.evaluation.frontier import (
-        digest_of,
-        for_bytes,
-        for_context,
-        for_ranks,
-        frontier,
-        recipes_named,
-    )
-    from chai_attention.evaluation.points import FrontierError
+    from chai_attention.evaluation import frontier
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.reports.frontier import frontier_plot, frontier_table
     from chai_attention.runtime.shape import describe
-    from chai_attention.whole_files import place_of, write_whole
 
     placement = parse_placement(device_map, max_memory)
     asked = {"bytes": "save", "heads": "removed"}.get(of)
@@ -134,7 +122,7 @@ def frontier_command(
     shares = [percent / 100 for percent in _numbers("--budgets", budgets, float)]
     lengths = _numbers("--contexts", contexts, int)
     ranks = list(dict.fromkeys(_numbers("--tensor-parallel", tensor_parallel, int)))
-    chosen = recipes_named(recipes.split(","))
+    chosen = frontier.recipes_named(recipes.split(","))
     names = {Path(name).name: name for name in test}
     if len(names) < len(test):
         raise FrontierError("two test texts have the same name: give each once, or rename one")
@@ -142,19 +130,12 @@ def frontier_command(
     for path in names.values():
         if place_of(path) in seen:
             raise FrontierError(f"{path} is calibration text: measure on another")
+    texts = {*names.values(), *(source.name for source in sources)}
     options.keep_inputs(
-        [out / name for name in _FILES],
-        [
-            model,
-            device_map,
-            *names.values(),
-            *(source.name for source in sources),
-            *recipes.split(","),
-        ],
+        [out / name for name in _FILES], [model, device_map, *texts, *recipes.split(",")]
     )
     # a missing file should not wait for the model to load
-    longest = max(lengths)
-    for name in {*names.values(), *(source.name for source in sources)}:
+    for name in texts:
         check_source(name)
     options.make_folder(command, out, FrontierError)
     require_readable(model, [length, *lengths], trust_remote_code=trust_remote_code)
@@ -165,9 +146,11 @@ def frontier_command(
             work=reading_work([*lengths, studied], BATCH_SIZE, studied, gradients=True),
         )  # fmt: skip
     if asked == "save":
-        chosen = for_bytes(chosen, describe(loaded))
-    chosen = for_ranks(for_context(chosen, context or max(lengths), recall), ranks)
-    length, longest = window_length(loaded, length=length), window_length(loaded, length=longest)
+        chosen = frontier.for_bytes(chosen, describe(loaded))
+    chosen = frontier.for_context(chosen, context or max(lengths), recall)
+    chosen = frontier.for_ranks(chosen, ranks)
+    length = window_length(loaded, length=length)
+    longest = window_length(loaded, length=max(lengths))
     tests = {}
     for name, path in names.items():
         documents = load_texts(
@@ -185,7 +168,7 @@ def frontier_command(
         refused.append(f"left out: {name} at {budget:.1%}: {error}")
 
     with progress_bar("starting", quiet=quiet) as bar:
-        points = frontier(
+        points = frontier.frontier(
             loaded,
             chosen,
             shares,
@@ -212,7 +195,7 @@ def frontier_command(
                 "dtype": str(loaded.dtype).removeprefix("torch."),
                 "calibration text": [f"{Path(s.name).name}:{s.weight:g}" for s in sources],
                 "calibration windows": list(calibration.shape),
-                "calibration tokens": digest_of(calibration),
+                "calibration tokens": frontier.digest_of(calibration),
                 "seed": seed,
                 "target": target,
             },
@@ -234,8 +217,6 @@ def frontier_command(
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     """Numbers above 0 separated by commas."""
-    from chai_attention.evaluation.points import FrontierError
-
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError:

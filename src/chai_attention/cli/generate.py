@@ -10,6 +10,11 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.progress import progress_bar
+from chai_attention.cli.records import written_record
+from chai_attention.cli.tables import compared_line, generation_table
+from chai_attention.errors import LoadError, ProfileError
+from chai_attention.profile import EXPORTED, ClusterProfile
 
 if TYPE_CHECKING:
     from chai_attention.integrations.transformers.writing import Written
@@ -19,14 +24,7 @@ _PLAIN, _CLUSTERED = "full model", "CHAI"
 
 def generate_command(
     model: options.Model,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="A profile, or the name of a published schedule.",
-            show_default="chai_profile.json of the folder MODEL",
-            autocompletion=options.complete_profile,
-        ),
-    ] = None,
+    profile: options.Profile = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -58,22 +56,17 @@ def generate_command(
     ] = False,
 ) -> None:
     """Stream text written by MODEL with clustered heads; then a table of time and memory."""
-    from chai_attention.cli.progress import progress_bar
-
     if prompt is None or prompt == "-":
         prompt = _piped_in(asked=prompt == "-")
     shown = Output(as_json)
     with progress_bar(f"loading {model}", quiet=quiet):
         import torch
 
-        from chai_attention.cli.records import written_record
-        from chai_attention.cli.tables import compared_line, generation_table
         from chai_attention.integrations.transformers import enable
         from chai_attention.integrations.transformers.devices import input_device
         from chai_attention.integrations.transformers.loading import load_model
         from chai_attention.integrations.transformers.placement import parse_placement
         from chai_attention.integrations.transformers.writing import encode_prompt, write
-        from chai_attention.profile import ClusterProfile
         from chai_attention.runtime.shape import describe
 
         placement = parse_placement(device_map, max_memory)
@@ -103,11 +96,7 @@ def generate_command(
     runs = {_PLAIN: written(_PLAIN)} if compare else {}
     enable(loaded, chosen)
     runs[_CLUSTERED] = written(_CLUSTERED)
-    shown.give(
-        lambda: {
-            "runs": {name: written_record(run) for name, run in runs.items()},
-        }
-    )
+    shown.give(lambda: {"runs": {name: written_record(run) for name, run in runs.items()}})
     if quiet:
         return
     shown.say(generation_table(runs))
@@ -121,8 +110,6 @@ def _piped_in(*, asked: bool) -> str:
     Raises:
         LoadError: nobody pipes anything in, or what comes is no text.
     """
-    from chai_attention.errors import LoadError
-
     if sys.stdin is None or (sys.stdin.isatty() and not asked):
         raise LoadError("no prompt: give --prompt, or pipe one in")
     try:
@@ -137,9 +124,6 @@ def _profile_of(model: str) -> str:
     Raises:
         ProfileError: it has none.
     """
-    from chai_attention.errors import ProfileError
-    from chai_attention.profile import EXPORTED
-
     if not os.path.isfile(os.path.join(model, EXPORTED)):
         raise ProfileError(
             f"{model} has no {EXPORTED}: give --profile (chai calibrate writes one), or a folder "

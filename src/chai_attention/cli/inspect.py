@@ -9,6 +9,10 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.records import profile_record
+from chai_attention.cli.tables import measured_lines, profile_table, summary_line
+from chai_attention.profile import ClusterProfile
+from chai_attention.reports.plots import PROFILE_PLOTS, profile_plots
 
 
 def inspect_command(
@@ -29,20 +33,15 @@ def inspect_command(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Write what each head does, elbow curves and head similarity as PNG into this "
-            "folder.",
-            callback=options.output_folder("elbow.png", "similarity.png", "heads.png"),
+        options.output(
+            "Write what each head does, elbow curves and head similarity as PNG into this folder.",
+            *PROFILE_PLOTS,
         ),
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Show a profile: clusters per layer, errors, the promise, and the K,V bytes per token."""
-    from chai_attention.cli.records import profile_record
-    from chai_attention.cli.tables import profile_table, promise_line, ranks_lines, summary_line
-    from chai_attention.profile import ClusterProfile
-
     shown = Output(as_json)
     profile = ClusterProfile.resolve(file)
     shape = None
@@ -52,18 +51,13 @@ def inspect_command(
 
         shape = describe(load_config(model, trust_remote_code=trust_remote_code))
         profile.check(shape)
-    plots = []
-    if plot is not None:  # what cannot be drawn is told before anything is printed
-        from chai_attention.reports.plots import profile_plots
-
-        plots = profile_plots(profile, plot)
+    # what cannot be drawn is told before anything is printed
+    plots = [] if plot is None else profile_plots(profile, plot)
     shown.give(lambda: profile_record(profile, shape))
     shown.say(profile_table(profile, shape))
-    if profile.promise is not None:
-        shown.say(promise_line(profile))
-    else:
+    if profile.promise is None:
         shown.say("no loss was measured for this profile: chai calibrate --max-loss does")
-    for line in ranks_lines(profile):
+    for line in measured_lines(profile):
         shown.say(line)
     if shape is not None:
         shown.say(summary_line(profile, shape, 2) + " (16-bit)")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chai_attention.errors import ChaiError, FileError
+from chai_attention.errors import CalibrationError, ChaiError, FileError
 from chai_attention.profile import EXPORTED
 from chai_attention.whole_files import require_file, require_folder, require_other
 
@@ -33,8 +33,6 @@ def offer(*values: str) -> Callable[[str], list[str]]:
 
 
 _MODEL_HELP = "Folder of a model, its name on the hub, a .gguf file, or smollm2-135m."
-_DTYPES, _DEVICES = ("auto", "float32", "bfloat16", "float16"), ("auto", "cpu", "cuda")
-_PROFILES = ("llama-7b", "llama-33b")
 
 Model = Annotated[
     str,
@@ -45,18 +43,27 @@ Model = Annotated[
 ModelOption = Annotated[
     str, typer.Option("--model", help=_MODEL_HELP, callback=known, autocompletion=offer())
 ]
-complete_profile = offer(*_PROFILES)
+complete_profile = offer("llama-7b", "llama-33b")
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        help="A profile, or the name of a published schedule.",
+        show_default="chai_profile.json of the folder MODEL",
+        autocompletion=complete_profile,
+    ),
+]
 DType = Annotated[
     str,
     typer.Option(
         help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.",
-        autocompletion=offer(*_DTYPES),
+        autocompletion=offer("auto", "float32", "bfloat16", "float16"),
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
-        help="cpu, cuda, or auto: a GPU if there is one.", autocompletion=offer(*_DEVICES)
+        help="cpu, cuda, or auto: a GPU if there is one.",
+        autocompletion=offer("auto", "cpu", "cuda"),
     ),
 ]
 DeviceMap = Annotated[
@@ -94,9 +101,9 @@ Json = Annotated[
 ]
 
 
-def seed(text: str, panel: str | None = None) -> Any:
-    """An option ``--seed``: what its help says, its panel, and the range that torch takes."""
-    return typer.Option(help=text, min=0, max=LARGEST_SEED, rich_help_panel=panel)
+def seed(text: str) -> Any:
+    """An option ``--seed`` with this help, in the range that torch takes."""
+    return typer.Option(help=text, min=0, max=LARGEST_SEED)
 
 
 def given(context: typer.Context, *names: str) -> list[str]:
@@ -127,8 +134,6 @@ def share(option: str, text: str | None, *, bare: float = 1.0) -> float | None:
     Raises:
         CalibrationError: not a number, or one that is likely to be percent.
     """
-    from chai_attention.errors import CalibrationError
-
     if text is None:
         return None
     percent = text.rstrip().endswith("%")
@@ -154,26 +159,23 @@ def help_without_command(context: typer.Context) -> None:
         typer.echo(context.get_help(), nl=False)
 
 
-def output_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of an option that names a file to write: refuses it before any work.
+def output(text: str, *names: str) -> Any:
+    """An option for a path to write, which is refused before any work if it cannot be written.
 
-    Raises:
-        FileError: it could not be written.
+    Args:
+        text: its help.
+        names: files that are written into it, if it is a folder; none if it is a file.
     """
-    if path is not None and not context.resilient_parsing:
-        require_file(path, FileError)
-    return path
-
-
-def output_folder(*names: str) -> Callable[[typer.Context, Path | None], Path | None]:
-    """Callback of an option that names a folder, in which files of these names are written."""
 
     def check(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None and not context.resilient_parsing:
-            require_folder(path, FileError, names)
+            if names:
+                require_folder(path, FileError, names)
+            else:
+                require_file(path, FileError)
         return path
 
-    return check
+    return typer.Option(help=text, callback=check)
 
 
 def keep_inputs(outputs: Sequence[Path], inputs: Sequence[str | Path | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,11 @@ import typer
 
 from chai_attention.cli import options
 from chai_attention.cli.output import Output
+from chai_attention.cli.progress import import_libraries, progress_bar
+from chai_attention.cli.tables import render
 
 _FILES = ("redundancy.json", "correlation.png", "elbow.png", "sizes.png", "stability.png")
-_SHOWN = "Maps to look at (chai report)"
+_maps = partial(typer.Option, rich_help_panel="Maps to look at (chai report)")
 
 
 def redundancy_command(
@@ -26,10 +29,7 @@ def redundancy_command(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            help="Folder for redundancy.json and its plots.",
-            callback=options.output_folder(*_FILES),
-        ),
+        options.output("Folder for redundancy.json and its plots.", *_FILES),
     ],
     samples: Annotated[int, typer.Option(help="Requests.", min=2)] = 32,
     length: Annotated[
@@ -48,23 +48,12 @@ def redundancy_command(
         int | None,
         typer.Option(help="Clusters of every layer.", show_default="each layer's elbow", min=1),
     ] = None,
-    show: Annotated[
-        int,
-        typer.Option(help="Requests whose maps are kept.", min=0, rich_help_panel=_SHOWN),
-    ] = 2,
+    show: Annotated[int, _maps(help="Requests whose maps are kept.", min=0)] = 2,
     prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Keep the maps of this text, too; again for more.", rich_help_panel=_SHOWN
-        ),
+        list[str] | None, _maps(help="Keep the maps of this text, too; again for more.")
     ] = None,
     cells: Annotated[
-        int,
-        typer.Option(
-            help="Cells per side of a map; tokens of longer texts are pooled.",
-            min=2,
-            rich_help_panel=_SHOWN,
-        ),
+        int, _maps(help="Cells per side of a map; tokens of longer texts are pooled.", min=2)
     ] = 48,
     seed: Annotated[int, options.seed("Which windows of the text are used.")] = 0,
     batch_size: Annotated[
@@ -79,13 +68,10 @@ def redundancy_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
-    from chai_attention.cli.progress import import_libraries, progress_bar
-
     import_libraries(quiet=quiet)
     from chai_attention.calibration.calibrate import DEFAULT_LENGTH, window_length
     from chai_attention.calibration.sources import mixed_windows, parse_sources
     from chai_attention.calibration.work import reading_work, require_readable
-    from chai_attention.cli.tables import render
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
     from chai_attention.integrations.transformers.placement import parse_placement

@@ -21,10 +21,9 @@ def report_command(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            help="Write the page here (HTML); if it ends in .svg or .png, one picture of the "
-            "frontiers among RUN.",
-            callback=options.output_file,
+        options.output(
+            "Write the page here (HTML); if it ends in .svg or .png, one picture of the "
+            "frontiers among RUN."
         ),
     ],
     title: Annotated[

@@ -40,14 +40,7 @@ def serve_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="What `vllm serve` takes: a folder or a name.")
     ],
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="A profile, or the name of a published schedule.",
-            show_default="chai_profile.json of the folder MODEL",
-            autocompletion=options.complete_profile,
-        ),
-    ] = None,
+    profile: options.Profile = None,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Only print K,V capacity and expected gain; load nothing."),

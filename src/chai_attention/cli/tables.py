@@ -81,9 +81,13 @@ def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> st
     return line
 
 
-def promise_line(profile: ClusterProfile) -> str:
-    """What was measured on held-out text."""
-    found = profile.promise or {}
+def measured_lines(profile: ClusterProfile) -> list[str]:
+    """What was measured on held-out text, and what it costs to serve several ranks."""
+    lines = [] if profile.promise is None else [_promise_line(profile.promise)]
+    return lines + ([] if profile.tensor_parallel == 1 else [_ranks_line(profile)])
+
+
+def _promise_line(found: Mapping[str, Any]) -> str:
     line = f"perplexity on {_counted(found, 'windows')} held-out windows"
     line += f": {_percent(found, 'rise', '+')} ±{_percent(found, 'standard_error')}"
     if "max_loss" in found:
@@ -102,18 +106,15 @@ def promise_line(profile: ClusterProfile) -> str:
     return line
 
 
-def ranks_lines(profile: ClusterProfile) -> list[str]:
-    """What it costs that a profile serves several ranks, as far as it says so."""
+def _ranks_line(profile: ClusterProfile) -> str:
     ranks, found = profile.tensor_parallel, profile.provenance or {}
-    if ranks == 1:
-        return []
     line = f"made for {ranks} tensor-parallel ranks, and their divisors: all of them save the same"
     if "predicted_rise" in found:
         line += (
             f"; costs predict {_percent(found, 'predicted_rise', '+')} perplexity, and "
             f"{_percent(found, 'predicted_rise_one_rank', '+')} if one rank saved as much"
         )
-    return [line]
+    return line
 
 
 def _recall_line(recall: Mapping[str, Any], most: object) -> str:
