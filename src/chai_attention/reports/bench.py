@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,53 +24,40 @@ STEADY = 1.3  # by how much ceilings before and after may differ
 
 def attention_tables(report: Row) -> list[Table]:
     """Return the tables of ``chai bench attention``: the clusters, then every baseline."""
-    rows: Sequence[Row] = report["results"]
     main = _table(
         f"{machine_name(report)}; {_shape(report)}; {report['layout']}",
         ("case", "dtype"),
-        (
-            "k",
-            "time",
-            "rate",
-            "ideal",
-            "of ideal",
-            "baseline",
-            "its time",
-            "speed-up",
-            "ideal",
-        ),
+        ("k", "time", "rate", "ideal", "of ideal", "baseline", "its time", "speed-up", "ideal"),
     )
-    for index, row in enumerate(rows):
-        last = index + 1 == len(rows) or case_of(rows[index + 1]) != case_of(row)
-        main.add_row(
-            case_of(row),
-            row["dtype"],
-            str(row["clusters"]),
-            _time(row),
-            _rate(row),
-            duration(row["ideal_us"]),
-            f"{row['of_ideal']:.0%}",
-            row["baseline"] or "-",
-            duration(row["baseline_us"]),
-            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
-            f"{row['ideal_speedup']:.2f}x",
-            end_section=last,
-        )
+    _add_rows(main, report["results"], lambda row: [
+        row["dtype"],
+        str(row["clusters"]),
+        _time(row),
+        _rate(row),
+        duration(row["ideal_us"]),
+        f"{row['of_ideal']:.0%}",
+        row["baseline"] or "-",
+        duration(row["baseline_us"]),
+        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        f"{row['ideal_speedup']:.2f}x",
+    ])  # fmt: skip
     main.caption = _ceilings(report) + (
         " Time: median ± interquartile range. Ideal: bytes or matrix work over these ceilings; "
         "the last column is the speed-up that it would be." + _unfused_note(report)
     )
     main.caption_justify = "left"
-    return [main, _baselines(report["baselines"])]
+    others = _table("Without clusters", ("case", "dtype", "baseline", "time"), ())
+    _add_rows(others, report["baselines"], lambda row: [
+        row["dtype"], row["baseline"], _time(row) if "us" in row else row["missing"]
+    ])  # fmt: skip
+    return [main, others]
 
 
-def _baselines(rows: Sequence[Row]) -> Table:
-    table = _table("Without clusters", ("case", "dtype", "baseline", "time"), ())
-    for index, row in enumerate(rows):
-        last = index + 1 == len(rows) or case_of(rows[index + 1]) != case_of(row)
-        time = _time(row) if "us" in row else row["missing"]
-        table.add_row(case_of(row), row["dtype"], row["baseline"], time, end_section=last)
-    return table
+def _add_rows(table: Table, rows: Sequence[Row], cells: Callable[[Row], Sequence[str]]) -> None:
+    """Add each row's case and cells, with a line behind the last row of a case."""
+    for row, following in zip_longest(rows, rows[1:]):
+        last = following is None or case_of(following) != case_of(row)
+        table.add_row(case_of(row), *cells(row), end_section=last)
 
 
 def _unfused_note(report: Row) -> str:
@@ -100,28 +88,7 @@ def model_tables(report: Row) -> list[Table]:
             *("K,V", "peak"),
         ),
     )
-    rows: Sequence[Row] = report["results"]
-    for index, row in enumerate(rows):
-        last = index + 1 == len(rows) or case_of(rows[index + 1]) != case_of(row)
-        if "missing" in row:
-            table.add_row(case_of(row), row["run"], row["missing"], end_section=last)
-            continue
-        cells = []
-        for name in ("ttft", "tpot"):
-            cells += [duration(row[f"{name}_us"]), duration(row[f"ideal_{name}_us"])]
-            unfused, fused = row[f"{name}_vs_unfused"], row[f"{name}_vs_fused"]
-            cells.append("-" if unfused is None else f"{unfused:.2f}x")
-            ideal = row[f"ideal_{name}_vs_fused"]
-            cells.append("-" if fused is None else f"{fused:.2f}x ({ideal:.2f}x)")
-        peak = row["peak_bytes"]
-        table.add_row(
-            case_of(row),
-            row["run"],
-            *cells,
-            size(row["kv_bytes"]),
-            "-" if peak is None else size(peak),
-            end_section=last,
-        )
+    _add_rows(table, report["results"], _model_cells)
     table.caption = _ceilings(report) + (
         f" TTFT: a forward over the prompt; TPOT: {report['steps']}. Unfused and fused: "
         "the speed-up over the first and over the faster of the second and third run, in brackets "
@@ -130,6 +97,21 @@ def model_tables(report: Row) -> list[Table]:
     )
     table.caption_justify = "left"
     return [table]
+
+
+def _model_cells(row: Row) -> list[str]:
+    """A run of ``chai bench model``: its times beside ideals and other runs, and its memory."""
+    if "missing" in row:
+        return [row["run"], row["missing"]]
+    cells = [row["run"]]
+    for name in ("ttft", "tpot"):
+        cells += [duration(row[f"{name}_us"]), duration(row[f"ideal_{name}_us"])]
+        unfused, fused = row[f"{name}_vs_unfused"], row[f"{name}_vs_fused"]
+        cells.append("-" if unfused is None else f"{unfused:.2f}x")
+        ideal = row[f"ideal_{name}_vs_fused"]
+        cells.append("-" if fused is None else f"{fused:.2f}x ({ideal:.2f}x)")
+    peak = row["peak_bytes"]
+    return [*cells, size(row["kv_bytes"]), "-" if peak is None else size(peak)]
 
 
 def base_tables(report: Row) -> list[Table]:
@@ -158,11 +140,9 @@ def attention_plot(report: Row, path: Path) -> Path:
     Raises:
         ChaiError: no baseline ran, matplotlib is not installed, or the file cannot be written.
     """
-    panels = attention_panels(report)
-    if not panels:
-        raise ChaiError("there is no speed-up to plot: no baseline ran")
     title = f"Speed-up of clustered attention, {_shape(report)}, {machine_name(report)}"
-    return save_panels(panels, path, ChaiError, title)
+    none = "there is no speed-up to plot: no baseline ran"
+    return save_panels(attention_panels(report), path, ChaiError, title, none=none)
 
 
 def attention_panels(report: Row) -> list[Panel]:
@@ -194,9 +174,7 @@ def _draw_speed_ups(rows: Sequence[Row], top: float, axes: Axes) -> None:
     )
     axes.axhline(1, color=SOFT, linewidth=0.8)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.1 * top)
-    axes.set_xlabel("clusters")
-    axes.set_ylabel("speed-up")
+    axes.set(xlabel="clusters", ylabel="speed-up", ylim=(0, 1.1 * top))
 
 
 def model_plot(report: Row, path: Path) -> Path:
@@ -205,11 +183,9 @@ def model_plot(report: Row, path: Path) -> Path:
     Raises:
         ChaiError: nothing ran, matplotlib is not installed, or the file cannot be written.
     """
-    panels = latency_panels(report)
-    if not panels:
-        raise ChaiError("there is nothing to plot: no run fitted the memory")
     title = f"{report['model']['name']}, {report['dtype']}, {machine_name(report)}"
-    return save_panels(panels, path, ChaiError, title, 2)
+    none = "there is nothing to plot: no run fitted the memory"
+    return save_panels(latency_panels(report), path, ChaiError, title, 2, none=none)
 
 
 def latency_panels(report: Row) -> list[Panel]:
@@ -320,10 +296,16 @@ def _ceilings(report: Row) -> str:
         for dtype, found in report["ceilings"].items()
     ]
     text = f"Ceilings measured in the same run: {'; '.join(parts)}."
+    unsteady = unsteadiness(report)
+    return f"DO NOT TRUST THESE FIGURES: {unsteady} {text}" if unsteady else text
+
+
+def unsteadiness(report: Row) -> str:
+    """What the machine's ceilings before and after the run say against its figures, if anything."""
     worst = max(report["drift"].values())
-    if worst > STEADY:
-        text = (
-            f"DO NOT TRUST THESE FIGURES: the machine was {worst:.1f} times faster at one end of "
-            f"the run than at the other; other work was going on. {text}"
-        )
-    return text
+    if worst <= STEADY:
+        return ""
+    return (
+        f"the machine was {worst:.1f} times faster at one end of the run than at the other; other "
+        "work was going on."
+    )

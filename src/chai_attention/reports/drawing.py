@@ -11,7 +11,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from chai_attention.errors import ChaiError
-from chai_attention.whole_files import write_whole
+from chai_attention.whole_files import require_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,17 +33,8 @@ COLORS = (
     "#7d5a3c",
 )  # fmt: skip
 MAIN, IDEAL = COLORS[1], COLORS[2]
-MARKERS = {
-    "o": "●",
-    "s": "■",
-    "D": "◆",
-    "^": "▲",
-    "v": "▼",
-    "P": "✚",
-    "|": "❘",
-    "": "━",
-}  # and in a legend
 _SHAPES = "osD^vP"
+MARKERS = {"": "━", **dict(zip(f"{_SHAPES}|", "●■◆▲▼✚❘", strict=True))}  # and in a legend
 # the page's CSS has these colours for light, dark and print
 _VARIABLES = {
     INK: "ink", SOFT: "soft", GRID: "grid", CARD: "card", BAR: "bar",
@@ -58,6 +49,9 @@ _STYLE = {
     # the same figure is the same file, with text that can be read, searched and selected
     "svg.fonttype": "none", "svg.hashsalt": "chai",
 }  # fmt: skip
+
+
+SMALL = (1.9, 1.7)  # inches of a panel of which a figure has one per layer
 
 
 @dataclass(frozen=True)
@@ -156,6 +150,16 @@ def values_as_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xticklabels([f"{value:,g}" for value in shown])
 
 
+def matrix_panel(title: str, matrix: Sequence[Sequence[float]]) -> Panel:
+    """A small panel of a matrix of heads, dark at 0 or less and bright at 1."""
+
+    def draw(axes: Axes) -> None:
+        axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+        axes.grid(visible=False)
+
+    return Panel(title, draw, SMALL)
+
+
 def tip(artist: Any, texts: Sequence[str]) -> None:
     """Give each mark of an artist a text, which `panel_svg` turns into a tooltip."""
     artist.set_gid(json.dumps(list(texts)))
@@ -180,14 +184,35 @@ def panel_svg(panel: Panel) -> tuple[Markup, list[Key]]:
     return _inline(content.getvalue().decode(), said), keys
 
 
+def save_figures(
+    figures: Mapping[str, tuple[Sequence[Panel], str]], folder: Path, error: type[ChaiError]
+) -> list[Path]:
+    """Write a file for each figure that has panels: panels and title, by the name of the file.
+
+    Raises:
+        ChaiError: ``error`` if the folder cannot be written; matplotlib is not installed.
+    """
+    require_matplotlib()
+    require_folder(folder, error, [*figures], "plots")
+    return [
+        save_panels(panels, folder / name, error, title, 6 if panels[0].size == SMALL else 3)
+        for name, (panels, title) in figures.items()
+        if panels
+    ]
+
+
 def save_panels(
-    panels: Sequence[Panel], path: Path, error: type[ChaiError], title: str, columns: int = 3
-) -> Path:
+    panels: Sequence[Panel], path: Path, error: type[ChaiError], title: str, columns: int = 3,
+    *, none: str = "there is nothing to plot",
+) -> Path:  # fmt: skip
     """Draw panels in a grid and write them as PNG, or as SVG by the file's name.
 
     Raises:
-        ChaiError: ``error`` if the file cannot be written; matplotlib is not installed.
+        ChaiError: ``error`` if the file cannot be written, or there are no panels, which ``none``
+            explains; matplotlib is not installed.
     """
+    if not panels:
+        raise error(none)
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -40,12 +40,9 @@ def paper_ratio(point: Point, points: Sequence[Point], reference: str = PAPER) -
     if point.recipe == reference:
         return None
     best: dict[float, Point] = {}  # of several points with the same bytes, the paper's best
+    measured_on = (point.text, point.digest, point.context)
     for other in points:
-        same = (other.text, other.digest, other.context) == (
-            point.text,
-            point.digest,
-            point.context,
-        )
+        same = (other.text, other.digest, other.context) == measured_on
         if same and other.recipe == reference:
             saved = round(other.saved, 6)
             if saved not in best or other.rise < best[saved].rise:
@@ -129,11 +126,11 @@ def frontier_plot(
         FrontierError: no points, or the file cannot be written.
         ChaiError: matplotlib is not installed.
     """
-    panels = frontier_panels(models)
-    if not panels:
-        raise FrontierError("there are no points to plot")
     contexts = len({point.context for points in models.values() for point in points})
-    return save_panels(panels, path, FrontierError, title, contexts if contexts > 1 else 2)
+    return save_panels(
+        frontier_panels(models), path, FrontierError, title, contexts if contexts > 1 else 2,
+        none="there are no points to plot",
+    )  # fmt: skip
 
 
 def frontier_panels(models: Mapping[str, Sequence[Point]]) -> list[Panel]:
@@ -188,10 +185,8 @@ def _draw(
     axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(0, 1.05 * most)
     axes.axhline(0, color=SOFT, linewidth=0.8)
-    axes.set_xlabel("K,V bytes saved, %")
-    axes.set_ylabel("perplexity rise, %")
+    axes.set(xlabel="K,V bytes saved, %", ylabel="perplexity rise, %", xlim=(0, 1.05 * most))
 
 
 def axis_ticks(low: float, high: float) -> list[float]:

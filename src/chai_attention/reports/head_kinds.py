@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-
 from chai_attention.profile import ClusterProfile
 
 KEEP, SHARE, FORGET = "keep", "share", "forget"
@@ -44,8 +41,3 @@ def kind_numbers(profile: ClusterProfile, heads: int) -> list[dict[str, int]]:
         forget = len(profile.streaming_heads(layer))
         found.append({KEEP: clusters, SHARE: heads - clusters - forget, FORGET: forget})
     return found
-
-
-def count_kinds(kinds: Sequence[Sequence[str]]) -> Counter[str]:
-    """How many heads of all layers do what."""
-    return Counter(kind for row in kinds for kind in row)

@@ -8,13 +8,13 @@ from typing import Any
 from chai_attention.reports.answer import attention_answer, model_answer
 from chai_attention.reports.bench import (
     CLUSTERED,
-    STEADY,
     attention_panels,
     attention_tables,
     latency_panels,
     machine_name,
     memory_panels,
     model_tables,
+    unsteadiness,
 )
 from chai_attention.reports.sections import Charts, Section, grid_of, machine_facts
 
@@ -49,12 +49,9 @@ def attention_section(report: Row, source: str) -> Section:
             "(prefill); the line at 1 is the baseline.",
         ],
         charts=[Charts("Speed-up beside the ideal", panels)] if panels else [],
-        tables=[
-            grid_of(table, title)
-            for table, title in zip(
-                attention_tables(report), ("Clustered attention", "Without clusters"), strict=True
-            )
-        ],
+        tables=list(
+            map(grid_of, attention_tables(report), ("Clustered attention", "Without clusters"))
+        ),
     )
 
 
@@ -100,10 +97,5 @@ def _ceilings(report: Row) -> str:
 
 
 def _warning(report: Row) -> list[str]:
-    worst = max(report["drift"].values())
-    if worst <= STEADY:
-        return []
-    return [
-        f"Do not trust these figures: the machine was {worst:.1f} times faster at one end of the "
-        "run than at the other; other work was going on."
-    ]
+    unsteady = unsteadiness(report)
+    return [f"Do not trust these figures: {unsteady}"] if unsteady else []

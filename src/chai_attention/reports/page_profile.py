@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from chai_attention.profile import ClusterProfile
 from chai_attention.reports.answer import profile_answer
-from chai_attention.reports.head_kinds import (
-    FORGET,
-    KINDS,
-    MEANING,
-    count_kinds,
-    head_kinds,
-    kind_numbers,
-)
+from chai_attention.reports.head_kinds import FORGET, KINDS, MEANING, head_kinds, kind_numbers
 from chai_attention.reports.plots import heads_panel
-from chai_attention.reports.sections import Charts, Grid, Section
+from chai_attention.reports.sections import Charts, Grid, Section, words
 
 
 def profile_section(profile: ClusterProfile, source: str) -> Section:
     """What was calibrated, what it promises, and a square for each head of each layer."""
     kinds = head_kinds(profile)
     about = {**(profile.provenance or {}), **(profile.model or {})}
-    facts = [(str(name), _words(value)) for name, value in about.items() if value is not None]
+    facts = [(str(name), words(value)) for name, value in about.items() if value is not None]
     facts.append(("membership", profile.membership))
     if profile.recent:
         near = f"the last {profile.recent} and first {profile.sinks} keys"
@@ -34,7 +29,7 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
     if kinds is None:
         summary.append("Every request decides which heads keep their far keys and which share.")
     else:
-        counts = count_kinds(kinds)
+        counts = Counter(chain(*kinds))
         summary.append(
             ", ".join(f"{counts[kind]} heads {kind} ({MEANING[kind]})" for kind in KINDS) + "."
         )
@@ -93,12 +88,5 @@ def _promise(profile: ClusterProfile) -> list[Grid]:
     """All that was measured on held-out text."""
     if profile.promise is None:
         return []
-    rows = [[str(name), _words(value)] for name, value in profile.promise.items()]
+    rows = [[str(name), words(value)] for name, value in profile.promise.items()]
     return [Grid("Measured on held-out text", ["", ""], rows)]
-
-
-def _words(value: Any) -> str:
-    """A value of a profile, which may hold others."""
-    if isinstance(value, Mapping):
-        return f"({', '.join(f'{name} {_words(part)}' for name, part in value.items())})"
-    return ", ".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,18 +1,18 @@
-"""Sections of a page about quality: a frontier, and a table of tasks."""
+"""Sections of a page about quality: a frontier, and a table of tasks with charts of recall."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.evaluation.points import Point
 from chai_attention.evaluation.table import LEGEND, engine_of, rich_tables
 from chai_attention.evaluation.tasks import facts_and_length
 from chai_attention.reports.answer import eval_answer, frontier_answer
-from chai_attention.reports.drawing import SOFT, Panel, curve
+from chai_attention.reports.drawing import SOFT, Panel, curve, values_as_ticks
 from chai_attention.reports.frontier import LINEAR_BELOW, frontier_panels, frontier_table
-from chai_attention.reports.page_recall import recall_charts
-from chai_attention.reports.sections import Charts, Grid, Section, grid_of
+from chai_attention.reports.sections import Charts, Grid, Section, grid_of, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,17 +42,14 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
         title=f"{FRONTIER_OF}{model}",
         source=source,
         facts=[
-            *((str(name), _words(value)) for name, value in about.items() if value is not None),
+            *((str(name), words(value)) for name, value in about.items() if value is not None),
             ("tested on", workload),
             *([] if about.get("hardware") else [("hardware", "not recorded in this file")]),
         ],
         answer=frontier_answer(points),
         summary=summary,
         charts=[
-            Charts(
-                "Perplexity rise against K,V bytes saved",
-                frontier_panels({model: points}),
-            )
+            Charts("Perplexity rise against K,V bytes saved", frontier_panels({model: points}))
         ],
         tables=[grid_of(frontier_table(points), "All points")],
         points=points,
@@ -89,10 +86,7 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
             f"Every row is compared with {names[0]}, the full model, item by item; bars are one "
             "standard error of that difference.",
         ],
-        charts=[
-            *recall_charts(table),
-            *_kept_charts(rows, drawn),
-        ],
+        charts=[*_recall_charts(table), *_kept_charts(rows, drawn)],
         tables=[
             *(grid_of(part) for part in tables),
             Grid(
@@ -102,6 +96,36 @@ def eval_section(table: Mapping[str, Any], source: str) -> Section:
             ),
         ],
     )
+
+
+def _recall_charts(table: Mapping[str, Any]) -> list[Charts]:
+    """A panel for every number of facts, a curve for every comparator; none without recall."""
+    tasks = {task: found for task in table["tasks"] if (found := facts_and_length(task))}
+    if not tasks:
+        return []
+
+    def draw(facts: int, axes: Axes) -> None:
+        for style, row in enumerate(table["rows"]):
+            points = sorted(
+                (length, 100 * row["tasks"][task]["acc"], 100 * row["tasks"][task]["acc_se"])
+                for task, (count, length) in tasks.items()
+                if count == facts
+            )
+            curve(axes, points, str(row["comparator"]), style)
+        values_as_ticks(axes, [length for _, length in tasks.values()])
+        axes.set(xlabel="tokens", ylabel="exact answers, %", ylim=(0, 105))
+
+    return [
+        Charts(
+            "Recall of facts hidden in text",
+            [
+                Panel(f"{facts} fact{'s' * (facts > 1)} in the text", partial(draw, facts))
+                for facts in dict.fromkeys(facts for facts, _ in tasks.values())
+            ],
+            "Higher is better. Bars are one standard error over questions; the tables have the "
+            "paired differences, and the K,V bytes kept at each length.",
+        )
+    ]
 
 
 def _kept_charts(rows: Sequence[Mapping[str, Any]], drawn: Sequence[Panel | None]) -> list[Charts]:
@@ -136,14 +160,7 @@ def _against_kept(table: Mapping[str, Any], measure: str, label: str, scale: flo
             point = (100 * row["kv_share"], scale * difference, scale * error)
             curve(axes, [point], str(row["comparator"]), style, line="")
         axes.axhline(0, color=SOFT, linewidth=0.8)
-        axes.set_xlabel("K,V bytes kept, %")
-        axes.set_ylabel(label)
+        axes.set(xlabel="K,V bytes kept, %", ylabel=label)
 
     of = f"average of {', '.join(table['average_of'])}" if averaged else str(others[0])
     return Panel(f"{label.split(' minus ')[0]}, {of}", draw)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(value)

@@ -86,26 +86,11 @@ def _summary(study: Redundancy) -> list[str]:
 
 def _explorer(study: Redundancy) -> Mapping[str, Any]:
     """What the page's script needs, and no more."""
+    of_layers = ("layer", "correlation", "representatives")
+    of_prompts = ("name", "tokens", "block", "lengths", "representatives", "maps")
     return {
         "heads": study.model["heads"],
         "profiles": [],
-        "layers": [
-            {
-                "layer": layer.layer,
-                "correlation": layer.correlation,
-                "representatives": layer.representatives,
-            }
-            for layer in study.layers
-        ],
-        "prompts": [
-            {
-                "name": prompt.name,
-                "tokens": prompt.tokens,
-                "block": prompt.block,
-                "lengths": prompt.lengths,
-                "representatives": prompt.representatives,
-                "maps": prompt.maps,
-            }
-            for prompt in study.prompts
-        ],
+        "layers": [{name: getattr(one, name) for name in of_layers} for one in study.layers],
+        "prompts": [{name: getattr(one, name) for name in of_prompts} for one in study.prompts],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -10,35 +11,15 @@ from typing import TYPE_CHECKING
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile import ClusterProfile
-from chai_attention.reports.drawing import (
-    BAR,
-    CARD,
-    IDEAL,
-    MAIN,
-    Panel,
-    curve,
-    require_matplotlib,
-    save_panels,
-    tip,
-)
-from chai_attention.reports.head_kinds import (
-    FORGET,
-    KEEP,
-    KINDS,
-    MEANING,
-    SHARE,
-    count_kinds,
-    head_kinds,
-)
-from chai_attention.whole_files import require_folder
+from chai_attention.reports import drawing
+from chai_attention.reports.drawing import BAR, CARD, IDEAL, MAIN, Panel, curve, matrix_panel
+from chai_attention.reports.head_kinds import KINDS, MEANING, head_kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = 6
 PROFILE_PLOTS = ("elbow.png", "similarity.png", "heads.png")
-KIND_COLORS = {KEEP: MAIN, SHARE: BAR, FORGET: IDEAL}
-_SMALL = (1.9, 1.7)
+KIND_COLORS = dict(zip(KINDS, (MAIN, BAR, IDEAL), strict=True))
 
 
 def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
@@ -57,41 +38,31 @@ def profile_plots(profile: ClusterProfile, folder: Path) -> list[Path]:
         ChaiError: matplotlib is not installed.
     """
     kinds = head_kinds(profile)
+    curves, maps = [], []
     if profile.error is not None and profile.similarity is not None:
-        curves = [
-            Panel(_title(profile, layer), partial(_draw_elbow, curve_, len(table), chosen), _SMALL)
-            for layer, (curve_, table, chosen) in enumerate(
-                zip(profile.error, profile.similarity, profile.clusters, strict=True)
-            )
-        ]
-        maps = [
-            Panel(f"layer {layer}", partial(_draw_similarity, table), _SMALL)
-            for layer, table in enumerate(profile.similarity)
-        ]
+        for layer, (errors, table) in enumerate(
+            zip(profile.error, profile.similarity, strict=True)
+        ):
+            draw = partial(_draw_elbow, errors, len(table), profile.clusters[layer])
+            curves.append(Panel(_title(profile, layer), draw, drawing.SMALL))
+            maps.append(matrix_panel(f"layer {layer}", table))
     elif kinds is None:
         raise ProfileError("this profile has no error curves to plot: make one with chai calibrate")
-    else:
-        curves = maps = []
-    require_matplotlib()
-    require_folder(folder, ProfileError, PROFILE_PLOTS, "plots")
     titles = (
         "Clustering error by number of clusters, relative to the fewest; the line marks the choice",
         "Similarity of the heads' attention maps (cosine; dark 0, bright 1), head by head",
         "What each head does with its far keys",
     )
-    heads = [] if kinds is None else [heads_panel(kinds)]
-    return [
-        save_panels(panels, folder / name, ProfileError, title, COLUMNS)
-        for panels, name, title in zip((curves, maps, heads), PROFILE_PLOTS, titles, strict=True)
-        if panels
-    ]
+    panels = (curves, maps, [] if kinds is None else [heads_panel(kinds)])
+    figures = dict(zip(PROFILE_PLOTS, zip(panels, titles, strict=True), strict=True))
+    return drawing.save_figures(figures, folder, ProfileError)
 
 
 def heads_panel(kinds: Sequence[Sequence[str]]) -> Panel:
     """What every head does with its far keys: a square for every layer (across) and head (down)."""
     layers, heads = len(kinds), len(kinds[0])
     side = min(0.14, 2.9 / layers)
-    counts = count_kinds(kinds)
+    counts = Counter(chain(*kinds))
 
     def draw(axes: Axes) -> None:
         from matplotlib.colors import ListedColormap
@@ -106,7 +77,7 @@ def heads_panel(kinds: Sequence[Sequence[str]]) -> Panel:
         )  # fmt: skip
         told = [[f"layer {layer}, head {head}: {kinds[layer][head]}" for layer in range(layers)]
                 for head in range(heads)]  # fmt: skip
-        tip(drawn, list(chain(*told)))
+        drawing.tip(drawn, list(chain(*told)))
         for kind in KINDS:
             label = f"{kind} ({counts[kind]}): {MEANING[kind]}"
             axes.add_patch(Rectangle((0, 0), 0, 0, color=KIND_COLORS[kind], label=label))
@@ -115,8 +86,7 @@ def heads_panel(kinds: Sequence[Sequence[str]]) -> Panel:
             shown = range(0, count, -(-count // 10))
             set_ticks([number - 0.5 for number in shown], [str(number) for number in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("layer")
-        axes.set_ylabel("head")
+        axes.set(xlabel="layer", ylabel="head")
 
     return Panel(
         "What each head does with its far keys", draw, (0.5 + side * layers, 0.5 + side * heads)
@@ -136,9 +106,3 @@ def _draw_elbow(errors: Sequence[float], heads: int, chosen: int, axes: Axes) ->
     curve(axes, [(step * i, error, 0.0) for i, error in enumerate(errors, start=1)], "_", 1)
     axes.axvline(chosen, color=IDEAL, linewidth=1)
     axes.set_ylim(0, 1.05)
-
-
-def _draw_similarity(matrix: Sequence[Sequence[float]], axes: Axes) -> None:
-    """Cosine similarity of the heads' attention maps."""
-    axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axes.grid(visible=False)

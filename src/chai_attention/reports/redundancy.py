@@ -13,29 +13,16 @@ from rich.table import Table
 
 from chai_attention.evaluation.redundancy_files import (
     LayerRedundancy,
-    Matrix,
     Redundancy,
     RedundancyError,
     off_diagonal,
 )
-from chai_attention.reports.drawing import (
-    BAR,
-    CARD,
-    MAIN,
-    SOFT,
-    Panel,
-    curve,
-    require_matplotlib,
-    save_panels,
-    tip,
-    values_as_ticks,
-)
-from chai_attention.whole_files import require_folder
+from chai_attention.reports import drawing
+from chai_attention.reports.drawing import BAR, CARD, MAIN, SOFT, Panel, curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-REDUNDANCY_PLOTS = ("correlation.png", "elbow.png", "sizes.png", "stability.png")
 AGREEMENT = "agreement (ARI)"
 CURVES = 6  # elbow curves in one panel
 MOST_SIZES = 6  # cluster sizes that a line of text names
@@ -52,11 +39,9 @@ def redundancy_table(study: Redundancy) -> Table:
         "a request, ± standard error over requests; kept: share of heads in the same cluster.",
         caption_justify="left",
     )
-    table.add_column("layer", justify="right")
-    for name in ("correlation", "on first key", "elbow", "clusters", "sizes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("agreement", justify="right", no_wrap=True)
-    table.add_column("kept", justify="right", no_wrap=True)
+    names = ("correlation", "on first key", "elbow", "clusters", "sizes", "agreement", "kept")
+    for name in ("layer", *names):
+        table.add_column(name, justify="right", no_wrap=name != "layer")
     for layer in study.layers:
         found = layer.stability
         table.add_row(
@@ -93,33 +78,22 @@ def redundancy_plots(study: Redundancy, folder: Path) -> list[Path]:
         RedundancyError: the folder cannot be written.
         ChaiError: matplotlib is not installed.
     """
-    require_matplotlib()
-    require_folder(folder, RedundancyError, REDUNDANCY_PLOTS, "plots")
     name = study.model["name"]
-    found = {
-        "correlation": (
-            [
-                Panel(f"layer {la.layer}: mean {la.mean_correlation:.2f}",
-                      partial(_draw_matrix, la.correlation), (1.9, 1.7))
-                for la in study.layers
-            ],
-            "correlation of the heads' attention maps, head by head (dark 0 or less, bright 1)",
+    maps = [
+        drawing.matrix_panel(f"layer {la.layer}: mean {la.mean_correlation:.2f}", la.correlation)
+        for la in study.layers
+    ]
+    shades = "head by head (dark 0 or less, bright 1)"
+    figures: dict[str, tuple[list[Panel], str]] = {
+        "correlation.png": (maps, f"{name}: correlation of the heads' attention maps, {shades}"),
+        "elbow.png": (elbow_panels(study), f"{name}: k-means inertia by number of clusters"),
+        "sizes.png": ([sizes_panel(study)], f"{name}: sizes of the clusters, a box each"),
+        "stability.png": (
+            stability_panels(study),
+            f"{name}: do clusters stay while a request grows?",
         ),
-        "elbow": (elbow_panels(study), "k-means inertia by number of clusters"),
-        "sizes": ([sizes_panel(study)], "sizes of the clusters, a box each"),
-        "stability": (stability_panels(study), "do clusters stay while a request grows?"),
-    }  # fmt: skip
-    return [
-        save_panels(panels, folder / f"{file}.png", RedundancyError, f"{name}: {title}",
-                    6 if file == "correlation" else 3)
-        for file, (panels, title) in found.items()
-        if panels
-    ]  # fmt: skip
-
-
-def _draw_matrix(matrix: Matrix, axes: Axes) -> None:
-    axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axes.grid(visible=False)
+    }
+    return drawing.save_figures(figures, folder, RedundancyError)
 
 
 def correlation_panel(study: Redundancy) -> Panel:
@@ -134,10 +108,9 @@ def correlation_panel(study: Redundancy) -> Panel:
         for style, (label, values) in enumerate(curves.items(), start=1):
             points = [(la.layer, y, 0.0) for la, y in zip(study.layers, values, strict=True)]
             curve(axes, points, label, style, line="--" if style == len(curves) else "-")
-        axes.set_ylim(min(0.0, *chain(*curves.values())), 1.02)
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("mean over pairs")
+        lowest = min(0.0, *chain(*curves.values()))
+        axes.set(xlabel="layer", ylabel="mean over pairs", ylim=(lowest, 1.02))
 
     return Panel("Mean correlation of two heads' maps", draw)
 
@@ -153,10 +126,8 @@ def elbow_panels(study: Redundancy) -> list[Panel]:
             told = f"layer {layer.layer}: elbow at {layer.elbow} clusters"
             label = f"layer {layer.layer}: {layer.elbow}"
             curve(axes, [points[layer.elbow - 1]], label, style, line="", tips=[told])
-        axes.set_ylim(0, 1.05)
         axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("clusters")
-        axes.set_ylabel("inertia, share of one cluster's")
+        axes.set(xlabel="clusters", ylabel="inertia, share of one cluster's", ylim=(0, 1.05))
 
     parts = [study.layers[at : at + CURVES] for at in range(0, len(study.layers), CURVES)]
     return [
@@ -175,12 +146,11 @@ def sizes_panel(study: Redundancy) -> Panel:
             for rank, count in enumerate(layer.sizes):
                 color = (MAIN, BAR)[rank % 2]
                 (box,) = axes.bar(place, count, 0.9, below, color=color, edgecolor=CARD)
-                tip(box, [f"{layer.layer}: {count}"])
+                drawing.tip(box, [f"{layer.layer}: {count}"])
                 below += count
         shown = range(0, len(study.layers), -(-len(study.layers) // 12))
         axes.set_xticks(shown, [str(study.layers[place].layer) for place in shown])
-        axes.set_xlabel("layer")
-        axes.set_ylabel("heads")
+        axes.set(xlabel="layer", ylabel="heads")
 
     return Panel("Every box is a cluster", draw)
 
@@ -200,12 +170,11 @@ def stability_panels(study: Redundancy) -> list[Panel]:
             for thin in single if len(curves) == 1 else ():
                 axes.plot(lengths, thin, color=SOFT, linewidth=0.6, alpha=0.5)
             axes.axhline(0, color=SOFT, linewidth=0.8)
-        axes.set_ylim(min(0.0, *chain(*single)) if label == AGREEMENT else 0, 1.02)
         for name, (style, values, errors) in curves.items():
             curve(axes, list(zip(lengths, values, errors, strict=True)), name, style)
-        values_as_ticks(axes, lengths)
-        axes.set_xlabel("membership from the first n tokens")
-        axes.set_ylabel(label)
+        drawing.values_as_ticks(axes, lengths)
+        lowest = min(0.0, *chain(*single)) if label == AGREEMENT else 0
+        axes.set(xlabel="membership from the first n tokens", ylabel=label, ylim=(lowest, 1.02))
 
     agreement, errors = found.agreement, found.agreement_error
     return [

@@ -27,6 +27,7 @@ from chai_attention.whole_files import place_of
 
 _COMMANDS = "chai calibrate, chai eval, chai frontier, chai bench --out or chai redundancy"
 
+BENCHMARKS = {"attention": attention_section, "model": model_section}
 Skipped = Callable[[Path], None]
 
 
@@ -101,10 +102,8 @@ def with_profiles(sections: Sequence[Section]) -> list[Section]:
 
 def files_of(runs: Sequence[Path]) -> list[Path]:
     """The files that `load_sections` reads."""
-    found = []
-    for run in runs:
-        found += sorted(run.glob("*.json")) if os.path.isdir(run) else [run]
-    return found
+    folders = (sorted(run.glob("*.json")) if os.path.isdir(run) else [run] for run in runs)
+    return [path for paths in folders for path in paths]
 
 
 def broken(name: str | Path, error: Exception) -> str:
@@ -129,7 +128,7 @@ def _section(path: Path) -> Section:
     data = read_result(path, ReportError, "make it again")
     source = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
     try:
-        return _maker(data, path)(data, path, source)
+        return _made(data, path, source)
     except UnknownFileError:
         raise
     except ChaiError as error:
@@ -139,32 +138,20 @@ def _section(path: Path) -> Section:
         raise ReportError(broken(path, error)) from error
 
 
-Maker = Callable[[Any, Path, str], Section]
-
-
-def _maker(data: Any, path: Path) -> Maker:
-    """How a section is made of a file's contents."""
+def _made(data: Any, path: Path, source: str) -> Section:
+    """The section of a file's contents, by the keys that tell commands apart."""
     names = set(data) if isinstance(data, dict) else set()
     if {"clusters", "provenance"} <= names:
-        return lambda data, path, source: profile_section(ClusterProfile.load(path), source)
+        return profile_section(ClusterProfile.load(path), source)
     version = data.get("schema_version") if names else None
     if names and data.get("kind") == REDUNDANCY:
-        return lambda data, path, source: redundancy_section(parse_redundancy(data, path), source)
+        return redundancy_section(parse_redundancy(data, path), source)
     if {"about", "points"} <= names:
-        return lambda data, path, source: frontier_section(data["about"], load_points(path), source)
-    if "benchmark" in names:
-        known: dict[str, Maker] = {
-            "attention": lambda data, path, source: attention_section(
-                verified(data, BENCH_VERSION), source
-            ),
-            "model": lambda data, path, source: model_section(
-                verified(data, BENCH_VERSION), source
-            ),
-        }
-        if data["benchmark"] in known and version == BENCH_VERSION:
-            return known[data["benchmark"]]
+        return frontier_section(data["about"], load_points(path), source)
+    if "benchmark" in names and data["benchmark"] in BENCHMARKS and version == BENCH_VERSION:
+        return BENCHMARKS[data["benchmark"]](verified(data, BENCH_VERSION), source)
     if {"run", "tasks", "rows"} <= names and version == EVAL_VERSION:
-        return lambda data, path, source: eval_section(verified(data, EVAL_VERSION), source)
+        return eval_section(verified(data, EVAL_VERSION), source)
     if {"checksum", "settings", "items"} <= names:
         raise UnknownFileError(
             f"{path} is the result of one task: give the folder of chai eval, whose results.json "

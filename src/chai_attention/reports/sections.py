@@ -99,6 +99,13 @@ def grid_of(table: Table, title: str | None = None) -> Grid:
     )
 
 
+def words(value: Any) -> str:
+    """A value of a file, which may hold others."""
+    if isinstance(value, Mapping):
+        return f"({', '.join(f'{name} {words(part)}' for name, part in value.items())})"
+    return ", ".join(map(words, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def machine_facts(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Hardware and releases of what ``chai bench`` calls the machine."""
     hardware = [str(machine[name]) for name in ("gpu", "processor") if machine.get(name)]
