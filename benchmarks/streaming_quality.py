@@ -13,7 +13,6 @@ and recall are measured in; evidence and frontiers are in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.profile import FOR_EVER, ClusterProfile
 from chai_attention.results import write_result
 from chai_attention.runtime.shape import describe
+from parts import Parts
 
 NAMES = ("default", "share", "stream")
 RIVALS = ("snapkv", "think")
@@ -254,17 +254,12 @@ class Recall:
     def __init__(self, bench: Bench):
         options = bench.options
         self.bench = bench
-        self.path = bench.out / f"recall-{options.dtype}.json"
-        self.about = bench.about() | {"dtype": options.dtype, "cases": options.cases}
+        about = bench.about() | {"dtype": options.dtype, "cases": options.cases}
+        self.file = Parts(bench.out / f"recall-{options.dtype}.json", about)
         self.sources = recall_sources(
             bench.model, bench.tokenizer, recall_text(), options.recall, options.cases, options.seed
         )
-        self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            found = json.loads(self.path.read_bytes())
-            if found["about"] != self.about:
-                raise SystemExit(f"{self.path} is of another run: move it, or name another --out")
-            self.rows = found["rows"]
+        self.rows: list[dict[str, Any]] = self.file.found.get("rows", [])
 
     def row(
         self, name: str, make: Callable[[], ClusterProfile | None], rival: str | None = None
@@ -281,7 +276,7 @@ class Recall:
             profile = make()
             for source in missing:
                 self.rows.append(self.measured(name, source, profile, rival))
-                self.bench.write(self.path, {"about": self.about, "rows": self.rows})
+                self.file.add("rows", self.rows)
         except (ChaiError, ImportError) as error:
             self.bench.say(f"left out: recall of {name}: {error}")
             return

@@ -7,6 +7,8 @@ import torch
 
 from chai_attention.evaluation.points import Point
 from chai_attention.evaluation.redundancy import study
+from chai_attention.evaluation.redundancy_files import RedundancyError, parse_redundancy
+from chai_attention.results import read_result
 from tiny_models import tiny_model
 
 MACHINE = {"device": "cuda", "gpu": "Some GPU", "torch": "2.99.0", "processor": "p", "cores": 2}
@@ -135,3 +137,8 @@ def _write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data))
     return path
+
+
+def load_redundancy(path):
+    """The study in a file of ``chai redundancy``, as ``chai report`` reads it."""
+    return parse_redundancy(read_result(path, RedundancyError, "make it again"), path)

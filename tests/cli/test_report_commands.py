@@ -2,7 +2,7 @@
 
 import pytest
 
-from chai_attention.evaluation.redundancy_files import load_redundancy
+from result_files import load_redundancy
 
 TEXT = ("--text", "text.txt")
 SMALL = ("--samples", "3", "--length", "24", "--show", "1", "--cells", "8")

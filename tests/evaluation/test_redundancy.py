@@ -1,5 +1,6 @@
 """The redundancy study against maps that transformers' eager attention returns."""
 
+import base64
 import json
 import math
 
@@ -11,14 +12,15 @@ from sklearn.metrics import adjusted_rand_score
 from chai_attention.calibration import pairs
 from chai_attention.clustering.elbow import elbow
 from chai_attention.clustering.kmeans import kmeans
-from chai_attention.evaluation.map_pictures import decode, encode
+from chai_attention.evaluation.map_pictures import encode
 from chai_attention.evaluation.redundancy import (
     default_lengths,
     parse_lengths,
     shown_prompts,
     study,
 )
-from chai_attention.evaluation.redundancy_files import RedundancyError, load_redundancy
+from chai_attention.evaluation.redundancy_files import RedundancyError
+from result_files import load_redundancy
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -117,6 +119,15 @@ def test_stability(case):
         assert layer.stability.kept[0] == 1
     mean = np.mean([layer.stability.agreement for layer in found.layers], axis=0)
     np.testing.assert_allclose(found.stability.agreement, mean, atol=2e-4)
+
+
+def decode(text, heads, cells):
+    """Probabilities from `encode`'s text, zeros above the diagonal."""
+    values = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    maps = torch.zeros(heads, cells, cells)
+    rows, columns = torch.tril_indices(cells, cells)
+    maps[:, rows, columns] = (values.view(heads, -1).float() / 255).square()
+    return maps
 
 
 def test_maps_of_a_prompt(case):

@@ -3,9 +3,9 @@
 import pytest
 
 from chai_attention.cli.tables import render
-from chai_attention.evaluation.redundancy_files import RedundancyError, load_redundancy
+from chai_attention.evaluation.redundancy_files import RedundancyError
 from chai_attention.reports.redundancy import redundancy_plots, redundancy_table, sizes_text
-from result_files import redundancy
+from result_files import load_redundancy, redundancy
 
 
 @pytest.fixture(scope="module")

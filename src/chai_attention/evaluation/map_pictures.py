@@ -48,12 +48,3 @@ def encode(maps: Tensor) -> str:
     rows, columns = torch.tril_indices(*maps.shape[1:], device=maps.device)
     values = (255 * maps[:, rows, columns].clamp(0, 1).sqrt()).round().to(torch.uint8)
     return base64.b64encode(values.cpu().numpy().tobytes()).decode("ascii")
-
-
-def decode(text: str, heads: int, cells: int) -> Tensor:
-    """Probabilities ``[H, C, C]`` float32 from `encode`'s text, zeros above the diagonal."""
-    values = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-    maps = torch.zeros(heads, cells, cells)
-    rows, columns = torch.tril_indices(cells, cells)
-    maps[:, rows, columns] = (values.view(heads, -1).float() / 255).square()
-    return maps

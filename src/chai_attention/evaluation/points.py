@@ -12,6 +12,7 @@ from chai_attention.errors import ChaiError
 from chai_attention.results import RowFile, from_json
 
 SCHEMA_VERSION = 1
+ASKED = ("recipe", "settings", "asked", "budget", "text", "digest", "context")
 
 
 class FrontierError(ChaiError):
@@ -60,19 +61,11 @@ class Point:
     @property
     def key(self) -> str:
         """What was asked, without what was found."""
-        return key_of(
-            self.recipe,
-            self.settings,
-            self.asked,
-            self.budget,
-            self.text,
-            self.digest,
-            self.context,
-        )
+        return key_of(*(getattr(self, name) for name in ASKED))
 
 
 def key_of(*asked: Any) -> str:
-    """The key of a point from its recipe, settings, asked, budget, text, digest and context."""
+    """The key of a point from its fields `ASKED`, in that order."""
     return json.dumps(asked, sort_keys=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.results import from_json, read_result, verified, write_result
+from chai_attention.results import from_json, verified, write_result
 
 SCHEMA_VERSION = 1
 KIND = "redundancy"
@@ -134,15 +134,6 @@ class Redundancy:
         """
         contents = {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)}
         return write_result(path, contents, RedundancyError, make_folder=True, indent=None)
-
-
-def load_redundancy(path: Path) -> Redundancy:
-    """Read a file that ``chai redundancy`` wrote.
-
-    Raises:
-        RedundancyError: it cannot be read, or is none of this release.
-    """
-    return parse_redundancy(read_result(path, RedundancyError, "make it again"), path)
 
 
 def parse_redundancy(data: Any, path: Path) -> Redundancy:

@@ -80,13 +80,9 @@ def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
     answers = lm.score_ends(windows, half)
     tokens = windows.shape[1] - half
     items = tuple(
-        Item(
-            doc=index, digest=digest(row.to(torch.int64)), gold=None, chosen=None, chosen_norm=None,
-            loglikelihoods=(_number(value, index),), acc=None, acc_norm=None,
-            nll=-value / tokens, tokens=tokens,
-        )
+        _answer(index, digest(row.to(torch.int64)), value, -value / tokens, tokens)
         for index, (row, value) in enumerate(zip(windows, answers, strict=True))
-    )  # fmt: skip
+    )
     perplexity = float(np.exp(np.mean([item.nll for item in items])))
     return Scored(TEXT, items, {"perplexity": perplexity}, windows.shape[1])
 
@@ -97,18 +93,20 @@ def recalled(cases: Sequence[RecallCase], correct: Tensor, nll: Tensor) -> Score
     Raises:
         EvaluationError: a log-likelihood that is not a number.
     """
+    found = zip(cases, correct.double().tolist(), nll.tolist(), strict=True)
     items = tuple(
-        Item(
-            doc=index, digest=case.digest, gold=None, chosen=None, chosen_norm=None,
-            loglikelihoods=(-_number(value, index),), acc=right, acc_norm=None, nll=value,
-            tokens=len(case.answer),
-        )
-        for index, (case, right, value) in enumerate(
-            zip(cases, correct.double().tolist(), nll.tolist(), strict=True)
-        )
-    )  # fmt: skip
+        _answer(index, case.digest, -value, value, len(case.answer), right)
+        for index, (case, right, value) in enumerate(found)
+    )
     length = round(float(np.mean([len(case.prompt) + len(case.answer) for case in cases])))
     return Scored(RECALLED, items, {"acc": float(correct.double().mean())}, length)
+
+
+def _answer(
+    doc: int, found: str, value: float, nll: float, tokens: int, acc: float | None = None
+) -> Item:
+    """An item with one answer, whose log-likelihood is ``value``."""
+    return Item(doc, found, None, None, None, (_number(value, doc),), acc, None, nll, tokens)
 
 
 def _item(lm: ChaiLM, task: Task, sample: dict[str, Any], kind: str) -> Item:
