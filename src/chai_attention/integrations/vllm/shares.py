@@ -28,26 +28,23 @@ NOTICED = 0.0005  # share of a saving that is worth a word
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's heads of a layer with a fixed membership; heads count from the rank's first.
+    """One rank's heads of a layer; heads count from the rank's first.
 
     Attributes:
-        representatives: whose scores each head uses for far keys; itself if it streams.
+        clusters: among the heads that see far keys.
         streaming: heads that see near keys only, ascending.
         kept: K heads that pages hold, the same on all ranks.
-        kept_values: V heads that pages hold, the same on all ranks.
+        representatives: whose scores each head uses for far keys, itself if it streams; None where
+            every request decides that.
+        exact: those of ``streaming`` that attend to all keys nevertheless, as another rank has
+            fewer of them; only where requests decide.
     """
 
-    representatives: tuple[int, ...]
+    clusters: int
     streaming: tuple[int, ...]
     kept: int
-    kept_values: int
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every head attends to all keys by itself."""
-        return not self.streaming and self.representatives == tuple(
-            range(len(self.representatives))
-        )
+    representatives: tuple[int, ...] | None = None
+    exact: tuple[int, ...] = ()
 
 
 class _Heads:
@@ -57,6 +54,11 @@ class _Heads:
         self.group = group
         self.representatives = list(representatives)
         self.streaming = streaming
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every head attends to all keys by itself."""
+        return not self.streaming and self.representatives == list(range(len(self.representatives)))
 
     def far(self) -> list[int]:
         """Heads that see far keys."""
@@ -77,31 +79,15 @@ class _Heads:
         self.streaming -= set(heads)
 
 
-def fixed_shares(
-    representatives: Sequence[int],
-    streaming: Sequence[int],
-    ranks: int,
-    kv_heads: int,
-    whole_groups: bool,
-) -> list[Share]:
-    """Deal a layer with a fixed membership to ranks.
+def _fixed_shares(plan: LayerPlan, ranks: int) -> list[Share] | None:
+    """Deal a layer with a fixed membership; None if all heads attend to all keys by themselves.
 
     Heads whose representative is on another rank get a member of their cluster on their own, the
     lowest.
-
-    Args:
-        representatives: ``[H]``; a streaming head's entry is itself.
-        streaming: heads that see near keys only.
-        ranks: by which H and G can be divided.
-        kv_heads: G.
-        whole_groups: whether all query heads of a K/V head become representatives together.
     """
-    heads, groups = len(representatives) // ranks, kv_heads // ranks
-    dealt = [
-        _rank(representatives, streaming, range(rank * heads, (rank + 1) * heads), heads // groups)
-        for rank in range(ranks)
-    ]
-    if whole_groups:
+    heads, groups = plan.heads // ranks, plan.kv_heads // ranks
+    dealt = [_rank(plan, range(rank * heads, (rank + 1) * heads)) for rank in range(ranks)]
+    if plan.target == K_BYTES:  # all query heads of a K/V head become representatives together
         for one in dealt:
             for kv_head in one.needed_keys():
                 one.keep(kv_head)
@@ -111,26 +97,26 @@ def fixed_shares(
     keys = max(len(one.needed_keys()) for one in dealt)
     for one in dealt:
         _keep_until(one, keys, sorted(one.needed_values()), of_keys=True)
-    shares = [
-        Share(tuple(one.representatives), tuple(sorted(one.streaming)), keys, values)
+    if any(one.is_identity for one in dealt):  # nothing is removed on the others either
+        return None
+    return [
+        Share(
+            len(set(one.representatives)) - len(one.streaming), tuple(sorted(one.streaming)), keys,
+            tuple(one.representatives),
+        )
         for one in dealt
-    ]
-    if any(share.is_identity for share in shares):  # nothing is removed on the others either
-        whole = Share(tuple(range(heads)), (), groups, groups)
-        return [whole] * ranks
-    return shares
+    ]  # fmt: skip
 
 
-def _rank(
-    representatives: Sequence[int], streaming: Sequence[int], mine: range, group: int
-) -> _Heads:
+def _rank(plan: LayerPlan, mine: range) -> _Heads:
     """Heads ``mine``, whose representatives are all on this rank."""
+    rep = plan.representatives or tuple(range(plan.heads))
     chosen: dict[int, int] = {}  # cluster to its representative here
     for head in mine:
-        cluster = representatives[head]
-        chosen.setdefault(cluster, cluster if cluster in mine else head)
-    local = [chosen[representatives[head]] - mine.start for head in mine]
-    return _Heads(local, {h - mine.start for h in streaming if h in mine}, group)
+        chosen.setdefault(rep[head], rep[head] if rep[head] in mine else head)
+    streaming = {head - mine.start for head in plan.streaming if head in mine}
+    local = [chosen[rep[head]] - mine.start for head in mine]
+    return _Heads(local, streaming, plan.heads // plan.kv_heads)
 
 
 def _keep_until(one: _Heads, count: int, kv_heads: Sequence[int], of_keys: bool = False) -> None:
@@ -143,54 +129,21 @@ def _keep_until(one: _Heads, count: int, kv_heads: Sequence[int], of_keys: bool 
             one.keep(kv_head)
 
 
-@dataclass(frozen=True)
-class OnlineShare:
-    """One rank's heads of a layer whose membership every request decides.
-
-    Attributes:
-        clusters: among the rank's heads that the profile lets see far keys.
-        streaming: heads that the profile lets see near keys only, from the rank's first.
-        exact: those of ``streaming`` that attend to all keys nevertheless.
-        kept: K heads that pages hold, the same on all ranks.
-        is_identity: every head attends to all keys by itself, on all ranks.
-    """
-
-    clusters: int
-    streaming: tuple[int, ...]
-    exact: tuple[int, ...]
-    kept: int
-    is_identity: bool = False
-
-
-def online_shares(
-    clusters: int,
-    heads: int,
-    streaming: Sequence[int],
-    ranks: int,
-    kv_heads: int,
-    whole_groups: bool,
-) -> list[OnlineShare]:
-    """Deal a layer to ranks of which each clusters its own heads.
+def _online_shares(plan: LayerPlan, ranks: int) -> list[Share] | None:
+    """Deal a layer of which each rank clusters its own heads; None as of `_fixed_shares`.
 
     A rank finds clusters for its share of the heads that see far keys, rounded up.
-
-    Args:
-        clusters: k of the layer.
-        heads: H.
-        streaming: heads that see near keys only; with grouped queries whole K/V heads.
-        ranks: by which H and G can be divided.
-        kv_heads: G.
-        whole_groups: clusters are whole K/V heads ("k-bytes").
     """
-    own, group = heads // ranks, heads // kv_heads
+    own, group = plan.heads // ranks, plan.heads // plan.kv_heads
+    whole_groups = plan.target == K_BYTES  # then clusters are whole K/V heads
     unit = group if whole_groups else 1
     local = [
-        tuple(head - rank * own for head in sorted(streaming) if head // own == rank)
+        tuple(head - rank * own for head in sorted(plan.streaming) if head // own == rank)
         for rank in range(ranks)
     ]
     far = [own - len(near) for near in local]
     exact = [near[: max(far) - len_far] for near, len_far in zip(local, far, strict=True)]
-    found = [-(-clusters * each // (sum(far) * unit)) * unit if each else 0 for each in far]
+    found = [-(-plan.clusters * each // (sum(far) * unit)) * unit if each else 0 for each in far]
 
     def keys(rank: int) -> int:
         of_clusters = min(found[rank] // unit, far[rank] // group)
@@ -199,11 +152,9 @@ def online_shares(
     kept = max(map(keys, range(ranks)))
     if whole_groups or group == 1:  # K heads and clusters are the same: use what there is room for
         found = [(kept - len(spare) // group) * unit for spare in exact]
-    whole = any(found[r] == far[r] and exact[r] == local[r] for r in range(ranks))
-    return [
-        OnlineShare(own if whole else found[r], local[r], exact[r], kept, whole)
-        for r in range(ranks)
-    ]
+    if any(found[r] == far[r] and exact[r] == local[r] for r in range(ranks)):
+        return None
+    return [Share(found[r], local[r], kept, exact=exact[r]) for r in range(ranks)]
 
 
 def layer_shards(
@@ -227,14 +178,17 @@ def layer_shards(
     plans = tuple(replace(plan, kv_heads=max(shape.kv_heads, ranks)) for plan in plans)
     similarity = profile.similarity or (None,) * shape.layers
     return tuple(
-        _share(plan, table, ranks, rank) for plan, table in zip(plans, similarity, strict=True)
+        _shard(plan, table, ranks, rank) for plan, table in zip(plans, similarity, strict=True)
     )
 
 
-def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> LayerShard:
+def _shard(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> LayerShard:
     """One rank's share of a layer."""
     heads, groups = plan.heads // ranks, plan.kv_heads // ranks
     first = rank * heads
+    shares = None
+    if not plan.is_identity:
+        shares = _online_shares(plan, ranks) if plan.needs_probe else _fixed_shares(plan, ranks)
     local = replace(
         plan,
         heads=heads,
@@ -242,31 +196,18 @@ def _share(plan: LayerPlan, similarity: Table | None, ranks: int, rank: int) -> 
         costs=_part(plan.costs, first, heads),
         offsets=_part(plan.offsets, first, heads),
     )
-    every, whole = tuple(range(heads)), plan.target == K_BYTES
-    # a layer that keeps all its heads on every rank needs no tables
-    identity = replace(local, clusters=heads, representatives=None, streaming=())
-    if plan.is_identity:
-        return LayerShard(identity, groups, every)
-    if not plan.needs_probe:
-        rep = plan.representatives or tuple(range(plan.heads))
-        mine = fixed_shares(rep, plan.streaming, ranks, plan.kv_heads, whole)[rank]
-        if mine.is_identity:
-            return LayerShard(identity, groups, every)
-        fixed = replace(
-            local,
-            clusters=len(set(mine.representatives)) - len(mine.streaming),
-            representatives=mine.representatives,
-            streaming=mine.streaming,
-        )
-        return LayerShard(fixed, mine.kept, mine.representatives)
-    share = online_shares(plan.clusters, plan.heads, plan.streaming, ranks, plan.kv_heads, whole)[
-        rank
-    ]
-    if share.is_identity:
-        return LayerShard(identity, groups, every)
-    local = replace(local, clusters=share.clusters, streaming=share.streaming)
-    fallback = _fallback(local, _part(similarity, first, heads))
-    return LayerShard(local, share.kept, fallback, share.exact)
+    if shares is None:  # a layer that keeps all its heads on every rank needs no tables
+        identity = replace(local, clusters=heads, representatives=None, streaming=())
+        return LayerShard(identity, groups, tuple(range(heads)))
+    mine = shares[rank]
+    local = replace(
+        local,
+        clusters=mine.clusters,
+        representatives=mine.representatives,
+        streaming=mine.streaming,
+    )
+    fallback = mine.representatives or _fallback(local, _part(similarity, first, heads))
+    return LayerShard(local, mine.kept, fallback, mine.exact)
 
 
 def _part(table: Table | None, first: int, heads: int) -> Table | None:
