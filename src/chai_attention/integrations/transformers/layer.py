@@ -95,13 +95,14 @@ class ClusteredLayer(LayerMemory):
         values = self._values.append(new_values.transpose(1, 2)).transpose(1, 2)
         queries = query.shape[2]
         if self.plan.has_recent_window and queries == 1 and query.device.type in WITH_RINGS:
-            ring = self._recent.step(key, value, member, padding, self.record_past)
+            ring = self._recent.step((key, value), member, padding, self.record_past)
             return decode_recent(
                 query, keys, values, member, ring, offset=self._offset, valid=padding.valid,
                 **options,
             )  # fmt: skip
         if self.plan.has_recent_window:
-            near = self._recent.extend(key, keys, value, values, member, padding, self.record_past)
+            new, held = (key, value), (keys, values)
+            near = self._recent.extend(new, held, member, padding, self.record_past)
             tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
             return windowed.attention(
                 query, keys, values, member, near, tables, offset=self._offset, **options
@@ -205,7 +206,7 @@ class ClusteredLayer(LayerMemory):
         self._remember_past(query, keys, values)
         assert self.membership is not None
         if self.plan.has_recent_window:
-            self._recent.cut(keys, values, self.membership, padding, self.record_past)
+            self._recent.cut((keys, values), self.membership, padding, self.record_past)
         self._keys.replace(pick_heads(keys, self.membership.key_heads))
         if self.membership.reorders_values:
             order = self.membership.value_heads

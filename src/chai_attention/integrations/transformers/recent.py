@@ -18,6 +18,7 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.ring import NearRing
 from chai_attention.runtime.heads import pick_heads
 
+Pair = tuple[Tensor, Tensor]  # K and V, ``[B, heads, tokens, D]`` and ``[.., Dv]``
 # a layer's near memories: of K, of V
 NEAR = ("recent", "sink", "recent value", "sink value")
 
@@ -158,56 +159,45 @@ class RecentWindow:
         return self.key, self.value
 
     def extend(
-        self,
-        key: Tensor,
-        kept: Tensor,
-        value: Tensor,
-        values: Tensor,
-        membership: Membership,
-        padding: Padding,
-        record: bool,
+        self, new: Pair, held: Pair, membership: Membership, padding: Padding, record: bool
     ) -> NearKeys:
         """Take new tokens and return what their queries see with their own scores.
 
         Args:
-            key: ``[B, G, Q, D]`` of the new tokens, all heads.
-            kept: ``[B, kept_keys, S, D]`` of the cache, new tokens included.
-            value: ``[B, G, Q, Dv]`` of the new tokens, natural order.
-            values: ``[B, kept_values, S, Dv]`` of the cache, new tokens included.
-            membership: whose order ``kept`` and ``values`` are in.
+            new: of the Q new tokens, all heads in natural order.
+            held: of the cache, all S tokens, new ones included.
+            membership: whose order ``held`` is in.
             padding: of all S tokens.
             record: whether to keep all tokens for a crop.
         """
-        queries, past = key.shape[2], padding.length - key.shape[2]
+        queries = new[0].shape[2]
+        past = padding.length - queries
         reach = min(past, self.recent - 1)  # old tokens that the first new one sees
         near = []
-        for recent, new, cache, removed, place in (
-            (self.key, key, kept, membership.removed_key_heads, membership.key_place),
-            (self.value, value, values, membership.removed_value_heads, membership.value_place),
+        places = (membership.key_place, membership.value_place)
+        for recent, states, cache, removed, place in zip(
+            self.kinds, new, held, _removed(membership), places, strict=True
         ):
-            held = None
+            last = None
             if removed.shape[1]:
-                picked = pick_heads(new, removed)
-                held = recent.extend(picked, reach, self.recent, padding, record)
+                picked = pick_heads(states, removed)
+                last = recent.extend(picked, reach, self.recent, padding, record)
             if not past:
-                near.append(_with_first(new, self.sinks, padding))
+                near.append(_with_first(states, self.sinks, padding))
                 continue
             stored = _with_first(cache, self.sinks, padding, slice(past - reach, None))
-            if held is not None:
+            if last is not None:
                 assert recent.first is not None
-                own = torch.cat([recent.first, held[:, :, -(reach + queries) :]], 2)
+                own = torch.cat([recent.first, last[:, :, -(reach + queries) :]], 2)
                 stored = torch.cat([stored, own], 1)
             near.append(pick_heads(stored, place))
         return NearKeys(*near)
 
-    def step(
-        self, key: Tensor, value: Tensor, membership: Membership, padding: Padding, record: bool
-    ) -> NearRing:
+    def step(self, new: Pair, membership: Membership, padding: Padding, record: bool) -> NearRing:
         """Append one token for decoding, which reads K and V in place.
 
         Args:
-            key: ``[B, G, 1, D]`` of the new token, all heads.
-            value: ``[B, G, 1, Dv]``.
+            new: of the new token, all heads.
             membership: the cache's.
             padding: of all tokens.
             record: whether to keep all tokens for a crop.
@@ -215,15 +205,12 @@ class RecentWindow:
         sinks = min(self.sinks, padding.length)
         positions, begin = padding.sink_positions(sinks), 0
         memories: list[tuple[Tensor, Tensor]] = []
-        for recent, new, removed in (
-            (self.key, key, membership.removed_key_heads),
-            (self.value, value, membership.removed_value_heads),
-        ):
+        for recent, states, removed in zip(self.kinds, new, _removed(membership), strict=True):
             if not removed.shape[1]:
-                nothing = new[:, :0]
+                nothing = states[:, :0]
                 memories.append((nothing, nothing.expand(-1, -1, sinks, -1)))
                 continue
-            picked = pick_heads(new, removed)
+            picked = pick_heads(states, removed)
             last = recent.push(picked, self.recent, padding, record)
             assert recent.first is not None
             memories.append((last, recent.first))
@@ -234,17 +221,9 @@ class RecentWindow:
             return ring
         return replace(ring, value_ring=value_last, value_sinks=value_first)
 
-    def cut(
-        self, keys: Tensor, values: Tensor, membership: Membership, padding: Padding, record: bool
-    ) -> None:
-        """Start from ``keys`` and ``values [B, G, S, D]`` of all heads.
-
-        ``padding`` may know later tokens.
-        """
-        for recent, states, removed in (
-            (self.key, keys, membership.removed_key_heads),
-            (self.value, values, membership.removed_value_heads),
-        ):
+    def cut(self, whole: Pair, membership: Membership, padding: Padding, record: bool) -> None:
+        """Start from K and V of all heads; ``padding`` may know later tokens."""
+        for recent, states, removed in zip(self.kinds, whole, _removed(membership), strict=True):
             if removed.shape[1]:
                 recent.cut(pick_heads(states, removed), self.recent, padding, record)
 
@@ -286,6 +265,11 @@ class RecentWindow:
         """What is held, by the names of `NEAR`."""
         held = (states for recent in self.kinds for states in (recent.last, recent.first))
         return dict(zip(NEAR, held, strict=True))
+
+
+def _removed(membership: Membership) -> Pair:
+    """Heads whose K, and whose V, the cache does not hold."""
+    return membership.removed_key_heads, membership.removed_value_heads
 
 
 def near_keys(

@@ -268,7 +268,7 @@ class StaticClusteredLayer(ClusteredLayer):
         if recent is None:
             query = slot_queries(member, query)
             return attention(query, keys, values, member, valid=padding.valid, **options)[0]
-        near = recent.extend(key, keys, value, values, member, padding, record=False)
+        near = recent.extend((key, value), (keys, values), member, padding, record=False)
         tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
         return windowed.attention(
             query, keys, values, member, near, tables, offset=self._offset, **options
