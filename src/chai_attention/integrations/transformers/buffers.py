@@ -1,4 +1,4 @@
-"""Memory of the cache: tensors that grow along the tokens, and picking of tokens."""
+"""Memory of the cache: tensors that grow along the tokens, and picking of heads and tokens."""
 
 from __future__ import annotations
 
@@ -72,6 +72,19 @@ class TokenBuffer:
                 self.data.narrow(self.token_axis, 0, self.length)
             )
         self.data = data
+
+
+def pick_heads(states: Tensor, heads: Tensor, axis: int = 1) -> Tensor:
+    """Choose ``heads [B, n]`` of each sequence along ``axis`` (1 or 2) of ``states``.
+
+    ``[B, H, S, D]`` becomes ``[B, n, S, D]`` (axis 1), ``[B, S, H, D]`` ``[B, S, n, D]`` (axis 2).
+    """
+    if states.shape[0] == 1:
+        return states.index_select(axis, heads[0])
+    shape = list(states.shape)
+    shape[axis] = heads.shape[1]
+    index = heads[:, :, None, None] if axis == 1 else heads[:, None, :, None]
+    return states.gather(axis, index.expand(shape))
 
 
 def pick_tokens(states: Tensor, positions: Tensor) -> Tensor:

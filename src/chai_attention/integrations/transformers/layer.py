@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import pick_tokens
-from chai_attention.integrations.transformers.memory import LayerMemory, Probe, stored_states
+from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
+from chai_attention.integrations.transformers.memory import LayerMemory, Probe
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import near_keys
 from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.ring import decode_recent
-from chai_attention.runtime.heads import pick_heads, slot_queries
 
 WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
 
@@ -251,3 +250,34 @@ class ClusteredLayer(LayerMemory):
             self.plan.heads, self.plan.kv_heads, query.shape[0], query.device
         )
         return attention(query, key, value, member, valid=valid, **options)[0]
+
+
+def slot_queries(membership: Membership, query: Tensor) -> Tensor:
+    """Q of representatives in slot order, ``[B, k, Q, D]``.
+
+    Args:
+        membership: of the layer.
+        query: ``[B, H, Q, D]`` of all heads.
+    """
+    if query.shape[1] == membership.clusters:
+        return query
+    return pick_heads(query, membership.slot_heads)
+
+
+def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, kept_values, Q, Dv]``.
+
+    Args:
+        membership: of the layer.
+        key: ``[B, G, Q, D]`` of all heads.
+        value: ``[B, G, Q, Dv]``.
+    """
+    # where V is reordered or left out, fewer K heads are kept than there are
+    if key.shape[1] == membership.kept_keys:
+        return key, value
+    key = pick_heads(key, membership.key_heads)
+    if membership.reorders_values:
+        # token by token, as it lies in memory in front of attention and behind it
+        tokens = pick_heads(value.transpose(1, 2), membership.value_heads, axis=2)
+        value = tokens.transpose(1, 2)
+    return key, value

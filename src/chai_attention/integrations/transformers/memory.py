@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import TokenBuffer
+from chai_attention.integrations.transformers.buffers import TokenBuffer, pick_heads
 from chai_attention.integrations.transformers.modes import as_attended, eager
 from chai_attention.integrations.transformers.recent import RecentWindow
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
-from chai_attention.runtime.heads import pick_heads
 from chai_attention.runtime.plan import LayerPlan
 
 LAYER_TAG = "_chai_layer"
@@ -278,22 +277,3 @@ def tokens_kept(tokens_to_remove: int, length: int) -> int:
     """How many of ``length`` tokens a `crop` leaves: all but the last -n, or the first n."""
     count = int(tokens_to_remove)  # a tensor, in older transformers
     return min(count, length) if count > 0 else max(0, length + count)
-
-
-def stored_states(membership: Membership, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V as the cache holds them, ``[B, kept, Q, D]`` and ``[B, kept_values, Q, Dv]``.
-
-    Args:
-        membership: of the layer.
-        key: ``[B, G, Q, D]`` of all heads.
-        value: ``[B, G, Q, Dv]``.
-    """
-    # where V is reordered or left out, fewer K heads are kept than there are
-    if key.shape[1] == membership.kept_keys:
-        return key, value
-    key = pick_heads(key, membership.key_heads)
-    if membership.reorders_values:
-        # token by token, as it lies in memory in front of attention and behind it
-        tokens = pick_heads(value.transpose(1, 2), membership.value_heads, axis=2)
-        value = tokens.transpose(1, 2)
-    return key, value

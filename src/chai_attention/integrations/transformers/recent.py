@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.errors import CacheError
-from chai_attention.integrations.transformers.buffers import pick_tokens
+from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.membership import Membership
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.ring import NearRing
-from chai_attention.runtime.heads import pick_heads
 
 Pair = tuple[Tensor, Tensor]  # K and V, ``[B, heads, tokens, D]`` and ``[.., Dv]``
 # a layer's near memories: of K, of V

@@ -17,7 +17,7 @@ from torch import Tensor
 from chai_attention.clustering.assign import K_BYTES
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer
-from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.layer import ClusteredLayer, slot_queries
 from chai_attention.integrations.transformers.memory import STOPPED, Probe
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
@@ -27,7 +27,6 @@ from chai_attention.membership import Membership
 from chai_attention.ops import attention, windowed
 from chai_attention.ops.cache_write import write_dense
 from chai_attention.ops.ring import NearRing, decode_recent
-from chai_attention.runtime.heads import slot_queries
 from chai_attention.runtime.plan import LayerPlan
 
 
