@@ -23,7 +23,7 @@ def test_memberships_by_page_stay_up_to_date() -> None:
     before = everything.value_heads, everything.slot, everything.key_place  # made and remembered
     assert pages.of(torch.tensor([3], dtype=torch.int32))[0].host_rows == (fallback,)
     new = Membership.from_representatives(torch.tensor([[0, 0, 2, 2], [0, 0, 0, 3]]), 2)
-    pages.publish(torch.tensor([4, 1], dtype=torch.int32), new.representatives)
+    pages._rows.put(torch.tensor([4, 1], dtype=torch.int32), new.representatives)
     rows = torch.tensor([1, 4, 0], dtype=torch.int32)
     found, lines = pages.of(rows)
     assert lines is None

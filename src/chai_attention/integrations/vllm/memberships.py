@@ -167,22 +167,11 @@ class PageMemberships:
         offset = self._rows.offset
         return None if offset is None else offset.index_select(0, pages)
 
-    def publish(self, pages: Tensor, representatives: Tensor) -> None:
-        """Set the memberships of requests with first pages ``[B]`` int32.
-
-        Everything that was made of the tables is brought up to date in place.
-
-        Args:
-            pages: the first page of each request.
-            representatives: ``[B or 1, n]`` int64 of the heads that the plan clusters.
-        """
-        self._rows.put(pages, representatives)
-
     def begin(self, step: ChaiMetadata) -> None:
         """Give the known membership to requests that start with too few tokens to decide one."""
         pages = step.undecided_pages(*self._range)
         if pages is not None:
-            self.publish(pages, self._fallback)
+            self._rows.put(pages, self._fallback)
 
     def probe(
         self, step: ChaiMetadata, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -202,7 +191,7 @@ class PageMemberships:
             representatives = self.layer.plan.packed_representatives(
                 query, key, value, found.window, found.real, scale, softcap
             )
-            self.publish(found.first_pages, representatives)
+            self._rows.put(found.first_pages, representatives)
 
 
 def row_bytes(layer: LayerShard, head_dim: int) -> int:

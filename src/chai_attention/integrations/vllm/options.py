@@ -125,6 +125,7 @@ class Asked:
     def of_config(cls, config: Any) -> Asked:
         """What a ``VllmConfig`` says."""
         parallel, cache = config.parallel_config, config.cache_config
+        scheduler = getattr(config, "scheduler_config", None)
         speculative = config.speculative_config
         return cls(
             cache_dtype=cache.cache_dtype,
@@ -139,13 +140,7 @@ class Asked:
             drafts=None if speculative is None else speculative.method,
             caches_prefixes=bool(cache.enable_prefix_caching),
             microbatches=bool(getattr(parallel, "enable_dbo", False)),
-            one_kind_of_pages=bool(
-                getattr(
-                    getattr(config, "scheduler_config", None),
-                    "disable_hybrid_kv_cache_manager",
-                    False,
-                )
-            ),
+            one_kind_of_pages=bool(getattr(scheduler, "disable_hybrid_kv_cache_manager", False)),
             sleeps=bool(getattr(config.model_config, "enable_sleep_mode", False)),
         )
 
