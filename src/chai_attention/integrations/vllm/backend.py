@@ -117,7 +117,7 @@ class ChaiBackend(AttentionBackend):
 def backend_of(
     layout: PageLayout, layouts: tuple[KVCacheLayout, ...], probe_end: int = 0
 ) -> type[ChaiBackend]:
-    """The backend class of layers with such pages, in caches of these layouts."""
+    """The backend class of layers with these pages and layouts of the cache."""
     known = {"layout": layout, "layouts": layouts, "probe_end": probe_end}
     return type(f"ChaiBackend{layout.key_heads}", (ChaiBackend,), known)
 
@@ -137,7 +137,7 @@ class NearBackend(ChaiBackend):
 
 @cache
 def near_backend(layouts: tuple[KVCacheLayout, ...]) -> type[NearBackend]:
-    """The backend class of near pages, in caches of these layouts."""
+    """The backend class of near pages, with these layouts of the cache."""
     return type("NearBackend", (NearBackend,), {"layouts": layouts})
 
 
@@ -240,14 +240,14 @@ def common_layouts(
 
 
 def _in_a_page(layout: KVCacheLayout) -> list[int]:
-    """The order of what lies in one layer; where the layers are, kernels take from strides."""
+    """The order of dimensions within a layer; where layers lie, kernels see by the strides."""
     return [dim for dim in layout.value if dim]
 
 
 def with_prefixes(native: type[Any], probe_end: int) -> type[Any]:
-    """Return vLLM's backend with pages whose prefixes are found as clustered layers need it.
+    """Return a native backend whose pages are found again as those of clustered layers are.
 
-    One manager looks after the pages of all layers.
+    One manager looks after the pages of all layers, so all need the same rule.
     """
 
     def customize_spec(cls: type[Any], spec: Any) -> Any:
@@ -257,7 +257,7 @@ def with_prefixes(native: type[Any], probe_end: int) -> type[Any]:
 
 
 def limited_to(native: type[Any], layouts: tuple[KVCacheLayout, ...]) -> type[Any]:
-    """Return vLLM's backend saying that it reads these layouts only; itself if it says so."""
+    """Return a native backend that names these layouts only; itself if it does so already."""
     if native.supported_kv_cache_layouts() == layouts:
         return native
     return type(

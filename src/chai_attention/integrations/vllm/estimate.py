@@ -62,7 +62,7 @@ class Blocks:
 
     @property
     def wasted(self) -> float:
-        """Share of the blocks' bytes that the smaller kind of page leaves empty, in its blocks."""
+        """Share of a block's bytes that the smaller kind of page leaves empty."""
         if self.near_page is None:
             return 0.0
         return 1 - min(self.far_bytes, self.near_bytes) / self.block_bytes
@@ -314,7 +314,7 @@ def parameters(config: PreTrainedConfig) -> int:
 
 
 def _batch(options: Options, gpu_bytes: int, longest: int) -> tuple[int, int]:
-    """Requests and tokens of a step, where they are not given as vLLM chooses them."""
+    """Requests and tokens of a step: as they are given, else as vLLM chooses them."""
     requests, tokens = batch_defaults(gpu_bytes)
     if options.text("--performance-mode") == "throughput":
         requests, tokens = 2 * requests, 2 * tokens

@@ -62,7 +62,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.is_narrow = kv_cache_dtype in EIGHT_BITS
-        self._scales = (1.0, 1.0)  # what pages hold K and V divided by
+        self._scales = (1.0, 1.0)  # K and V in pages are divided by these
         self.softcap = logits_soft_cap or None
         self.model_state = ModelState.of(get_current_vllm_config())
         self._name: str | None = None  # of the layer, once its weights are loaded
@@ -97,13 +97,13 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             )
         native = native_backend(config, module, config.model_config.dtype)
         some = any(each.plan.is_identity for each in self.model_state.layers)
-        own = PACKED_LAYOUTS if self.model_state.packs else ChaiBackend.layouts
+        own = PACKED_LAYOUTS if self.model_state.has_near_pages else ChaiBackend.layouts
         layouts = common_layouts(own, native if some else None)
         self.model_state.add_near_layer(module, layouts)
         probe_end = self.model_state.prefix_probe
         if plan.is_identity and native is not None:
             # near pages are kept in layouts that vLLM's attention reads but does not name
-            if config.parallel_config.pipeline_parallel_size > 1 or self.model_state.packs:
+            if config.parallel_config.pipeline_parallel_size > 1 or self.model_state.has_near_pages:
                 native = limited_to(native, layouts)
             if probe_end:
                 native = with_prefixes(native, probe_end)
@@ -132,7 +132,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             )
 
     def _checkpoint_scales(self) -> tuple[float, float]:
-        """What pages hold K and V divided by; known once all weights are processed."""
+        """The scales of K and V in 8-bit pages; known once all weights are processed."""
         if not self.is_narrow:
             return 1.0, 1.0
         module = self.model_state.config.compilation_config.static_forward_context[self._name]

@@ -1,4 +1,4 @@
-"""What vLLM's manager of the K,V cache is told: pages whose prefixes are found by rule, near pages.
+"""What vLLM's manager of the K,V cache is told: which prefixes it may find again, and near pages.
 
 Prefixes: vLLM finds a cached page by its tokens and those before it, and every request that reads a
 page takes over the membership of its first one. So all pages of a prefix must have been written
@@ -57,9 +57,10 @@ class ProbedSpec(FullAttentionSpec):
 
 
 class Decided(Manager):
-    """Keeps pages of hasty decisions out of the prefix cache; goes before vLLM's manager.
+    """Keeps pages of requests that decided on too few tokens out of the prefix cache.
 
-    Managers of all groups decide alike, as all of them see the same tokens of every request.
+    A class to put before vLLM's manager. Managers of all groups of pages come to the same decision,
+    as all of them see the same tokens of every request.
     """
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any):
@@ -193,7 +194,7 @@ class NearManager(Decided, SlidingWindowManager):
     def reachable_block_mask(
         cls, start_block: int, end_block: int, *args: Any, **kwargs: Any
     ) -> list[bool] | None:
-        """Which of a request's pages can ever be of use to another one; None for all."""
+        """Which of a request's pages another one may find; None for all."""
         mask: list[bool] | None = super().reachable_block_mask(
             start_block, end_block, *args, **kwargs
         )
@@ -293,11 +294,11 @@ class NearLayer(AttentionLayerBase):
         self.kv_cache = torch.tensor([])
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Whom vLLM asks about these pages."""
+        """The backend class of these pages."""
         return self._backend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> NearSpec:
-        """What vLLM has to keep."""
+        """The kind of pages that vLLM has to keep."""
         far = self._like.get_kv_cache_spec(vllm_config)
         page, numbers = self._tokens(far.block_size), self._numbers
         if {page * numbers} == {far.block_size * each for each in self._far}:

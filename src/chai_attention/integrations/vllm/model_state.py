@@ -91,7 +91,7 @@ class ModelState:
         _log.info("clustered heads: %s", savings(shape, self.profile, ranks, self.layers).line)
 
     @cached_property
-    def packs(self) -> bool:
+    def has_near_pages(self) -> bool:
         """Whether there are near pages beside far ones, on any rank."""
         return any(layer.near_layout(1, 1) is not None for layer in self.layers)
 
@@ -102,7 +102,7 @@ class ModelState:
 
     @property
     def prefix_probe(self) -> int:
-        """Tokens that decide what a cached prefix means; 0 if no request's tokens do."""
+        """Tokens of a prompt that decide its membership, if prefixes are cached; else 0."""
         if not self.config.cache_config.enable_prefix_caching:
             return 0
         return max(
@@ -134,7 +134,7 @@ class ModelState:
         return self._workspace
 
     def hold(self, layer: LayerShard, device: torch.device) -> torch.Tensor | None:
-        """Memory that the tables of a layer's pages will take; None where it need not be held.
+        """Take memory for the tables of a layer's pages; None where it need not be held.
 
         Called for the layers of this rank once their weights are loaded.
         """
@@ -163,7 +163,7 @@ class ModelState:
         )
 
     def _layers_here(self) -> dict[str, LayerShard]:
-        """Those of this rank of a pipeline, by their names."""
+        """The layers of this rank of a pipeline, by their names."""
         from vllm.model_executor.models.utils import extract_layer_index
 
         context = self.config.compilation_config.static_forward_context
@@ -180,7 +180,7 @@ class ModelState:
             module: vLLM's ``Attention`` of one of them.
             layouts: of the cache, that all layers of the model can read.
         """
-        if self.near is not None or not self.packs:
+        if self.near is not None or not self.has_near_pages:
             return
         from chai_attention.integrations.vllm.backend import near_backend
         from chai_attention.integrations.vllm.kv_cache import NearLayer

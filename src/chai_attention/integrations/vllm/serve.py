@@ -37,7 +37,7 @@ _OTHER_CONFIG = ("--hf-overrides", "--hf-config-path", "--config-format", "--rev
 
 
 def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> list[str]:
-    """The command that serves ``model`` with ``profile``, once all is known to go together.
+    """The command that serves ``model`` with ``profile``, after a check that all goes together.
 
     Args:
         model: what ``vllm serve`` takes.
@@ -71,7 +71,7 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
 
 
 def profile_path(model: str, profile: str | None) -> str:
-    """What vLLM is told to read: ``profile``, or the file in the model's folder without one.
+    """The profile that vLLM is told to read: ``profile``, else the one in the model's folder.
 
     Raises:
         ProfileError: the folder holds none.

@@ -162,10 +162,9 @@ def layer_shards(
 ) -> tuple[LayerShard, ...]:
     """Return the layers of ``rank`` of ``ranks``.
 
-    Clusters that lie across ranks are taken apart, and ranks that need fewer heads' scores, or
-    fewer V heads, than another keep spare ones, so a profile saves less with more ranks. An online
-    membership finds k / ranks clusters, rounded up, among each rank's heads, or as its share of the
-    heads that do not stream demands.
+    Clusters that lie across ranks are taken apart. A rank that needs fewer K or V heads than
+    another keeps spare ones. An online membership finds k / ranks clusters, rounded up, among each
+    rank's heads; with streaming heads, clusters in proportion to the rank's other heads.
 
     Raises:
         ProfileError: the profile does not fit the model, or the heads do not fit the ranks.
@@ -218,7 +217,7 @@ def _part(table: Table | None, first: int, heads: int) -> Table | None:
 
 
 def _fallback(plan: LayerPlan, similarity: Table | None) -> tuple[int, ...]:
-    """What is known about the heads without a request: costs, else similarity, else nothing."""
+    """The membership of requests that decide none: by costs, else similarity, else neighbours."""
     if plan.costs is not None:
         cost = torch.tensor([plan.costs])
     elif similarity is not None:
@@ -269,7 +268,7 @@ class Savings:
 
     @property
     def lost(self) -> float:
-        """Share of what the profile saves on one GPU that ranks keep nevertheless."""
+        """Share of the saving on one GPU that is lost on ranks."""
         saved = self.share_on_one
         return 1 - self.share / saved if saved > 0 else 0.0
 
