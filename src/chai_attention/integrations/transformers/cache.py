@@ -91,10 +91,10 @@ class ClusteredCache(DynamicCache):
     A prompt shorter than the probe window keeps K of all heads until its window is full. Sliding
     window layers are held as `DynamicCache` holds them.
 
-    As with sliding windows, whoever means to take tokens back calls `activate_past_recording`
-    before the forward that brings them, as assisted decoding does; K that they need is kept until
-    the `crop`. Without it, `crop` raises `CacheError` where it would go back into the probe window
-    of a clustered layer, or further than an exact recent window remembers.
+    To take tokens back, call `activate_past_recording` before the forward that brings them, as
+    assisted decoding does and sliding windows need too; K that they need is kept until the `crop`.
+    Without it, `crop` raises `CacheError` where it would go back into the probe window of a
+    clustered layer, or further than an exact recent window remembers.
 
     Args:
         model: the model or its config.

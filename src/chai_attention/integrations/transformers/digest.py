@@ -1,4 +1,4 @@
-"""What tells the weights of one model from those of another."""
+"""Digests that tell the weights of one model from those of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens before the forwards of an enabled model, and where ``generate()`` prepares them."""
+"""Clustered caches for the forwards of an enabled model, and for what ``generate()`` prepares."""
 
 from __future__ import annotations
 

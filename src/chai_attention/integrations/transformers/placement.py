@@ -1,4 +1,4 @@
-"""Which device each part of a model goes to: accelerate's device maps, asked for and checked."""
+"""Which device each part of a model goes to: accelerate's device maps, read and checked."""
 
 from __future__ import annotations
 

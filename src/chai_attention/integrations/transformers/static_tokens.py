@@ -1,4 +1,4 @@
-"""Where a static cache stands: its length on host and device, its padding, its first tokens.
+"""The state of a static cache: its length on host and device, its padding, its first tokens.
 
 A model on several devices has tables on each of them: those of its first layer's device, and
 `StaticTokens` beside them for every other one, which a forward advances when it comes there.

@@ -1,6 +1,6 @@
-"""Finding out, before clustered heads are switched on, whether a model's attention is what we run.
+"""A trial before clustered heads are switched on: does the model attend as they assume?
 
-Names and configs do not tell it all: a family may bring other heads to attention than its config
+Names and configs do not say all of it: a family may bring other heads to attention than its config
 says, take K from another layer's cache, or make a mask of its own. So a model of a family that is
 not tested against the definition runs a few tokens once, with all heads in clusters of their own,
 and every call of attention is compared with what the family's own code makes of it.
@@ -78,7 +78,7 @@ def require_runnable(
 
 
 class _DifferentError(Exception):
-    """How a model's attention differs from what we run."""
+    """How a model's attention differs from what clustered heads assume."""
 
 
 def _runs(model: PreTrainedModel, modules: Mapping[int, nn.Module], shape: ModelShape) -> bool:

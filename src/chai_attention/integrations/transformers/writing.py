@@ -1,4 +1,4 @@
-"""Generation with its times and its cache measured."""
+"""Timed generation: the text, its times and the memory of its cache."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that makes infinity of what is divided by it.
+    """Refuse a temperature so small that scores divided by it overflow.
 
     Raises:
         PromptError: names the least that works.
