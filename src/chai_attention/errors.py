@@ -5,6 +5,12 @@ class ChaiError(Exception):
     """Base of every error the library raises on purpose; its text says what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; without any, the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class LoadError(ChaiError):
     """A model cannot be loaded."""
 

@@ -33,6 +33,7 @@ from chai_attention.benchmarking.clustered import (
 from chai_attention.benchmarking.correctness import accuracy, require_right
 from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
+from chai_attention.errors import first_line
 from chai_attention.membership import Membership
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.progress import Progress
@@ -263,8 +264,7 @@ def _baseline(
             return {"missing": f"wrong result, off by {found.error:.2g}"}
         return _time(time_calls(calls, request.device, request.seconds))
     except Exception as error:  # each library has its own way to refuse a shape
-        reason = str(error).strip().splitlines()
-        return {"missing": f"cannot run: {reason[0] if reason else type(error).__name__}"}
+        return {"missing": f"cannot run: {first_line(error)}"}
     finally:
         release()
 

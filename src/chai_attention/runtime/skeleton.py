@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from chai_attention.errors import LoadError
+from chai_attention.errors import LoadError, first_line
 from chai_attention.hub import SMOLLM2, find_model
 
 
@@ -89,12 +89,9 @@ def smollm2_file() -> Path:
 
 def load_error(name: str, error: Exception) -> LoadError:
     """One line that says what went wrong."""
-    reason = str(error).strip()
-    if "trust_remote_code" in reason:
+    if "trust_remote_code" in str(error):
         return LoadError(
             f"{name} comes with Python code of its own, which is not run unasked: read it, and "
             "add --trust-remote-code if you trust it"
         )
-    return LoadError(
-        f"cannot load {name}: {reason.splitlines()[0] if reason else type(error).__name__}"
-    )
+    return LoadError(f"cannot load {name}: {first_line(error)}")

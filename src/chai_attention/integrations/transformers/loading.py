@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from chai_attention.errors import ChaiError, LoadError
+from chai_attention.errors import ChaiError, LoadError, first_line
 from chai_attention.hub import SMOLLM2, find_model
 from chai_attention.integrations.transformers.placement import (
     EXTRA,
@@ -154,7 +154,7 @@ def resolve_device(device: str) -> str:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # every kind of device is missing in its own way
-        reason = str(error).strip().splitlines()[0][:200]  # torch lists all that it knows
+        reason = first_line(error)[:200]  # torch lists all that it knows
         raise LoadError(f"--device {device} cannot be used here: {reason}") from error
     return device
 

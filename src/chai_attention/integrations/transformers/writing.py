@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from chai_attention.errors import ChaiError, ChaiWarning
+from chai_attention.errors import ChaiError, ChaiWarning, first_line
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
 
 LEAST_TEMPERATURE = 1e-6  # scores of 1e30 divided by it are still numbers of float32
@@ -80,9 +80,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:  # a template is a program, which fails in ways of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PromptError(
-            f"the model's chat template cannot render the prompt: {reason}"
+            f"the model's chat template cannot render the prompt: {first_line(error)}"
         ) from error
     return encoded["input_ids"]
 
