@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops import triton as kernels
-from chai_attention.ops import windowed
+from chai_attention.ops import Probe, windowed
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged_prefill import Probe
 from chai_attention.ops.ring import NearRing
-from chai_attention.ops.triton import launch_decode, paged_prefill
 from near_cases import near_pages
+from op_calls import kernels
 from paged_caches import PagedCaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,7 +141,7 @@ def _near_of(config: Config, member: Membership, sequences: list[Sequence]) -> N
 def _near(config, member, sequences, scale):
     keys, values = _stored(member, sequences)
     size = max(k.shape[1] for k in keys) + 3
-    out = launch_decode.decode_recent(
+    out = kernels.decode_recent(
         torch.stack([one.query for one in sequences]), _stack(keys, size),
         _stack(values, size, token_major=True), member, _near_of(config, member, sequences),
         lengths=_lengths(sequences), scale=scale, offset=offsets_of(config, member)[1],
@@ -153,7 +151,7 @@ def _near(config, member, sequences, scale):
 
 
 def _window(config, member, sequences, scale):
-    """Prefill with an exact window: `windowed.attention`, by the kernels on any device."""
+    """Prefill with an exact window: `windowed_attention`, by the kernels on any device."""
     query, key, value = (
         torch.stack([getattr(one, name) for one in sequences]) for name in ("query", "key", "value")
     )
@@ -170,7 +168,7 @@ def _window(config, member, sequences, scale):
         return torch.cat([states.gather(2, index), states[:, :, band]], 2)
 
     keys, values = _stored(member, sequences)
-    out = windowed.attention(
+    out = kernels.windowed(
         query, _stack(keys, size), _stack(values, size, token_major=True), member,
         NearKeys(near_of(key), near_of(value)), tables, scale=scale,
         offset=offsets_of(config, member)[1], softcap=config.softcap,
@@ -213,7 +211,7 @@ def _paged(config, member, sequences, scale):
     caches = _paged_caches(config, member, sequences)
     near = _near_pages_of(config, member, sequences, caches) if config.recent else None
     offsets = offsets_of(config, member)
-    out, lse = launch_decode.paged_decode(
+    out, lse = kernels.paged_decode(
         torch.stack([one.query[:, 0] for one in sequences]), *caches, member,
         lengths=_lengths(sequences), scale=scale, softcap=config.softcap, near=near,
         offset=None if offsets is None else offsets[1], return_lse=near is None,
@@ -251,7 +249,7 @@ def _paged_prefill(config, member, sequences, scale):
     if not sum(counts):
         return [one.query.transpose(0, 1) for one in sequences], None
     out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    lse = paged_prefill.paged_prefill(
+    _, lse = kernels.paged_prefill(
         query, *_paged_caches(config, member, sequences), member, out, query_starts=starts,
         lengths=_lengths(sequences), most_queries=max(counts), scale=scale,
         softcap=config.softcap, probe=_probe(config, sequences, query), return_lse=True,
@@ -267,7 +265,7 @@ def _varlen(config, member, sequences, scale):
         torch.cat([x.transpose(0, 1) for x in parts]) for parts in _stored(member, sequences)
     )
     out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    lse = paged_prefill.varlen_prefill(
+    _, lse = kernels.varlen_prefill(
         query, keys, values, member, out, query_starts=starts, most_queries=max(counts),
         scale=scale, softcap=config.softcap, probe=_probe(config, sequences, query),
         return_lse=True,
@@ -282,7 +280,7 @@ def _paged_window(config, member, sequences, scale):
     out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
     caches = _paged_caches(config, member, sequences)
     near = _near_pages_of(config, member, sequences, caches)
-    paged_prefill.paged_prefill(
+    kernels.paged_prefill(
         query, *caches, member, out, query_starts=starts, lengths=_lengths(sequences),
         most_queries=max(counts), scale=scale, softcap=config.softcap, near=near,
         offset=offsets_of(config, member)[1], probe=_probe(config, sequences, query),
@@ -303,7 +301,7 @@ def _varlen_window(config, member, sequences, scale):
             ("value", tail.expand(-1, config.kv_heads, config.value_dim)),
         )
     )
-    paged_prefill.varlen_prefill(
+    kernels.varlen_prefill(
         query, key, value, member, out, query_starts=starts, most_queries=max(counts),
         scale=scale, softcap=config.softcap, natural_order=True, recent=config.recent,
         sinks=config.sinks, offset=offsets_of(config, member)[1],

@@ -175,13 +175,13 @@ def _definition(
         )  # fmt: skip
     else:
         inputs = clustered_inputs(member, query, key, value)
-        out, lse = reference.attention(*inputs, member, return_lse=True, **options)
+        out, lse = reference.clustered_attention(*inputs, member, return_lse=True, **options)
     end = config.probe_end
     if end and query.shape[2] == key.shape[2]:
         own = Membership.identity(config.heads, config.kv_heads, device=DEVICE)
         states = (x[:, :, :end] for x in (query, key, value))
         options["valid"] = None
-        out[:, :end] = reference.attention(*states, own, **options)[0]
+        out[:, :end] = reference.clustered_attention(*states, own, **options)[0]
     return out[0], None if lse is None else lse[0]
 
 

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from chai_attention.integrations.transformers import graphs, static_layer
 from chai_attention.ops import reference
-from chai_attention.ops.ring import reference_decode_recent
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 
@@ -70,7 +69,7 @@ def attend(query, key, value, membership, *, lengths, **options):
     """`ops.attention` by its definition; unused capacity may hold anything."""
     spare = torch.arange(value.shape[2]) >= lengths[:, None]
     value = value.masked_fill(spare[:, None, :, None], 0.0)
-    return reference.attention(query, key, value, membership, lengths=lengths, **options)
+    return reference.clustered_attention(query, key, value, membership, lengths=lengths, **options)
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def played(monkeypatch):
 
     plain = {
         "attention": attend,
-        "decode_recent": reference_decode_recent,
+        "decode_recent": reference.decode_recent,
         "write_dense": write_one,
     }
     with monkeypatch.context() as patch:

@@ -23,6 +23,7 @@ from chai_attention.benchmarking.clustered import (
     rounded_inputs,
 )
 from chai_attention.benchmarking.correctness import Accuracy, WrongResultError, accuracy
+from op_calls import dispatched
 
 SHAPE = AttentionShape("tiny", 8, 8, 16)
 CASES = (Case("decode", 2, 33), Case("prefill", 2, 21))
@@ -146,8 +147,6 @@ def test_every_layout_is_right_and_checked(layout, case, kv_heads, clusters, str
 
 
 def test_a_ring_remembers_what_decode_needs():
-    from chai_attention.ops.ring import decode_recent
-
     layout = Layout(recent=8, sinks=3)
     for size in (2, 8, 30):
         shape = AttentionShape("", 8, 8, 16)
@@ -156,7 +155,7 @@ def test_a_ring_remembers_what_decode_needs():
         near = clustered.near_ring(inputs.key, inputs.value, member, layout)
         index = member.key_heads[:, :, None, None].expand(-1, -1, size, 16)
         value = member.value_heads[:, :, None, None].expand(-1, -1, size, 16)
-        out = decode_recent(
+        out = dispatched.decode_recent(
             inputs.query, inputs.key.gather(1, index), inputs.value.gather(1, value), member,
             near, lengths=torch.tensor([size, size]), scale=inputs.scale,
         )  # fmt: skip

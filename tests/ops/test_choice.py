@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from chai_attention.errors import AttentionInputError
-from chai_attention.ops import blocked, choice, cpu_attention, dense, fused
+from chai_attention.ops import choice, cpu_attention
+from chai_attention.ops.blocked import blocked_attention
+from chai_attention.ops.dense import torch_attention
+from chai_attention.ops.fused import torch_clustered_attention
 
 KIND = choice.Kind(True, True, torch.float32, 16, long=False, threads=1)
 KINDS = [
@@ -109,24 +112,25 @@ def test_nothing_is_measured_while_a_graph_is_traced(fresh, monkeypatch):
 def test_both_candidates_attend_to_the_same(kind, monkeypatch):
     """And neither draws random numbers, nor leaves a trace in the caller's modes."""
     seen = []
-    for module in (blocked, fused, dense):
-        real = module.attention
 
-        def spy(*args, _real=real, _name=module.__name__, **options):
-            out = _real(*args, **options)
-            seen.append((_name, out[0]))
+    def spying(attend):
+        def spy(*args):
+            out = attend(*args)
+            seen.append((attend, out[0]))
             return out
 
-        monkeypatch.setattr(module, "attention", spy)
+        return spy
+
+    run = {name: spying(attend) for name, attend in choice.RUN[kind.clustered].items()}
+    monkeypatch.setitem(choice.RUN, kind.clustered, run)
     state = torch.get_rng_state()
     calls = choice.candidates(kind)
     for call in calls.values():
         call()
     assert torch.equal(torch.get_rng_state(), state)
-    other = fused if kind.clustered else dense
-    names = [name for name, _ in seen]
-    assert names[0] == blocked.__name__
-    assert other.__name__ in names
+    ran = [attend for attend, _ in seen]
+    assert ran[0] is blocked_attention
+    assert (torch_clustered_attention if kind.clustered else torch_attention) in ran
     for _, out in seen[1:]:
         torch.testing.assert_close(out.clone(), seen[0][1].clone())
 

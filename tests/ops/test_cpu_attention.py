@@ -7,8 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, blocked, dense, fused, reference
+from chai_attention.ops import attention, reference
+from chai_attention.ops.blocked import blocked_attention
+from chai_attention.ops.dense import torch_attention
+from chai_attention.ops.fused import torch_clustered_attention
 from helpers import clustered_inputs, definition, random_membership
+from op_calls import attend_by
 
 
 def sdpa_error(query, key, value, scale, valid, dtype):
@@ -32,7 +36,7 @@ def test_reference_is_the_definition(heads, kv_heads, clusters, softcap):
     query = torch.randn(2, heads, 4, 8, dtype=torch.float64)
     key, value = (torch.randn(2, kv_heads, 7, 8, dtype=torch.float64) for _ in "kv")
     valid = torch.arange(7) >= torch.tensor([[0], [2]])
-    got, lse = reference.attention(
+    got, lse = reference.clustered_attention(
         *clustered_inputs(member, query, key, value),
         member,
         scale=0.3,
@@ -64,7 +68,7 @@ def test_blocked_is_the_reference(data):
     softcap = data.draw(st.sampled_from([None, 20.0]))
     token_major = data.draw(st.booleans())
     spare = data.draw(st.sampled_from([None, 0, 5]))
-    module = data.draw(st.sampled_from([blocked, fused]))
+    attend = data.draw(st.sampled_from([blocked_attention, torch_clustered_attention]))
     torch.manual_seed(data.draw(st.integers(0, 10_000)))
 
     member = random_membership(heads, clusters, batch, kv_heads)
@@ -74,7 +78,7 @@ def test_blocked_is_the_reference(data):
     if data.draw(st.booleans()):
         valid = torch.arange(size) >= torch.randint(0, size, (batch, 1))
     inputs = clustered_inputs(member, query, key, value)
-    want, want_lse = reference.attention(
+    want, want_lse = reference.clustered_attention(
         *(x.double() for x in inputs),
         member,
         scale=dim**-0.5,
@@ -91,7 +95,8 @@ def test_blocked_is_the_reference(data):
         valid = None if valid is None else F.pad(valid, (0, spare), value=True)
     if token_major:
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
-    got, lse = module.attention(
+    got, lse = attend_by(
+        attend,
         q,
         k,
         v,
@@ -117,8 +122,8 @@ def test_dense_is_the_reference(kv_heads, queries, size, padded):
     query = torch.randn(2, 6, queries, 48)
     key, value = (torch.randn(2, kv_heads, size, 48) for _ in "kv")
     valid = torch.arange(size) >= torch.tensor([[0], [size - 1]]) if padded else None
-    got, _ = dense.attention(query, key, value, member, scale=0.2, valid=valid)
-    want, _ = reference.attention(
+    got, _ = attend_by(torch_attention, query, key, value, member, scale=0.2, valid=valid)
+    want, _ = reference.clustered_attention(
         *(x.double() for x in (query, key, value)), member, scale=0.2, valid=valid
     )
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
@@ -128,7 +133,7 @@ def test_dense_refuses_clusters():
     member = random_membership(4, 2)
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="k = H"):
-        dense.attention(q, k, v, member, scale=1.0)
+        attend_by(torch_attention, q, k, v, member, scale=1.0)
 
 
 def test_other_devices_run_the_reference_and_say_so():

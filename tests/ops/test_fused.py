@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, fused, reference
+from chai_attention.ops import DenseKV, blocked, fused, reference
 from helpers import clustered_inputs, random_membership
+from op_calls import attend_by
 
 
 def whole_groups(heads, kv_heads, kept, batch):
@@ -36,9 +37,9 @@ def attended(monkeypatch):
     seen = []
     attend = fused.attend
 
-    def spy(query, key, value, runs, **options):
+    def spy(row, runs, out, lse):
         seen.append([len(run.heads) for run in runs])
-        attend(query, key, value, runs, **options)
+        attend(row, runs, out, lse)
 
     monkeypatch.setattr(fused, "attend", spy)
     return seen
@@ -58,9 +59,9 @@ def test_it_is_the_reference(attended, name, queries, size, padded):
     valid = torch.arange(size) >= torch.tensor([[0], [(size + 1) // 2]]) if padded else None
     inputs = clustered_inputs(member, query, key, value)
     options = {"scale": 0.2, "valid": valid, "return_lse": True}
-    got, lse = fused.attention(*inputs, member, **options)
-    want, want_lse = reference.attention(*(x.double() for x in inputs), member, **options)
-    low, _ = reference.attention(*inputs, member, **options)
+    got, lse = attend_by(fused.torch_clustered_attention, *inputs, member, **options)
+    want, want_lse = reference.clustered_attention(*(x.double() for x in inputs), member, **options)
+    low, _ = reference.clustered_attention(*inputs, member, **options)
     loss = (low.double() - want).abs().max().item()
     assert len(attended) == 2
     if queries <= blocked.DECODE_ROWS:
@@ -93,22 +94,25 @@ def test_heads_of_a_group_that_follow_different_keys_are_not_for_it():
 
 
 def test_only_what_torchs_kernel_takes():
+    def takes(query, key, value, softcap=None):
+        return fused.can_run(query, DenseKV(key, value), softcap)
+
     q, k, v = (torch.randn(1, 2, tokens, 8).bfloat16() for tokens in (1, 3, 3))
-    assert fused.can_run(q, k, v, None)
-    assert not fused.can_run(q, k, v, 5.0)
-    assert fused.can_run(q.float(), k.float(), v.float(), None)
-    assert not fused.can_run(q, k, v[..., :4], None)
+    assert takes(q, k, v)
+    assert not takes(q, k, v, 5.0)
+    assert takes(q.float(), k.float(), v.float())
+    assert not takes(q, k, v[..., :4])
     # its kernel would read other numbers, or crash
     strided = v.mT.contiguous().mT
-    assert not fused.can_run(q, k, strided, None)
-    assert not fused.can_run(q, strided, v, None)
-    assert not fused.can_run(q[:, :, :0], k, v, None)
+    assert not takes(q, k, strided)
+    assert not takes(q, strided, v)
+    assert not takes(q[:, :, :0], k, v)
 
 
 def test_what_torchs_kernel_does_not_take_is_done_all_the_same():
     member = MEMBERSHIPS["uneven"]()
     query, key, value = (torch.randn(2, 9, tokens, 16) for tokens in (20, 40, 40))
     inputs = clustered_inputs(member, query, key, value)
-    got, _ = fused.attention(*inputs, member, scale=0.3, softcap=4.0)
-    want, _ = reference.attention(*inputs, member, scale=0.3, softcap=4.0)
+    got, _ = attend_by(fused.torch_clustered_attention, *inputs, member, scale=0.3, softcap=4.0)
+    want, _ = reference.clustered_attention(*inputs, member, scale=0.3, softcap=4.0)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

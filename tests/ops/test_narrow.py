@@ -8,9 +8,8 @@ from chai_attention.errors import AttentionInputError
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.narrow import FLOAT8, as_stored, narrow
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import paged_decode
-from chai_attention.ops.paged_prefill import paged_prefill
 from helpers import definition, random_membership, recent_definition
+from op_calls import dispatched
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -49,18 +48,18 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     values = (as_stored(value, scales[1]) * scales[1]).transpose(0, 1)[None]
     rep = member.representatives
     options = {"lengths": torch.tensor([length], dtype=torch.int32), "scale": 0.3 * scales[0]}
-    got, _ = paged_decode(query, *pages, table, member, **options)
+    got, _ = dispatched.paged_decode(query, *pages, table, member, **options)
     want = definition(query[:, :, None], keys, values, rep, 0.3)[:, 0]
     assert got.dtype == torch.float64
     assert_close(got * scales[1], want)
     many = torch.randn(5, heads, dim, dtype=torch.float64)
     starts = torch.tensor([0, 5], dtype=torch.int32)
-    got, _ = paged_prefill(
+    got, _ = dispatched.paged_prefill(
         many, *pages, table, member, query_starts=starts, most_queries=5, **options
     )
     want = definition(many.transpose(0, 1)[None], keys, values, rep, 0.3)[0]
     assert_close(got * scales[1], want)
-    got, _ = paged_decode(query, *pages, table, member, near=near, **options)
+    got, _ = dispatched.paged_decode(query, *pages, table, member, near=near, **options)
     want = recent_definition(query[:, :, None], keys, values, rep, 0.3, recent, sinks, None)[:, 0]
     assert_close(got * scales[1], want)
 

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.ops import cpu_attention, reference, windowed
-from chai_attention.ops.near_decode import decode_recent
-from chai_attention.ops.ring import NearRing, reference_decode_recent
+from chai_attention.ops.dispatch import REFERENCE
+from chai_attention.ops.ring import NearRing
 from helpers import clustered_inputs, random_membership
+from op_calls import Operations, dispatched
 
 
 def ring_of(states, heads, positions, recent, size, begin, room):
@@ -75,10 +76,10 @@ def test_decode_over_rings_is_the_definition(data):
         if valid is not None:
             options["valid"] = torch.nn.functional.pad(valid, (0, 5), value=True)
     # the readable one reads what no memory holds, too, though for no use
-    runs = [decode_recent] if spare or not whole else [decode_recent, reference_decode_recent]
-    for decode in runs:
+    runs = [dispatched] if spare or not whole else [dispatched, Operations(REFERENCE)]
+    for run in runs:
         with cpu_attention(data.draw(st.sampled_from(["blocked", "torch"]))):
-            got = decode(
+            got = run.decode_recent(
                 query, stored_key, stored_value, member, near,
                 offset=offset, **options,
             )  # fmt: skip
@@ -95,8 +96,8 @@ def test_an_offset_is_for_far_keys_even_of_a_representative():
     near = NearRing(ring, sinks, positions.int(), 5)
     _, *stored = clustered_inputs(member, query, key, value)
     options = {"scale": 0.4, "offset": torch.randn(1, 4)}
-    want = reference_decode_recent(query, *stored, member, near, **options)
+    want = Operations(REFERENCE).decode_recent(query, *stored, member, near, **options)
     for code in ("blocked", "torch"):
         with cpu_attention(code):
-            got = decode_recent(query, *stored, member, near, **options)
+            got = dispatched.decode_recent(query, *stored, member, near, **options)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

@@ -9,10 +9,10 @@ from chai_attention.membership import Membership
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import paged_decode
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from near_pages_cases import case_definition, near_case
+from op_calls import dispatched
 
 # heads, K/V heads, clusters, streaming heads
 HEADS = [(6, 6, 2, 0), (9, 9, 3, 4), (5, 5, 0, 5), (6, 2, 1, 0), (9, 3, 2, 5), (6, 3, 0, 6),
@@ -23,7 +23,7 @@ LENGTHS = [70, 0, 3, 129, 9]
 
 
 def attend(case, query, member, offsets, tables=None, rows=None, **options):
-    got, lse = paged_decode(
+    got, lse = dispatched.paged_decode(
         query, *case.pages, case.table, tables or member, lengths=case.lengths, near=case.near,
         offset=head_offsets(offsets, member), rows=rows, **options,
     )  # fmt: skip
@@ -120,20 +120,20 @@ def test_what_does_not_fit_is_refused():
 
     def call(query=query, near=near, **options):
         options = {"lengths": case.lengths, "scale": 0.3, "offset": offset, **options}
-        paged_decode(query, *case.pages, case.table, member, near=near, **options)
+        dispatched.paged_decode(query, *case.pages, case.table, member, near=near, **options)
 
     def other(**parts):
         return NearPages(**{**vars(near), **parts})
 
     call()
     for error, options in {
-        "streaming heads need near": {"near": None, "offset": None},
-        "streaming heads need near and offset": {"offset": None},
+        "streaming heads need a recent window": {"near": None, "offset": None},
+        "a recent window and an offset": {"offset": None},
         "needs the query of all heads": {"query": query[:, :2]},
-        "near.key has shape": {"near": other(key=near.key[:, :, :1])},
-        "near.value has shape": {"near": other(value=near.value[:, :, :0])},
-        "near.block_table has shape": {"near": other(block_table=near.block_table[:1])},
-        "near.block_table is on meta": {"near": other(block_table=near.block_table.to("meta"))},
+        "window.key has shape": {"near": other(key=near.key[:, :, :1])},
+        "window.value has shape": {"near": other(value=near.value[:, :, :0])},
+        "window.block_table has shape": {"near": other(block_table=near.block_table[:1])},
+        "window.block_table is on meta": {"near": other(block_table=near.block_table.to("meta"))},
         "need one dtype": {"near": other(key=near.key.half())},
         "window of 0": {"near": other(recent=0)},
     }.items():

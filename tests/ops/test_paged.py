@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import paged_decode
 from helpers import definition, random_membership
+from op_calls import dispatched
 from paged_caches import paged_caches
 
 SHAPES = [(9, 9, 4), (12, 12, 12), (9, 3, 2)]
@@ -24,7 +24,9 @@ def test_pages_are_the_definition(heads, kv_heads, clusters, one_buffer):
     own = query.gather(1, member.slot_heads[:, :, None].expand(-1, -1, dim))
     for part in (query, own):
         out = torch.full((4, heads, 24), torch.nan, dtype=torch.float64)
-        got, _ = paged_decode(part, case.keys, case.values, case.table, member, out=out, **options)
+        got, _ = dispatched.paged_decode(
+            part, case.keys, case.values, case.table, member, out=out, **options
+        )
         assert got is out
         for row, length in enumerate(lengths):
             want = definition(
@@ -44,7 +46,7 @@ def test_what_does_not_fit_is_refused():
 
     def call(query=query, keys=case.keys, table=case.table, member=member, **options):
         options = {"lengths": case.lengths, "scale": 0.3, **options}
-        paged_decode(query, keys, case.values, table, member, **options)
+        dispatched.paged_decode(query, keys, case.values, table, member, **options)
 
     call(near=near)
     for error, options in {
@@ -52,12 +54,12 @@ def test_what_does_not_fit_is_refused():
         "needs the query of all heads": {"query": query[:, :2], "near": near},
         "has no log-sum-exp": {"near": near, "return_lse": True},
         "offset belongs to a recent window": {"offset": torch.zeros(2, 6)},
-        "need rows": {"member": random_membership(6, 2, 3)},
+        "need membership_ids": {"member": random_membership(6, 2, 3)},
         "key_pages has shape": {"keys": case.keys[:, :, :1]},
         "block_table has shape": {"table": case.table[:1]},
-        "lengths has shape": {"lengths": case.lengths[:1]},
+        "seq_lens has shape": {"lengths": case.lengths[:1]},
         "out has shape": {"out": torch.zeros(2, 6, 8)},
-        "lengths is on meta": {"lengths": case.lengths.to("meta")},
+        "seq_lens is on meta": {"lengths": case.lengths.to("meta")},
     }.items():
         with pytest.raises(AttentionInputError, match=error):
             call(**options)

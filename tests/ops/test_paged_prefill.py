@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
+from chai_attention.ops import Probe
 from helpers import random_membership
+from op_calls import dispatched
 from packed_cases import packed_case, packed_definition, stored
 
 SHAPES = [(5, 5, 2), (6, 3, 3), (4, 4, 4)]
@@ -24,7 +25,7 @@ def test_pages_are_the_definition(heads, kv_heads, clusters, probe_end, every_he
         line = torch.repeat_interleave(torch.arange(5), torch.tensor(QUERIES))
         line = torch.cat([line, torch.tensor([0, 0])])
         query = query.gather(1, member.slot_heads[line][:, :, None].expand(-1, -1, 8))
-    got, lse = paged_prefill(
+    got, lse = dispatched.paged_prefill(
         query, case.caches.keys, case.caches.values, case.caches.table, member,
         query_starts=case.starts, lengths=case.caches.lengths, most_queries=9, scale=0.3,
         softcap=5.0, probe=probe, return_lse=True,
@@ -42,7 +43,7 @@ def test_packed_prompts_are_the_definition(heads, kv_heads, clusters, natural):
     member = tables.select(rows.long())
     case = packed_case(member, QUERIES, [0] * 5, 16, 8, 12, torch.float64, "cpu", tail=2)
     key, value = (case.key, case.value) if natural else stored(case, member)
-    got, _ = varlen_prefill(
+    got, _ = dispatched.varlen_prefill(
         case.query, key, value, tables, query_starts=case.starts, most_queries=9, scale=0.3,
         rows=rows, natural_order=natural, probe=Probe(case.query, case.key, case.value, 3),
     )  # fmt: skip
@@ -53,7 +54,7 @@ def test_sequences_without_tokens():
     member = random_membership(4, 2, 1)
     case = packed_case(member.expand(2), [0, 3], [0, 0], 16, 8, 8, torch.float64, "cpu")
     pages = (case.caches.keys, case.caches.values, case.caches.table)
-    got, lse = paged_prefill(
+    got, lse = dispatched.paged_prefill(
         torch.cat([case.query[:1], case.query]), *pages, member,
         query_starts=torch.tensor([0, 1, 4], dtype=torch.int32),
         lengths=torch.tensor([0, 3], dtype=torch.int32), most_queries=3, scale=0.3,
@@ -71,17 +72,17 @@ def test_what_does_not_fit_is_refused():
     options = {"query_starts": case.starts, "most_queries": 3, "scale": 1.0}
     key, value = stored(case, member)
     with pytest.raises(ValueError, match="neither of all 4"):
-        varlen_prefill(case.query[:, :3], key, value, member, **options)
+        dispatched.varlen_prefill(case.query[:, :3], key, value, member, **options)
     with pytest.raises(ValueError, match="K has 4 heads"):
-        varlen_prefill(case.query, case.key, value, member, **options)
+        dispatched.varlen_prefill(case.query, case.key, value, member, **options)
     with pytest.raises(ValueError, match="V has 2 heads"):
-        varlen_prefill(case.query, key, value[:, :2], member, **options)
-    with pytest.raises(ValueError, match="need rows"):
-        varlen_prefill(case.query, key, value, member.expand(3), **options)
+        dispatched.varlen_prefill(case.query, key, value[:, :2], member, **options)
+    with pytest.raises(ValueError, match="need membership_ids"):
+        dispatched.varlen_prefill(case.query, key, value, member.expand(3), **options)
     with pytest.raises(ValueError, match="a probe needs"):
-        varlen_prefill(
+        dispatched.varlen_prefill(
             case.query, key, value, member, probe=Probe(case.query, key, value, 3), **options
         )
     pages = case.caches.keys[:, :8], case.caches.values[:, :8], case.caches.table
     with pytest.raises(ValueError, match="multiple of 16"):
-        paged_prefill(case.query, *pages, member, lengths=case.caches.lengths, **options)
+        dispatched.paged_prefill(case.query, *pages, member, lengths=case.caches.lengths, **options)

@@ -5,12 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from chai_attention.membership import Membership
+from chai_attention.ops import Probe
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from near_cases import near_pages, packed_recent_definition
+from op_calls import dispatched
 from packed_cases import packed_case
 
 # heads, K/V heads, clusters, streaming heads
@@ -29,7 +30,7 @@ def run(
     near = near_pages(member, case.caches, queries, near_page, recent, sinks)
     table = torch.randn(member.heads, member.heads)
     probe = Probe(case.query, case.key, case.value, probe_end) if probe_end else None
-    got, lse = paged_prefill(
+    got, lse = dispatched.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, tables or member,
         query_starts=case.starts, lengths=case.caches.lengths, most_queries=max(queries),
         scale=0.3, softcap=softcap, probe=probe, rows=rows, near=near,
@@ -84,7 +85,7 @@ def test_packed_prompts_are_the_definition(heads, kv_heads, clusters, streaming,
     queries = [5, 1, 0, 23, 3]
     case = packed_case(member, queries, [0] * 5, 16, 8, 12, torch.float64, "cpu", tail=2)
     table = torch.randn(heads, heads)
-    got, _ = varlen_prefill(
+    got, _ = dispatched.varlen_prefill(
         case.query, case.key, case.value, tables, query_starts=case.starts, most_queries=23,
         scale=0.3, rows=rows, natural_order=True, recent=recent, sinks=sinks, softcap=4.0,
         offset=head_offsets(table, member), probe=Probe(case.query, case.key, case.value, 3),
@@ -100,7 +101,7 @@ def test_sequences_without_tokens_get_zeros():
     near = near_pages(member, case.caches, [1, 3], 16, 4, 1)
     lengths = case.caches.lengths.clone()
     lengths[0] = 0
-    got, _ = paged_prefill(
+    got, _ = dispatched.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, member,
         query_starts=case.starts, lengths=lengths, most_queries=3, scale=0.3, near=near,
         offset=head_offsets(None, member),
@@ -119,7 +120,7 @@ def test_a_window_that_does_not_fit_is_refused():
     }  # fmt: skip
 
     def call(query=case.query, near=near, offset=offset, member=member, **more):
-        paged_prefill(
+        dispatched.paged_prefill(
             query, caches.keys, caches.values, caches.table, member, near=near, offset=offset,
             **options, **more,
         )  # fmt: skip
@@ -136,18 +137,18 @@ def test_a_window_that_does_not_fit_is_refused():
         call(offset=offset[0])
     for name in ("key", "value"):
         wrong = {**vars(near), name: getattr(near, name)[:, :, :0]}
-        with pytest.raises(ValueError, match=f"near.{name} has shape"):
+        with pytest.raises(ValueError, match=f"window.{name} has shape"):
             call(near=NearPages(**wrong))
     with pytest.raises(ValueError, match="near pages are of"):
         call(near=NearPages(**{**vars(near), "key": near.key.half(), "value": near.value.half()}))
     plain = Membership.identity(4)
     with pytest.raises(ValueError, match="offset belongs"):
-        varlen_prefill(
+        dispatched.varlen_prefill(
             case.query, case.key, case.value, plain, query_starts=case.starts, most_queries=3,
             scale=1.0, offset=offset,
         )  # fmt: skip
     with pytest.raises(ValueError, match="natural order"):
-        varlen_prefill(
+        dispatched.varlen_prefill(
             case.query, case.key, case.value, plain, query_starts=case.starts, most_queries=3,
             scale=1.0, recent=4,
         )  # fmt: skip

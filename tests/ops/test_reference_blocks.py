@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from chai_attention.ops import dispatch, reference, reference_blocks
+from chai_attention.ops import dispatch, reference, reference_backend
+from chai_attention.ops.dispatch import REFERENCE
+from chai_attention.ops.reference_backend import ReferenceBackend
 from helpers import clustered_inputs, random_membership
 from largest_tensor import largest_tensor
+from op_calls import Operations
 
 
 def inputs(queries, size, spare=0):
@@ -29,22 +32,20 @@ def test_blocks_are_the_definition(queries, size, spare, pad, scores, monkeypatc
     if spare:
         lengths = torch.tensor([size, max(queries, size - 3)])
     options = {"scale": 0.2, "lengths": lengths, "valid": valid, "softcap": 4.0}
-    want = reference.attention(q, k, v, member, return_lse=True, **options)
-    monkeypatch.setattr(reference_blocks, "SCORES", scores)
-    got = reference_blocks.attention(q, k, v, member, return_lse=True, **options)
+    want = reference.clustered_attention(q, k, v, member, return_lse=True, **options)
+    monkeypatch.setattr(reference_backend, "SCORES", scores)
+    got = Operations(REFERENCE).attention(q, k, v, member, return_lse=True, **options)
     torch.testing.assert_close(got, want)
-    out, lse = reference_blocks.attention(q, k, v, member, **options)
+    out, lse = Operations(REFERENCE).attention(q, k, v, member, **options)
     assert lse is None
     torch.testing.assert_close(out, want[0])
 
 
 def test_scores_of_a_long_text_are_never_made_at_once(monkeypatch):
-    monkeypatch.setattr(reference_blocks, "SCORES", 60_000)
-    monkeypatch.setattr(
-        dispatch, "choose", lambda *a, **b: dispatch.Choice(reference, "there is none")
-    )
+    monkeypatch.setattr(reference_backend, "SCORES", 60_000)
+    monkeypatch.setattr(dispatch, "choose", lambda *a: ReferenceBackend("there is none"))
     q, k, v, member = inputs(400, 400)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(reference_backend, "_warned", set())
     with largest_tensor() as made, pytest.warns(UserWarning, match="0.00023 GB"):
         dispatch.attention(q, k, v, member, scale=0.2)
     assert made.numbers <= max(60_000, 2 * 6 * 400 * 16)

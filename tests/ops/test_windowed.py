@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from chai_attention.membership import Membership
 from chai_attention.ops import cpu_attention, near, reference, windowed
 from helpers import clustered_inputs, definition, random_membership, recent_definition
+from op_calls import dispatched
 
 
 def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=None, softcap=None):
@@ -25,7 +26,7 @@ def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=
     )
     _, stored_key, stored_value = clustered_inputs(member, query, key, value)
     offset = windowed.head_offsets(offsets, member)
-    return windowed.attention(
+    return dispatched.windowed(
         query, stored_key, stored_value, member, keys, tables,
         scale=scale, offset=offset, softcap=softcap,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chai_attention.benchmarking.clustered import Attend, Inputs
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked
+from chai_attention.ops import AttentionCall, DenseKV
+from chai_attention.ops.blocked import blocked_attention
 
 WORKSPACE = 2**27  # bytes that FlashInfer splits the context in
 
@@ -118,7 +119,8 @@ def _own(inputs: Inputs) -> Attend:
     member = Membership.identity(inputs.query.shape[1], inputs.key.shape[1], inputs.key.shape[0])
 
     def call() -> Tensor:
-        return blocked.attention(*inputs, member, scale=inputs.scale)[0]
+        call = AttentionCall(member, inputs.scale)
+        return blocked_attention(inputs.query, DenseKV(inputs.key, inputs.value), call)[0]
 
     return call
 

@@ -11,13 +11,22 @@ from torch import Tensor
 
 from chai_attention.benchmarking.cases import AttentionShape, Case
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, windowed
+from chai_attention.ops import (
+    AttentionCall,
+    DenseKV,
+    PackedQueries,
+    PagedKV,
+    attention,
+    decode_recent,
+    paged_decode,
+    paged_prefill,
+    windowed,
+    windowed_attention,
+)
 from chai_attention.ops.narrow import as_stored, narrow, widen_pages
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import paged_decode
-from chai_attention.ops.paged_prefill import paged_prefill
-from chai_attention.ops.ring import NearRing, decode_recent
+from chai_attention.ops.ring import NearRing
 
 Attend = Callable[[], Tensor]
 
@@ -160,12 +169,11 @@ def near_ring(key: Tensor, value: Tensor, member: Membership, layout: Layout) ->
 
 def _ring(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
     near, lengths = near_ring(inputs.key, inputs.value, member, layout), _lengths(inputs)
-    offset = windowed.head_offsets(None, member)
+    attention_call = AttentionCall(member, inputs.scale, offset=windowed.head_offsets(None, member))
+    kv = DenseKV(stored.key, stored.value, lengths)
 
     def call() -> Tensor:
-        return decode_recent(
-            *stored, member, near, lengths=lengths, scale=inputs.scale, offset=offset
-        )
+        return decode_recent(stored.query, kv, near, attention_call)
 
     return call
 
@@ -180,10 +188,11 @@ def _windowed(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout
     tables = windowed.window_tables(
         size, queries, layout.recent, layout.sinks, None, inputs.query.device
     )
-    offset = windowed.head_offsets(None, member)
+    attention_call = AttentionCall(member, inputs.scale, offset=windowed.head_offsets(None, member))
+    kv = DenseKV(stored.key, stored.value)
 
     def call() -> Tensor:
-        return windowed.attention(*stored, member, near, tables, scale=inputs.scale, offset=offset)
+        return windowed_attention(stored.query, kv, near, tables, attention_call)
 
     return call
 
@@ -226,12 +235,11 @@ def _paged(
     pages, lengths = _pages(stored, layout), _lengths(inputs)
     query = inputs.query[:, :, 0].contiguous()
     offset = None if near is None else windowed.head_offsets(None, member)
+    attention_call = AttentionCall(member, inputs.scale, offset=offset)
+    kv = PagedKV(*pages, lengths, near)
 
     def call() -> Tensor:
-        out, _ = paged_decode(
-            query, *pages, member, lengths=lengths, scale=inputs.scale, near=near, offset=offset
-        )
-        return out[:, None]
+        return paged_decode(query, kv, attention_call)[0][:, None]
 
     return call
 
@@ -244,12 +252,11 @@ def _paged_prefill(
     packed = inputs.query.transpose(1, 2).reshape(batch * queries, heads, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
     offset = None if near is None else windowed.head_offsets(None, member)
+    call = AttentionCall(member, inputs.scale, offset=offset)
+    new = PackedQueries(packed, starts, queries)
 
     def attend(keys: Tensor, values: Tensor, table: Tensor, near: NearPages | None) -> Tensor:
-        out, _ = paged_prefill(
-            packed, keys, values, table, member, query_starts=starts, lengths=lengths,
-            most_queries=queries, scale=inputs.scale, near=near, offset=offset,
-        )  # fmt: skip
+        out, _ = paged_prefill(new, PagedKV(keys, values, table, lengths, near), call)
         return out.view(batch, queries, heads, -1)
 
     if not layout.narrow:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall, DenseKV
 from chai_attention.ops.scratch import widened
 
 QUERY_BLOCK = 256  # rows of one score block in prefill: the block stays in the L2 cache
@@ -77,38 +78,30 @@ def row_tables(representatives: tuple[int, ...], kv_heads: int, kept: int) -> Ro
     return RowTables(tuple(clusters), each if even else 0, slots, rows)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    *,
-    scale: float,
-    lengths: Tensor | None = None,
-    valid: Tensor | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-    first: Early | None = None,
+def blocked_attention(
+    query: Tensor, kv: DenseKV, call: AttentionCall, first: Early | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal clustered attention; arguments and results as in `ops.reference.attention`.
+    """Causal clustered attention; see `dispatch.attention`.
 
     ``first`` may attend to some kept K heads in another way: see `Early`.
     """
     batch, slots, queries, _ = query.shape
-    sizes = [key.shape[2]] * batch if lengths is None else lengths.tolist()
-    out = torch.empty(batch, queries, membership.heads, value.shape[3], dtype=value.dtype)
-    lse = torch.empty(batch, slots, queries) if return_lse else None
+    membership, valid = call.membership, kv.valid
+    sizes = [kv.key.shape[2]] * batch if kv.lengths is None else kv.lengths.tolist()
+    shape = (batch, queries, membership.heads, kv.value.shape[3])
+    out = torch.empty(shape, dtype=kv.value.dtype)
+    lse = torch.empty(batch, slots, queries) if call.return_lse else None
     if valid is not None and bool(valid.all()):
         valid = None
     for row, (representatives, size) in enumerate(zip(membership.host_rows, sizes, strict=True)):
         tables = row_tables(representatives, membership.kv_heads, membership.kept_keys)
         work = Row(
             query[row],
-            key[row, :, :size],
-            value[row, :, :size],
+            kv.key[row, :, :size],
+            kv.value[row, :, :size],
             None if valid is None else valid[row, :size],
-            scale,
-            softcap,
+            call.scale,
+            call.softcap,
         )
         row_lse = None if lse is None else lse[row]
         done = first(work, row, out[row], row_lse) if first is not None else ()

@@ -23,6 +23,7 @@ from torch import Tensor
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops import blocked, dense, fused
+from chai_attention.ops.call import AttentionCall, DenseKV
 
 logger = logging.getLogger("chai_attention")
 
@@ -37,6 +38,13 @@ FASTER = 0.9  # part of our code's time that torch's has to stay below
 HEADS, CLUSTERS = 8, 2  # of the small problem
 # queries and keys of it, for short and long calls
 SIZES = {True: ((1, 512), (1, 2048)), False: ((64, 64), (128, 512))}
+
+Attend = Callable[[Tensor, DenseKV, AttentionCall], tuple[Tensor, Tensor | None]]
+# by whether heads share scores
+RUN: dict[bool, dict[str, Attend]] = {
+    True: {BLOCKED: blocked.blocked_attention, TORCH: fused.torch_clustered_attention},
+    False: {BLOCKED: blocked.blocked_attention, TORCH: dense.torch_attention},
+}
 
 _given: ContextVar[str | None] = ContextVar("cpu_attention", default=None)
 _lock = threading.RLock()
@@ -140,6 +148,22 @@ def chosen(kind: Kind) -> str:
     return _found[kind]
 
 
+def fastest(query: Tensor, kv: DenseKV, call: AttentionCall) -> Attend:
+    """What attends on the CPU in such a call."""
+    plain = is_plain(kv, call)
+    return RUN[not plain][chosen(kind_of(query, kv.key.shape[2], clustered=not plain))]
+
+
+def is_plain(kv: DenseKV, call: AttentionCall) -> bool:
+    """Whether a call is attention without clusters, spare capacity, softcap or log-sum-exp."""
+    return (
+        call.membership.is_identity
+        and kv.lengths is None
+        and call.softcap is None
+        and not call.return_lse
+    )
+
+
 def usual(kind: Kind) -> str:
     """What is faster on most machines."""
     return BLOCKED if kind.clustered or kind.decode else TORCH
@@ -181,17 +205,18 @@ def candidates(kind: Kind) -> dict[str, Callable[[], object]]:
         shape = (1, heads, tokens, kind.head_dim)
         return torch.full(shape, 0.01, dtype=kind.dtype, device="cpu")
 
-    inputs = (states(member.clusters, queries), states(member.clusters, size), states(HEADS, size))
-    module = fused if kind.clustered else dense
+    query = states(member.clusters, queries)
+    kv = DenseKV(states(member.clusters, size), states(HEADS, size))
+    attention_call = AttentionCall(member, scale=0.1)
 
-    def run(attention: Callable[..., object]) -> Callable[[], object]:
+    def run(attend: Attend) -> Callable[[], object]:
         def call() -> object:
             with torch.inference_mode():
-                return attention(*inputs, member, scale=0.1)
+                return attend(query, kv, attention_call)
 
         return call
 
-    return {BLOCKED: run(blocked.attention), TORCH: run(module.attention)}
+    return {name: run(attend) for name, attend in RUN[kind.clustered].items()}
 
 
 def _checked(name: str, what: str) -> str:

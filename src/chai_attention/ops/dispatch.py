@@ -1,23 +1,33 @@
-"""Chooses the implementation of clustered attention for the tensors at hand."""
+"""The operations of clustered attention, and the choice of the backend that runs them.
+
+Every operation checks its arguments and calls one method of an `AttentionBackend`: CUDA's
+(`triton.backend`, Triton's kernels and, on Hopper GPUs, more), the CPU's (`cpu`) or the reference
+(`reference_backend`). On CUDA none of them reads anything on the host.
+"""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import blocked, choice, dense, fused, reference, reference_blocks
+from chai_attention.ops import checks
+from chai_attention.ops.backend import AttentionBackend
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
+from chai_attention.ops.choice import is_plain
+from chai_attention.ops.cpu import CpuBackend
+from chai_attention.ops.near import NearKeys
+from chai_attention.ops.reference_backend import ReferenceBackend, TorchBackend
+from chai_attention.ops.ring import NearRing
+from chai_attention.ops.windowed import WindowTables
 
 logger = logging.getLogger("chai_attention")
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CPU, REFERENCE, TORCH = CpuBackend(), ReferenceBackend(), TorchBackend()
 
 
 def attention(
@@ -34,12 +44,12 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal clustered attention by the fastest implementation for the tensors' device.
 
-    Arguments, results and meaning are those of `ops.reference.attention`. The CPU runs blocked
-    matrix products or torch's fused attention, whichever is faster there (`choice`), CUDA the
-    Triton kernels; where no head is clustered, torch's own attention runs if it is faster. What has
-    no kernel (head sizes above 256 or float64 on CUDA, CUDA without Triton, other devices) runs the
-    readable reference, with a warning that says what that costs. The logger "chai_attention" says
-    at level DEBUG what runs.
+    Arguments, results and meaning are those of `ops.reference.clustered_attention`. The CPU runs
+    blocked matrix products or torch's fused attention, whichever is faster there (`choice`), CUDA
+    the Triton kernels; where no head is clustered, torch's own attention runs if it is faster. What
+    has no kernel (head sizes above 256 or float64 on CUDA, CUDA without Triton, other devices) runs
+    the readable reference, with a warning that says what that costs. The logger "chai_attention"
+    says at level DEBUG what runs.
 
     >>> import torch
     >>> from chai_attention import Membership
@@ -57,141 +67,191 @@ def attention(
             float64, float32, bfloat16 and float16, or, on CUDA, heads whose numbers are not
             consecutive in memory.
     """
-    check(query, key, value, membership, lengths, valid)
-    plain = membership.is_identity and lengths is None and softcap is None and not return_lse
-    found = choose(query.device.type, query, key, value, plain=plain)
+    kv = DenseKV(key, value, lengths, valid)
+    call = AttentionCall(membership, scale, softcap, return_lse=return_lse)
+    checks.check_dense(query, kv, membership)
+    backend = choose(query.device, query, kv, call)
     logger.debug(
-        "attention by %s: query %s, key %s",
-        found.module.__name__,
-        tuple(query.shape),
-        tuple(key.shape),
+        "attention by %s: query %s, key %s", backend.name, tuple(query.shape), tuple(key.shape)
     )
-    if found.missing is not None:
-        _warn_slow(found.missing, membership.heads, query, key)
-        if lengths is not None:  # unused capacity may hold anything, NaN too
-            spare = torch.arange(value.shape[2], device=value.device) >= lengths[:, None]
-            value = value.masked_fill(spare[:, None, :, None], 0.0)
-    module = reference_blocks if found.module is reference else found.module
-    return module.attention(
-        query,
-        key,
-        value,
-        membership,
-        scale=scale,
-        lengths=lengths,
-        valid=valid,
-        softcap=softcap,
-        return_lse=return_lse,
-    )
+    return backend.attend(query, kv, call)
 
 
-class Choice(NamedTuple):
-    """What runs.
+def windowed_attention(
+    query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+) -> Tensor:
+    """Clustered attention of the last Q tokens with an exact recent window (`windowed`).
 
-    Attributes:
-        module: has a function ``attention``.
-        missing: why it has to be the reference; None if it is one of the fast ones.
-    """
-
-    module: ModuleType
-    missing: str | None = None
-
-
-def choose(device: str, query: Tensor, key: Tensor, value: Tensor, *, plain: bool) -> Choice:
-    """Choose an implementation.
+    `reference.recent_attention` is the definition.
 
     Args:
-        device: type of device that it will run on.
-        query: as in `attention`; so are ``key`` and ``value``.
-        key: K.
-        value: V.
-        plain: whether it is attention without clusters, spare capacity, softcap or log-sum-exp.
+        query: ``[B, H, Q, D]``, all heads in their natural order.
+        kv: K and V that the cache holds, of all S tokens; neither lengths nor padding count.
+        near: K and V of the near keys, of all K/V heads.
+        tables: of these S tokens and Q queries, their padding included.
+        call: of a membership of B rows.
+
+    Returns:
+        ``[B, Q, H, Dv]`` in the dtype of V.
+    """
+    return backend_of(query.device).attend_window(query, kv, near, tables, call)
+
+
+def decode_recent(query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall) -> Tensor:
+    """Attend with one query per sequence and an exact recent window over fixed memory.
+
+    Args:
+        query: ``[B, H, 1, D]``, all heads in their natural order.
+        kv: K and V that the cache holds, the new tokens' included; sinks are the first keys that
+            are not padding.
+        ring: K and V of the other heads; holds the new tokens' already.
+        call: of a membership of B rows, or of one for all.
+
+    Returns:
+        ``[B, 1, H, Dv]``.
+    """
+    return backend_of(query.device).decode_recent(query, kv, ring, call)
+
+
+def paged_decode(
+    query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with one query per sequence to K and V in pages.
+
+    Args:
+        query: ``[B, k, D]`` of the representatives in slot order, or ``[B, H, D]`` of all heads
+            in theirs, of which the representatives' are read in place.
+        pages: K and V.
+        call: how.
+        out: ``[B, H, Dv]`` to write to.
+
+    Returns:
+        ``out [B, H, Dv]`` and ``lse [B, k]`` float32 (natural logarithm) or None.
+
+    Raises:
+        AttentionInputError: shapes or options that do not fit together; on CUDA, a dtype or head
+            size without a kernel, or strided head dimensions.
+    """
+    checks.check_paged_decode(query, pages, call, out)
+    if out is None:
+        out = _empty(query, pages.value, call)
+    return out, backend_of(query.device).paged_decode(query, pages, call, out)
+
+
+def paged_prefill(
+    queries: PackedQueries,
+    pages: PagedKV,
+    call: AttentionCall,
+    out: Tensor | None = None,
+    probe: Probe | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal clustered attention of packed queries to keys in pages, those of new tokens included.
+
+    Query i of Q in sequence b stands at position ``seq_lens[b] - Q + i``.
+
+    Args:
+        queries: new tokens of all sequences.
+        pages: K and V; pages hold a multiple of 16 tokens.
+        call: how.
+        out: ``[T, H, Dv]`` to write to; what stands behind the last sequence is left as it is.
+        probe: tokens with full attention, which need a tensor of all heads; None for none.
+
+    Returns:
+        ``out [T, H, Dv]`` and ``lse [T, k]`` float32 (natural logarithm) or None.
+
+    Raises:
+        AttentionInputError: as of `paged_decode`.
+    """
+    checks.check_paged_prefill(queries, pages, call, probe)
+    if out is None:
+        out = _empty(queries.query, pages.value, call)
+    backend = backend_of(queries.query.device)
+    return out, backend.packed_prefill(queries, pages, call, out, probe)
+
+
+def varlen_prefill(
+    queries: PackedQueries,
+    new: PackedKV,
+    call: AttentionCall,
+    out: Tensor | None = None,
+    probe: Probe | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal clustered attention of packed sequences without context, to their own K and V.
+
+    Arguments, results and errors are those of `paged_prefill`, but for ``new``: K and V.
+    """
+    checks.check_varlen_prefill(queries, new, call, probe)
+    if out is None:
+        out = _empty(queries.query, new.value, call)
+    backend = backend_of(queries.query.device)
+    return out, backend.packed_prefill(queries, new, call, out, probe)
+
+
+def choose(
+    device: torch.device, query: Tensor, kv: DenseKV, call: AttentionCall
+) -> AttentionBackend:
+    """Choose what runs `attention` on a device.
 
     Raises:
         AttentionInputError: a layout that kernels cannot read.
     """
-    if device == "cpu":
-        kind = choice.kind_of(query, key.shape[2], clustered=not plain)
-        if choice.chosen(kind) == choice.BLOCKED:
-            return Choice(blocked)
-        return Choice(dense if plain else fused)
-    if device != "cuda":
-        return Choice(reference, f"there is no kernel for device {device!r}")
-    # without clusters torch's prefill is faster than ours; decode is not
-    if plain and query.shape[2] > 1:
-        return Choice(dense)
-    kernels = _triton()
-    if isinstance(kernels, str):
-        return Choice(
-            reference,
-            f"Triton, which the kernels for CUDA need, cannot be imported ({kernels}; pip install "
-            "triton, on Windows triton-windows)",
+    if device.type != "cuda":
+        return (
+            CPU
+            if device.type == "cpu"
+            else _reference(f"there is no kernel for device {device.type!r}")
         )
+    # without clusters torch's prefill is faster than ours; decode is not
+    if query.shape[2] > 1 and is_plain(kv, call):
+        return TORCH
+    kernels = _cuda(device)
+    if kernels.missing is not None:
+        return kernels
     if query.dtype == torch.float64:
-        return Choice(reference, "there is no kernel for float64 on CUDA")
-    size, most = max(query.shape[3], value.shape[3]), _largest_head()
+        return _reference("there is no kernel for float64 on CUDA")
+    size, most = max(query.shape[3], kv.value.shape[3]), _largest_head()
     if size > most:
-        return Choice(reference, f"head size {size} is more than the {most} of the kernels")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        return _reference(f"head size {size} is more than the {most} of the kernels")
+    for name, tensor in (("query", query), ("key", kv.key), ("value", kv.value)):
         if tensor.stride(-1) != 1:
             raise AttentionInputError(
                 f"the numbers of a head of {name} are not consecutive in memory (strides "
                 f"{tuple(tensor.stride())}), which the kernels need: call .contiguous()"
             )
-    return Choice(kernels)
+    return kernels
 
 
-def check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    lengths: Tensor | None,
-    valid: Tensor | None,
-) -> None:
-    """Refuse what no implementation takes; kernels would read memory that is not theirs.
+def backend_of(device: torch.device) -> AttentionBackend:
+    """Return the backend of a device.
 
     Raises:
-        AttentionInputError: says what does not fit.
+        ImportError: CUDA without Triton.
     """
-    if not (query.dtype == key.dtype == value.dtype) or query.dtype not in DTYPES:
-        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (query, key, value))
-        raise AttentionInputError(
-            f"query, key and value need one dtype, float32, bfloat16, float16 or float64, "
-            f"not {dtypes}"
-        )
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise AttentionInputError("query, key and value need four dimensions: [B, heads, S, D]")
-    batch, size = query.shape[0], key.shape[2]
-    wanted = {
-        "query": (query, (batch, membership.clusters, query.shape[2], query.shape[3])),
-        "key": (key, (batch, membership.kept_keys, size, query.shape[3])),
-        "value": (value, (batch, membership.kv_heads, size, value.shape[3])),
-        "representatives": (membership.representatives, (batch, membership.heads)),
-        "lengths": (lengths, (batch,)),
-        "valid": (valid, (batch, size)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise AttentionInputError(
-                f"{name} has shape {list(tensor.shape)}, needed is {list(shape)}"
-            )
-        if tensor.device != query.device:
-            raise AttentionInputError(
-                f"{name} is on {tensor.device} and query on {query.device}: move it there first"
-            )
+    if device.type != "cuda":
+        return CPU if device.type == "cpu" else REFERENCE
+    backend = _cuda(device)
+    if backend.missing is not None:
+        raise ImportError(backend.missing)
+    return backend
 
 
 @cache
-def _triton() -> ModuleType | str:
-    """The kernels, or why they cannot be loaded."""
+def _cuda(device: torch.device) -> AttentionBackend:
+    """The kernels, or the reference with the reason why they cannot be loaded."""
     try:
-        from chai_attention.ops import triton
+        from chai_attention.ops.triton.backend import of_device
     except (ImportError, OSError) as error:
-        return str(error)
-    return triton
+        return ReferenceBackend(
+            f"Triton, which the kernels for CUDA need, cannot be imported ({error}; pip install "
+            "triton, on Windows triton-windows)"
+        )
+    return of_device(device)
+
+
+@cache
+def _reference(missing: str) -> ReferenceBackend:
+    """The reference in place of what is missing."""
+    return ReferenceBackend(missing)
 
 
 @cache
@@ -202,19 +262,6 @@ def _largest_head() -> int:
     return MAX_HEAD_DIM
 
 
-_warned: set[str] = set()
-
-
-def _warn_slow(missing: str, heads: int, query: Tensor, key: Tensor) -> None:
-    """Say once what the reference costs in place of ``missing``."""
-    if missing in _warned:
-        return
-    _warned.add(missing)
-    most = reference_blocks.queries_at_once(query.shape[0], heads, key.shape[2])
-    held = 4 * query.shape[0] * heads * min(query.shape[2], most) * key.shape[2] / 1e9
-    warnings.warn(
-        f"chai-attention runs its reference, because {missing}. It saves K cache but no time: it "
-        f"holds the probabilities of all heads, {held:.2g} GB for this call, and "
-        "copies V; use the CPU, or CUDA with what is missing, for speed",
-        stacklevel=3,
-    )
+def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    shape = (query.shape[0], call.membership.heads, value.shape[-1])
+    return torch.empty(shape, dtype=query.dtype, device=query.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops import blocked
+from chai_attention.ops.call import AttentionCall, DenseKV
 
 FEW = blocked.DECODE_ROWS  # queries, up to which those of all heads of one V head go together
 MEMBERS = 4  # in prefill, of more V heads the scores are better computed once, in float32
@@ -73,52 +74,36 @@ def _runs(representatives: tuple[int, ...], kv_heads: int, kept: int) -> tuple[R
     return runs_of(Membership(torch.tensor([representatives]), clusters, kv_heads, kept))
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    *,
-    scale: float,
-    lengths: Tensor | None = None,
-    valid: Tensor | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
+def torch_clustered_attention(
+    query: Tensor, kv: DenseKV, call: AttentionCall
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal clustered attention; arguments and results as in `ops.reference.attention`.
+    """Causal clustered attention; see `dispatch.attention`.
 
     What torch's kernel does not take, and what it is not made for, is done by `blocked`.
     """
-    options: dict[str, Any] = {"scale": scale, "lengths": lengths, "valid": valid}
-    if not can_run(query, key, value, softcap):
-        return blocked.attention(
-            query, key, value, membership, softcap=softcap, return_lse=return_lse, **options
-        )
+    membership = call.membership
+    if not can_run(query, kv, call.softcap):
+        return blocked.blocked_attention(query, kv, call)
 
     def some(row: blocked.Row, index: int, out: Tensor, lse: Tensor | None) -> frozenset[int]:
         heads = membership.host_rows[index]
         runs = _runs(heads, membership.kv_heads, membership.kept_keys)
         runs = worthwhile(runs, row.query.shape[1], row.key.shape[1])
-        attend(
-            row.query, row.key, row.value, runs,
-            scale=scale, valid=row.valid, out=out, lse=lse,
-        )  # fmt: skip
+        attend(row, runs, out, lse)
         return frozenset(place for run in runs for place in run.keys)
 
-    return blocked.attention(
-        query, key, value, membership, return_lse=return_lse, first=some, **options
-    )
+    return blocked.blocked_attention(query, kv, call, first=some)
 
 
-def can_run(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+def can_run(query: Tensor, kv: DenseKV, softcap: float | None) -> bool:
     """Whether torch's kernel takes such tensors."""
     return (
         query.device.type == "cpu"
         and _flash is not None
         and softcap is None
-        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] == kv.value.shape[-1]
         # torch's own checks are not passed on the way to its kernel
-        and all(x.numel() and x.stride(-1) == 1 for x in (query, key, value))
+        and all(x.numel() and x.stride(-1) == 1 for x in (query, kv.key, kv.value))
     )
 
 
@@ -156,31 +141,18 @@ def worthwhile(runs: Sequence[Run], queries: int, size: int) -> tuple[Run, ...]:
     return tuple(run for run in runs if queries <= FEW or run.each <= MEMBERS or size <= SHORT)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: Sequence[Run],
-    *,
-    scale: float,
-    valid: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Causal attention of some clusters of one sequence.
+def attend(row: blocked.Row, runs: Sequence[Run], out: Tensor, lse: Tensor | None) -> None:
+    """Causal attention of some clusters of one sequence, without a softcap.
 
     Args:
-        query: ``[k, Q, D]`` of the representatives.
-        key: ``[kept, S, D]``.
-        value: ``[G, S, D]``.
+        row: the sequence.
         runs: the clusters.
-        scale: factor on the scores.
-        valid: ``[S]`` bool, False for padding; None if there is none.
         out: ``[Q, H, D]``, written to.
         lse: ``[k, Q]`` float32, written to; None if nobody asks.
     """
     if not runs:
         return
+    query, key, value, valid = row.query, row.key, row.value, row.valid
     queries, size, dim = query.shape[1], key.shape[1], key.shape[2]
     group, few = runs[0].group, queries <= FEW
     is_causal = valid is None and 1 < queries == size and not (few and group > 1)
@@ -203,7 +175,7 @@ def attend(
             q = q.flatten(0, 1)
             k = k.repeat_interleave(run.each, 0)[:, None].expand(-1, group, -1, -1)
             v = v[:, None].expand(-1, group, -1, -1)
-        part, part_lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale)
+        part, part_lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=row.scale)
         part = part.reshape(-1, queries, dim)
         if few:
             out[:, list(run.heads)] = part.transpose(0, 1)

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_BLOCK = 64  # queries of a block where the window is shorter
+from chai_attention.ops.call import AttentionCall
+from chai_attention.ops.windowed import WindowTables, blocks_of
+
 SCORES = 2**22  # numbers in the scores that are held at a time, if of more sequences than one
 
 
@@ -47,71 +49,32 @@ class Far(NamedTuple):
     heads: list[int] | None = None
 
 
-class Blocks(NamedTuple):
-    """How queries are dealt into blocks: all are full but the first, which may lack its first rows.
-
-    Attributes:
-        number: of blocks.
-        size: queries of a block.
-    """
-
-    number: int
-    size: int
-
-    def rows(self, block: int, queries: int) -> tuple[int, int]:
-        """First query of a block, below 0 for rows that the first one lacks, and its end."""
-        start = queries - (self.number - block) * self.size
-        return start, start + self.size
-
-
-def blocks_of(queries: int, recent: int) -> Blocks:
-    """Deal ``queries`` into blocks for a window of ``recent`` keys."""
-    size = min(queries, max(recent, LEAST_BLOCK))
-    return Blocks(-(-queries // size), size)
-
-
-def attention(
-    query: Tensor,
-    near: NearKeys,
-    bias_of: Callable[[int], Tensor | None],
-    far: Far | None,
-    *,
-    recent: int,
-    sinks: int,
-    padded: bool,
-    scale: float,
-    softcap: float | None = None,
+def band_attention(
+    query: Tensor, near: NearKeys, tables: WindowTables, far: Far | None, call: AttentionCall
 ) -> Tensor:
     """Attend to the nearest keys and, as one key more, to what ``far`` found.
 
     Args:
-        query: ``[B, H, Q, D]``, all heads.
-        near: the keys.
-        bias_of: for the number of a block ``[B or 1, block, columns]`` float32, minus infinity
-            where a query does not see a column, else 0; None if all are seen. Columns are the
-            ``block + recent - 1`` keys of the block's band, then sinks, then what is far.
+        query: ``[B, heads, Q, D]``: all heads, or, without ``far``, some.
+        near: the keys, of these heads' K/V heads.
+        tables: of these queries.
         far: attention over the other keys; None if there are none.
-        recent: w.
-        sinks: s, of ``near``.
-        padded: whether some query may see no key at all, and gets zeros.
-        scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        call: its scale and softcap count.
 
     Returns:
-        ``[B, Q, H, Dv]`` in the dtype of V.
+        ``[B, Q, heads, Dv]`` in the dtype of V.
     """
     batch, heads, queries, _ = query.shape
     out = near.value.new_empty(batch, queries, heads, near.value.shape[3])
     if far is not None:  # queries before the last ones see none
         far = far._replace(lse=F.pad(far.lse, (queries - far.lse.shape[2], 0), value=-torch.inf))
-    size = blocks_of(queries, recent).size
-    each = max(1, SCORES // (heads * size * (size + recent + sinks)))
-    options = _Options(recent, sinks, padded, scale, softcap)
+    size = blocks_of(queries, tables.recent).size
+    each = max(1, SCORES // (heads * size * (size + tables.recent + tables.sinks)))
     for start in range(0, batch, each):
         rows = slice(start, start + each)
 
         def bias(block: int, rows: slice = rows) -> Tensor | None:
-            found = bias_of(block)
+            found = tables.bias(block)
             return found if found is None or found.shape[0] == 1 else found[rows]
 
         _attend(
@@ -119,18 +82,11 @@ def attention(
             NearKeys(near.key[rows], near.value[rows]),
             bias,
             None if far is None else Far(far.out[rows], far.lse[rows], far.heads),
-            options,
+            tables,
+            call,
             out[rows],
         )
     return out
-
-
-class _Options(NamedTuple):
-    recent: int
-    sinks: int
-    padded: bool
-    scale: float
-    softcap: float | None
 
 
 def _attend(
@@ -138,17 +94,18 @@ def _attend(
     near: NearKeys,
     bias_of: Callable[[int], Tensor | None],
     far: Far | None,
-    options: _Options,
+    tables: WindowTables,
+    call: AttentionCall,
     out: Tensor,
 ) -> None:
-    """`attention` of some sequences, block after block, into ``out``."""
+    """`band_attention` of some sequences, block after block, into ``out``."""
     batch, heads, queries, dim = query.shape
-    groups, sinks, dtype = near.key.shape[1], options.sinks, near.value.dtype
+    groups, sinks, dtype = near.key.shape[1], tables.sinks, near.value.dtype
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    blocks = blocks_of(queries, options.recent)
-    width = blocks.size + options.recent - 1  # keys of a band
+    blocks = blocks_of(queries, tables.recent)
+    width = blocks.size + tables.recent - 1  # keys of a band
     held = near.key.shape[2] - sinks
-    ahead = queries + options.recent - 1 - held  # keys of a band that are before the first token
+    ahead = queries + tables.recent - 1 - held  # keys of a band that are before the first token
 
     # Memory for all blocks: new one for each would cost as much in page faults as the softmax.
     columns = width + sinks + (far is not None)
@@ -177,10 +134,10 @@ def _attend(
         # the rows of all heads of a K/V head side by side: one product for them
         shape = (batch * groups, heads // groups * rows)
         q = _room(query_room, batch, heads, rows, dim)
-        torch.mul(query[:, :, start:stop], options.scale, out=q)
+        torch.mul(query[:, :, start:stop], call.scale, out=q)
         scores = torch.bmm(q.view(*shape, dim), keys.mT, out=_room(score_room, *shape, seen))
-        if options.softcap is not None:
-            scores.div_(options.softcap).tanh_().mul_(options.softcap)
+        if call.softcap is not None:
+            scores.div_(call.softcap).tanh_().mul_(call.softcap)
         by_head = scores.view(batch, heads, rows, seen)
         if far is not None:
             by_head[..., -1] = far.lse[:, :, start:stop]
@@ -189,7 +146,7 @@ def _attend(
             bias = bias[:, None, lacks:, begin:]
             by_head += bias if far is not None else bias[..., :seen]
         probs = torch.softmax(scores, -1, out=_room(prob_room, *shape, seen))
-        if options.padded:
+        if tables.padded:
             probs.nan_to_num_(0.0)
         low = _room(low_room, *shape, seen).copy_(probs) if low_room.numel() else probs
         result = torch.bmm(low, values, out=_room(result_room, *shape, values.shape[2]))

@@ -25,6 +25,7 @@ from chai_attention.ops.blocked import (
     row_tables,
     weighted_values,
 )
+from chai_attention.ops.call import AttentionCall, DenseKV
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.scratch import widened
 
@@ -98,27 +99,17 @@ def _tables(
     )
 
 
-def decode_recent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    near: NearRing,
-    *,
-    lengths: Tensor | None = None,
-    scale: float,
-    offset: Tensor | None = None,
-    valid: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`ring.decode_recent` on the CPU."""
+def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCall) -> Tensor:
+    """`dispatch.decode_recent` on the CPU."""
     batch, heads = query.shape[:2]
+    key, value, valid, offset = kv.key, kv.value, kv.valid, call.offset
+    membership = call.membership
     if membership.batch != batch:
         membership = membership.expand(batch)
-    sizes = [key.shape[2]] * batch if lengths is None else lengths.tolist()
+    sizes = [key.shape[2]] * batch if kv.lengths is None else kv.lengths.tolist()
     if valid is not None and bool(valid.all()):
         valid = None
-    by_torch = valid is None and fused.can_run(query, key, value, softcap)
+    by_torch = valid is None and fused.can_run(query, kv, call.softcap)
     if by_torch:
         kind = choice.kind_of(query, max(sizes), clustered=True)
         by_torch = choice.chosen(kind) == choice.TORCH
@@ -136,8 +127,8 @@ def decode_recent(
             key[index, :, :size],
             value[index, :, :size],
             None if valid is None else valid[index, :size],
-            scale,
-            softcap,
+            call.scale,
+            call.softcap,
         )
         shift = None if offset is None else offset[index]
         part = None
@@ -235,10 +226,11 @@ class _Far(NamedTuple):
         near = (slice(0, sinks), slice(size - places.window, size))
         far = slice(sinks, size - places.window)
         leaders = self.row.query.index_select(0, self.tables.leaders)
-        share, lse = fused.attention(
-            leaders[None], key[None, :, far], value[None, :, far], membership,
-            scale=self.row.scale, return_lse=True,
-        )  # fmt: skip
+        share, lse = fused.torch_clustered_attention(
+            leaders[None],
+            DenseKV(key[None, :, far], value[None, :, far]),
+            AttentionCall(membership, self.row.scale, return_lse=True),
+        )
         assert lse is not None
         weight = by_row(lse[0], self.far)  # [H', 1]
         self._shift(weight)

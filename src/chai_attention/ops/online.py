@@ -9,28 +9,13 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
 
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.probe import Windows
 
 logger = logging.getLogger("chai_attention")
-
-
-class Windows(NamedTuple):
-    """Probe windows among packed tokens.
-
-    Attributes:
-        tokens: ``[B, W]`` int64, each window's.
-        real: ``[B]`` int32, how many of them there are; behind them stands any token.
-        heads: ``[n]`` int64, the query heads to cluster; None for all. With grouped queries they
-            are whole K/V heads'.
-    """
-
-    tokens: Tensor
-    real: Tensor
-    heads: Tensor | None = None
 
 
 def fused_membership(
@@ -44,7 +29,7 @@ def fused_membership(
         clusters: k.
         tie: costs this close, relative to the largest norm of a head, count as equal.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         The membership, or None where there is no kernel (`window_gram` and `clustering.assign`
@@ -89,7 +74,7 @@ def fused_medoids(
         tie: costs this close, relative to the largest (of maps without static costs, to the
             largest norm), count as equal.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         The membership, or None where there is no kernel.
@@ -135,7 +120,7 @@ def fused_representatives(
         by_means: by k-means over maps, as `fused_membership`.
         tie: as in both.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         ``[B, n]`` int64, whom each of the clustered heads follows, by their numbers among

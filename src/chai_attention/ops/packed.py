@@ -1,24 +1,20 @@
-"""Prefill of packed sequences one by one, as the CPU does it: what kernels are tested against.
-
-`paged_prefill` says what its two functions take and calls this where there is no kernel.
-"""
+"""Prefill of packed sequences one by one, as the CPU does it: what kernels are tested against."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops import reference, windowed
+from chai_attention.ops.backend import AttentionBackend
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged import gather_pages, hide_spare, rows_of
-
-if TYPE_CHECKING:
-    from chai_attention.ops.paged_prefill import Probe
 
 
 class Window(NamedTuple):
@@ -27,32 +23,54 @@ class Window(NamedTuple):
     Attributes:
         recent: w.
         sinks: s.
-        offset: ``[B, H]`` float32 added to the far keys' log-sum-exp; None for zeros.
         near: K and V of the near keys of each sequence, see `near.NearKeys`.
     """
 
     recent: int
     sinks: int
-    offset: Tensor | None
     near: list[NearKeys]
 
 
 States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, S, Dv]``
 
 
-def paged_states(
-    key_pages: Tensor,
-    value_pages: Tensor,
-    block_table: Tensor,
-    lengths: list[int],
-    dtype: torch.dtype,
-) -> list[States]:
-    """K and V of each sequence out of its pages."""
-    sizes = torch.tensor(lengths, device=block_table.device)
+def _of_pages(
+    queries: PackedQueries, pages: PagedKV, call: AttentionCall
+) -> tuple[list[States], Window | None]:
+    """K and V of each sequence out of its pages, and its exact window."""
+    lengths, sizes = pages.seq_lens, pages.seq_lens.tolist()
     keys, values = (
-        hide_spare(gather_pages(x, block_table, dtype), sizes) for x in (key_pages, value_pages)
+        hide_spare(gather_pages(x, pages.block_table, queries.query.dtype), lengths)
+        for x in (pages.key, pages.value)
     )
-    return [(k[:, :n], v[:, :n]) for k, v, n in zip(keys, values, lengths, strict=True)]
+    states = [(k[:, :n], v[:, :n]) for k, v, n in zip(keys, values, sizes, strict=True)]
+    near = pages.window
+    if near is None:
+        return states, None
+    counts = queries.query_start_loc.diff().tolist()
+    members = rows_of(call.membership, call.membership_ids, len(counts))
+    return states, Window(near.recent, near.sinks, paged_near(near, states, members, counts))
+
+
+def _of_packed(
+    queries: PackedQueries, packed: PackedKV, call: AttentionCall
+) -> tuple[list[States], Window | None]:
+    """The same of prompts without context."""
+    starts = queries.query_start_loc.tolist()
+    key, value = packed.key, packed.value
+    members = None
+    if packed.natural_order:
+        members = rows_of(call.membership, call.membership_ids, len(starts) - 1)
+    states = []
+    for b, (start, stop) in enumerate(pairwise(starts)):
+        k, v = key[start:stop].transpose(0, 1), value[start:stop].transpose(0, 1)
+        if members is not None:
+            k, v = k[members.key_heads[b]], v[members.value_heads[b]]
+        states.append((k, v))
+    if not packed.recent:
+        return states, None
+    near = _packed_near(key, value, starts, packed.sinks)
+    return states, Window(packed.recent, packed.sinks, near)
 
 
 def paged_near(
@@ -82,20 +100,7 @@ def _own(pages: Tensor, at: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
     return pages[at].transpose(0, 1).to(like.dtype)
 
 
-def packed_states(
-    key: Tensor, value: Tensor, starts: list[int], members: Membership | None
-) -> list[States]:
-    """K and V of each prompt out of ``[T, heads, D]``, of all heads if there are ``members``."""
-    states = []
-    for b, (start, stop) in enumerate(pairwise(starts)):
-        k, v = key[start:stop].transpose(0, 1), value[start:stop].transpose(0, 1)
-        if members is not None:
-            k, v = k[members.key_heads[b]], v[members.value_heads[b]]
-        states.append((k, v))
-    return states
-
-
-def packed_near(key: Tensor, value: Tensor, starts: list[int], sinks: int) -> list[NearKeys]:
+def _packed_near(key: Tensor, value: Tensor, starts: list[int], sinks: int) -> list[NearKeys]:
     """The near keys of prompts without context out of K and V ``[T, G, D]`` of all heads."""
     near = []
     for start, stop in pairwise(starts):
@@ -108,66 +113,73 @@ def packed_near(key: Tensor, value: Tensor, starts: list[int], sinks: int) -> li
 
 
 def attend(
-    query: Tensor,
-    states: list[States],
-    membership: Membership,
+    backend: AttentionBackend,
+    queries: PackedQueries,
+    kv: PagedKV | PackedKV,
+    call: AttentionCall,
     out: Tensor,
-    starts: list[int],
-    *,
-    scale: float,
-    softcap: float | None,
-    rows: Tensor | None,
     probe: Probe | None,
-    window: Window | None,
-    return_lse: bool,
 ) -> Tensor | None:
-    """Write ``out`` sequence by sequence from K and V ``[heads, S, D]`` of each; return the lse."""
-    members = rows_of(membership, rows, len(states))
-    lse = query.new_empty(query.shape[0], membership.clusters, dtype=torch.float32)
+    """Write ``out [T, H, Dv]`` sequence by sequence; return the lse ``[T, k]``.
+
+    Args:
+        backend: attends where there is a window.
+        queries: of all sequences.
+        kv: what they attend to.
+        call: how to attend.
+        out: written to.
+        probe: tokens with full attention.
+    """
+    if isinstance(kv, PagedKV):
+        states, window = _of_pages(queries, kv, call)
+    else:
+        states, window = _of_packed(queries, kv, call)
+    query, starts = queries.query, queries.query_start_loc.tolist()
+    members = rows_of(call.membership, call.membership_ids, len(states))
+    lse = query.new_empty(query.shape[0], members.clusters, dtype=torch.float32)
     for b, (key, value) in enumerate(states):
         tokens = slice(starts[b], starts[b + 1])
         if tokens.start == tokens.stop:
             continue
         member = members.select(torch.tensor([b], device=query.device))
         part = query[tokens].transpose(0, 1)[None]
-        if window is None:
+        if window is not None:
+            offset = None if call.offset is None else call.offset[b : b + 1]
+            one = AttentionCall(member, call.scale, call.softcap, offset=offset)
+            out[tokens] = _with_window(
+                backend, part, DenseKV(key[None], value[None]), b, window, one
+            )
+        else:
             if part.shape[1] != member.clusters:
                 part = part[:, member.slot_heads[0]]
-            result, part_lse = reference.attention(
-                part, key[None], value[None], member, scale=scale, softcap=softcap,
-                return_lse=return_lse,
+            result, part_lse = reference.clustered_attention(
+                part, key[None], value[None], member, scale=call.scale, softcap=call.softcap,
+                return_lse=call.return_lse,
             )  # fmt: skip
             out[tokens] = result[0]
             if part_lse is not None:
                 lse[tokens] = part_lse[0].T
-        else:
-            out[tokens] = _with_window(part, key, value, member, window, b, scale, softcap)
         if probe is not None and key.shape[1] == tokens.stop - tokens.start:
             first = slice(tokens.start, min(tokens.stop, tokens.start + probe.end))
             own = Membership.identity(member.heads, member.kv_heads, device=query.device)
             q, k, v = (x[first].transpose(0, 1)[None] for x in probe[:3])
-            exact, _ = reference.attention(q, k, v, own, scale=scale, softcap=softcap)
-            out[first] = exact[0]
-    return lse if return_lse else None
+            out[first] = reference.clustered_attention(
+                q, k, v, own, scale=call.scale, softcap=call.softcap
+            )[0][0]
+    return lse if call.return_lse else None
 
 
 def _with_window(
+    backend: AttentionBackend,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    member: Membership,
-    window: Window,
+    kv: DenseKV,
     b: int,
-    scale: float,
-    softcap: float | None,
+    window: Window,
+    call: AttentionCall,
 ) -> Tensor:
-    """``[Q, H, Dv]`` of one sequence; zeros if it has no keys."""
-    size, queries = key.shape[1], query.shape[2]
+    """``[Q, H, Dv]`` of sequence ``b``; zeros if it has no keys."""
+    size, queries = kv.key.shape[2], query.shape[2]
     if not size:
-        return query.new_zeros(queries, member.heads, value.shape[2])
+        return query.new_zeros(queries, query.shape[1], kv.value.shape[3])
     tables = windowed.window_tables(size, queries, window.recent, window.sinks, None, query.device)
-    offset = None if window.offset is None else window.offset[b : b + 1]
-    return windowed.attention(
-        query, key[None], value[None], member, window.near[b], tables, scale=scale, offset=offset,
-        softcap=softcap,
-    )[0]  # fmt: skip
+    return backend.attend_window(query, kv, window.near[b], tables, call)[0]

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """Probe windows among packed tokens.
+
+    Attributes:
+        tokens: ``[B, W]`` int64, each window's.
+        real: ``[B]`` int32, how many of them there are; behind them stands any token.
+        heads: ``[n]`` int64, the query heads to cluster; None for all. With grouped queries they
+            are whole K/V heads'.
+    """
+
+    tokens: Tensor
+    real: Tensor
+    heads: Tensor | None = None
 
 
 def window_gram(
@@ -15,7 +32,7 @@ def window_gram(
         query: ``[B, H, W, D]`` of the first W tokens.
         key: ``[B, G, W, D]`` of the same tokens; G divides H.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         ``[B, H, H]`` float32, the Gram matrix of the flattened ``[W, W]`` probability maps.
@@ -34,7 +51,7 @@ def window_output_distances(
         key: ``[B, G, W, D]`` of the same tokens.
         value: ``[B, G, W, Dv]`` of the same tokens, in the natural order of heads.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         ``[B, H, H]`` float32, ``sum |(P_r - P_h) V_h|^2`` for head h (row) and r (column).

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall, DenseKV
+from chai_attention.ops.ring import NearRing
 
 
-def attention(
+def clustered_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,7 +100,7 @@ def recent_attention(
         scale: factor on the scores.
         offsets: ``[H, H]``; its diagonal is not used. None for zeros.
         valid: ``[B, S]`` bool, False for padding.
-        softcap: as in `attention`.
+        softcap: as in `clustered_attention`.
 
     Returns:
         ``[B, Q, H, Dv]``; zeros for a query that sees no key.
@@ -142,7 +144,7 @@ def near_and_far(
         seen: the same, which keys it sees at all.
         scale: factor on the scores.
         offset: ``[B, H]``, added to the scores of far keys; None for zeros.
-        softcap: as in `attention`.
+        softcap: as in `clustered_attention`.
 
     Returns:
         ``[B, Q, H, Dv]`` in the query's dtype; zeros for a query that sees no key.
@@ -161,6 +163,46 @@ def near_and_far(
     probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
     # one softmax over both kinds of scores is the merge by log-sum-exp
     return (probs @ value).transpose(1, 2).to(query.dtype)
+
+
+def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCall) -> Tensor:
+    """`dispatch.decode_recent`: puts K and V of all heads together, sequence by sequence."""
+    key, value, lengths, membership = kv.key, kv.value, kv.lengths, call.membership
+    if membership.batch != query.shape[0]:
+        membership = membership.expand(query.shape[0])
+    size, dim = key.shape[2:]
+    position = torch.arange(size, device=key.device)
+    if lengths is None:
+        lengths = torch.full((query.shape[0],), size, device=key.device)
+    last = lengths.long()[:, None]
+    real = position < last
+    if kv.valid is not None:
+        real = real & kv.valid[:, :size]
+    # K and V of removed heads at every position; what no memory holds is far: nobody asks for it
+    oldest = (last - 1 - (last - 1 - position) % near.size).clamp_min(0)
+    held = torch.where(position == oldest, (position + near.shift) % near.size, 0)  # [B, S]
+    is_sink = torch.zeros_like(real)
+    caches, memories = [key, value], near.memories
+    for index, (ring, sinks) in enumerate(memories):
+        removed = ring.gather(
+            2, held[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
+        )  # [B, removed heads, S, D]
+        for column in range(sinks.shape[2]):
+            at = near.sink_positions[:, column].long()
+            here = (position == at[:, None]) & real
+            is_sink |= here
+            # inside the window the ring holds the same
+            removed = torch.where(here[:, None, :, None], sinks[:, :, column, None], removed)
+        caches[index] = torch.cat([caches[index], removed], 1)
+    every, values = caches  # [B, G, S, D], [B, G, S, Dv]
+    every = every.gather(1, membership.key_place[:, :, None, None].expand(-1, -1, size, dim))
+    place = membership.value_place[:, :, None, None].expand(-1, -1, size, value.shape[3])
+    values = values.gather(1, place).masked_fill(~real[:, None, :, None], 0.0)
+    is_near = (position >= last - near.recent) | is_sink
+    return near_and_far(
+        query, every, values, membership, is_near[:, None, None], real[:, None, None],
+        scale=call.scale, offset=call.offset, softcap=call.softcap,
+    ).to(value.dtype)  # fmt: skip
 
 
 def visible(

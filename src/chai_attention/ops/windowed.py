@@ -1,4 +1,4 @@
-"""Clustered attention with an exact recent window: near keys by own scores, far ones shared.
+"""What an exact recent window is: near keys by own scores, far ones shared.
 
 Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other
 keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset, or
@@ -9,15 +9,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops import near as near_part
-from chai_attention.ops.dispatch import attention as clustered
-from chai_attention.ops.near import Far, NearKeys, blocks_of
+
+LEAST_BLOCK = 64  # queries of a block of `near.band_attention` where the window is shorter
+
+
+class Blocks(NamedTuple):
+    """How queries are dealt into blocks: all are full but the first, which may lack its first rows.
+
+    Attributes:
+        number: of blocks.
+        size: queries of a block.
+    """
+
+    number: int
+    size: int
+
+    def rows(self, block: int, queries: int) -> tuple[int, int]:
+        """First query of a block, below 0 for rows that the first one lacks, and its end."""
+        start = queries - (self.number - block) * self.size
+        return start, start + self.size
+
+
+def blocks_of(queries: int, recent: int) -> Blocks:
+    """Deal ``queries`` into blocks for a window of ``recent`` keys."""
+    size = min(queries, max(recent, LEAST_BLOCK))
+    return Blocks(-(-queries // size), size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +69,7 @@ class WindowTables:
     padded: bool
 
     def bias(self, block: int) -> Tensor | None:
-        """What each query of a block of `near.attention` does not see; None if it sees all."""
+        """What each query of a block of `near.band_attention` does not see; None if it sees all."""
         blocks = blocks_of(self.queries, self.recent)
         start = blocks.rows(block, self.queries)[0]
         first = self.length - self.queries + start - self.recent + 1  # key of the first column
@@ -117,130 +139,6 @@ def window_tables(
     return WindowTables(
         recent, queries, length, sinks, position, ordinary, far, far_valid, padded=True
     )
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    near: NearKeys,
-    tables: WindowTables,
-    *,
-    scale: float,
-    offset: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention of the last Q tokens; `reference.recent_attention` is the definition.
-
-    Args:
-        query: ``[B, H, Q, D]``, all heads in their natural order.
-        key: ``[B, kept_keys, S, D]``, in the order of ``membership.key_heads``.
-        value: ``[B, kept_values, S, Dv]``, in the order of ``membership.value_heads``.
-        membership: tables of B rows.
-        near: K and V of the near keys, of all K/V heads.
-        tables: of these S tokens and Q queries.
-        scale: factor on the scores.
-        offset: ``[B, H]`` float32 added to the log-sum-exp of the far keys (`head_offsets`); None
-            for zeros, which is for memberships without streaming heads.
-        softcap: as in `ops.reference.attention`.
-
-    Returns:
-        ``[B, Q, H, Dv]`` in the dtype of ``value``.
-    """
-    if query.device.type == "cuda" and query.shape[2] > 1:
-        from chai_attention.ops.triton import window
-
-        fused = window.attention(
-            query, key, value, membership, near, tables,
-            scale=scale, offset=offset, softcap=softcap,
-        )  # fmt: skip
-        if fused is not None:
-            return fused
-    if not query.is_cuda and _only_streams(membership, tables, offset):
-        return _beside_streaming(
-            query, key, value, membership, near, tables, scale=scale, softcap=softcap
-        )
-    out = lse = None
-    if tables.far is not None and membership.far is not None:
-        # Without its last w keys, the causal rule of clustered attention hides just what is near.
-        # Queries before the last ones as many as keys would see none.
-        keys, values = key[:, :, tables.far], value[:, :, tables.far]
-        late = query[:, :, max(0, query.shape[2] - keys.shape[2]) :]
-        heads = membership.slot_heads[:, :, None, None].expand(-1, -1, *late.shape[2:])
-        out, lse = clustered(
-            late.gather(1, heads),
-            keys,
-            values,
-            membership.far,
-            scale=scale,
-            valid=tables.far_valid,
-            softcap=softcap,
-            return_lse=True,
-        )
-    if query.device.type == "cuda":
-        from chai_attention.ops.triton import near_prefill
-
-        return near_prefill.attention(
-            query, near, tables, membership, out, lse, scale=scale, offset=offset, softcap=softcap
-        )
-    far = None
-    if out is not None and lse is not None:
-        lse = lse.gather(1, membership.slot[:, :, None].expand(-1, -1, lse.shape[2]))
-        seers = list(membership.far_heads) if membership.streaming else None
-        far = Far(out, lse if offset is None else lse + offset[:, :, None], seers)
-    return near_part.attention(
-        query,
-        near,
-        tables.bias,
-        far,
-        recent=tables.recent,
-        sinks=tables.sinks,
-        padded=tables.padded,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-def _only_streams(membership: Membership, tables: WindowTables, offset: Tensor | None) -> bool:
-    """Whether heads see all keys with their own scores, or near ones only, and none is padding."""
-    far = membership.far
-    if not membership.streaming or tables.padded or far is None or not far.is_identity:
-        return False
-    return offset is None or not bool(offset[:, list(membership.far_heads)].any())
-
-
-def _beside_streaming(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    near: NearKeys,
-    tables: WindowTables,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """`attention` where `_only_streams`: to all other heads there is no window."""
-    assert membership.far is not None
-    heads, streams = list(membership.far_heads), list(membership.streaming)
-    groups = membership.removed_value_heads[0]
-    whole, _ = clustered(query[:, heads], key, value, membership.far, scale=scale, softcap=softcap)
-    some = near_part.attention(
-        query[:, streams],
-        NearKeys(near.key[:, groups], near.value[:, groups]),
-        tables.bias,
-        None,
-        recent=tables.recent,
-        sinks=tables.sinks,
-        padded=False,
-        scale=scale,
-        softcap=softcap,
-    )
-    out = whole.new_empty(*whole.shape[:2], membership.heads, whole.shape[3])
-    for part, numbers in ((whole, heads), (some, streams)):
-        out.index_copy_(2, torch.tensor(numbers, device=out.device), part)
-    return out
 
 
 @overload

@@ -119,7 +119,7 @@ class LayerPlan:
             key: ``[B, G, W, D]`` of the window.
             value: ``[B, G, W, Dv]`` of the window, in the natural order of heads.
             scale: factor on the scores.
-            softcap: as in `ops.reference.attention`.
+            softcap: as in `ops.reference.clustered_attention`.
 
         Raises:
             UnsupportedModelError: NaN or infinity in the window (found on the CPU).
@@ -169,7 +169,7 @@ class LayerPlan:
             tokens: ``[B, W]`` int64, each window's tokens.
             count: ``[B]`` int32, how many of them are real; behind them stand any.
             scale: factor on the scores.
-            softcap: as in `ops.reference.attention`.
+            softcap: as in `ops.reference.clustered_attention`.
 
         Returns:
             ``[B, n]`` int64, whom each of the `clustered` heads follows, by their numbers among

@@ -26,7 +26,6 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     heads, groups, clusters, target, window, streaming, monkeypatch
 ) -> None:
     chunks = pytest.importorskip("chai_attention.ops.triton.chunks")
-    prefill = pytest.importorskip("chai_attention.ops.triton.paged_prefill")
     # on a GPU the host does not know who is in which cluster
     monkeypatch.setattr(Membership, "known_rows", None)
     table = tuple(tuple(float(a != b) for b in range(heads)) for a in range(heads))
@@ -53,9 +52,9 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     prompts = min(2, prompts) if window else prompts
     chunks.chunks_of(member, decode)
     chunks.chunks_of(member, prompts)
-    prefill.natural_chunks(member, prompts)
+    chunks.natural_chunks(member, prompts)
     if window:
-        prefill.natural_chunks(member, 2)
+        chunks.natural_chunks(member, 2)
     made = [*vars(member).values(), *vars(member.far or member).values(), pages._rows.offset]
     for held in member.derived.values():
         made += [getattr(held, field.name) for field in fields(held)]

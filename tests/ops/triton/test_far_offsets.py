@@ -13,28 +13,28 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import kernel_calls
-from chai_attention.ops import windowed
+from chai_attention.ops import AttentionCall, windowed
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import near_prefill, probe
 from helpers import random_membership
 from kernel_calls import DEVICE, Config
+from op_calls import Operations, kernels
 from random_cases import check_case
 
 BEYOND = 1 << 31
 CALLS = {
-    "decode": (kernel_calls.kernels, "attention"),
-    "prefill": (kernel_calls.kernels, "attention"),
-    "near": (kernel_calls.launch_decode, "decode_recent"),
-    "window": (kernel_calls.windowed, "attention"),
-    "paged": (kernel_calls.launch_decode, "paged_decode"),
-    "paged near": (kernel_calls.launch_decode, "paged_decode"),
-    "paged prefill": (kernel_calls.paged_prefill, "paged_prefill"),
-    "paged window": (kernel_calls.paged_prefill, "paged_prefill"),
-    "varlen": (kernel_calls.paged_prefill, "varlen_prefill"),
-    "varlen window": (kernel_calls.paged_prefill, "varlen_prefill"),
+    "decode": "attention",
+    "prefill": "attention",
+    "near": "decode_recent",
+    "window": "windowed",
+    "paged": "paged_decode",
+    "paged near": "paged_decode",
+    "paged prefill": "paged_prefill",
+    "paged window": "paged_prefill",
+    "varlen": "varlen_prefill",
+    "varlen window": "varlen_prefill",
 }
 
 
@@ -84,7 +84,7 @@ class Spreading:
 def test_places_of_more_than_32_bits(kind, number, axis, monkeypatch):
     if axis == 1 and number == 0 and kind in ("decode", "near", "paged", "paged near"):
         pytest.skip("the one query of a sequence is small")
-    if number == 3 and CALLS[kind][0] is kernel_calls.paged_prefill:
+    if number == 3 and CALLS[kind] in ("paged_prefill", "varlen_prefill"):
         pytest.skip("what is written to, which the caller has made")
     window = kind in ("near", "window", "paged near", "paged window", "varlen window")
     config = Config(
@@ -92,9 +92,8 @@ def test_places_of_more_than_32_bits(kind, number, axis, monkeypatch):
         softcap=None, padded=False, spare=kind == "near", page=16, recent=5 if window else 0,
         sinks=2 if window else 0, probe_end=0, streaming=1 if window else 0, near_page=16,
     )  # fmt: skip
-    module, name = CALLS[kind]
-    call = Spreading(getattr(module, name), number, axis)
-    monkeypatch.setattr(module, name, call)
+    call = Spreading(getattr(kernels, CALLS[kind]), number, axis)
+    monkeypatch.setattr(Operations, CALLS[kind], call)
     check_case(config, number=3, most=40, full=True)
     if not call.done:
         pytest.skip("there are fewer tensors, or axes")
@@ -113,9 +112,8 @@ def test_near_keys_of_prompts(axis, which):
 
     def run():
         query, key, value = states
-        return near_prefill.attention(
-            query, NearKeys(key, value), tables, member, None, None, scale=0.25
-        )
+        call = AttentionCall(member, scale=0.25)
+        return near_prefill.merge_near(query, NearKeys(key, value), tables, None, call)
 
     want = run()
     states[which] = spread(states[which], axis)

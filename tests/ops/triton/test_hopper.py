@@ -11,8 +11,8 @@ from packed_cases import packed_case
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged_prefill, reference
-from chai_attention.ops import triton as kernels
+from chai_attention.ops import reference
+from op_calls import dispatched, kernels
 
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -32,7 +32,9 @@ def check(
     key, value = (torch.randn(batch, kv_heads, size, dim, dtype=dtype, device="cuda") for _ in "kv")
     q, k, v = clustered_inputs(member, query, key, value)
     options = {"scale": dim**-0.5, "return_lse": return_lse}
-    want, want_lse = reference.attention(q.double(), k.double(), v.double(), member, **options)
+    want, want_lse = reference.clustered_attention(
+        q.double(), k.double(), v.double(), member, **options
+    )
     k = F.pad(k, (0, 0, 0, spare), value=torch.nan)[:, :, :size]
     v = F.pad(v, (0, 0, 0, spare), value=torch.nan)
     if token_major:
@@ -84,10 +86,10 @@ def test_pages(page, dim):
     lengths[2] = 0
     pages = (case.caches.keys, case.caches.values, case.caches.table)
     options = {"most_queries": 200, "scale": dim**-0.5, "return_lse": True}
-    out, lse = paged_prefill.paged_prefill(
+    out, lse = dispatched.paged_prefill(
         case.query, *pages, member.to("cuda"), query_starts=case.starts, lengths=lengths, **options
     )
-    want, want_lse = paged_prefill.paged_prefill(
+    want, want_lse = dispatched.paged_prefill(
         case.query.double().cpu(), *(x.cpu().double() for x in pages[:2]), pages[2].cpu(), member,
         query_starts=case.starts.cpu(), lengths=lengths.cpu(), **options,
     )  # fmt: skip
@@ -138,5 +140,7 @@ def test_replays_in_a_cuda_graph(queries):
         q.normal_()
         out.fill_(torch.nan)
         graph.replay()
-        want, _ = reference.attention(q.double(), k.double(), v.double(), member, scale=0.1)
+        want, _ = reference.clustered_attention(
+            q.double(), k.double(), v.double(), member, scale=0.1
+        )
         torch.testing.assert_close(out.double(), want, atol=2e-3, rtol=2e-2)

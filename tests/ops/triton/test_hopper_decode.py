@@ -8,12 +8,13 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
-from chai_attention.ops import paged
+from chai_attention.ops import AttentionCall, PagedKV
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.triton import launch_decode, launch_hopper_decode, write
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from near_pages_cases import case_definition, near_case
+from op_calls import dispatched, kernels
 from paged_caches import paged_caches
 
 hopper_only = pytest.mark.skipif(
@@ -35,13 +36,13 @@ def _nan_memory(nan_memory):
 
 @pytest.fixture
 def decode(caplog, monkeypatch):
-    """`launch_decode.paged_decode`, which must take the Hopper kernel, for heads of 64 too."""
+    """`kernels.paged_decode`, which must take the Hopper kernel, for heads of 64 too."""
     monkeypatch.setattr(launch_hopper_decode, "DIMS", (64, 128))
 
     def call(*args, **options):
         caplog.clear()
         with caplog.at_level(logging.DEBUG, "chai_attention"):
-            result = launch_decode.paged_decode(*args, **options)
+            result = kernels.paged_decode(*args, **options)
         assert ", Hopper" in caplog.text
         return result
 
@@ -56,7 +57,7 @@ def test_pages_are_the_reference(heads, kv_heads, clusters, dim, page, dtype, de
     case = paged_caches(member, LENGTHS, page, dim, dim, dtype, "cuda", one_buffer=True)
     query = torch.randn(len(LENGTHS), heads, dim, dtype=dtype, device="cuda")
     options = {"scale": dim**-0.5, "return_lse": True}
-    want, want_lse = paged.paged_decode(
+    want, want_lse = dispatched.paged_decode(
         query.double().cpu(), case.keys.double().cpu(), case.values.double().cpu(),
         case.table.cpu(), member, lengths=case.lengths.cpu(), **options,
     )  # fmt: skip
@@ -101,7 +102,7 @@ def test_rows_of_a_table_that_only_the_device_knows(monkeypatch, decode):
     member = slots.select(rows).to("cpu")
     case = paged_caches(member, [40, 300, 90], 64, 128, 128, torch.bfloat16, "cuda")
     query = torch.randn(3, 16, 128, dtype=torch.bfloat16, device="cuda")
-    want, _ = paged.paged_decode(
+    want, _ = dispatched.paged_decode(
         query.double().cpu(), case.keys.double().cpu(), case.values.double().cpu(),
         case.table.cpu(), member, lengths=case.lengths.cpu(), scale=0.1,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def test_a_cuda_graph_sees_new_contents_and_repeats_itself():
     query = torch.randn(3, 12, 128, dtype=torch.bfloat16, device="cuda")
 
     def step():
-        return launch_decode.paged_decode(
+        return kernels.paged_decode(
             query, *case.pages, case.table, member, lengths=case.lengths, near=case.near,
             offset=head_offsets(None, member), scale=0.1,
         )[0]  # fmt: skip
@@ -163,19 +164,19 @@ def test_which_kernel_and_how_many_parts(
     batch, heads, kv_heads, clusters, size, kernel, splits, monkeypatch
 ):
     """On a processor like an H100 or an H200; nothing is computed."""
-    chosen = {}
-    monkeypatch.setattr(launch_decode, "decode", lambda *args, **options: chosen.update(options))
     monkeypatch.setattr(launch_decode, "processors", lambda device: 132)
     monkeypatch.setattr(launch_hopper_decode, "capability", lambda device: (9, 0))
     rep = torch.arange(heads) // (heads // clusters) * (heads // clusters)
     member = Membership.from_representatives(rep.expand(batch, -1), kv_heads=kv_heads)
     pages = torch.empty(1, 64, kv_heads, 128, dtype=torch.bfloat16)
-    launch_decode.paged_decode(
-        torch.empty(batch, heads, 128, dtype=torch.bfloat16), pages[:, :, : member.kept_keys],
-        pages, torch.zeros(batch, size // 64, dtype=torch.int32), member,
-        lengths=torch.zeros(batch, dtype=torch.int32), scale=1.0,
+    kv = PagedKV(
+        pages[:, :, : member.kept_keys], pages, torch.zeros(batch, size // 64, dtype=torch.int32),
+        torch.zeros(batch, dtype=torch.int32),
     )  # fmt: skip
-    assert (chosen["tensor_cores"], chosen["splits"]) == (kernel, splits)
+    query = torch.empty(batch, heads, 128, dtype=torch.bfloat16)
+    chunks = launch_decode.chunks_for(query, kv, member)
+    grid = launch_decode.choose_grid(query, kv, AttentionCall(member, 1.0), chunks)
+    assert (grid.tensor_cores, grid.splits) == (kernel, splits)
 
 
 def test_what_the_kernel_does_not_take(monkeypatch):

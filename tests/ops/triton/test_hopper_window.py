@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from chai_attention.ops import reference, windowed
 from chai_attention.ops.near import NearKeys
+from op_calls import dispatched
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -32,7 +33,7 @@ def case(
     heads, clusters, streaming, queries, size, recent, sinks=4, dim=128, kv_heads=None, batch=2,
     dtype=torch.bfloat16, offsets=True,
 ):  # fmt: skip
-    """A call of `windowed.attention` and what it should give."""
+    """A call of `windowed_attention` and what it should give."""
     kv_heads = kv_heads or heads
     member = random_membership(heads, clusters, batch, kv_heads, streaming).to("cuda")
     query = torch.randn(batch, heads, queries, dim, dtype=dtype, device="cuda")
@@ -48,7 +49,7 @@ def case(
     offset = windowed.head_offsets(table, member)
 
     def call():
-        return windowed.attention(
+        return dispatched.windowed(
             query, keys, values, member, near, tables, scale=dim**-0.5, offset=offset
         )
 

@@ -6,12 +6,12 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import cache_write, paged, paged_prefill
+from chai_attention.ops import cache_write
 from chai_attention.ops.narrow import FLOAT8, widen_pages
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.triton import launch_decode, widen, write
-from chai_attention.ops.triton import paged_prefill as kernels
+from chai_attention.ops.triton import widen, write
 from helpers import random_membership
+from op_calls import dispatched, kernels
 from packed_cases import packed_case
 from paged_caches import paged_caches
 
@@ -39,11 +39,11 @@ def test_decode(heads, kv_heads, clusters, dim, page, dtype):
     member = random_membership(heads, clusters, 4, kv_heads)
     case = paged_caches(member, lengths, page, dim, 40, dtype, DEVICE, stored=FLOAT8)
     query = torch.randn(4, heads, dim, dtype=dtype, device=DEVICE)
-    want, _ = paged.paged_decode(
+    want, _ = dispatched.paged_decode(
         double(query), double(case.keys), double(case.values), case.table.cpu(), member,
         lengths=case.lengths.cpu(), scale=dim**-0.5,
     )  # fmt: skip
-    got, _ = launch_decode.paged_decode(
+    got, _ = kernels.paged_decode(
         query, case.keys, case.values, case.table, member.to(DEVICE), lengths=case.lengths,
         scale=dim**-0.5,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def test_prefill_behind_a_context(heads, kv_heads, clusters, dim, page, dtype):
     )
     options = {"most_queries": 70, "scale": dim**-0.5}
     caches = case.caches
-    want, _ = paged_prefill.paged_prefill(
+    want, _ = dispatched.paged_prefill(
         double(case.query), double(caches.keys), double(caches.values), caches.table.cpu(), member,
         query_starts=case.starts.cpu(), lengths=caches.lengths.cpu(), **options,
     )  # fmt: skip

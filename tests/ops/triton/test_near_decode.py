@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_dense
-from chai_attention.ops.ring import NearRing, decode_recent
-from chai_attention.ops.triton import launch_decode
+from chai_attention.ops.ring import NearRing
 from helpers import random_membership
+from op_calls import dispatched, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -115,11 +115,13 @@ def test_window_is_the_definition(
     offset = windowed.head_offsets(offsets, member)
     valid = torch.arange(keys.shape[2]) >= first[:, None] if pad else None
     options["lengths"] = torch.tensor(lengths, dtype=torch.int32)
-    mine = decode_recent(query, keys, values, member, near, offset=offset, valid=valid, **options)
+    mine = dispatched.decode_recent(
+        query, keys, values, member, near, offset=offset, valid=valid, **options
+    )
     assert_close(mine.double(), want, atol=TOLERANCE[dtype], rtol=0)
     options["lengths"] = options["lengths"].to(DEVICE)
     token_major = values.transpose(1, 2).to(DEVICE).transpose(1, 2)
-    got = launch_decode.decode_recent(
+    got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), token_major, member.to(DEVICE), moved(near),
         offset=offset.to(DEVICE), valid=None if valid is None else valid.to(DEVICE), **options,
     )  # fmt: skip
@@ -138,7 +140,7 @@ def test_a_window_of_512(streaming):
         query, key, value, member, lengths, first, None, recent=512, sinks=4, scale=0.3
     )
     valid = torch.arange(keys.shape[2]) >= first[:, None]
-    got = launch_decode.decode_recent(
+    got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE), moved(near),
         lengths=torch.tensor(lengths).to(DEVICE), valid=valid.to(DEVICE), scale=0.3,
         offset=windowed.head_offsets(None, member.to(DEVICE)),
@@ -163,7 +165,7 @@ def test_streaming_heads_replay_in_a_cuda_graph(clusters, streaming):
 
     def step():
         write_dense(*newest, on_device[3], on_device[4], there, start, ring)
-        return decode_recent(
+        return dispatched.decode_recent(
             on_device[0], on_device[3], on_device[4], there, ring, lengths=(start + 1).int(),
             scale=0.2, offset=offset,
         )  # fmt: skip
@@ -195,9 +197,9 @@ def test_ring_that_begins_anywhere():
     want = definition(query, key, value, member, lengths, first, None, recent=8, sinks=2, scale=0.3)
     keys, values = keys[:, :, :40], values[:, :, :40]
     near = NearRing(near.ring.roll(3, 2), near.sinks, near.sink_positions, 8, begin=5)
-    mine = decode_recent(query, keys, values, member, near, scale=0.3)
+    mine = dispatched.decode_recent(query, keys, values, member, near, scale=0.3)
     assert_close(mine.double(), want, atol=2e-5, rtol=0)
-    got = launch_decode.decode_recent(
+    got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE),
         NearRing(*(x.to(DEVICE) for x in (near.ring, near.sinks, near.sink_positions)), 8, begin=5),
         scale=0.3,
@@ -220,13 +222,13 @@ def test_one_membership_for_all_and_sinks_at_one_place():
     near = NearRing(near.ring, near.sinks, positions, 8)
     options = {"lengths": torch.tensor(lengths), "scale": 0.3}
     assert_close(
-        decode_recent(query, keys, values, member, near, **options).double(),
+        dispatched.decode_recent(query, keys, values, member, near, **options).double(),
         want, atol=2e-5, rtol=0,
     )  # fmt: skip
     on_device = NearRing(
         near.ring.to(DEVICE), near.sinks.to(DEVICE), positions[:1].to(DEVICE).expand(3, -1), 8
     )
-    got = launch_decode.decode_recent(
+    got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE), on_device,
         lengths=options["lengths"].to(DEVICE), scale=0.3,
     )  # fmt: skip

@@ -11,10 +11,11 @@ from chai_attention.ops import cache_write
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.rows import update_rows
-from chai_attention.ops.triton import launch_decode, write
+from chai_attention.ops.triton import write
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership, random_representatives
 from near_pages_cases import case_definition, near_case
+from op_calls import kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -27,7 +28,7 @@ def _nan_memory(nan_memory):
 
 
 def attend(case, query, member, tables=None, rows=None, offsets=None, **options):
-    got, lse = launch_decode.paged_decode(
+    got, lse = kernels.paged_decode(
         query.to(DEVICE), *case.pages, case.table, (tables or member).to(DEVICE),
         lengths=case.lengths, near=case.near, rows=None if rows is None else rows.int().to(DEVICE),
         offset=None if (x := head_offsets(offsets, member)) is None else x.to(DEVICE), **options,
@@ -181,7 +182,7 @@ def test_near_pages_replay_in_a_cuda_graph(clusters, streaming):
         write.write_paged(
             key, value, *case.pages, slots, there, rows, case.near, near_slot_mapping=near_slots
         )
-        return launch_decode.paged_decode(
+        return kernels.paged_decode(
             query, *case.pages, case.table, there, lengths=case.lengths, near=case.near,
             offset=offset, scale=0.2,
         )[0]  # fmt: skip

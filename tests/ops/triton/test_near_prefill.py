@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import reference, windowed
+from chai_attention.ops import AttentionCall, reference, windowed
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton import near_prefill
 from helpers import random_membership
@@ -58,18 +58,17 @@ def check(
             for x in (key, value)
         )
     )
-    far = lse = None
+    far = None
     if tables.far is not None:
         keys = take(key, member.key_heads)[:, :, tables.far]
         late = take(query, member.slot_heads)[:, :, max(0, queries - keys.shape[2]) :]
-        far, lse = reference.attention(
+        far = reference.clustered_attention(
             late, keys, take(value, member.value_heads)[:, :, tables.far], member,
             valid=tables.far_valid, return_lse=True, **options,
         )  # fmt: skip
-    got = near_prefill.attention(
-        query, near, tables, member, far, lse,
-        offset=None if table is None else windowed.head_offsets(table, member), **options,
-    )  # fmt: skip
+    offset = None if table is None else windowed.head_offsets(table, member)
+    call = AttentionCall(member, offset=offset, **options)
+    got = near_prefill.merge_near(query, near, tables, far, call)
     assert got.shape == want.shape
     torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=0)
 

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged_prefill as ops
+from chai_attention.ops import Probe
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.triton import paged_prefill as kernels
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from near_cases import near_pages
+from op_calls import dispatched, kernels
 from packed_cases import packed_case
 
 CUDA = torch.cuda.is_available()
@@ -49,8 +49,8 @@ def check(
     )  # fmt: skip
     table = torch.randn(heads, heads) if offsets else None
     offset = head_offsets(table, member)
-    probe = ops.Probe(case.query, case.key, case.value, probe_end) if probe_end else None
-    want_probe = ops.Probe(*(double(x) for x in probe[:3]), probe_end) if probe else None
+    probe = Probe(case.query, case.key, case.value, probe_end) if probe_end else None
+    want_probe = Probe(*(double(x) for x in probe[:3]), probe_end) if probe else None
     options = {"most_queries": max(queries), "scale": dim**-0.5, "softcap": softcap}
     out = torch.full((total + tail, heads + 1, value_dim), torch.nan, dtype=dtype)
     out = out.to(DEVICE)[:, 1:]
@@ -65,12 +65,14 @@ def check(
         fused = torch.cat([case.query, case.key, case.value.expand_as(case.key)], 1)
         states = fused.split([heads, kv_heads, kv_heads], 1)
         options |= {"natural_order": True, "recent": recent, "sinks": sinks}
-        want, _ = ops.varlen_prefill(*(double(x) for x in states), tables, **wanted, **options)
+        want, _ = dispatched.varlen_prefill(
+            *(double(x) for x in states), tables, **wanted, **options
+        )
         kernels.varlen_prefill(*states, tables.to(DEVICE), out, **given, **options)
     else:
         caches = case.caches
         near = near_pages(member, caches, queries, near_page, recent, sinks)
-        want, _ = ops.paged_prefill(
+        want, _ = dispatched.paged_prefill(
             double(case.query), double(caches.keys), double(caches.values), caches.table.cpu(),
             tables, lengths=caches.lengths.cpu(),
             near=NearPages(

@@ -6,9 +6,8 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged
-from chai_attention.ops.triton import launch_decode
 from helpers import random_membership
+from op_calls import dispatched, kernels
 from paged_caches import paged_caches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,14 +38,12 @@ def test_pages_are_the_reference(heads, kv_heads, clusters, dim, page, one_buffe
     query = torch.randn(4, heads, dim, dtype=dtype, device=DEVICE)
     options = {"lengths": case.lengths, "scale": dim**-0.5, "return_lse": True}
     member = member.to(DEVICE)
-    want, want_lse = paged.paged_decode(
+    want, want_lse = dispatched.paged_decode(
         query.double().cpu(), case.keys.double().cpu(), case.values.double().cpu(),
         case.table.cpu(), member.to("cpu"), **{**options, "lengths": case.lengths.cpu()},
     )  # fmt: skip
     for part in (query, query.gather(1, member.slot_heads[:, :, None].expand(-1, -1, dim))):
-        got, lse = launch_decode.paged_decode(
-            part, case.keys, case.values, case.table, member, **options
-        )
+        got, lse = kernels.paged_decode(part, case.keys, case.values, case.table, member, **options)
         assert_close(got.double().cpu(), want, atol=TOLERANCE[dtype], rtol=0)
         assert_close(lse.cpu(), want_lse, atol=2e-3, rtol=1e-3)
 
@@ -58,12 +55,12 @@ def test_rows_of_a_longer_lived_membership(shared):
     member = slots.select(rows.long())
     case = paged_caches(member, [40, 7, 90], 16, 32, 32, torch.float32, DEVICE)
     query = torch.randn(3, 6, 32, device=DEVICE)
-    want, _ = paged.paged_decode(
+    want, _ = dispatched.paged_decode(
         query.cpu(), case.keys.cpu(), case.values.cpu(), case.table.cpu(), member,
         lengths=case.lengths.cpu(), scale=0.2,
     )  # fmt: skip
     out = torch.full((3, 7, 32), torch.nan, device=DEVICE)[:, :6]
-    got, _ = launch_decode.paged_decode(
+    got, _ = kernels.paged_decode(
         query, case.keys, case.values, case.table, slots.to(DEVICE), lengths=case.lengths,
         scale=0.2, rows=None if shared else rows.to(DEVICE), out=out, most_keys=90,
     )  # fmt: skip
@@ -76,11 +73,11 @@ def test_softcap():
     case = paged_caches(member, [40, 70], 16, 32, 32, torch.float32, DEVICE)
     query = torch.randn(2, 6, 32, device=DEVICE)
     options = {"scale": 0.5, "softcap": 3.0}
-    want, _ = paged.paged_decode(
+    want, _ = dispatched.paged_decode(
         query.cpu(), case.keys.cpu(), case.values.cpu(), case.table.cpu(), member,
         lengths=case.lengths.cpu(), **options,
     )  # fmt: skip
-    got, _ = launch_decode.paged_decode(
+    got, _ = kernels.paged_decode(
         query, case.keys, case.values, case.table, member.to(DEVICE), lengths=case.lengths,
         **options,
     )  # fmt: skip

@@ -9,10 +9,9 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged_prefill as ops
-from chai_attention.ops import reference
-from chai_attention.ops.triton import paged_prefill as kernels
+from chai_attention.ops import Probe, reference
 from helpers import random_membership
+from op_calls import dispatched, kernels
 from packed_cases import packed_case
 
 CUDA = torch.cuda.is_available()
@@ -53,12 +52,12 @@ def check(
         member, queries, contexts, page, dim, value_dim or dim, dtype, DEVICE, one_buffer, tail
     )
     caches, total = case.caches, sum(queries)
-    probe = ops.Probe(case.query, case.key, case.value, probe_end) if probe_end else None
+    probe = Probe(case.query, case.key, case.value, probe_end) if probe_end else None
     options = {"most_queries": max(queries), "scale": dim**-0.5, "softcap": softcap}
-    want, want_lse = ops.paged_prefill(
+    want, want_lse = dispatched.paged_prefill(
         case.query.double().cpu(), caches.keys.double().cpu(), caches.values.double().cpu(),
         caches.table.cpu(), tables, query_starts=case.starts.cpu(), lengths=caches.lengths.cpu(),
-        rows=rows, probe=None if probe is None else ops.Probe(
+        rows=rows, probe=None if probe is None else Probe(
             *(x.double().cpu() for x in probe[:3]), probe_end
         ), return_lse=True, **options,
     )  # fmt: skip
@@ -69,7 +68,7 @@ def check(
     for query in (case.query, case.query.gather(1, slots)):
         out = torch.full((total + tail, heads + 1, value_dim or dim), torch.nan, dtype=dtype)
         out = out.to(DEVICE)[:, 1:]
-        lse = kernels.paged_prefill(
+        _, lse = kernels.paged_prefill(
             query, caches.keys, caches.values, caches.table, tables.to(DEVICE), out,
             query_starts=case.starts, lengths=caches.lengths, probe=probe,
             rows=None if rows is None else rows.to(DEVICE), return_lse=True, **options,
@@ -117,7 +116,7 @@ def test_sequences_without_keys_get_zeros():
     lengths = case.caches.lengths.clone()
     lengths[1] = 0
     out = torch.empty(8, 6, 32, device=DEVICE)
-    lse = kernels.paged_prefill(
+    _, lse = kernels.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, member.to(DEVICE),
         out, query_starts=case.starts, lengths=lengths, most_queries=7, scale=0.2, return_lse=True,
     )  # fmt: skip

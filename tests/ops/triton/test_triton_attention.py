@@ -9,8 +9,8 @@ from helpers import clustered_inputs, random_membership
 pytest.importorskip("triton")
 
 from chai_attention.ops import reference
-from chai_attention.ops import triton as kernels
 from chai_attention.ops.triton.chunks import chunks_of
+from op_calls import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +33,7 @@ def check(
         valid = torch.arange(size, device=DEVICE) >= first
     q, k, v = clustered_inputs(member, query, key, value)
     options = {"scale": dim**-0.5, "softcap": softcap, "return_lse": True}
-    want, want_lse = reference.attention(
+    want, want_lse = reference.clustered_attention(
         q.double(), k.double(), v.double(), member, valid=valid, **options
     )
     if spare:
@@ -100,7 +100,7 @@ def test_head_sizes_of_k_and_v_may_differ():
         q, k = (torch.randn(2, 2, n, 40, device=DEVICE) for n in (queries, 30))
         v = torch.randn(2, 6, 30, 24, device=DEVICE)
         got, _ = kernels.attention(q, k, v, member, scale=0.2)
-        want, _ = reference.attention(q, k, v, member, scale=0.2)
+        want, _ = reference.clustered_attention(q, k, v, member, scale=0.2)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 

@@ -7,8 +7,7 @@ pytest.importorskip("triton")
 
 from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.membership import Membership
-from chai_attention.ops.online import Windows
-from chai_attention.ops.probe import window_gram
+from chai_attention.ops.probe import Windows, window_gram
 from chai_attention.ops.triton import online
 from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.runtime.plan import LayerPlan

@@ -11,8 +11,7 @@ pytest.importorskip("triton")
 from chai_attention.membership import Membership
 from chai_attention.ops.rows import MembershipRows
 from chai_attention.ops.triton import rows as kernels
-from chai_attention.ops.triton.chunks import chunks_of
-from chai_attention.ops.triton.paged_prefill import natural_chunks
+from chai_attention.ops.triton.chunks import chunks_of, natural_chunks
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_representatives
 

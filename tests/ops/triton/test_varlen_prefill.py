@@ -8,11 +8,11 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import paged_prefill as ops
-from chai_attention.ops.triton import paged_prefill as kernels
+from chai_attention.ops import Probe
 from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.ops.triton.hopper_work import plan
 from helpers import random_membership
+from op_calls import dispatched, kernels
 from packed_cases import packed_case, stored
 
 CUDA = torch.cuda.is_available()
@@ -40,21 +40,19 @@ def check(
     query, key, value = fused.split([heads, kv_heads, kv_heads], 1)
     if not natural:
         key, value = stored(case, member)
-    probe = (
-        ops.Probe(*fused.split([heads, kv_heads, kv_heads], 1), probe_end) if probe_end else None
-    )
+    probe = Probe(*fused.split([heads, kv_heads, kv_heads], 1), probe_end) if probe_end else None
     options = {
         "most_queries": max(queries), "scale": dim**-0.5, "softcap": softcap,
         "natural_order": natural,
     }  # fmt: skip
-    want, want_lse = ops.varlen_prefill(
+    want, want_lse = dispatched.varlen_prefill(
         *(x.double().cpu() for x in (query, key, value)), tables, query_starts=case.starts.cpu(),
-        probe=None if probe is None else ops.Probe(
+        probe=None if probe is None else Probe(
             *(x.double().cpu() for x in probe[:3]), probe_end
         ), return_lse=True, **options,
     )  # fmt: skip
     out = torch.full((total + tail, heads, dim), torch.nan, dtype=dtype, device=DEVICE)
-    lse = kernels.varlen_prefill(
+    _, lse = kernels.varlen_prefill(
         query, key, value, tables.to(DEVICE), out, query_starts=case.starts, probe=probe,
         return_lse=True, **options,
     )  # fmt: skip

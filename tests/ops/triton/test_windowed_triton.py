@@ -8,8 +8,8 @@ from helpers import random_membership
 pytest.importorskip("triton")
 
 from chai_attention.ops import reference, windowed
-from chai_attention.ops import triton as kernels
 from chai_attention.ops.near import NearKeys
+from op_calls import kernels
 
 # the interpreter's way of saying that a sequence without far keys has no largest score
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -18,9 +18,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch, nan_memory):
-    """Take the kernels on any device, and fill fresh memory with NaN."""
-    monkeypatch.setattr(windowed, "clustered", kernels.attention)
+def _nan_memory(nan_memory):
+    """Fresh memory holds NaN."""
 
 
 def take(states, heads):
@@ -56,7 +55,7 @@ def check(
     )
     # V token-major, as the cache holds it
     stored = take(value, member.value_heads).transpose(1, 2).contiguous().transpose(1, 2)
-    got = windowed.attention(
+    got = kernels.windowed(
         query, take(key, member.key_heads), stored, member, near, tables,
         offset=windowed.head_offsets(offsets, member), **options,
     )  # fmt: skip

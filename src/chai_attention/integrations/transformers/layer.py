@@ -25,8 +25,13 @@ from chai_attention.integrations.transformers.memory import LayerMemory, Probe
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import near_keys
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, windowed
-from chai_attention.ops.ring import decode_recent
+from chai_attention.ops import (
+    AttentionCall,
+    DenseKV,
+    attention,
+    decode_recent,
+    windowed_attention,
+)
 
 WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
 
@@ -43,7 +48,7 @@ class ClusteredLayer(LayerMemory):
             query: ``[B, H, Q, D]`` of the new tokens, all heads.
             padding: which tokens, old and new, are real.
             scale: factor on the scores.
-            softcap: as in `ops.reference.attention`.
+            softcap: as in `ops.reference.clustered_attention`.
 
         Returns:
             ``[B, Q, H, Dv]``.
@@ -95,17 +100,14 @@ class ClusteredLayer(LayerMemory):
         queries = query.shape[2]
         if self.plan.has_recent_window and queries == 1 and query.device.type in WITH_RINGS:
             ring = self._recent.step((key, value), member, padding, self.record_past)
-            return decode_recent(
-                query, keys, values, member, ring, offset=self._offset, valid=padding.valid,
-                **options,
-            )  # fmt: skip
+            call = AttentionCall(member, offset=self._offset, **options)
+            return decode_recent(query, DenseKV(keys, values, valid=padding.valid), ring, call)
         if self.plan.has_recent_window:
             new, held = (key, value), (keys, values)
             near = self._recent.extend(new, held, member, padding, self.record_past)
             tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
-            return windowed.attention(
-                query, keys, values, member, near, tables, offset=self._offset, **options
-            )
+            call = AttentionCall(member, offset=self._offset, **options)
+            return windowed_attention(query, DenseKV(keys, values), near, tables, call)
         query = slot_queries(member, query)
         return attention(query, keys, values, member, valid=padding.valid, **options)[0]
 
@@ -166,8 +168,9 @@ class ClusteredLayer(LayerMemory):
         if plan.has_recent_window:
             near = near_keys(keys, values, part, queries, plan.recent, plan.sinks)
             tables = part.window_tables(queries, plan.recent, plan.sinks)
-            options = {**options, "near": near, "tables": tables, "offset": self._offset_of(member)}
-            clustered = windowed.attention(query, stored, ordered, member, **options)
+            call = AttentionCall(member, offset=self._offset_of(member), **options)
+            kv = DenseKV(stored, ordered)
+            clustered = windowed_attention(query, kv, near, tables, call)
         else:
             query = slot_queries(member, query)
             clustered = attention(query, stored, ordered, member, valid=part.valid, **options)[0]

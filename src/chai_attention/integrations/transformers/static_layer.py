@@ -24,9 +24,15 @@ from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
 from chai_attention.membership import Membership
-from chai_attention.ops import attention, windowed
+from chai_attention.ops import (
+    AttentionCall,
+    DenseKV,
+    attention,
+    decode_recent,
+    windowed_attention,
+)
 from chai_attention.ops.cache_write import write_dense
-from chai_attention.ops.ring import NearRing, decode_recent
+from chai_attention.ops.ring import NearRing
 from chai_attention.runtime.plan import LayerPlan
 
 
@@ -269,22 +275,20 @@ class StaticClusteredLayer(ClusteredLayer):
             return attention(query, keys, values, member, valid=padding.valid, **options)[0]
         near = recent.extend((key, value), (keys, values), member, padding, record=False)
         tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
-        return windowed.attention(
-            query, keys, values, member, near, tables, offset=self._offset, **options
-        )
+        call = AttentionCall(member, offset=self._offset, **options)
+        return windowed_attention(query, DenseKV(keys, values), near, tables, call)
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """One new token: shapes never change, and nothing is read on the host."""
         assert self.membership is not None
         self._write(key, value)
-        options = {"lengths": self.tokens.lengths, "valid": self.tokens.valid, **options}
+        kv = DenseKV(self._key, self._value, self.tokens.lengths, self.tokens.valid)
         if self._near is not None:
-            return decode_recent(
-                query, self._key, self._value, self.membership, self._near, offset=self._offset,
-                **options,
-            )  # fmt: skip
+            call = AttentionCall(self.membership, offset=self._offset, **options)
+            return decode_recent(query, kv, self._near, call)
         query = slot_queries(self.membership, query)
-        return attention(query, self._key, self._value, self.membership, **options)[0]
+        options = {"lengths": kv.lengths, "valid": kv.valid, **options}
+        return attention(query, kv.key, kv.value, self.membership, **options)[0]
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         """Write new tokens."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,20 @@ from chai_attention.integrations.vllm.memberships import (
     probe_range,
 )
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, PackedTokens, SubBatch
+from chai_attention.ops import (
+    AttentionCall,
+    PackedKV,
+    PackedQueries,
+    PagedKV,
+    Probe,
+    paged_decode,
+    paged_prefill,
+    varlen_prefill,
+)
 from chai_attention.ops.narrow import FLOAT8, widen_pages
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import paged_decode
-from chai_attention.ops.paged_prefill import Probe, paged_prefill, varlen_prefill
 from chai_attention.runtime.plan import LayerPlan
 
-Window = dict[str, Any]  # the exact window's arguments of an operation
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
 # tokens whose 8-bit pages are copied at a time; prompts behind more read the pages themselves
 MOST_COPIED = 32768
@@ -88,7 +93,7 @@ class StepAttention:
         plan: the layer's heads on this rank.
         memberships: of the layer's requests.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
         workspace: for copies of 8-bit pages.
     """
 
@@ -168,15 +173,15 @@ class StepAttention:
     ) -> None:
         """Attend with one token of each of the first requests."""
         member, rows = self.memberships.of(part.first_pages)
-        window: Window = {}
+        near = offset = None
         if self.plan.has_recent_window:
             near = self.near_pages(pages, part.near_table, part.block_table)
-            window = {"near": near, "offset": self.memberships.offsets(part.first_pages)}
-        paged_decode(
-            query[part.tokens], pages.key, pages.value, part.block_table, member,
-            lengths=part.seq_lens, scale=self.scale, softcap=self.softcap, rows=rows,
-            out=out[part.tokens], most_keys=step.max_seq_len, **window,
-        )  # fmt: skip
+            offset = self.memberships.offsets(part.first_pages)
+        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
+        kv = PagedKV(
+            pages.key, pages.value, part.block_table, part.seq_lens, near, step.max_seq_len
+        )
+        paged_decode(query[part.tokens], kv, call, out[part.tokens])
 
     def _prefill(
         self,
@@ -191,22 +196,15 @@ class StepAttention:
         """Attend with some of the requests behind the decodes."""
         query, key, value = (x[part.tokens] for x in (query, key, value))
         member, rows = self.memberships.of(part.first_pages)
-        options: dict[str, Any] = {
-            "query_starts": part.query_start_loc,
-            "most_queries": part.max_query_len,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "rows": rows,
-            "out": out[part.tokens],
-        }
+        probe = offset = None
         if self.plan.needs_probe and part.has_new:
-            options["probe"] = Probe(query, key, value, self.plan.probe_end)
+            probe = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
-            options["offset"] = self.memberships.offsets(part.first_pages)
+            offset = self.memberships.offsets(part.first_pages)
+        queries = PackedQueries(query, part.query_start_loc, part.max_query_len)
+        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
         if part.is_new:
-            varlen_prefill(
-                query, key, value, member, natural_order=True, **options, **self._window()
-            )
+            varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
             return
         near = self.near_pages(pages, part.near_table, part.block_table)
         far, table = (pages.key, pages.value), part.block_table
@@ -215,13 +213,14 @@ class StepAttention:
             widened = self.workspace.widen(far, used)
             if widened is not None:
                 far, table = widened, places
-        paged_prefill(query, *far, table, member, lengths=part.seq_lens, near=near, **options)
+        kv = PagedKV(*far, table, part.seq_lens, near)
+        paged_prefill(queries, kv, call, out[part.tokens], probe)
 
-    def _window(self) -> Window:
-        """The exact window of prompts that attend to K and V as they come."""
+    def _new(self, key: Tensor, value: Tensor) -> PackedKV:
+        """K and V of prompts that attend to them as they come."""
         if not self.plan.has_recent_window:
-            return {}
-        return {"recent": self.plan.recent, "sinks": self.plan.sinks}
+            return PackedKV(key, value, natural_order=True)
+        return PackedKV(key, value, True, self.plan.recent, self.plan.sinks)
 
     def _behind_probes(
         self, step: ChaiMetadata, query: Tensor, key: Tensor, value: Tensor, out: Tensor
@@ -262,11 +261,8 @@ class StepAttention:
         q, k, v = (x[some.tokens] for x in (query, key, value))
         first_pages = step.first_pages[some.requests]
         member, rows = self.memberships.of(first_pages)
-        window = self._window()
-        if window:
-            window["offset"] = self.memberships.offsets(first_pages)
-        return varlen_prefill(
-            q, k, v, member, query_starts=some.query_start_loc, most_queries=some.max_query_len,
-            scale=self.scale, softcap=self.softcap, rows=rows, natural_order=True,
-            probe=Probe(q, k, v, own) if own else None, **window,
-        )[0]  # fmt: skip
+        offset = self.memberships.offsets(first_pages) if self.plan.has_recent_window else None
+        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
+        probe = Probe(q, k, v, own) if own else None
+        queries = PackedQueries(q, some.query_start_loc, some.max_query_len)
+        return varlen_prefill(queries, self._new(k, v), call, probe=probe)[0]

@@ -185,7 +185,7 @@ class PageMemberships:
             key: ``[T, G, D]``.
             value: ``[T, G, Dv]``.
             scale: factor on the scores.
-            softcap: as in `ops.reference.attention`.
+            softcap: as in `ops.reference.clustered_attention`.
         """
         if step.new and (found := step.deciders(*self._range)) is not None:
             representatives = self.layer.plan.packed_representatives(
@@ -228,15 +228,14 @@ def _own_tables(member: Membership) -> Iterator[Tensor]:
 
 def _kernel_tables(member: Membership, head_dim: int, has_window: bool) -> Iterator[Tensor]:
     """How kernels deal out heads, in decode and in prefill."""
-    from chai_attention.ops.triton import launch_decode, prefill
-    from chai_attention.ops.triton.chunks import chunks_of, members_of
+    from chai_attention.ops.triton import launch_decode, launch_prefill
+    from chai_attention.ops.triton.chunks import chunks_of, members_of, natural_chunks
     from chai_attention.ops.triton.decode import padded
-    from chai_attention.ops.triton.paged_prefill import natural_chunks
 
     heads = len(member.far_heads)
     decode, prompts = (
         members_of(heads, member.clusters, columns // padded(head_dim))
-        for columns in (launch_decode.COLUMNS, prefill.COLUMNS)
+        for columns in (launch_decode.COLUMNS, launch_prefill.COLUMNS)
     )
     # with a window a program takes two members at most; on Hopper also where one would do
     sizes = {min(2, prompts), 2} if has_window else {prompts}

@@ -12,7 +12,7 @@ from __future__ import annotations
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,6 +50,16 @@ class Chunks:
     def count(self) -> int:
         """N, the number of chunks a row can have."""
         return self.slot.shape[1]
+
+    @property
+    def members(self) -> int:
+        """M, the most heads that a chunk can have."""
+        return self.head.shape[2]
+
+    @property
+    def stride(self) -> int:
+        """From a sequence's row to the next one's: 0 if all share one."""
+        return 0 if self.slot.shape[0] == 1 else 1
 
     @cached_property
     def used(self) -> tuple[Tensor, Tensor]:
@@ -192,3 +202,17 @@ def _deal_clusters(membership: Membership, members: int) -> Chunks:
 def _needed(representatives: tuple[int, ...], members: int) -> int:
     """Chunks of one row."""
     return sum(-(-size // members) for size in Counter(representatives).values())
+
+
+def natural_chunks(membership: Membership, members: int) -> Chunks:
+    """`chunks_of`, but for K and V of all K/V heads in their natural order."""
+    return membership.derive(_deal_natural, members)
+
+
+def _deal_natural(membership: Membership, members: int) -> Chunks:
+    chunks, group = chunks_of(membership, members), membership.group_size
+    return replace(
+        chunks,
+        key=torch.div(chunks.query, group, rounding_mode="floor"),  # -1 stays -1
+        value=torch.div(chunks.head, group, rounding_mode="floor"),
+    )

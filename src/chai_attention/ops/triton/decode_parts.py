@@ -1,6 +1,7 @@
 """Decode: one query per sequence attends to a part of the far keys, or to its nearest ones.
 
-The same kernel serves contiguous caches and pages. `split_decode` merges the parts.
+The same kernel serves contiguous caches and pages; a second one merges the parts by their
+log-sum-exp. `launch_decode` launches both.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from chai_attention.ops.triton.decode import _line_of, _scores_base2
+from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2
 from chai_attention.ops.triton.near_decode import _sink_stop, near_part
 
 
@@ -150,3 +151,64 @@ def _parts(
     tl.store(acc_ptr + (part * sets + split) * (M * DVP) + column, tl.sum(acc, axis=0))
     tl.store(sum_ptr + (part * sums + split) * 2, best)
     tl.store(sum_ptr + (part * sums + split) * 2 + 1, weight)
+
+
+@triton.jit(do_not_specialize=["chunks", "streaming", "splits", "clusters"])
+def _merge(
+    acc_ptr, sum_ptr, slot_ptr, head_ptr, rows_ptr, out_ptr, lse_ptr, offset_ptr,
+    chunks, streaming, splits, clusters, stride_ob, stride_oh, stride_t, stride_offset,
+    DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_NEAR: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one chunk's member, and its nearest keys, and write its output.
+
+    The first ``streaming`` chunks have nearest keys only. The columns of V may be dealt to several
+    programs.
+    """
+    chunk, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    lane, part_of = tl.program_id(1) % M, tl.program_id(1) // M
+    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
+    head = tl.load(head_ptr + (line * chunks + chunk) * M + lane)
+    if head < 0:
+        return
+    dv = part_of * COLUMNS + tl.arange(0, COLUMNS)
+    if EARLY:
+        gdc_wait()
+    split = tl.arange(0, SPLITS)
+    there = split < tl.where(chunk >= streaming, splits, 0)
+    part = row * chunks + chunk
+    sums = part * splits
+    sets = part * splits
+    if HAS_NEAR:
+        sums += part * M
+        sets += part
+    best = tl.load(sum_ptr + (sums + split) * 2, mask=there, other=float("-inf"))
+    weight = tl.load(sum_ptr + (sums + split) * 2 + 1, mask=there, other=0.0)
+    if HAS_OFFSET:
+        best += tl.load(offset_ptr + row * stride_offset + head) * LOG2_E
+    top = tl.max(best, axis=0)
+    if HAS_NEAR:
+        near_best = tl.load(sum_ptr + (sums + splits + lane) * 2)
+        near_weight = tl.load(sum_ptr + (sums + splits + lane) * 2 + 1)
+        near_out = tl.load(acc_ptr + ((sets + splits) * M + lane) * DVP + dv)
+        top = tl.maximum(top, near_best)
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen at all: zeros, not NaN
+    factor = tl.exp2(best - base)
+    total = tl.sum(weight * factor, axis=0)
+    acc = tl.load(
+        acc_ptr + (sets + split)[:, None] * (M * DVP) + lane * DVP + dv[None, :],
+        mask=there[:, None] & (factor[:, None] > 0), other=0.0,
+    )  # fmt: skip
+    out = tl.sum(acc * factor[:, None], axis=0)
+    if HAS_NEAR:
+        share = tl.exp2(near_best - base)
+        total += near_weight * share
+        out += near_out * share
+    out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
+    target = out_ptr + row * stride_ob + head * stride_oh + dv
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
+    if HAS_LSE and tl.program_id(1) == 0:
+        slot = tl.load(slot_ptr + line * chunks + chunk)
+        lse = (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E
+        tl.store(lse_ptr + row * clusters + slot, tl.where(total > 0, lse, float("-inf")))

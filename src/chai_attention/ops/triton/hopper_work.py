@@ -113,8 +113,8 @@ def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -
     made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
     _plan[(1,)](
         query_starts, rows, chunks.head, made, chunks.count, batch,
-        0 if chunks.slot.shape[0] == 1 else 1,
-        CHUNKS_P=power_of_2(chunks.count), M=chunks.head.shape[2], TILE=tile,
+        chunks.stride,
+        CHUNKS_P=power_of_2(chunks.count), M=chunks.members, TILE=tile,
         HAS_ROWS=rows is not None, num_warps=4,
     )  # fmt: skip
     return made

@@ -1,24 +1,30 @@
-"""Chooses the decode kernel's tiles and its splits of the context."""
+"""Decode in two launches: parts of the context, then their merge (`decode_parts`).
+
+An exact recent window is a part, too, one for each head. Chooses the kernel's tiles and how the
+context is split.
+"""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall, DenseKV, PagedKV
 from chai_attention.ops.narrow import FLOAT8
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import launch_hopper_decode
-from chai_attention.ops.triton.checks import check
-from chai_attention.ops.triton.chunks import chunks_of, members_of
+from chai_attention.ops.triton.checks import by_line, check
+from chai_attention.ops.triton.chunks import Chunks, chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
+from chai_attention.ops.triton.near_decode import near_block
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
-from chai_attention.ops.triton.split_decode import decode
 
 logger = logging.getLogger("chai_attention")
 
@@ -46,122 +52,121 @@ GROUPED_SPLITS = 8
 MERGE_PROGRAMS = 256  # fewer leave processors idle while the splits are read
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    *,
-    scale: float,
-    lengths: Tensor | None = None,
-    valid: Tensor | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`ops.reference.attention` for a single query per sequence."""
-    check(query, key, value)
-    lse = _lse(membership, query) if return_lse else None
-    out = _run(
-        query[:, :, 0], key, value, membership, lse, key.shape[2],
-        scale=scale, lengths=lengths, valid=valid, softcap=softcap,
-    )  # fmt: skip
+def dense_decode(query: Tensor, kv: DenseKV, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """`dispatch.attention` for a single query per sequence, ``[B, k, 1, D]``."""
+    check(query, kv.key, kv.value)
+    out = _empty(query, kv.value, call)
+    lse = _run(query[:, :, 0], kv, None, call, out)
     return out[:, None], None if lse is None else lse[:, :, None]
 
 
-def decode_recent(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    near: NearRing,
-    *,
-    lengths: Tensor | None = None,
-    scale: float,
-    offset: Tensor | None = None,
-    valid: Tensor | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`ops.ring.decode_recent` in two launches."""
-    check(query, key, value, *(memory for pair in near.memories for memory in pair))
-    out = _run(
-        query[:, :, 0], key, value, membership, None, key.shape[2],
-        scale=scale, lengths=lengths, valid=valid, softcap=softcap, near=near, offset=offset,
-    )  # fmt: skip
+def ring_decode(query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall) -> Tensor:
+    """`dispatch.decode_recent`."""
+    check(query, kv.key, kv.value, *(memory for pair in ring.memories for memory in pair))
+    out = _empty(query, kv.value, call)
+    _run(query[:, :, 0], kv, ring, call, out)
     return out[:, None]
 
 
-def paged_decode(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    block_table: Tensor,
-    membership: Membership,
-    *,
-    lengths: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    rows: Tensor | None = None,
-    near: NearPages | None = None,
-    offset: Tensor | None = None,
-    out: Tensor | None = None,
-    return_lse: bool = False,
-    most_keys: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`ops.paged.paged_decode` in two launches."""
+def paged_decode(query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor) -> Tensor | None:
+    """`dispatch.paged_decode`; returns the lse."""
+    near = pages.window
     own = () if near is None else (near.key, near.value)
-    check(query, pages=(key_pages, value_pages, *own))
-    lse = _lse(membership, query) if return_lse else None
-    size = most_keys or block_table.shape[1] * key_pages.shape[1]
-    result = _run(
-        query, key_pages, value_pages, membership, lse, size, out=out, scale=scale,
-        lengths=lengths, softcap=softcap, table=block_table, rows=rows, near=near, offset=offset,
-    )  # fmt: skip
-    return result, lse
+    check(query, pages=(pages.key, pages.value, *own))
+    return _run(query, pages, near, call, out)
 
 
-def _lse(membership: Membership, query: Tensor) -> Tensor:
-    shape = (query.shape[0], membership.clusters)
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
+def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    shape = (query.shape[0], call.membership.heads, value.shape[3])
+    return torch.empty(shape, dtype=query.dtype, device=query.device)
 
 
 def _run(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    membership: Membership,
-    lse: Tensor | None,
-    size: int,
-    *,
-    out: Tensor | None = None,
-    near: NearPages | NearRing | None = None,
-    **options: Any,
-) -> Tensor:
-    """Choose tiles for ``size`` keys and launch; ``[B, H, Dv]``."""
-    batch, _, dim = query.shape
-    heads, clusters = membership.heads, membership.clusters
-    if out is None:
-        shape = (batch, heads, value.shape[3])
-        out = torch.empty(shape, dtype=query.dtype, device=query.device)
-    wide = padded(max(dim, value.shape[3]))
-    far_heads = len(membership.far_heads)
-    members = members_of(far_heads, clusters, COLUMNS // wide)
-    chunks = chunks_of(membership, members)
+    kv: DenseKV | PagedKV,
+    near: NearRing | NearPages | None,
+    call: AttentionCall,
+    out: Tensor,
+) -> Tensor | None:
+    """Choose tiles and splits and launch, into ``out [B, H, Dv]``; return the lse ``[B, k]``."""
+    member = call.membership
+    lse = None
+    if call.return_lse:
+        shape = (query.shape[0], member.clusters)
+        lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    chunks = chunks_for(query, kv, member)
+    grid = choose_grid(query, kv, call, chunks)
+    logger.debug(
+        "decode kernel%s%s%s: %d members a program, %d splits",
+        ", paged" if isinstance(kv, PagedKV) else "",
+        ", recent window" if near is not None else "",
+        ", Hopper" if grid.tensor_cores else "",
+        chunks.members,
+        grid.splits,
+    )
+    _launch(query, kv, near, call, chunks, grid, out, lse)
+    return lse
+
+
+def chunks_for(query: Tensor, kv: DenseKV | PagedKV, member: Membership) -> Chunks:
+    """How heads are dealt out."""
+    wide = padded(max(query.shape[2], kv.value.shape[3]))
+    return chunks_of(member, members_of(len(member.far_heads), member.clusters, COLUMNS // wide))
+
+
+class Grid(NamedTuple):
+    """How `decode_parts` runs.
+
+    Attributes:
+        splits: parts of the context.
+        block: keys of a step.
+        warps: of a program.
+        stages: loads in flight.
+        lines: keys of a block whose sums are kept apart until the end.
+        registers: of a thread, at most.
+        merge_columns: columns of V of a merging program; None for all.
+        early: whether the merge may be launched while the last parts are written (Hopper and
+            later).
+        tensor_cores: whether the Hopper kernel computes the parts (`launch_hopper_decode`); then
+            of the others only ``splits``, ``early`` and ``merge_columns`` count.
+    """
+
+    splits: int
+    block: int
+    warps: int
+    stages: int
+    lines: int
+    registers: int
+    merge_columns: int | None
+    early: bool
+    tensor_cores: bool
+
+
+def choose_grid(query: Tensor, kv: DenseKV | PagedKV, call: AttentionCall, chunks: Chunks) -> Grid:
+    """Choose the kernel, its tiles and its splits of the context."""
+    member, key, value = call.membership, kv.key, kv.value
+    table, size = None, key.shape[2]
+    if isinstance(kv, PagedKV):
+        table = kv.block_table
+        size = kv.max_seqlen_k or table.shape[1] * key.shape[1]
+    batch, device, heads, members = query.shape[0], query.device, member.heads, chunks.members
+    wide = padded(max(query.shape[2], value.shape[3]))
     columns = members * wide
     # of chunks known on the device only, as many as clusters of equal size have
     used = chunks.count - chunks.streaming
-    used = used if chunks.exact else max(clusters, cdiv(far_heads, members))
+    used = used if chunks.exact else max(member.clusters, cdiv(len(member.far_heads), members))
     programs = batch * max(1, used)
-    grouped = membership.group_size > 1
+    grouped = member.group_size > 1
     is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
-    small_pages = options.get("table") is not None and key.shape[1] % block != 0
+    small_pages = table is not None and key.shape[1] % block != 0
     resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
     width = columns * max(2, value.element_size()) // 2
     at_a_time = next(count for least, count in resident.items() if width >= least)
-    slots = processors(query.device)
+    slots = processors(device)
     tensor_cores = (
         chunks.count > chunks.streaming  # else all heads stream: near keys only
-        and launch_hopper_decode.fits(query, key, value, options.get("table"))
+        and launch_hopper_decode.fits(query, key, value, table)
         and (members < HOPPER_MEMBERS or programs <= slots // 4)
     )
     if tensor_cores:
@@ -169,38 +174,25 @@ def _run(
         alone = slots // programs
         if chunks.exact and alone > 1 and programs * alone >= FULL_ENOUGH * slots and not grouped:
             at_a_time = 1
-    splits = splits_of(programs, at_a_time, size, query.device)
+    splits = splits_of(programs, at_a_time, size, device)
     if tensor_cores and grouped:
         splits = max(splits, min(GROUPED_SPLITS, cdiv(size, MIN_KEYS_PER_SPLIT)))
     merging = max(1, MERGE_PROGRAMS // (batch * heads))
-    logger.debug(
-        "decode kernel%s%s%s: %d members a program, %d splits",
-        ", paged" if options.get("table") is not None else "",
-        ", recent window" if near is not None else "",
-        ", Hopper" if tensor_cores else "",
-        members,
-        splits,
-    )
-    decode(
-        query, key, value, chunks, out, lse,
-        clusters=clusters, kv_heads=membership.kv_heads, near=near,
-        key_place=None if near is None else membership.key_place,
+    return Grid(
         splits=splits,
         block=block,
         warps=warps,
-        # else the compiler may take more, and fewer programs run at a time than were planned for
-        registers=min(255, REGISTERS // (at_a_time * warps * 32) // 8 * 8),
         # wide loads of small pages wait for the block table: they are not worth running ahead
         stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
         # keys of different warps: with half the bytes to wait for, adding them up in every block
         # would be most of the time; in 16 bits it costs nothing that could be measured
         lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
-        early=capability(query.device) >= (9, 0),
+        # else the compiler may take more, and fewer programs run at a time than were planned for
+        registers=min(255, REGISTERS // (at_a_time * warps * 32) // 8 * 8),
         merge_columns=max(16, wide // power_of_2(merging)) if merging > 1 else None,
+        early=capability(device) >= (9, 0),
         tensor_cores=tensor_cores,
-        **options,
-    )  # fmt: skip
-    return out
+    )
 
 
 def splits_of(programs: int, resident: int, size: int, device: torch.device) -> int:
@@ -221,3 +213,127 @@ def splits_of(programs: int, resident: int, size: int, device: torch.device) -> 
         if share > 0.95:
             break
     return best
+
+
+class _Window(NamedTuple):
+    """What `_parts` takes of a recent window, in its order.
+
+    Attributes:
+        tensors: ring or near pages of K, sinks of K, the same of V, positions of the sinks, and
+            block table of the near pages; None for what there is not.
+        strides: of row or page, head and token, of both rings or near pages; of the sinks; of
+            their positions.
+        sizes: w, R and the ring's shift.
+        stride_table: of the block table.
+        sinks: s.
+        page: tokens of a near page; 0 for a ring.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, int, int]
+    stride_table: int
+    sinks: int
+    page: int
+
+
+def _window_of(near: NearPages | NearRing | None) -> _Window:
+    if near is None:
+        return _Window((None,) * 6, (0,) * 13, (0, 1, 0), 0, 0, 0)
+    if isinstance(near, NearPages):
+        table = by_line(near.block_table)
+        of_pages = (x.stride(axis) for x in (near.key, near.value) for axis in (0, 2, 1))
+        return _Window(
+            (near.key, None, near.value, None, None, table), (*of_pages, *(0,) * 7),
+            (near.recent, 1, 0), table.stride(0), near.sinks, near.page,
+        )  # fmt: skip
+    ring, first, positions = near.ring, near.sinks, by_line(near.sink_positions)
+    value_ring, value_first = near.value_ring, near.value_sinks
+    strides = (
+        0 if memory is None else memory.stride(axis)
+        for memory in (ring, value_ring, first, value_first)
+        for axis in (0, 1, 2)
+    )
+    return _Window(
+        (ring, first, value_ring, value_first, positions, None), (*strides, positions.stride(0)),
+        (near.recent, near.size, near.shift), 0, first.shape[2], 0,
+    )  # fmt: skip
+
+
+def _launch(
+    query: Tensor,
+    kv: DenseKV | PagedKV,
+    near: NearPages | NearRing | None,
+    call: AttentionCall,
+    chunks: Chunks,
+    grid: Grid,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Write ``out [B, H, Dv]``, of any strides but the last, and ``lse [B, k]``."""
+    key, value, member, softcap, splits = (
+        kv.key,
+        kv.value,
+        call.membership,
+        call.softcap,
+        grid.splits,
+    )
+    batch, dim, value_dim = query.shape[0], query.shape[2], value.shape[3]
+    members, wide, kv_heads = chunks.members, padded(value_dim), member.kv_heads
+    table: Tensor | None = None
+    valid: Tensor | None = None
+    # strides of sequence or page, head, token
+    if isinstance(kv, PagedKV):
+        page, size, order = key.shape[1], 0, (0, 2, 1)
+        lengths: Tensor | None = by_line(kv.seq_lens)
+        table = by_line(kv.block_table)
+    else:
+        page, size, order = 0, key.shape[2], (0, 1, 2)
+        lengths, valid = by_line(kv.lengths), by_line(kv.valid)
+    rows, offset, own = by_line(call.membership_ids), by_line(call.offset), near is not None
+    window = _window_of(near)
+    near_keys = 0
+    if own:
+        near_keys = near_block(window.sizes[0] + window.sinks, max(padded(dim), wide), grid.warps)
+    # a window is one part more, with sums of its own for every member
+    parts, device = (batch, chunks.count), query.device
+    acc = torch.empty(*parts, splits + own, members * wide, dtype=torch.float32, device=device)
+    sums = torch.empty(*parts, splits + own * members, 2, dtype=torch.float32, device=device)
+    heads = chunks.query if query.shape[1] == member.heads else chunks.slot
+    if grid.tensor_cores:
+        assert isinstance(kv, PagedKV)
+        launch_hopper_decode.launch_parts(query, kv, call, chunks, heads, acc, sums)
+    else:
+        near_programs = batch * chunks.count * members * own
+        far_programs = (chunks.count - chunks.streaming) * splits * batch
+        _parts[(near_programs + far_programs,)](
+            query, key, value, lengths, valid, table, rows,
+            heads, chunks.key, chunks.value, chunks.head, acc, sums,
+            *window.tensors, member.key_place if own else None,
+            call.scale, softcap or 1.0, size, near_programs, chunks.count, chunks.streaming, splits,
+            *window.sizes, key.shape[order[1]], value.shape[order[1]],
+            query.stride(0), query.stride(1),
+            *(key.stride(axis) for axis in order), *(value.stride(axis) for axis in order),
+            0 if valid is None else valid.stride(0), 0 if table is None else table.stride(0),
+            chunks.stride, window.stride_table, *window.strides,
+            D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=grid.block, PAGE=page,
+            GROUP=member.group_size, KV_HEADS=kv_heads, NEAR=near_keys,
+            STEPS=cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
+            NEAR_PAGE=window.page, SINKS=window.sinks,
+            SINKS_P=power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
+            HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
+            STAGES=grid.stages, LINES=grid.lines, EARLY=grid.early, num_warps=grid.warps,
+            maxnreg=grid.registers,
+        )  # fmt: skip
+    columns = min(wide, grid.merge_columns or wide)
+    _merge[(chunks.count, members * (wide // columns), batch)](
+        acc, sums, chunks.slot, chunks.head, rows, out, lse, offset,
+        chunks.count, chunks.streaming, splits, member.clusters,
+        out.stride(0), out.stride(1), chunks.stride, 0 if offset is None else offset.stride(0),
+        DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=power_of_2(splits),
+        HAS_ROWS=rows is not None, HAS_NEAR=own, HAS_OFFSET=offset is not None,
+        HAS_LSE=lse is not None, EARLY=grid.early, num_warps=4,
+        **({"launch_pdl": True} if grid.early else {}),
+    )  # fmt: skip

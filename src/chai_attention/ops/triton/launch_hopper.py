@@ -10,6 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.device import processors
@@ -17,8 +19,9 @@ from chai_attention.ops.triton.hopper import prefill_hopper
 from chai_attention.ops.triton.hopper_near import SINKS_MOST
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan
-from chai_attention.ops.triton.prefill import group_of
+from chai_attention.ops.triton.launch_prefill import group_of, members_for
 from chai_attention.ops.triton.sizes import cdiv
+from chai_attention.ops.windowed import WindowTables
 
 ROWS = 64  # queries of a warpgroup; a tile has two
 LEAST_QUERIES = 65  # that are worth tiles of 128
@@ -30,101 +33,91 @@ SINKS = SINKS_MOST.value  # sinks that a window can have
 
 def prefill(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    kv: DenseKV,
+    call: AttentionCall,
     chunks: Chunks,
     out: Tensor,
     lse: Tensor | None,
-    *,
-    scale: float,
 ) -> None:
-    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`."""
+    """Write ``out [B, Q, H, Dv]`` and ``lse [B, k, Q]`` for ``query [B, k, Q, D]``."""
     batch, _, queries, _ = query.shape
     tiles = cdiv(queries, 2 * ROWS)
     work, count = chunks.used
     _launch(
-        tiles * chunks.count * batch, query, key, value, BLOCK, chunks.slot, chunks, out,
+        tiles * chunks.count * batch, (query, kv.key, kv.value), BLOCK, chunks.slot, chunks, out,
         lse, out.stride(), (0, 0, 0) if lse is None else lse.stride(),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None, None, None,
-        scale, queries, key.shape[2], chunks.count, tiles, group_of(tiles), batch,
+        call.scale, queries, kv.key.shape[2], chunks.count, tiles, group_of(tiles), batch,
         0, 0,
         RAGGED=False, PAGE=0, HAS_ROWS=False, HAS_LENGTH=False,
     )  # fmt: skip
 
 
 def prefill_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    queries: PackedQueries,
+    kv: PagedKV | PackedKV,
+    call: AttentionCall,
     chunks: Chunks,
     out: Tensor,
     lse: Tensor | None,
-    query_starts: Tensor,
-    *,
-    every_head: bool,
-    scale: float,
-    table: Tensor | None = None,
-    lengths: Tensor | None = None,
-    rows: Tensor | None = None,
 ) -> None:
-    """Write ``out [T, H, Dv]``; arguments as in `paged_prefill.prefill_packed`."""
-    batch, page, box = query_starts.shape[0] - 1, 0, BLOCK
-    query = query.transpose(0, 1)[None]  # [1, heads, T, D]
-    if table is None:
-        key, value = (x.transpose(0, 1)[None] for x in (key, value))
+    """Write ``out [T, H, Dv]`` and ``lse [T, k]``; as `launch_prefill.packed_prefill`."""
+    starts, rows = queries.query_start_loc, call.membership_ids
+    batch, page, box, lengths, table = starts.shape[0] - 1, 0, BLOCK, None, None
+    query = queries.query.transpose(0, 1)[None]  # [1, heads, T, D]
+    if isinstance(kv, PackedKV):
+        key, value = (x.transpose(0, 1)[None] for x in (kv.key, kv.value))
     else:
-        key, value = (x.transpose(1, 2) for x in (key, value))  # [P, heads, N, D]
-        page = key.shape[2]
+        key, value = (x.transpose(1, 2) for x in (kv.key, kv.value))  # [P, heads, N, D]
+        page, lengths, table = key.shape[2], kv.seq_lens, kv.block_table
         box = box_of(page)
+    heads = chunks.query if query.shape[1] == call.membership.heads else chunks.slot
     _launch(
-        (query.shape[2] // (2 * ROWS) + batch) * chunks.count, query, key, value, box,
-        chunks.query if every_head else chunks.slot, chunks, out,
+        (query.shape[2] // (2 * ROWS) + batch) * chunks.count, (query, key, value), box,
+        heads, chunks, out,
         lse, (0, *out.stride()), (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)),
-        None, plan(chunks, query_starts, rows, 2 * ROWS), None, query_starts, lengths, table, rows,
-        scale, 0, 0, chunks.count, 0, 0, batch,
-        0 if table is None else table.stride(0), 0 if chunks.slot.shape[0] == 1 else 1,
+        None, plan(chunks, starts, rows, 2 * ROWS), None, starts, lengths, table, rows,
+        call.scale, 0, 0, chunks.count, 0, 0, batch,
+        0 if table is None else table.stride(0), chunks.stride,
         RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
         HAS_LENGTH=lengths is not None,
     )  # fmt: skip
 
 
+def window_members(query: Tensor, value: Tensor, member: Membership) -> int:
+    """Members of a chunk of the kernels with a window."""
+    dim = query.shape[-1]
+    return min(2, max(members_for(query, value, member), min(WIDTHS) // dim))
+
+
 def prefill_window(
     query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    chunks: Chunks,
+    far: DenseKV | None,
     near: NearKeys,
-    out: Tensor,
-    *,
-    scale: float,
-    offset: Tensor | None,
-    past: int,
-    recent: int,
-    sinks: int,
-) -> None:
-    """Write ``out [B, Q, H, Dv]`` of attention with an exact window; see `window.attention`.
+    tables: WindowTables,
+    call: AttentionCall,
+    chunks: Chunks,
+) -> Tensor:
+    """Return ``[B, Q, H, Dv]`` of attention with an exact window, of no more than `SINKS` sinks.
 
     Args:
         query: ``[B, H, Q, D]``, all heads.
-        key: ``[B, kept, S, D]``, the far keys alone; None if there are none.
-        value: ``[B, kept values, S, D]``, of the same tokens.
-        chunks: the work, streaming heads' too.
+        far: the far keys alone; None if there are none.
         near: K and V of the near keys.
-        out: any strides but the last.
-        scale: factor on the scores.
-        offset: ``[B, H]`` float32 or None.
-        past: tokens before the queries.
-        recent: w.
-        sinks: s, no more than `SINKS`.
+        tables: of these queries.
+        call: how.
+        chunks: the work, streaming heads' too.
     """
     batch, heads, queries, dim = query.shape
+    offset, sinks, recent, past = call.offset, tables.sinks, tables.recent, tables.length - queries
+    shape = (batch, queries, heads, near.value.shape[3])
+    out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
     tiles = cdiv(queries, 2 * ROWS)
     work, count = chunks.used
     band = near.key.shape[2] - sinks
-    size = 0 if key is None else key.shape[2]
-    if key is None or value is None:
-        key, value = near  # described to the kernel, and not read
+    # without far keys near ones are described to the kernel, and not read
+    key, value = near if far is None else (far.key, far.value)
     box = [1, 1, BLOCK, dim]
     _prefill_window[(min(processors(query.device), tiles * chunks.count * batch),)](
         tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box),
@@ -132,60 +125,44 @@ def prefill_window(
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None,
         chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
-        scale, queries, size, past, recent, _near_blocks(recent),
-        sinks - (past + queries - band), chunks.count, chunks.streaming, tiles,
-        max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
+        call.scale, queries, 0 if far is None else key.shape[2], past, recent,
+        _near_blocks(recent), sinks - (past + queries - band), chunks.count, chunks.streaming,
+        tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.members, STAGES=STAGES, SINKS=sinks,
         SHARED=heads // near.key.shape[1], RAGGED=False, HAS_ROWS=False,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
+    return out
 
 
 def prefill_packed_window(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chunks: Chunks,
-    out: Tensor,
-    query_starts: Tensor,
-    *,
-    recent: int,
-    sinks: int,
-    offset: Tensor | None,
-    scale: float,
-    rows: Tensor | None = None,
+    queries: PackedQueries, kv: PackedKV, call: AttentionCall, chunks: Chunks, out: Tensor
 ) -> None:
     """Write ``out [T, H, Dv]`` of packed prompts without context, with an exact window.
 
     Args:
-        query: ``[T, H, D]``.
-        key: ``[T, G, D]`` in natural order.
-        value: ``[T, G, D]``, the same.
+        queries: of all heads.
+        kv: in natural order, with no more than `SINKS` sinks.
+        call: how.
         chunks: the work, for K and V in natural order.
         out: any strides but the last.
-        query_starts: ``[B + 1]`` int32.
-        recent: w.
-        sinks: s, no more than `SINKS`.
-        offset: ``[B, H]`` float32 or None.
-        scale: factor on the scores.
-        rows: as in `paged_prefill.prefill_packed`.
     """
-    batch, (total, heads, dim) = query_starts.shape[0] - 1, query.shape
+    starts, rows, offset = queries.query_start_loc, call.membership_ids, call.offset
+    batch, (total, _, dim) = starts.shape[0] - 1, queries.query.shape
     box = [1, 1, BLOCK, dim]
-    groups = key.shape[1]
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1)[None] for x in (queries.query, kv.key, kv.value))
     k_tiles, v_tiles = tiles_of(key, box), tiles_of(value, box)
     programs = (total // (2 * ROWS) + batch) * chunks.count
     _prefill_window[(min(processors(query.device), programs),)](
         tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
-        None, plan(chunks, query_starts, rows, 2 * ROWS), None, query_starts, rows,
+        None, plan(chunks, starts, rows, 2 * ROWS), None, starts, rows,
         chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
-        scale, 0, 0, 0, recent, _near_blocks(recent), 0, chunks.count, chunks.streaming, 0, 0,
-        batch, 0 if chunks.slot.shape[0] == 1 else 1,
+        call.scale, 0, 0, 0, kv.recent, _near_blocks(kv.recent), 0, chunks.count,
+        chunks.streaming, 0, 0, batch, chunks.stride,
         0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.head.shape[2], STAGES=STAGES, SINKS=sinks,
-        SHARED=heads // groups, RAGGED=True, HAS_ROWS=rows is not None,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.members, STAGES=STAGES, SINKS=kv.sinks,
+        SHARED=call.membership.group_size, RAGGED=True, HAS_ROWS=rows is not None,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
 
@@ -197,9 +174,7 @@ def _near_blocks(recent: int) -> int:
 
 def _launch(
     programs: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
     box: int,
     heads: Tensor,
     chunks: Chunks,
@@ -211,7 +186,8 @@ def _launch(
     **constants: Any,
 ) -> None:
     """Launch with Q, K and V ``[rows, heads, tokens, D]`` as tiles of ``box`` tokens."""
-    dim, members = query.shape[3], chunks.head.shape[2]
+    query, key, value = states
+    dim, members = query.shape[3], chunks.members
     # parts of a block have to be as wide as the swizzle
     columns = dim if box == BLOCK else 64
     lists, numbers = arguments[:7], arguments[7:]

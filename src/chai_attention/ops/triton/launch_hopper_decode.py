@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.call import AttentionCall, PagedKV
 from chai_attention.ops.triton.checks import by_line
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import padded
@@ -45,56 +45,38 @@ def fits(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> boo
 
 def launch_parts(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    pages: PagedKV,
+    call: AttentionCall,
     chunks: Chunks,
     heads: Tensor,
     acc: Tensor,
     sums: Tensor,
-    *,
-    splits: int,
-    scale: float,
-    softcap: float | None,
-    lengths: Tensor,
-    table: Tensor,
-    rows: Tensor | None,
-    near: NearPages | None,
-    key_place: Tensor | None,
-    kv_heads: int,
-    every_head: int,
 ) -> None:
-    """Write partial sums of all chunks; arguments as of `split_decode.decode`.
+    """Write partial sums of all chunks.
 
     Args:
         query: ``[B, k or H, D]``.
-        key: pages ``[P, N, kept, D]``.
-        value: pages ``[P, N, kept values, D]``.
+        pages: K and V.
+        call: how.
         chunks: the work; some of it sees far keys.
         heads: ``[rows, chunks]`` int32, the row of ``query`` of each chunk.
-        acc: ``[B, chunks, splits (+ 1 with near), M * D]`` float32, for sums of V.
-        sums: ``[B, chunks, splits (+ M with near), 2]`` float32, for maxima and weights.
-        splits: parts of the far keys.
-        scale: factor on the scores.
-        softcap: as in the reference.
-        lengths: ``[B]`` int32.
-        table: ``[B, max_pages]`` int32.
-        rows: ``[B]`` int32 or None.
-        near: exact recent window.
-        key_place: ``[rows, G]``, with near.
-        kv_heads: G.
-        every_head: H.
+        acc: ``[B, chunks, splits (+ 1 with a window), M * D]`` float32, for sums of V.
+        sums: ``[B, chunks, splits (+ M with a window), 2]`` float32, for maxima and weights.
     """
+    key, value, near, softcap = pages.key, pages.value, pages.window, call.softcap
     batch, _, dim = query.shape
-    members, page = chunks.head.shape[2], key.shape[1]
-    stride_t = 0 if chunks.slot.shape[0] == 1 else 1
+    members, page, has_near = chunks.members, key.shape[1], near is not None
+    splits = acc.shape[2] - has_near
+    lengths, table = by_line(pages.seq_lens), by_line(pages.block_table)
+    rows = by_line(call.membership_ids)
     parts[(batch * (chunks.count - chunks.streaming) * splits,)](
         _tiles(key), _tiles(value), query, lengths, table, rows, heads, chunks.key, chunks.value,
-        acc, sums, scale, softcap or 1.0, chunks.count, chunks.streaming, splits,
+        acc, sums, call.scale, softcap or 1.0, chunks.count, chunks.streaming, splits,
         0 if near is None else near.recent, query.stride(0), query.stride(1), table.stride(0),
-        stride_t,
+        chunks.stride,
         D=dim, M=members, PAGE=page, SLOTS=RING_BYTES // (BLOCK.value * dim * 2),
         SINKS=0 if near is None else near.sinks, HAS_ROWS=rows is not None,
-        HAS_NEAR=near is not None, HAS_SOFTCAP=softcap is not None, num_warps=4,
+        HAS_NEAR=has_near, HAS_SOFTCAP=softcap is not None, num_warps=4,
         maxnreg=REGISTERS,
     )  # fmt: skip
     if near is not None:
@@ -103,13 +85,15 @@ def launch_parts(
         block = near_block(keys, padded(dim), NEAR_WARPS)
         near_parts[(batch * chunks.count * members,)](
             query, key, value, lengths, table, rows, chunks.value, chunks.head, acc, sums,
-            near.key, near.value, near_table, key_place,
-            scale, softcap or 1.0, chunks.count, splits, near.recent, key.shape[2], value.shape[2],
+            near.key, near.value, near_table, call.membership.key_place,
+            call.scale, softcap or 1.0, chunks.count, splits, near.recent, key.shape[2],
+            value.shape[2],
             query.stride(0), query.stride(1), *_strides(key), *_strides(value),
-            table.stride(0), stride_t, near_table.stride(0), *_strides(near.key),
+            table.stride(0), chunks.stride, near_table.stride(0), *_strides(near.key),
             *_strides(near.value),
-            D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page, GROUP=every_head // kv_heads,
-            KV_HEADS=kv_heads, NEAR=block, STEPS=cdiv(keys, block), NEAR_PAGE=near.page,
+            D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page,
+            GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, NEAR=block,
+            STEPS=cdiv(keys, block), NEAR_PAGE=near.page,
             SINKS=near.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=NEAR_WARPS, launch_pdl=True,
         )  # fmt: skip

@@ -11,22 +11,19 @@ and its band of keys. `ops.near` is the same in PyTorch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall
 from chai_attention.ops.near import NearKeys
-from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
-from chai_attention.ops.triton.prefill import precision_of
+from chai_attention.ops.triton.launch_prefill import precision_of
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
+from chai_attention.ops.windowed import WindowTables
 
-if TYPE_CHECKING:
-    from chai_attention.ops.windowed import WindowTables
+BLOCK = 32  # keys of a step
 
 
 @triton.jit
@@ -131,20 +128,12 @@ def _near(
     )  # fmt: skip
 
 
-def attention(
+def merge_near(
     query: Tensor,
     near: NearKeys,
     tables: WindowTables,
-    membership: Membership,
-    far: Tensor | None,
-    lse: Tensor | None,
-    *,
-    scale: float,
-    offset: Tensor | None = None,
-    softcap: float | None = None,
-    rows: int | None = None,
-    block: int = 32,
-    warps: int = 4,
+    far: tuple[Tensor, Tensor] | None,
+    call: AttentionCall,
 ) -> Tensor:
     """Join the nearest keys with what clustered attention found among the others.
 
@@ -152,48 +141,38 @@ def attention(
         query: ``[B, H, Q, D]``, all heads.
         near: the near keys.
         tables: of these Q queries.
-        membership: tables of B rows.
-        far: ``[B, Q', H', Dv]``, clustered attention of the last Q' queries and ``far_heads`` to
-            the far keys; those before see none. None if there are none.
-        lse: ``[B, k, Q']`` float32, its log-sum-exp; with ``far``.
-        scale: factor on the scores.
-        offset: ``[B, H]`` float32, added to each head's log-sum-exp; None for zeros.
-        softcap: as in `ops.reference.attention`.
-        rows: queries of a program; None for what registers allow.
-        block: keys of a step.
-        warps: of a program.
+        far: what `AttentionBackend.attend_far` found; None if there are no far keys.
+        call: how.
 
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of V; zeros for a query that sees no key.
-
-    Raises:
-        ValueError: a dtype or head size without a kernel, or strided head dimensions.
     """
-    check(query, near.key, near.value)
     batch, heads, queries, dim = query.shape
     groups, value_dim = near.value.shape[1], near.value.shape[3]
     shape = (batch, queries, heads, value_dim)
     out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
-    if rows is None:
-        rows = 32 if query.dtype.itemsize == 4 or max(dim, value_dim) > 128 else 64
+    # of a program: what registers allow
+    rows = 32 if query.dtype.itemsize == 4 or max(dim, value_dim) > 128 else 64
     rows = min(rows, max(16, power_of_2(queries)))
     sinks = tables.sinks
     shared = tables.ordinary.shape[0] == 1  # all sequences of the batch have the same tables
-    slot = membership.slot
+    far_out, lse = far or (None, None)
+    softcap, offset, member = call.softcap, call.offset, call.membership
+    slot = member.slot
     _near[(cdiv(queries, rows), heads, batch)](
-        query, near.key, near.value, tables.sink_positions, tables.ordinary, far, lse, slot,
-        membership.far_place, offset, out,
-        scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
-        0 if far is None else far.shape[1], tables.recent,
+        query, near.key, near.value, tables.sink_positions, tables.ordinary, far_out,
+        lse, slot, member.far_place, offset, out,
+        call.scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
+        0 if far_out is None else far_out.shape[1], tables.recent,
         *query.stride()[:3], *near.key.stride()[:3], *near.value.stride()[:3],
         *(0 if shared else x.stride(0) for x in (tables.sink_positions, tables.ordinary)),
-        *((0, 0, 0) if far is None else far.stride()[:3]),
+        *((0, 0, 0) if far_out is None else far_out.stride()[:3]),
         *((0, 0) if lse is None else lse.stride()[:2]), slot.stride(0),
         0 if offset is None else offset.stride(0), *out.stride()[:3],
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), GROUP=heads // groups,
-        ROWS=rows, BLOCK=block, SINKS=sinks, SINKS_P=max(16, power_of_2(sinks)),
-        HAS_FAR=far is not None, HAS_OFFSET=offset is not None,
-        HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query), num_warps=warps,
+        ROWS=rows, BLOCK=BLOCK, SINKS=sinks, SINKS_P=max(16, power_of_2(sinks)),
+        HAS_FAR=far_out is not None, HAS_OFFSET=offset is not None,
+        HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query), num_warps=4,
         num_stages=2,
     )  # fmt: skip
     return out

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.online import Windows
-from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, prefill, probe
+from chai_attention.ops.probe import Windows
+from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, launch_prefill, probe
 from chai_attention.ops.triton.chunks import members_of
 from chai_attention.ops.triton.decode import padded
 
@@ -49,7 +49,7 @@ def cluster_window(
         clusters: k.
         tie: see `clustering.kmeans`.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
     """
     maps = probe.window_maps(query, key, scale=scale, softcap=softcap)
     members = _members(query, clusters)
@@ -111,7 +111,7 @@ def _members(query: Tensor, clusters: int) -> tuple[int, int]:
     """Members of a chunk in decode and in prefill."""
     heads, wide = query.shape[1], padded(query.shape[3])
     decode = members_of(heads, clusters, launch_decode.COLUMNS // wide)
-    return decode, members_of(heads, clusters, prefill.COLUMNS // wide)
+    return decode, members_of(heads, clusters, launch_prefill.COLUMNS // wide)
 
 
 def _of_groups(found: Membership, key: Tensor) -> Membership:

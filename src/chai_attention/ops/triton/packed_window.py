@@ -11,15 +11,20 @@ Q and K: over the sinks, and over the band of its last keys. Streaming heads hav
 
 from __future__ import annotations
 
+import logging
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
-from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile, precision_of
+from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
+from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile
 from chai_attention.ops.triton.sizes import power_of_2
+
+logger = logging.getLogger("chai_attention")
 
 BLOCK_NEAR = 32  # keys of a step among the near ones
 
@@ -231,84 +236,59 @@ def _prefill_window(
 
 
 def prefill_packed_window(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    queries: PackedQueries,
+    kv: PagedKV | PackedKV,
+    call: AttentionCall,
     chunks: Chunks,
-    places: tuple[Tensor, Tensor] | None,
-    kept: tuple[int, int],
-    groups: int,
     out: Tensor,
-    query_starts: Tensor,
-    *,
-    recent: int,
-    sinks: int,
-    offset: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    near: NearPages | None = None,
-    table: Tensor | None = None,
-    lengths: Tensor | None = None,
-    rows: Tensor | None = None,
-    rows_of_tile: int,
-    block: int,
-    warps: int,
-    stages: int,
 ) -> None:
-    """Write ``out [T, H, Dv]``.
+    """Write ``out [T, H, Dv]``, of any strides but the last.
 
     Args:
-        query: ``[T, H, D]``.
-        key: ``[T, G, D]`` in natural order, or far pages ``[P, N, kept, D]`` with a ``table``.
-        value: ``[T, G, Dv]``, or far pages ``[P, N, kept values, Dv]``.
-        chunks: the work, of up to two members each, as in `paged_prefill.prefill_packed`.
-        places: with a table, ``[rows, G]`` int64: where each K and V head is among those of the far
-            pages and then of the near ones (`Membership.key_place`, `value_place`).
-        kept: K and V heads of the far pages.
-        groups: G.
-        out: any strides but the last.
-        query_starts: ``[B + 1]`` int32.
-        recent: w.
-        sinks: s.
-        offset: ``[B, H]`` float32 or None.
-        scale: factor on the scores.
-        softcap: as in the reference.
-        near: the near pages; with a table.
-        table: ``[B, max_pages]`` int32, the far pages' block table.
-        lengths: ``[B]`` int32 keys of each sequence; with a table.
-        rows: ``[B]`` int32, row of the tables of each sequence.
-        rows_of_tile: queries of a program.
-        block: far keys of a step.
-        warps: of a program.
-        stages: loads in flight.
+        queries: of all heads.
+        kv: far and near pages; or K and V in natural order.
+        call: how.
+        chunks: the work, of up to two members each.
+        out: written to.
     """
-    total, heads, dim = query.shape
-    value_dim, members = value.shape[-1], chunks.head.shape[2]
-    batch = query_starts.shape[0] - 1
-    if table is None or near is None or places is None:
-        page = near_page = 0
-        near_key, near_value, near_table, places = key, value, None, (key, key)
-        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)]
-        strides += [0] * 6
+    query, key, value, softcap = queries.query, kv.key, kv.value, call.softcap
+    (total, heads, dim), value_dim = query.shape, value.shape[-1]
+    member, rows, offset = call.membership, call.membership_ids, call.offset
+    batch, groups = queries.query_start_loc.shape[0] - 1, member.kv_heads
+    tile = tile_of(query, value, chunks.members, rows_of(queries))
+    lengths = table = near_table = None
+    logger.debug(
+        "packed prefill kernel with a window%s: %d members a program, tiles of %d queries",
+        ", paged" if isinstance(kv, PagedKV) else "",
+        chunks.members,
+        tile.rows,
+    )
+    if isinstance(kv, PagedKV):
+        near = kv.window
+        assert near is not None
+        lengths, table, near_table = kv.seq_lens, kv.block_table, near.block_table
+        states = (key, value, near.key, near.value)
+        page, near_page, recent, sinks = key.shape[1], near.page, near.recent, near.sinks
+        strides = [x.stride(axis) for x in states for axis in (0, 2, 1)]
+        places = member.key_place, member.value_place
     else:
-        page, near_page = key.shape[1], near.key.shape[1]
-        near_key, near_value, near_table = near.key, near.value, near.block_table
-        strides = [
-            x.stride(axis) for x in (key, value, near.key, near.value) for axis in (0, 2, 1)
-        ]  # fmt: skip
-    count = total // rows_of_tile + batch  # enough for any lengths of sequences
+        states = (key, value, key, value)
+        page, near_page, recent, sinks = 0, 0, kv.recent, kv.sinks
+        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6]
+        places = key, key
+    count = total // tile.rows + batch  # enough for any lengths of sequences
     _prefill_window[(count * chunks.count,)](
-        query, key, value, near_key, near_value, lengths, query_starts, table, near_table, rows,
+        query, *states, lengths, queries.query_start_loc, table, near_table, rows,
         chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, *places, offset, out,
-        scale, softcap or 1.0, chunks.count, batch, recent, *kept,
+        call.scale, softcap or 1.0, chunks.count, batch, recent,
+        member.kept_keys, member.kept_values,
         query.stride(1), query.stride(0), *strides,
         0 if table is None else table.stride(0), 0 if near_table is None else near_table.stride(0),
-        0 if chunks.slot.shape[0] == 1 else 1, 0 if offset is None else offset.stride(0),
-        out.stride(0), out.stride(1),
-        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=members,
-        GROUP=heads // groups, GROUPS=groups, ROWS=rows_of_tile, BLOCK=block, NEAR=BLOCK_NEAR,
+        chunks.stride, 0 if offset is None else offset.stride(0), out.stride(0), out.stride(1),
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=chunks.members,
+        GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, NEAR=BLOCK_NEAR,
         PAGE=page, NEAR_PAGE=near_page, SINKS=sinks,
         SINKS_P=max(16, power_of_2(sinks)), HAS_ROWS=rows is not None,
         HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
+        PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,20 +1,15 @@
 """Prefill: causal attention in tiles; scores and softmax once for several members' V.
 
 One kernel serves whole batches, packed sequences of different lengths, and sequences whose context
-stands in pages: what differs is where a sequence's tokens are. `paged_prefill` launches it for the
-last two.
+stands in pages: what differs is where a sequence's tokens are. `launch_prefill` launches it.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from chai_attention.ops.triton.chunks import Chunks
-from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
-from chai_attention.ops.triton.sizes import cdiv
+from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2
 
 SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be more
 
@@ -236,88 +231,3 @@ def _prefill(
         lse = tl.where(seen, lse, float("-inf"))
         lse_base = lse_ptr + row * stride_lb + slot * stride_lk
         tl.store(lse_base + token * stride_lq, lse, mask=i < queries)
-
-
-def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chunks: Chunks,
-    out: Tensor,
-    lse: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    lengths: Tensor | None,
-    valid: Tensor | None,
-    rows: int,
-    block: int,
-    warps: int,
-    stages: int,
-    tiles: bool,
-) -> None:
-    """Write ``out [B, Q, H, Dv]`` for ``query [B, k, Q, D]``; see `ops.reference.attention`.
-
-    ``tiles`` reads K and V with the tensor memory accelerator; `tileable` says if that can be.
-    """
-    batch, _, queries, dim = query.shape
-    value_dim = value.shape[3]
-    members = chunks.head.shape[2]
-    k_tiles, v_tiles = key, value
-    if tiles:
-        groups, size = value.shape[1:3]
-        k_tiles = TensorDescriptor(key, key.shape, key.stride(), [1, 1, block, dim])
-        v_tiles = TensorDescriptor(
-            value,
-            [batch, size, groups * value_dim],
-            [value.stride(0), value.stride(2), 1],
-            [1, block, members * value_dim],
-        )
-    count, pairs = cdiv(queries, rows), chunks.count * batch
-    _prefill[(count * pairs,)](
-        query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
-        chunks.slot, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
-        scale, softcap or 1.0, queries, key.shape[2], chunks.count,
-        count, group_of(count), pairs, batch, 0,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
-        *((0, 0, 0) if lse is None else lse.stride()),
-        D=dim, DP=padded(dim), DV=value_dim,
-        DVP=padded(value_dim), M=members,
-        ROWS=rows, BLOCK=block, PAGE=0, RAGGED=False, LIMITED=False, HAS_ROWS=False,
-        HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
-        HAS_SOFTCAP=softcap is not None, HAS_LSE=lse is not None, TILES=tiles,
-        PRECISION=precision_of(query), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-
-def precision_of(query: Tensor) -> str:
-    """float32 inputs are multiplied as such, not rounded to tf32."""
-    return "ieee" if query.dtype.itemsize == 4 else "tf32"
-
-
-COLUMNS = 256  # columns of a program's accumulator
-
-
-def block_of(query: Tensor, columns: int) -> int:
-    """Keys of one block of a program."""
-    if query.dtype.itemsize == 4 or query.shape[-1] > 128:
-        return 32
-    return 64 if columns > 128 else 128
-
-
-def group_of(tiles: int) -> int:
-    """How many chunks of so many tiles are worked on together: a GPU full of tiles."""
-    return max(2, 128 // tiles)
-
-
-def tileable(key: Tensor, value: Tensor, grouped: bool) -> bool:
-    """Whether whole tiles can be fetched: V token-major in cluster order, everything aligned."""
-    dims = (key.shape[3], value.shape[3])
-    aligned = all(
-        tensor.data_ptr() % 16 == 0
-        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
-        for tensor in (key, value)
-    )
-    powers = all(dim == padded(dim) for dim in dims)
-    return not grouped and powers and aligned and value.stride(1) == value.shape[3]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chai_attention.ops.online import Windows
+from chai_attention.ops.probe import Windows
 from chai_attention.ops.triton.decode import _scores_base2, padded
 
 MAX_WINDOW = 128  # maps of more do not fit the registers of a program
@@ -101,7 +101,7 @@ def window_maps(
         query: ``[B, H, W, D]``, any strides but the last; W up to 128.
         key: ``[B, G, W, D]``, the same.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         ``[B, H, W * W]`` float32.
@@ -123,7 +123,7 @@ def packed_maps(
         key: ``[T, G, D]``, the same.
         windows: which tokens, and of which heads.
         scale: factor on the scores.
-        softcap: as in `ops.reference.attention`.
+        softcap: as in `ops.reference.clustered_attention`.
 
     Returns:
         ``[B, heads, W * W]`` float32.

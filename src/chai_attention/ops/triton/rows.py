@@ -20,8 +20,7 @@ from torch import Tensor
 
 from chai_attention.index_tables import table_of
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import _deal
-from chai_attention.ops.triton.paged_prefill import _deal_natural
+from chai_attention.ops.triton.chunks import _deal, _deal_natural
 from chai_attention.ops.triton.sizes import power_of_2
 
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by heads, padded

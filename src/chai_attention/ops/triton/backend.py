@@ -1,0 +1,252 @@
+"""CUDA's backends: Triton's kernels, and those that only Hopper GPUs run beside them.
+
+Nothing is read on the host and grids depend on shapes alone, so that calls can be captured in CUDA
+graphs (after one call outside, which makes the tables of the membership).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.backend import AttentionBackend
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
+from chai_attention.ops.near import NearKeys
+from chai_attention.ops.ring import NearRing
+from chai_attention.ops.triton import (
+    launch_decode,
+    launch_hopper,
+    launch_prefill,
+    launch_window,
+)
+from chai_attention.ops.triton.checks import check
+from chai_attention.ops.triton.chunks import Chunks, chunks_of, natural_chunks
+from chai_attention.ops.triton.device import capability
+from chai_attention.ops.triton.near_prefill import merge_near
+from chai_attention.ops.triton.packed_window import prefill_packed_window
+from chai_attention.ops.windowed import WindowTables
+
+logger = logging.getLogger("chai_attention")
+
+
+def chunks_for(kv: PagedKV | PackedKV, member: Membership, members: int) -> Chunks:
+    """How heads are dealt out, for the order that K and V are in."""
+    natural = isinstance(kv, PackedKV) and kv.natural_order
+    return (natural_chunks if natural else chunks_of)(member, members)
+
+
+class TritonBackend(AttentionBackend):
+    """Triton's kernels."""
+
+    name = "triton"
+
+    def attend(
+        self, query: Tensor, kv: DenseKV, call: AttentionCall
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode of one query, else prefill."""
+        if query.shape[2] == 1:
+            return launch_decode.dense_decode(query, kv, call)
+        check(query, kv.key, kv.value)
+        member, (batch, clusters, queries, _) = call.membership, query.shape
+        shape = (batch, queries, member.heads, kv.value.shape[3])
+        out = torch.empty(shape, dtype=kv.value.dtype, device=query.device)
+        lse = None
+        if call.return_lse:
+            lse = torch.empty(batch, clusters, queries, dtype=torch.float32, device=query.device)
+        chunks = chunks_of(member, launch_prefill.members_for(query, kv.value, member))
+        self.dense_prefill(query, kv, call, chunks, out, lse)
+        return out, lse
+
+    def dense_prefill(
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        call: AttentionCall,
+        chunks: Chunks,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Write ``out`` and ``lse`` of several queries per sequence."""
+        launch_prefill.dense_prefill(query, kv, call, chunks, out, lse)
+
+    def attend_window(
+        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+    ) -> Tensor:
+        """Far keys by `attend`, which `near_prefill` joins with near ones."""
+        check(query, kv.key, kv.value, *near)
+        far = self.attend_far(query, kv, tables, call)
+        return merge_near(query, near, tables, far, call)
+
+    def decode_recent(
+        self, query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall
+    ) -> Tensor:
+        """Two launches."""
+        return launch_decode.ring_decode(query, kv, ring, call)
+
+    def paged_decode(
+        self, query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor
+    ) -> Tensor | None:
+        """Two launches; three with a window on Hopper GPUs."""
+        return launch_decode.paged_decode(query, pages, call, out)
+
+    def packed_prefill(
+        self,
+        queries: PackedQueries,
+        kv: PagedKV | PackedKV,
+        call: AttentionCall,
+        out: Tensor,
+        probe: Probe | None,
+    ) -> Tensor | None:
+        """One launch for all sequences, and one more for the probe."""
+        query, lse = queries.query, None
+        if call.return_lse:
+            shape = (query.shape[0], call.membership.clusters)
+            lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        window = kv.window if isinstance(kv, PagedKV) else kv.recent or None
+        pages: tuple[Tensor, ...] = (kv.key, kv.value)
+        if isinstance(kv, PackedKV):
+            check(query, out, *pages)
+        else:
+            near = kv.window
+            check(query, out, pages=pages if near is None else (*pages, near.key, near.value))
+        if not query.shape[0]:
+            return lse
+        if window is not None:
+            self.window_prefill(queries, kv, call, out)
+        else:
+            member = call.membership
+            members = launch_prefill.members_for(query, kv.value, member)
+            chunks = chunks_for(kv, member, members)
+            self.shared_prefill(queries, kv, call, chunks, out, lse)
+        if probe is not None:
+            lengths = kv.seq_lens if isinstance(kv, PagedKV) else None
+            check(*probe[:3], out)
+            launch_prefill.probe_prefill(probe, queries, lengths, call, out)
+        return lse
+
+    def shared_prefill(
+        self,
+        queries: PackedQueries,
+        kv: PagedKV | PackedKV,
+        call: AttentionCall,
+        chunks: Chunks,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Write ``out`` and ``lse`` of packed sequences without a window."""
+        launch_prefill.packed_prefill(queries, kv, call, chunks, out, lse)
+
+    def window_prefill(
+        self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
+    ) -> None:
+        """Write ``out`` of packed sequences with a window."""
+        member = call.membership
+        # a program holds the sums of one member beside those of all
+        members = min(2, launch_prefill.members_for(queries.query, kv.value, member))
+        prefill_packed_window(queries, kv, call, chunks_for(kv, member, members), out)
+
+
+class HopperBackend(TritonBackend):
+    """Kernels for the tensor cores of Hopper GPUs, where they take the shape; else Triton's."""
+
+    name = "hopper"
+
+    def dense_prefill(
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        call: AttentionCall,
+        chunks: Chunks,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """By two warpgroups that attend and one warp that fetches."""
+        if (
+            kv.lengths is None
+            and kv.valid is None
+            and call.softcap is None
+            and launch_hopper.LEAST_QUERIES <= query.shape[2] <= kv.key.shape[2]
+            and launch_hopper.fits(query, kv.key, kv.value, chunks.members)
+        ):
+            logger.debug("Hopper prefill kernel: %d members a program", chunks.members)
+            launch_hopper.prefill(query, kv, call, chunks, out, lse)
+        else:
+            super().dense_prefill(query, kv, call, chunks, out, lse)
+
+    def attend_window(
+        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+    ) -> Tensor:
+        """Far and near keys in one launch."""
+        member = call.membership
+        if (
+            call.softcap is None
+            and not tables.padded
+            and tables.sinks <= launch_hopper.SINKS
+            and query.shape[2] >= launch_hopper.LEAST_QUERIES
+        ):
+            check(query, kv.key, kv.value, *near)
+            members = launch_hopper.window_members(query, kv.value, member)
+            far = None
+            if tables.far is not None and member.far is not None:
+                far = DenseKV(kv.key[:, :, tables.far], kv.value[:, :, tables.far])
+            if launch_hopper.fits(query, *near, members) and (
+                far is None or launch_hopper.fits(query, far.key, far.value, members)
+            ):
+                logger.debug("Hopper prefill kernel with a window: %d members a program", members)
+                chunks = chunks_of(member, members)
+                return launch_hopper.prefill_window(query, far, near, tables, call, chunks)
+        return super().attend_window(query, kv, near, tables, call)
+
+    def shared_prefill(
+        self,
+        queries: PackedQueries,
+        kv: PagedKV | PackedKV,
+        call: AttentionCall,
+        chunks: Chunks,
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """The same kernel as of `dense_prefill`."""
+        if (
+            call.softcap is None
+            and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
+            and launch_hopper.fits(queries.query, kv.key, kv.value, chunks.members)
+        ):
+            logger.debug("packed Hopper prefill kernel: %d members a program", chunks.members)
+            launch_hopper.prefill_packed(queries, kv, call, chunks, out, lse)
+        else:
+            super().shared_prefill(queries, kv, call, chunks, out, lse)
+
+    def window_prefill(
+        self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
+    ) -> None:
+        """One kernel for pages, another one without context."""
+        if call.softcap is None and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES:
+            query, member = queries.query, call.membership
+            members = launch_hopper.window_members(query, kv.value, member)
+            text = "packed Hopper prefill kernel with a window%s: %d members a program"
+            if isinstance(kv, PagedKV):
+                if launch_window.fits_pages(query, kv, members):
+                    logger.debug(text, ", paged", members)
+                    chunks = chunks_of(member, members)
+                    launch_window.prefill_paged_window(queries, kv, call, chunks, out)
+                    return
+            elif kv.sinks <= launch_hopper.SINKS and launch_hopper.fits(
+                query, kv.key, kv.value, members
+            ):
+                logger.debug(text, "", members)
+                chunks = natural_chunks(member, members)
+                launch_hopper.prefill_packed_window(queries, kv, call, chunks, out)
+                return
+        super().window_prefill(queries, kv, call, out)
+
+
+TRITON, HOPPER = TritonBackend(), HopperBackend()
+
+
+def of_device(device: torch.device) -> TritonBackend:
+    """Return the backend with the kernels that a device can run."""
+    return HOPPER if capability(device)[0] == 9 else TRITON

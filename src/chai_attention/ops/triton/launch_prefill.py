@@ -1,0 +1,246 @@
+"""Launches Triton's prefill: batches of equal length, packed sequences, their context in pages."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
+from chai_attention.ops.triton.chunks import Chunks, chunks_of, members_of
+from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.prefill import _prefill
+from chai_attention.ops.triton.sizes import cdiv
+
+logger = logging.getLogger("chai_attention")
+
+COLUMNS = 256  # columns of a program's accumulator
+
+
+class Tile(NamedTuple):
+    """What a program works on at a time.
+
+    Attributes:
+        rows: queries.
+        block: keys of a step.
+        warps: of a program.
+        stages: loads in flight.
+    """
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+def members_for(query: Tensor, value: Tensor, member: Membership) -> int:
+    """Members of a chunk, whose V a program has room for."""
+    wide = padded(max(query.shape[-1], value.shape[-1]))
+    return members_of(len(member.far_heads), member.clusters, COLUMNS // wide)
+
+
+def tile_of(query: Tensor, value: Tensor, members: int, rows: int) -> Tile:
+    """Choose the tile of ``rows`` queries."""
+    wide = padded(max(query.shape[-1], value.shape[-1]))
+    return Tile(
+        rows, block_of(query, members * wide), 8 if rows == 128 else 4, 3 if wide <= 128 else 2
+    )
+
+
+def rows_of(queries: PackedQueries) -> int:
+    """Queries of a tile of packed ones; of few sizes, as a server has to compile each."""
+    sizes = (16, 32) if queries.query.dtype == torch.float32 else (16, 64, 128)
+    return next((size for size in sizes if queries.max_seqlen_q <= size), sizes[-1])
+
+
+def dense_prefill(
+    query: Tensor,
+    kv: DenseKV,
+    call: AttentionCall,
+    chunks: Chunks,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Write ``out [B, Q, H, Dv]`` and ``lse [B, k, Q]`` for ``query [B, k, Q, D]``."""
+    key, value, lengths, valid = kv.key, kv.value, kv.lengths, kv.valid
+    batch, _, queries, dim = query.shape
+    members, value_dim = chunks.members, value.shape[3]
+    rows = 128 if queries > 64 and query.dtype != torch.float32 else 32
+    tile = tile_of(query, value, members, rows)
+    logger.debug("prefill kernel: %d members a program, tiles of %d queries", members, rows)
+    tiles = query.is_cuda and tileable(key, value, call.membership.group_size > 1)
+    k_tiles, v_tiles = key, value
+    if tiles:
+        groups, size = value.shape[1:3]
+        k_tiles = TensorDescriptor(key, key.shape, key.stride(), [1, 1, tile.block, dim])
+        v_tiles = TensorDescriptor(
+            value,
+            [batch, size, groups * value_dim],
+            [value.stride(0), value.stride(2), 1],
+            [1, tile.block, members * value_dim],
+        )
+    count, pairs = cdiv(queries, rows), chunks.count * batch
+    _prefill[(count * pairs,)](
+        query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
+        chunks.slot, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
+        call.scale, call.softcap or 1.0, queries, key.shape[2], chunks.count,
+        count, group_of(count), pairs, batch, 0,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
+        *((0, 0, 0) if lse is None else lse.stride()),
+        RAGGED=False, PAGE=0, LIMITED=False, HAS_ROWS=False, HAS_LENGTH=lengths is not None,
+        HAS_VALID=valid is not None, TILES=tiles,
+        **_constants(query, value, call, chunks, tile, lse),
+    )  # fmt: skip
+
+
+def packed_prefill(
+    queries: PackedQueries,
+    kv: PagedKV | PackedKV,
+    call: AttentionCall,
+    chunks: Chunks,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """Write ``out [T, H, Dv]``, of any strides but the last, and ``lse [T, k]``."""
+    query, value = queries.query, kv.value
+    tile = tile_of(query, value, chunks.members, rows_of(queries))
+    logger.debug(
+        "packed prefill kernel%s: %d members a program, tiles of %d queries",
+        ", paged" if isinstance(kv, PagedKV) else "",
+        chunks.members,
+        tile.rows,
+    )
+    lengths = kv.seq_lens if isinstance(kv, PagedKV) else None
+    _launch_packed(queries, kv, call, chunks, tile, out, lse, lengths)
+
+
+def probe_prefill(
+    probe: Probe, queries: PackedQueries, lengths: Tensor | None, call: AttentionCall, out: Tensor
+) -> None:
+    """Overwrite the first tokens of sequences without context with full attention.
+
+    ``queries`` are those of the step, and ``lengths [B]`` their sequences' if some have context.
+    """
+    query, key, value, end = probe
+    member = call.membership
+    chunks = _own_chunks(member.heads, member.kv_heads, query.device)
+    first = PackedQueries(query, queries.query_start_loc, end)
+    tile = Tile(min(32, rows_of(first)), 32, 4, 2)
+    own = AttentionCall(member, call.scale, call.softcap)
+    kv = PackedKV(key, value, natural_order=True)
+    _launch_packed(first, kv, own, chunks, tile, out, None, lengths, limit=end)
+
+
+def _launch_packed(
+    queries: PackedQueries,
+    kv: PagedKV | PackedKV,
+    call: AttentionCall,
+    chunks: Chunks,
+    tile: Tile,
+    out: Tensor,
+    lse: Tensor | None,
+    lengths: Tensor | None,
+    limit: int | None = None,
+) -> None:
+    """Launch; with a ``limit`` only so many first tokens, of sequences without context."""
+    query, key, value = queries.query, kv.key, kv.value
+    (total, held, dim), value_dim, members = query.shape, value.shape[-1], chunks.members
+    batch, rows = queries.query_start_loc.shape[0] - 1, call.membership_ids
+    k_tiles, v_tiles, tiles = key, value, False
+    if isinstance(kv, PagedKV):
+        page, table = key.shape[1], kv.block_table
+        strides = [x.stride(axis) for x in (key, value) for axis in (0, 2, 1)]
+    else:
+        page, table = 0, None
+        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)]
+        whole = query.is_cuda and not kv.natural_order and call.membership.group_size == 1
+        tiles = whole and tileable(key.transpose(0, 1)[None], value.transpose(0, 1)[None], False)
+    if tiles:
+        groups, (step, head) = value.shape[1], key.stride()[:2]
+        shape, value_shape = [1, key.shape[1], total, dim], [1, total, groups * value_dim]
+        k_strides, v_strides = (
+            [total * step, head, step, 1],
+            [total * value.stride(0), value.stride(0), 1],
+        )
+        k_tiles = TensorDescriptor(key, shape, k_strides, [1, 1, tile.block, dim])
+        v_tiles = TensorDescriptor(
+            value, value_shape, v_strides, [1, tile.block, members * value_dim]
+        )
+    if limit is None:
+        count = total // tile.rows + batch  # enough for any lengths of sequences
+        programs, pairs = count * chunks.count, chunks.count
+    else:
+        count, pairs = cdiv(limit, tile.rows), batch * chunks.count
+        programs = count * pairs
+    _prefill[(programs,)](
+        query, key, value, k_tiles, v_tiles, lengths, None, queries.query_start_loc, table, rows,
+        chunks.slot, chunks.query if held == call.membership.heads else chunks.slot, chunks.key,
+        chunks.head, chunks.value, out, lse,
+        call.scale, call.softcap or 1.0, 0, 0, chunks.count, count, 2, pairs, batch, limit or 0,
+        0, query.stride(1), query.stride(0), *strides,
+        0, 0 if table is None else table.stride(0), chunks.stride,
+        0, out.stride(0), out.stride(1),
+        *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))),
+        PAGE=page, RAGGED=True, LIMITED=limit is not None, HAS_ROWS=rows is not None,
+        HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
+        **_constants(query, value, call, chunks, tile, lse),
+    )  # fmt: skip
+
+
+def _constants(
+    query: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    chunks: Chunks,
+    tile: Tile,
+    lse: Tensor | None,
+) -> dict[str, Any]:
+    """What all launches of the kernel are compiled for."""
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    return {
+        "D": dim, "DP": padded(dim), "DV": value_dim, "DVP": padded(value_dim),
+        "M": chunks.members, "ROWS": tile.rows, "BLOCK": tile.block,
+        "HAS_SOFTCAP": call.softcap is not None, "HAS_LSE": lse is not None,
+        "PRECISION": precision_of(query), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+@cache
+def _own_chunks(heads: int, kv_heads: int, device: torch.device) -> Chunks:
+    """Every head by itself."""
+    return chunks_of(Membership.identity(heads, kv_heads, device=device), 1)
+
+
+def precision_of(query: Tensor) -> str:
+    """float32 inputs are multiplied as such, not rounded to tf32."""
+    return "ieee" if query.dtype.itemsize == 4 else "tf32"
+
+
+def block_of(query: Tensor, columns: int) -> int:
+    """Keys of one block of a program."""
+    if query.dtype.itemsize == 4 or query.shape[-1] > 128:
+        return 32
+    return 64 if columns > 128 else 128
+
+
+def group_of(tiles: int) -> int:
+    """How many chunks of so many tiles are worked on together: a GPU full of tiles."""
+    return max(2, 128 // tiles)
+
+
+def tileable(key: Tensor, value: Tensor, grouped: bool) -> bool:
+    """Whether whole tiles can be fetched: V token-major in cluster order, everything aligned."""
+    dims = (key.shape[3], value.shape[3])
+    aligned = all(
+        tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
+        for tensor in (key, value)
+    )
+    powers = all(dim == padded(dim) for dim in dims)
+    return not grouped and powers and aligned and value.stride(1) == value.shape[3]
