@@ -17,11 +17,11 @@ from chai_attention.index_tables import table_of
 from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.ops.online import (
-    Windows,
     fused_medoids,
     fused_membership,
     fused_representatives,
 )
+from chai_attention.ops.probe import Windows
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
 from chai_attention.runtime.shape import ModelShape
 
