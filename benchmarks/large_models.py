@@ -114,7 +114,7 @@ def measure_speed(
         name, profile, kind, [(options.batch, options.prompt)], options.new_tokens, 0.0
     )
     with torch.inference_mode():
-        checks = check_model(model, profile, make_runner) if kind in KINDS[-2:] else []
+        checks = check_model(model, profile) if kind in KINDS[-2:] else []
         ids = torch.randint(model.config.vocab_size, (options.batch, options.prompt), device=DEVICE)
         run = {UNFUSED: UNFUSED, FUSED: FUSED}.get(kind, CLUSTERED)
         row = measure_run(model, run, request, ids, ceilings)

@@ -14,7 +14,7 @@ from chai_attention.benchmarking.cases import BenchmarkError, Case
 from chai_attention.benchmarking.correctness import WrongResultError
 from chai_attention.benchmarking.model import ModelRequest, bench_model, random_model
 from chai_attention.benchmarking.model_work import model_work, weight_bytes
-from chai_attention.benchmarking.runners import DynamicRunner
+from chai_attention.benchmarking.runners import Runner
 from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import ProfileError
 from chai_attention.integrations.transformers import enabled
@@ -217,7 +217,7 @@ def test_the_fused_baseline_is_the_fastest_backend_that_gives_the_models_logits(
     assert model.config._attn_implementation == tiny_model(family).config._attn_implementation
 
 
-@pytest.mark.parametrize("kind", [DynamicRunner, StaticRunner])
+@pytest.mark.parametrize("kind", [Runner, StaticRunner])
 @pytest.mark.parametrize("profile", [None, ClusterProfile((6, 6, 6)), STATIC])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_runners_read_prompts_and_tokens(kind, profile, implementation):
@@ -226,7 +226,7 @@ def test_runners_read_prompts_and_tokens(kind, profile, implementation):
     ids = torch.randint(97, (2, 14), device=DEVICE)
     with enabled(model, profile) if profile else nullcontext(), torch.inference_mode():
         want = model(ids).logits
-        runner = kind(model) if kind is DynamicRunner else kind(model, profile, 14)
+        runner = kind(model, profile, 14)
         for _ in range(2):  # a second prompt starts anew
             torch.testing.assert_close(
                 runner.prefill(ids[:, :11]), want[:, 10], atol=1e-4, rtol=1e-3

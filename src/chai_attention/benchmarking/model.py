@@ -30,7 +30,7 @@ from chai_attention.benchmarking.model_work import (
     next_token,
     weight_bytes,
 )
-from chai_attention.benchmarking.runners import make_runner, measure_speed, wait_for
+from chai_attention.benchmarking.runners import make_runner, measure_speed
 from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.benchmarking.timing import machine
 from chai_attention.errors import UnsupportedModelError
@@ -206,7 +206,7 @@ def bench_model(
         "steps": make_runner(model, None, 1).steps,
     }
     with torch.inference_mode():
-        report["checks"] = check_model(model, request.profile, make_runner)
+        report["checks"] = check_model(model, request.profile)
         progress("ceilings", 1, total)
         ceilings = measure_ceilings(device, dtype, min(1.0, request.seconds))
         report["ceilings"] = {name_of(dtype): asdict(ceilings)}
@@ -261,13 +261,12 @@ def measure_run(
         release()
         reset_peak(device)
         runner = make_runner(model, profile, tokens + request.new_tokens + 1)
-        wait = wait_for(device)
         backends: dict[str, float] = {}
         try:
-            speed = measure_speed(runner, ids, request.new_tokens, request.seconds, wait)
+            speed = measure_speed(runner, ids, request.new_tokens, request.seconds)
             if run == FUSED and type(runner) is StaticRunner:
                 backends = {"masked": speed.tpot_us}
-                backends |= runner.backends(ids, request.new_tokens, wait)
+                backends |= runner.backends(ids, request.new_tokens)
         except torch.OutOfMemoryError:
             return {**row, "missing": "out of memory"}
         except UnsupportedModelError as error:

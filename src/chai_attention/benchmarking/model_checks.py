@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +11,16 @@ from transformers import PreTrainedModel
 
 from chai_attention.benchmarking.clustered import even_membership
 from chai_attention.benchmarking.correctness import ROUNDING, WrongResultError, relative_error
-from chai_attention.benchmarking.runners import Runner
+from chai_attention.benchmarking.runners import Runner, make_runner
 from chai_attention.integrations.transformers import enabled
 from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.runtime.shape import describe
-
-MakeRunner = Callable[[PreTrainedModel, ClusterProfile | None, int], Runner]
 
 BATCH, TOKENS, STEPS = 2, 48, 3
 MOST = TOKENS + STEPS
 
 
-def check_model(
-    model: PreTrainedModel, profile: ClusterProfile, make: MakeRunner
-) -> list[dict[str, Any]]:
+def check_model(model: PreTrainedModel, profile: ClusterProfile) -> list[dict[str, Any]]:
     """Compare logits; twice what eager and fused attention differ by is allowed, and rounding.
 
     - With k = H, every head on its own, the logits are the plain model's.
@@ -45,7 +40,7 @@ def check_model(
     try:
         for name in plain_implementations(model):
             model.set_attn_implementation(name)
-            logits.append(_by_steps(make(model, None, MOST), ids))
+            logits.append(_by_steps(make_runner(model, None, MOST), ids))
     finally:
         model.set_attn_implementation(before)
     noise = relative_error(logits[0], logits[-1])
@@ -53,12 +48,12 @@ def check_model(
 
     whole = ClusterProfile((shape.heads,) * shape.layers)
     with enabled(model, whole):
-        same = _by_steps(make(model, whole, MOST), ids)
+        same = _by_steps(make_runner(model, whole, MOST), ids)
     checks = [_check("k = H gives the plain model's logits", same, logits[-1], allowed)]
     fixed = _fixed(profile, shape.heads, shape.kv_heads)
     with enabled(model, fixed):
-        steps = _by_steps(make(model, fixed, MOST), ids)
-        together = _together(make(model, fixed, MOST), ids)
+        steps = _by_steps(make_runner(model, fixed, MOST), ids)
+        together = _together(make_runner(model, fixed, MOST), ids)
     checks.append(_check("tokens one by one as in one forward", steps, together, allowed))
     return checks
 

@@ -5,7 +5,6 @@ Plain and clustered models are run alike: a graph leaves out what Python takes t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,23 +13,18 @@ from transformers import DynamicCache, PreTrainedModel
 
 from chai_attention.benchmarking.correctness import ROUNDING
 from chai_attention.benchmarking.plain_steps import PlainStep, moved, time_backends
-from chai_attention.benchmarking.runners import time_steps
+from chai_attention.benchmarking.runners import Runner, time_steps
 from chai_attention.integrations.transformers import StaticClusteredCache
-from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
+from chai_attention.integrations.transformers.cache import CacheMemory
 from chai_attention.integrations.transformers.graphs import DecodeGraph
 from chai_attention.profile import ClusterProfile
 
 
-class StaticRunner:
+class StaticRunner(Runner):
     """Prompts in one forward, further tokens one by one in memory that does not move.
 
     A plain model reads its prompt into a cache that grows, because over a static one it would
     compute a mask and attend to empty places; its K and V are moved before the first step.
-
-    Args:
-        model: with ``profile`` enabled, if there is one.
-        profile: clusters; None for the plain model.
-        most_tokens: that a sequence will have.
     """
 
     steps = (
@@ -39,10 +33,7 @@ class StaticRunner:
     )
 
     def __init__(self, model: PreTrainedModel, profile: ClusterProfile | None, most_tokens: int):
-        self._model = model
-        self._profile = profile
-        self._most = most_tokens
-        self._cache: Any = None
+        super().__init__(model, profile, most_tokens)
         self._step: Any = None
 
     @torch.no_grad()
@@ -55,9 +46,7 @@ class StaticRunner:
             self._cache = StaticClusteredCache(self._model, self._profile, self._most)
         else:
             self._cache.reset()
-        out: Any = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        return super().step(ids)
 
     def _renew(self) -> None:
         """A new prompt: what was captured of a plain model is of memory that is gone."""
@@ -74,24 +63,23 @@ class StaticRunner:
                 self._step = PlainStep(self._model, self._cache, count)
             return self._step.step(token)
         if token.device.type != "cuda":
-            out: Any = self._model(token, past_key_values=self._cache, use_cache=True)
-            return out.logits[:, -1]
+            return super().step(token)
         if self._step is None:
             self._step = DecodeGraph(self._model, self._cache)
         return self._step.step(token)[:, -1]
 
-    def backends(self, ids: Tensor, new_tokens: int, wait: Callable[[], None]) -> dict[str, float]:
+    def backends(self, ids: Tensor, new_tokens: int) -> dict[str, float]:
         """Microseconds of a plain model's step behind ``ids [B, S]``, by `time_backends`."""
         token = self.prefill(ids).argmax(-1, keepdim=True)
         want = self.step(token).clone()
         return time_backends(
             self._model, self._cache, token, want, ROUNDING[self._model.dtype],
-            lambda step: time_steps(step, token, new_tokens, wait),
+            lambda step: time_steps(step, token, new_tokens),
         )  # fmt: skip
 
     def memory(self) -> CacheMemory:
         """What the cache holds."""
-        if self._profile is not None:
-            memory: CacheMemory = self._cache.memory()
-            return memory
-        return memory_of(self._cache)
+        if self._profile is None:
+            return super().memory()
+        memory: CacheMemory = self._cache.memory()
+        return memory
