@@ -85,7 +85,7 @@ def measure(
         if item.name == SLOW:
             continue
         call = item.prepare(inputs)
-        if accuracy(call(), inputs, plain, Layout()).right:
+        if accuracy(call(), inputs, plain, Layout()).is_correct:
             calls["", item.name] = call
     errors = {}
     for name, (clusters, streaming, layout) in KINDS.items():

@@ -137,13 +137,13 @@ def test_every_layout_is_right_and_checked(layout, case, kv_heads, clusters, str
     window = Layout() if member.is_identity else layout
     out = clustered_call(inputs, member, layout)()
     assert out.shape == (2, case.queries, 8, 16)
-    assert accuracy(out, inputs, member, window).right
+    assert accuracy(out, inputs, member, window).is_correct
     if layout.narrow:  # rounding would be seen
-        assert not accuracy(out, whole, member, window).right
+        assert not accuracy(out, whole, member, window).is_correct
     for row in (0, 1):  # the first and the last sequence are both looked at
         bad = out.clone()
         bad[row, -1, 3] += 0.01
-        assert not accuracy(bad, inputs, member, window).right
+        assert not accuracy(bad, inputs, member, window).is_correct
 
 
 def test_a_ring_remembers_what_decode_needs():
@@ -159,7 +159,7 @@ def test_a_ring_remembers_what_decode_needs():
             inputs.query, inputs.key.gather(1, index), inputs.value.gather(1, value), member,
             near, lengths=torch.tensor([size, size]), scale=inputs.scale,
         )  # fmt: skip
-        assert accuracy(out, inputs, member, layout).right
+        assert accuracy(out, inputs, member, layout).is_correct
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -188,7 +188,7 @@ def test_baselines_are_attention(item, case, kv_heads):
     except RuntimeError:
         assert item.name == "SDPA flash"  # some releases have no grouped queries there
         return
-    assert accuracy(out, inputs, plain, Layout()).right
+    assert accuracy(out, inputs, plain, Layout()).is_correct
 
 
 def library(monkeypatch, name, **functions):
@@ -227,7 +227,7 @@ def test_flash_attention_3_and_4_are_called_token_major(monkeypatch, case):
     inputs = random_inputs(case, AttentionShape("", 8, 4, 16), torch.float32, "cpu")
     plain = even_membership(8, 8, 2, 4)
     for prepare in (others._flash3, others._flash4):
-        assert accuracy(prepare(inputs)(), inputs, plain, Layout()).right
+        assert accuracy(prepare(inputs)(), inputs, plain, Layout()).is_correct
 
 
 @pytest.mark.parametrize("case", [Case("decode", 2, 33), Case("decode", 2, 32), CASES[1]], ids=str)
@@ -278,7 +278,7 @@ def test_flashinfer_gets_pages_and_ragged_tensors(monkeypatch, case):
     monkeypatch.setattr(others, "WORKSPACE", 16)
     inputs = random_inputs(case, AttentionShape("", 8, 4, 16), torch.float32, "cpu")
     out = others._flashinfer(inputs)()
-    assert accuracy(out, inputs, even_membership(8, 8, 2, 4), Layout()).right
+    assert accuracy(out, inputs, even_membership(8, 8, 2, 4), Layout()).is_correct
 
 
 def test_what_is_not_there_cannot_run_or_is_wrong_is_named(monkeypatch):

@@ -30,7 +30,7 @@ from chai_attention.benchmarking.clustered import (
     rounded_inputs,
     with_streaming,
 )
-from chai_attention.benchmarking.correctness import accuracy, require_right
+from chai_attention.benchmarking.correctness import accuracy, require_correct
 from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
 from chai_attention.errors import first_line
@@ -202,7 +202,7 @@ def _measure(
         member = _membership(request, clusters, case.batch)
         calls = [clustered_call(one, member, request.layout) for one in inputs]
         layout = Layout() if member.is_identity else request.layout
-        found = require_right(
+        found = require_correct(
             f"attention with {clusters} clusters, {case}, {name_of(dtype)}",
             accuracy(calls[-1](), inputs[-1], member, layout),
         )
@@ -260,7 +260,7 @@ def _baseline(
     try:
         calls = [item.prepare(one) for one in inputs]
         found = accuracy(calls[-1](), inputs[-1], plain, Layout())
-        if not found.right:
+        if not found.is_correct:
             return {"missing": f"wrong result, off by {found.error:.2g}"}
         return _time(time_calls(calls, request.device, request.seconds))
     except Exception as error:  # each library has its own way to refuse a shape

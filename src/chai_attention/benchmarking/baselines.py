@@ -1,4 +1,4 @@
-"""Attention without clusters, by whatever is installed.
+"""Attention without clusters, by every library that is installed.
 
 Where a baseline cannot run, the report says why. Each is a function from inputs to a call that
 returns ``[B, Q, H, D]``; what it prepares outside of the call is not timed.

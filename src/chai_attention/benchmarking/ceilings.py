@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured, and the least time that work takes on it."""
+"""The roofline: measured bandwidth and matrix throughput, and the least time of work at both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a result the definition's? Asked before any figure is reported."""
+"""Compare a result with the definition in float64, before any time is reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Accuracy(NamedTuple):
     allowed: float
 
     @property
-    def right(self) -> bool:
+    def is_correct(self) -> bool:
         """Whether it is within bounds; NaN is not."""
         return self.error <= self.allowed
 
@@ -63,17 +63,17 @@ def accuracy(out: Tensor, inputs: Inputs, member: Membership, layout: Layout) ->
                 *(x[row : row + 1, :, : size - queries + stop] for x in inputs[1:]),
             )
             parts.append(_compare(out[row : row + 1, start:stop], part, one, layout))
-    wrong = [part for part in parts if not part.right]
+    wrong = [part for part in parts if not part.is_correct]
     return wrong[0] if wrong else max(parts, key=lambda part: part.error / part.allowed)
 
 
-def require_right(name: str, found: Accuracy) -> Accuracy:
+def require_correct(name: str, found: Accuracy) -> Accuracy:
     """Return what was found.
 
     Raises:
         WrongResultError: it is not within bounds.
     """
-    if not found.right:
+    if not found.is_correct:
         raise WrongResultError(
             f"{name} is wrong: off by {found.error:.2g} where {found.allowed:.2g} is allowed; "
             "nothing is reported"

@@ -1,4 +1,4 @@
-"""Where reports go."""
+"""The output files of ``chai bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a model with clustered heads compute what it must? Asked before its speed is measured."""
+"""Check the logits of a model with clustered heads, before its speed is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least work of a whole model, from which the ideal times follow."""
+"""The bytes and FLOPs that a whole model needs at least, from which its ideal times follow."""
 
 from __future__ import annotations
 

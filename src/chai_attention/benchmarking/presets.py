@@ -1,4 +1,4 @@
-"""Shapes of models that the paper measured, and how a model or profile becomes a shape."""
+"""Shapes of the models that the paper measured, and the shape of any model or profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same benchmark with the code of another revision, in the same run."""
+"""Run the same benchmark with the code of another git revision (``--base``)."""
 
 from __future__ import annotations
 

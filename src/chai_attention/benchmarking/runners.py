@@ -1,4 +1,4 @@
-"""How a model reads a prompt and writes tokens: what ``chai bench model`` times."""
+"""Run a model over a prompt and further tokens, as ``chai bench model`` times it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A model over a cache of fixed size, whose steps are CUDA graphs where there is CUDA.
 
-Plain and clustered models are run alike: a graph leaves out what Python takes to launch either.
+Plain and clustered models run alike: a graph leaves out the time that Python takes to launch them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times of calls, and the machine they were taken on."""
+"""Time calls, and describe the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job once, on one model: calibrate, generate with and without, measure the loss."""
+"""``chai demo``: calibrate a model, generate with and without clusters, and measure the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: comparators beside each other on the same items, going on where a run stopped."""
+"""`evaluate`: score comparators on the same items; a run that was stopped goes on from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparators made for a model from calibration text, when an evaluation asks for them."""
+"""Make comparators for a model, and fit them on calibration text, when an evaluation needs them."""
 
 from __future__ import annotations
 

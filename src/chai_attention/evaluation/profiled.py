@@ -61,7 +61,7 @@ class Profiled(Comparator):
         return {"profile": profile_digest(self.profile), **head_counts(self.profile)}
 
 
-class NarrowCache(Comparator):
+class LowBitCache(Comparator):
     """K and V in numbers of fewer bits: of all heads, or what clustered heads keep.
 
     Near K and V of heads that share or stream stay in 16 bits.
@@ -93,7 +93,7 @@ class NarrowCache(Comparator):
         """Share of the K and V of a prompt of ``length`` tokens."""
         share = self.number_share(model)
         return (
-            share if self._profile is None else narrowed_share(self._profile, model, length, share)
+            share if self._profile is None else low_bit_share(self._profile, model, length, share)
         )
 
     def settings(self) -> Mapping[str, Any]:
@@ -106,7 +106,7 @@ def decides_late(profile: ClusterProfile, context: int) -> bool:
     return profile.membership != STATIC and context < profile.probe_start + profile.window
 
 
-def narrowed_share(
+def low_bit_share(
     profile: ClusterProfile, model: PreTrainedModel, length: int, share: float
 ) -> float:
     """Share of MHA's K,V bytes where what clustered heads keep takes ``share`` of its bytes.

@@ -1,4 +1,4 @@
-"""Files of an evaluation: one result per comparator and task, each whole or not there.
+"""Files of an evaluation: one result per comparator and task, each written whole or not at all.
 
 An output folder holds::
 

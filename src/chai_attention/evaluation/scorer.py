@@ -1,4 +1,4 @@
-"""One comparator scored on one task: the model behind a table, and what identifies its results."""
+"""Score one comparator on one task, and record what identifies the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table's rows scored by vLLM: engines, one after the other, and what goes through them."""
+"""Score the rows of a table by vLLM, with one engine after the other."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from chai_attention.evaluation.comparators.streaming import (
     far_mass,
     streaming_profile,
 )
-from chai_attention.evaluation.profiled import narrowed_share
+from chai_attention.evaluation.profiled import low_bit_share
 from chai_attention.integrations.transformers import enabled
 from chai_attention.profile import FOR_EVER, ClusterProfile
 from chai_attention.runtime.shape import ModelShape, describe
@@ -148,7 +148,7 @@ def test_shares_of_narrow_caches_count_near_k_and_v_whole():
     model = tiny_model("llama")
     profile = RandomStream(0.5, (8, 2))
     profile.prepare(model, ())
-    share = narrowed_share(profile.profile, model, 100, 0.5)
+    share = low_bit_share(profile.profile, model, 100, 0.5)
     assert share == pytest.approx(0.5 * 0.5 + 0.5 * 10 / 100)
 
 

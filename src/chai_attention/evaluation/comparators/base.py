@@ -1,4 +1,4 @@
-"""What every comparator is: a way to compute a model's attention that a table puts beside MHA."""
+"""The base class of comparators: methods that a quality table sets beside full attention (MHA)."""
 
 from __future__ import annotations
 

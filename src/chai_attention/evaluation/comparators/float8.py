@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from chai_attention.evaluation.profiled import NarrowCache
+from chai_attention.evaluation.profiled import LowBitCache
 from chai_attention.integrations.transformers import ClusteredCache
 from chai_attention.ops.narrow import as_stored
 from chai_attention.profile import ClusterProfile
@@ -43,7 +43,7 @@ class _RoundedClusteredCache(_Rounding, ClusteredCache):
     """K of representatives, V of all heads."""
 
 
-class Float8(NarrowCache):
+class Float8(LowBitCache):
     """K and V in 8 bits.
 
     Args:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
-from chai_attention.evaluation.profiled import NarrowCache
+from chai_attention.evaluation.profiled import LowBitCache
 from chai_attention.integrations.transformers import ClusteredCache
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
@@ -33,7 +33,7 @@ FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
 
 
-class Quantised(NarrowCache):
+class Quantised(LowBitCache):
     """K and V in ``bits`` bits.
 
     With clusters, what their cache holds: the same quantiser, groups and residual. K of removed

@@ -1,4 +1,4 @@
-"""Random clusters: what the choice of heads is worth, at the same K,V bytes."""
+"""Random clusters at the same K,V bytes: a control that shows what the choice of heads is worth."""
 
 from __future__ import annotations
 

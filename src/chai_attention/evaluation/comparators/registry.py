@@ -1,4 +1,4 @@
-"""All comparators by name, made and fitted."""
+"""Make and fit comparators by name."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def comparators(
     if profile is not None:
         profile.check(describe(model))
         save = save or profile.saved(describe(model), 10**9) or None
-    made = _Workshop(model, tokens, profile, save, seed, tokenizer, progress)
+    made = _Factory(model, tokens, profile, save, seed, tokenizer, progress)
     found = {}
     for number, name in enumerate(chosen):
         progress(f"preparing {name}", number, len(chosen))
@@ -123,7 +123,7 @@ def comparators(
 
 
 @dataclass
-class _Workshop:
+class _Factory:
     """Makes comparators of one model; what several of them share is made once."""
 
     model: PreTrainedModel

@@ -1,4 +1,4 @@
-"""Streaming heads chosen by less than what they cost: controls at a profile's K,V bytes."""
+"""Streaming heads chosen at random or by attention mass: controls at a profile's K,V bytes."""
 
 from __future__ import annotations
 

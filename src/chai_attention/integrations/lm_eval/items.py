@@ -1,4 +1,4 @@
-"""What a model made of single items of a task."""
+"""The score of a single item of a task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KINDS = (CHOICE, CONTINUATION, TEXT, RECALLED)
 
 @dataclass(frozen=True)
 class Item:
-    """What a model made of one item.
+    """How a model answered one item.
 
     Attributes:
         doc: number of the item in its task.

@@ -1,4 +1,4 @@
-"""Items of a task scored by lm-eval itself, kept one by one."""
+"""Let lm-eval score a task, and keep the score of each item."""
 
 from __future__ import annotations
 
