@@ -26,7 +26,7 @@ from chai_attention.clustering.kmedoids import choices
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write, window_gram
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.probe import window_output_distances
+from chai_attention.ops.probe import HeadClustering, window_output_distances
 from chai_attention.ops.triton import online, write
 from chai_attention.runtime.plan import relative
 from helpers import random_membership
@@ -113,7 +113,8 @@ def writes_paged() -> None:
 def online_membership(heads: int, clusters: int) -> None:
     """Probe, k-means and tables."""
     query, key = (2 * torch.randn(2, heads, 8, 32, device=DEVICE) for _ in "qk")
-    got = online.cluster_window(query, key, clusters, tie=TIE, scale=0.3, softcap=None)
+    how = HeadClustering(clusters, 0.3, None, TIE, by_means=True)
+    got = online.membership_of_window(query, key, None, how)
     gram = window_gram(query.cpu(), key.cpu(), scale=0.3)
     want = Membership.from_representatives(kmeans(gram, clusters))
     assert torch.equal(got.representatives.cpu(), want.representatives)
@@ -125,10 +126,8 @@ def online_medoids(heads: int, clusters: int) -> None:
     query, key, value = (2 * torch.randn(2, heads, 8, 32, device=DEVICE) for _ in "qkv")
     static = torch.rand(heads, heads, device=DEVICE)
     table = choices(heads, clusters)
-    got = online.medoids_of_window(
-        query, key, clusters, value=value, static=static, choices=table,
-        whole_groups=False, tie=TIE, scale=0.3, softcap=None,
-    )  # fmt: skip
+    how = HeadClustering(clusters, 0.3, None, TIE, static=static, choices=table)
+    got = online.membership_of_window(query, key, value, how)
     distances = window_output_distances(query.cpu(), key.cpu(), value.cpu(), scale=0.3)
     costs = relative(distances) + static.cpu()
     want = Membership.from_representatives(assign_by_cost(costs, clusters, heads))

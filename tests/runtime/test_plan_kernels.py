@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.ops import online
+from chai_attention.ops.probe import HeadClustering
 from chai_attention.ops.triton import online as kernels
 from chai_attention.runtime.plan import LayerPlan
 from membership_checks import assert_same_membership
@@ -47,9 +48,8 @@ def test_kernels_find_what_pytorch_finds(shape, target, blend, softcap, request)
 
 
 def test_shapes_without_a_kernel_run_in_pytorch():
-    assert online.fused_membership(
-        *torch.randn(2, 1, 4, 8, 16), 2, tie=1e-4, scale=1.0, softcap=None
-    ) is None  # fmt: skip
+    how = HeadClustering(2, 1.0, None, 1e-4, by_means=True)
+    assert online.fused_membership(*torch.randn(2, 1, 4, 8, 16), None, how) is None
     window = torch.randn(1, 4, 100, 16)
     assert kernels.fits(window, window)
     assert not kernels.fits(window, window, window)

@@ -1,6 +1,6 @@
 """Online memberships by the GPU's kernels, where they take the shape.
 
-`clustering` defines what they compute, `integrations` chooses; both functions return None where
+`clustering` defines what they compute, `runtime.plan` chooses; both functions return None where
 there is no kernel, and the same is then done in PyTorch, in hundreds of launches.
 """
 
@@ -13,114 +13,46 @@ from types import ModuleType
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.probe import Windows
+from chai_attention.ops.probe import HeadClustering, Windows
 
 logger = logging.getLogger("chai_attention")
 
 
 def fused_membership(
-    query: Tensor, key: Tensor, clusters: int, *, tie: float, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor | None, how: HeadClustering
 ) -> Membership | None:
-    """Cluster heads by k-means over their maps of the probe window, in two launches.
+    """Cluster the heads of every sequence, in two or three launches.
 
     Args:
         query: ``[B, H, W, D]`` of the window.
         key: ``[B, G, W, D]`` of the window.
-        clusters: k.
-        tie: costs this close, relative to the largest norm of a head, count as equal.
-        scale: factor on the scores.
-        softcap: as in `ops.reference.clustered_attention`.
-
-    Returns:
-        The membership, or None where there is no kernel (`window_gram` and `clustering.assign`
-        do the same). With grouped queries, the K/V heads it reads are counted on the host.
-    """
-    kernels = _kernels(query, key)
-    if kernels is None:
-        return None
-    logger.debug("probe and k-means kernels: %d clusters", clusters)
-    found: Membership = kernels.cluster_window(
-        query, key, clusters, tie=tie, scale=scale, softcap=softcap
-    )
-    return found
-
-
-def fused_medoids(
-    query: Tensor,
-    key: Tensor,
-    clusters: int,
-    *,
-    value: Tensor | None = None,
-    static: Tensor | None = None,
-    choices: Tensor | None = None,
-    whole_groups: bool = False,
-    tie: float,
-    scale: float,
-    softcap: float | None,
-) -> Membership | None:
-    """Cluster heads by k-medoids on costs in the probe window, in two or three launches.
-
-    Args:
-        query: ``[B, H, W, D]`` of the window.
-        key: ``[B, G, W, D]`` of the window.
-        clusters: k; with ``whole_groups`` a multiple of H / G.
         value: ``[B, G, W, Dv]`` of the window: costs are `window_output_distances`. None: squared
             distances of maps.
-        static: ``[H, H]`` float32, added to the costs, which are then divided by their mean over
-            pairs of different heads; None for the costs as they are.
-        choices: ``[N, units]`` bool, all choices of units (heads, or K/V heads with
-            ``whole_groups``) that there are, to try them all; None searches by swaps.
-        whole_groups: choose K/V heads, whose query heads all keep their scores.
-        tie: costs this close, relative to the largest (of maps without static costs, to the
-            largest norm), count as equal.
-        scale: factor on the scores.
-        softcap: as in `ops.reference.clustered_attention`.
+        how: as it says.
 
     Returns:
-        The membership, or None where there is no kernel.
+        The membership, or None where there is no kernel. With grouped queries, the K/V heads that
+        single heads read are counted on the host.
     """
     kernels = _kernels(query, key, value)
     if kernels is None:
         return None
-    logger.debug("probe and k-medoids kernels: %d clusters", clusters)
-    found: Membership = kernels.medoids_of_window(
-        query, key, clusters, value=value, static=static, choices=choices,
-        whole_groups=whole_groups, tie=tie, scale=scale, softcap=softcap,
-    )  # fmt: skip
+    logger.debug("probe and clustering kernels: %d clusters", how.clusters)
+    found: Membership = kernels.membership_of_window(query, key, value, how)
     return found
 
 
 def fused_representatives(
-    query: Tensor,
-    key: Tensor,
-    clusters: int,
-    windows: Windows,
-    *,
-    value: Tensor | None = None,
-    static: Tensor | None = None,
-    choices: Tensor | None = None,
-    whole_groups: bool = False,
-    by_means: bool = False,
-    tie: float,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor | None, windows: Windows, how: HeadClustering
 ) -> Tensor | None:
-    """Cluster heads in windows among packed tokens, in two or three launches for all of them.
+    """The same in windows among packed tokens, for all of them at once.
 
     Args:
         query: ``[T, H, D]``.
         key: ``[T, G, D]``.
-        clusters: k, of the heads that are clustered.
+        value: ``[B, G', W, Dv]`` of the windows and of the clustered heads' K/V heads, or None.
         windows: where.
-        value: ``[B, G', W, Dv]`` of the windows and of the clustered heads' K/V heads, as
-            `fused_medoids` takes it, as are the next three.
-        static: ``[n, n]`` float32.
-        choices: ``[N, units]`` bool.
-        whole_groups: choose K/V heads.
-        by_means: by k-means over maps, as `fused_membership`.
-        tie: as in both.
-        scale: factor on the scores.
-        softcap: as in `ops.reference.clustered_attention`.
+        how: of the clustered heads.
 
     Returns:
         ``[B, n]`` int64, whom each of the clustered heads follows, by their numbers among
@@ -132,11 +64,7 @@ def fused_representatives(
 
     if not online.takes(query, key, windows, value):
         return None
-    found: Tensor = online.representatives(
-        query, key, clusters, windows, value=value, static=static, choices=choices,
-        whole_groups=whole_groups, by_means=by_means, tie=tie, scale=scale, softcap=softcap,
-    )  # fmt: skip
-    return found
+    return online.representatives(query, key, value, windows, how)
 
 
 def _kernels(query: Tensor, key: Tensor, value: Tensor | None = None) -> ModuleType | None:

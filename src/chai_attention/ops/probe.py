@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,34 @@ class Windows(NamedTuple):
     tokens: Tensor
     real: Tensor
     heads: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadClustering:
+    """How heads are clustered in a probe window: by k-means over maps, or by k-medoids on costs.
+
+    Attributes:
+        clusters: k, of the heads that are clustered; with ``whole_groups`` a multiple of H / G.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.clustered_attention`.
+        tie: costs this close, relative to the largest (of maps without static costs, to the
+            largest norm of a head), count as equal.
+        by_means: by k-means; the next three do not count then.
+        static: ``[H, H]`` float32, added to the costs, which are then divided by their mean over
+            pairs of different heads; None for the costs as they are.
+        choices: ``[N, units]`` bool, all choices of units (heads, or K/V heads with
+            ``whole_groups``) that there are, to try them all; None searches by swaps.
+        whole_groups: choose K/V heads, whose query heads all keep their scores.
+    """
+
+    clusters: int
+    scale: float
+    softcap: float | None
+    tie: float
+    by_means: bool = False
+    static: Tensor | None = None
+    choices: Tensor | None = None
+    whole_groups: bool = False
 
 
 def window_gram(

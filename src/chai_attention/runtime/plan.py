@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,10 @@ from chai_attention.index_tables import table_of
 from chai_attention.membership import Membership
 from chai_attention.ops import window_gram, window_output_distances
 from chai_attention.ops.online import (
-    fused_medoids,
     fused_membership,
     fused_representatives,
 )
-from chai_attention.ops.probe import Windows
+from chai_attention.ops.probe import HeadClustering, Windows
 from chai_attention.profile import BLEND, STATIC, ClusterProfile
 from chai_attention.runtime.shape import ModelShape
 
@@ -127,19 +125,13 @@ class LayerPlan:
         if self.streaming:
             far = self._far.online_membership(*self._far_states(query, key, value), scale, softcap)
             return Membership.with_streaming(far, self.heads, self.kv_heads, self.streaming)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        fused = (
-            fused_membership(query, key, self.clusters, tie=TIE, **options)
-            if self._by_means
-            else fused_medoids(
-                query, key, self.clusters, value=value if self._by_value else None,
-                **self._medoids(query.device), **options,
-            )
-        )  # fmt: skip
+        how = self._clustering(query.device, scale, softcap)
+        fused = fused_membership(query, key, value if self._by_value else None, how)
         if fused is not None:
             return fused
         kind = window_output_distances if self._by_value else window_gram
-        found = kind(query, key, *([value] if self._by_value else []), **options)
+        states = (query, key, value) if self._by_value else (query, key)
+        found = kind(*states, scale=scale, softcap=softcap)
         self._require_finite(found)
         if self.costs is None:
             rep = assign(found, self.clusters, self.kv_heads, self.target)
@@ -181,9 +173,9 @@ class LayerPlan:
         far = self._far if self.streaming else self
         heads = table_of(tuple(self._far_heads), query.device) if self.streaming else None
         found = fused_representatives(
-            query, key, far.clusters, Windows(tokens, count, heads), scale=scale, softcap=softcap,
-            value=self._far_values(value[tokens].transpose(1, 2)) if far._by_value else None,
-            by_means=far._by_means, **far._medoids(query.device),
+            query, key,
+            self._far_values(value[tokens].transpose(1, 2)) if far._by_value else None,
+            Windows(tokens, count, heads), far._clustering(query.device, scale, softcap),
         )  # fmt: skip
         if found is not None:
             return found
@@ -235,24 +227,23 @@ class LayerPlan:
             )
 
     @property
-    def _by_means(self) -> bool:
-        """Whether kernels cluster by k-means of attention maps, not by k-medoids on costs."""
-        return self.costs is None and self.target == SCORES
-
-    @property
     def _by_value(self) -> bool:
         """Whether the window's heads are compared by what they put out."""
         return self.costs is not None and self.features == "value"
 
-    def _medoids(self, device: torch.device) -> dict[str, Any]:
-        """How kernels search for medoids; k-means takes the margin of ties alone."""
+    def _clustering(
+        self, device: torch.device, scale: float, softcap: float | None
+    ) -> HeadClustering:
+        """How kernels cluster: by k-means of attention maps, or by k-medoids on costs."""
+        if self.costs is None and self.target == SCORES:
+            return HeadClustering(self.clusters, scale, softcap, TIE, by_means=True)
         units = self.heads if self.target == SCORES else self.kv_heads
-        return {
-            "static": None if self.costs is None else self._weighted_costs(device),
-            "choices": choices(units, self.clusters * units // self.heads),
-            "whole_groups": self.target == K_BYTES,
-            "tie": TIE,
-        }
+        return HeadClustering(
+            self.clusters, scale, softcap, TIE,
+            static=None if self.costs is None else self._weighted_costs(device),
+            choices=choices(units, self.clusters * units // self.heads),
+            whole_groups=self.target == K_BYTES,
+        )  # fmt: skip
 
     def _weighted_costs(self, device: torch.device) -> Tensor:
         """``[H, H]`` static costs as they are added to those of the window."""

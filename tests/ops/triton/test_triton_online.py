@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.membership import Membership
-from chai_attention.ops.probe import Windows, window_gram
+from chai_attention.ops.probe import HeadClustering, Windows, window_gram
 from chai_attention.ops.triton import online
 from chai_attention.ops.triton.chunks import chunks_of
 from chai_attention.runtime.plan import LayerPlan
@@ -25,7 +25,8 @@ def _nan_memory(nan_memory):
 @pytest.mark.parametrize("clusters", [1, 4, 8, 9])
 def test_online_membership(clusters):
     query, key = (2 * torch.randn(3, 9, 16, 32, device=DEVICE) for _ in "qk")
-    got = online.cluster_window(query, key, clusters, tie=TIE, scale=0.3, softcap=None)
+    how = HeadClustering(clusters, 0.3, None, TIE, by_means=True)
+    got = online.membership_of_window(query, key, None, how)
     gram = window_gram(query.cpu(), key.cpu(), scale=0.3)
     want = Membership.from_representatives(kmeans(gram, clusters))
     assert_same_membership(got, want, (8, 2))
@@ -35,9 +36,8 @@ def test_online_membership(clusters):
 def test_grouped_queries(clusters):
     """Single heads are clustered: how many K/V heads they read is counted."""
     query, key = 2 * torch.randn(3, 12, 16, 32), 2 * torch.randn(3, 4, 16, 32)
-    got = online.cluster_window(
-        query.to(DEVICE), key.to(DEVICE), clusters, tie=TIE, scale=0.3, softcap=None
-    )
+    how = HeadClustering(clusters, 0.3, None, TIE, by_means=True)
+    got = online.membership_of_window(query.to(DEVICE), key.to(DEVICE), None, how)
     want = kmeans(window_gram(query, key, scale=0.3), clusters)
     want = Membership.from_representatives(want, kv_heads=4)
     assert_same_membership(got, want)
@@ -79,9 +79,8 @@ def test_windows_among_packed_tokens(kind, streaming):
     on_device = [x.to(DEVICE) for x in (query, key, tokens, count)]
     chosen = torch.tensor(plan.clustered, device=DEVICE) if streaming else None
     values = plan._far_values(value[tokens].transpose(1, 2)).to(DEVICE) if kind == "value" else None
-    got = online.representatives(
-        on_device[0], on_device[1], 4, Windows(*on_device[2:], chosen), value=values,
-        by_means=kind == "means", scale=0.3, softcap=None,
-        **far._medoids(torch.device(DEVICE)),
-    )  # fmt: skip
+    how = far._clustering(torch.device(DEVICE), 0.3, None)
+    assert how.by_means == (kind == "means")
+    windows = Windows(*on_device[2:], chosen)
+    got = online.representatives(*on_device[:2], values, windows, how)
     assert torch.equal(got.cpu(), want)

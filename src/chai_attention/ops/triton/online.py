@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.probe import Windows
+from chai_attention.ops.probe import HeadClustering, Windows
 from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, launch_prefill, probe
 from chai_attention.ops.triton.chunks import members_of
 from chai_attention.ops.triton.decode import padded
@@ -36,75 +36,49 @@ def _takes(heads: int, window: int, query: Tensor, key: Tensor, value: Tensor | 
     )
 
 
-def cluster_window(
-    query: Tensor, key: Tensor, clusters: int, *, tie: float, scale: float, softcap: float | None
+def membership_of_window(
+    query: Tensor, key: Tensor, value: Tensor | None, how: HeadClustering
 ) -> Membership:
-    """Cluster the heads of every sequence by k-means over their maps (CHAI, section 3.3).
+    """`ops.online.fused_membership` where `fits`.
 
     The tables that decode and prefill read are made with it, for V of the same head size.
-
-    Args:
-        query: ``[B, H, W, D]`` of the probe window.
-        key: ``[B, G, W, D]``.
-        clusters: k.
-        tie: see `clustering.kmeans`.
-        scale: factor on the scores.
-        softcap: as in `ops.reference.clustered_attention`.
     """
-    maps = probe.window_maps(query, key, scale=scale, softcap=softcap)
-    members = _members(query, clusters)
-    return _of_groups(kmeans.kmeans(maps, clusters, tie=tie, members=members), key)
-
-
-def medoids_of_window(
-    query: Tensor,
-    key: Tensor,
-    clusters: int,
-    *,
-    value: Tensor | None,
-    static: Tensor | None,
-    choices: Tensor | None,
-    whole_groups: bool,
-    tie: float,
-    scale: float,
-    softcap: float | None,
-) -> Membership:
-    """Cluster the heads of every sequence by k-medoids; see `ops.online.fused_medoids`."""
-    maps = probe.window_maps(query, key, scale=scale, softcap=softcap)
-    unit = query.shape[1] // key.shape[1] if whole_groups else 1
-    found = kmedoids.kmedoids(
-        maps if value is None else probe.output_distances(maps, value), clusters,
-        from_maps=value is None, static=static, choices=choices, unit=unit, group=unit, tie=tie,
-        members=_members(query, clusters),
-    )  # fmt: skip
-    return found if whole_groups else _of_groups(found, key)
+    maps = probe.window_maps(query, key, scale=how.scale, softcap=how.softcap)
+    group = query.shape[1] // key.shape[1]
+    found = _cluster(maps, value, how, group, _members(query, how.clusters))
+    if how.whole_groups or group == 1:
+        return found
+    # with grouped queries the K/V heads that single heads read are counted: only the host can
+    return Membership.from_representatives(
+        found.representatives, found.clusters, kv_heads=key.shape[1]
+    )
 
 
 def representatives(
-    query: Tensor,
-    key: Tensor,
-    clusters: int,
-    windows: Windows,
-    *,
-    value: Tensor | None,
-    static: Tensor | None,
-    choices: Tensor | None,
-    whole_groups: bool,
-    by_means: bool,
-    tie: float,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor | None, windows: Windows, how: HeadClustering
 ) -> Tensor:
-    """Whom each head follows, for windows among packed tokens; see `ops.online`."""
-    maps = probe.packed_maps(query, key, windows, scale=scale, softcap=softcap)
-    if by_means:
-        return kmeans.kmeans(maps, clusters, tie=tie, members=None).representatives
-    unit = query.shape[1] // key.shape[1] if whole_groups else 1
+    """`ops.online.fused_representatives` where it `takes` them."""
+    maps = probe.packed_maps(query, key, windows, scale=how.scale, softcap=how.softcap)
+    group = query.shape[1] // key.shape[1]
+    return _cluster(maps, value, how, group, None).representatives
+
+
+def _cluster(
+    maps: Tensor,
+    value: Tensor | None,
+    how: HeadClustering,
+    group: int,
+    members: tuple[int, int] | None,
+) -> Membership:
+    """Cluster by maps ``[B, H, W * W]`` and V of the window, with tables for ``members``."""
+    if how.by_means:
+        return kmeans.kmeans(maps, how.clusters, tie=how.tie, members=members)
+    unit = group if how.whole_groups else 1
     return kmedoids.kmedoids(
-        maps if value is None else probe.output_distances(maps, value), clusters,
-        from_maps=value is None, static=static, choices=choices, unit=unit, group=unit, tie=tie,
-        members=None,
-    ).representatives  # fmt: skip
+        maps if value is None else probe.output_distances(maps, value), how.clusters,
+        from_maps=value is None, static=how.static, choices=how.choices, unit=unit, group=unit,
+        tie=how.tie, members=members,
+    )  # fmt: skip
 
 
 def _members(query: Tensor, clusters: int) -> tuple[int, int]:
@@ -112,12 +86,3 @@ def _members(query: Tensor, clusters: int) -> tuple[int, int]:
     heads, wide = query.shape[1], padded(query.shape[3])
     decode = members_of(heads, clusters, launch_decode.COLUMNS // wide)
     return decode, members_of(heads, clusters, launch_prefill.COLUMNS // wide)
-
-
-def _of_groups(found: Membership, key: Tensor) -> Membership:
-    """Count, with grouped queries, the K/V heads that single heads read: only the host can."""
-    if key.shape[1] == found.heads:
-        return found
-    return Membership.from_representatives(
-        found.representatives, found.clusters, kv_heads=key.shape[1]
-    )
