@@ -5,6 +5,9 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 
+# how far a kernel may be from the definition in float64, with numbers of a normal distribution
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
 
 def random_representatives(heads: int, clusters: int, batch: int = 1) -> Tensor:
     """``[B, H]`` with exactly ``clusters`` distinct representatives in each row."""

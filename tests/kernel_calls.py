@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.membership import Membership
@@ -13,7 +16,7 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from near_cases import near_pages
-from op_calls import kernels
+from op_calls import dispatched, kernels
 from paged_caches import PagedCaches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class Config:
-    """What kernels are compiled for."""
+    """What kernels are compiled for, and how their tensors lie in memory."""
 
     kind: str
     heads: int
@@ -30,21 +33,34 @@ class Config:
     dim: int
     value_dim: int
     dtype: torch.dtype
-    softcap: float | None
-    padded: bool  # padding at the left of dense sequences
-    spare: bool  # unused capacity, so that sequences differ in length
-    page: int
-    recent: int
-    sinks: int
-    probe_end: int
+    softcap: float | None = None
+    padded: bool = False  # padding at the left of dense sequences
+    spare: bool = False  # unused capacity, so that sequences differ in length
+    page: int = 16
+    recent: int = 0
+    sinks: int = 0
+    probe_end: int = 0
     streaming: int = 0
     near_page: int = 16
+    token_major: bool = True  # V of dense sequences
+    one_buffer: bool = False  # a page of K and V is one run of memory
+    stored: torch.dtype | None = None  # what pages hold, if not ``dtype``
+    representatives: bool = False  # pages get the queries of representatives alone
+    tables: str = "each"  # sequences have a row each, "shared" one or "rows" of more than there are
+    natural: bool = False  # K and V of packed prompts are of all heads, parts of one tensor with Q
+    offsets: bool = True  # of an exact window
+    ring_spare: int = 2  # tokens that a ring holds besides its window
+    tail: int = 0  # packed queries behind the last sequence
 
     def __str__(self) -> str:
         sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.streaming} streaming, "
         sizes += f"{self.dim}/{self.value_dim}"
-        flags = [name for name in ("softcap", "padded", "spare") if getattr(self, name)]
-        return ", ".join([self.kind, sizes, str(self.dtype).removeprefix("torch."), *flags])
+        parts = [self.kind, sizes, str(self.dtype).removeprefix("torch.")]
+        for field in fields(self)[7:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "streaming":
+                parts.append(field.name if value is True else f"{field.name} {value}")
+        return ", ".join(parts)
 
 
 @dataclass
@@ -61,13 +77,71 @@ class Sequence:
         return torch.arange(self.key.shape[1], device=DEVICE) >= self.first
 
 
-def offsets_of(config: Config, member: Membership) -> tuple[Tensor, Tensor] | None:
-    """``[H, H]`` of an exact recent window, and each head's."""
-    if not config.recent:
-        return None
-    generator = torch.Generator().manual_seed(config.heads)
-    table = torch.randn(config.heads, config.heads, generator=generator).to(DEVICE)
-    return table, windowed.head_offsets(table, member)
+@dataclass
+class Case:
+    """A call: sequences, whose heads ``member [B]`` groups."""
+
+    config: Config
+    member: Membership
+    sequences: list[Sequence]
+    scale: float
+
+    def __post_init__(self) -> None:
+        batch = len(self.sequences)
+        self.tables, self.rows = self.member, None
+        if self.config.tables == "shared":
+            self.tables = self.member.select(torch.zeros(1, dtype=torch.long, device=DEVICE))
+        elif self.config.tables == "rows":  # the first one is nobody's
+            index = torch.arange(-1, batch, device=DEVICE) % batch
+            self.tables = self.member.select(index)
+            self.rows = torch.arange(1, batch + 1, dtype=torch.int32, device=DEVICE)
+
+    @property
+    def offsets(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """``[H, H]`` of an exact recent window, and each head's."""
+        if not self.config.recent:
+            return None
+        heads, table = self.config.heads, None
+        if self.config.offsets:
+            generator = torch.Generator().manual_seed(heads)
+            table = torch.randn(heads, heads, generator=generator).to(DEVICE)
+        return table, windowed.head_offsets(table, self.member)
+
+    @property
+    def stored(self) -> tuple[list[Tensor], list[Tensor]]:
+        """K and V of each sequence in the cache's order."""
+        keys, values = self.member.key_heads, self.member.value_heads
+        return (
+            [one.key[heads] for one, heads in zip(self.sequences, keys, strict=True)],
+            [one.value[heads] for one, heads in zip(self.sequences, values, strict=True)],
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        sizes = [one.key.shape[1] for one in self.sequences]
+        return torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scale": self.scale, "softcap": self.config.softcap}
+
+    def valid(self, size: int) -> Tensor | None:
+        if not self.config.padded:
+            return None
+        valid = torch.ones(len(self.sequences), size, dtype=torch.bool, device=DEVICE)
+        for row, one in enumerate(self.sequences):
+            valid[row, : one.first] = False
+        return valid
+
+    def dense(self, size: int) -> tuple[Tensor, Tensor]:
+        """K and V ``[B, heads, size, D]`` as a cache holds them."""
+        keys, values = self.stored
+        return _stack(keys, size), _stack(values, size, self.config.token_major)
+
+    def strided(self, tokens: int) -> Tensor:
+        """``[tokens, H, Dv]`` to write to, NaN, a part of a larger tensor."""
+        shape = (tokens, self.config.heads + 1, self.config.value_dim)
+        return torch.full(shape, torch.nan, dtype=self.config.dtype, device=DEVICE)[:, 1:]
 
 
 def _stack(parts: list[Tensor], size: int, token_major: bool = False) -> Tensor:
@@ -81,43 +155,24 @@ def _stack(parts: list[Tensor], size: int, token_major: bool = False) -> Tensor:
     return room
 
 
-def _stored(member: Membership, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
-    """K and V of each sequence in the cache's order."""
-    keys = [one.key[heads] for one, heads in zip(sequences, member.key_heads, strict=True)]
-    values = [one.value[heads] for one, heads in zip(sequences, member.value_heads, strict=True)]
-    return keys, values
-
-
-def _lengths(sequences: list[Sequence]) -> Tensor:
-    sizes = [one.key.shape[1] for one in sequences]
-    return torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
-
-
-def _valid(config: Config, sequences: list[Sequence], size: int) -> Tensor | None:
-    if not config.padded:
-        return None
-    valid = torch.ones(len(sequences), size, dtype=torch.bool, device=DEVICE)
-    for row, one in enumerate(sequences):
-        valid[row, : one.first] = False
-    return valid
-
-
-def _dense(config, member, sequences, scale):
-    keys, values = _stored(member, sequences)
-    size = max(k.shape[1] for k in keys) + (3 if config.spare else 0)
+def _dense(case):
+    config, member, sequences = case.config, case.member, case.sequences
+    size = max(one.key.shape[1] for one in sequences) + (3 if config.spare else 0)
     query = torch.stack([one.query[h] for one, h in zip(sequences, member.slot_heads, strict=True)])
-    out, lse = kernels.attention(
-        query, _stack(keys, size), _stack(values, size, token_major=True), member, scale=scale,
-        lengths=_lengths(sequences) if config.spare else None,
-        valid=_valid(config, sequences, size), softcap=config.softcap, return_lse=True,
+    return kernels.attention(
+        query, *case.dense(size), member, lengths=case.lengths if config.spare else None,
+        valid=case.valid(size), return_lse=True, **case.options,
     )  # fmt: skip
-    return out, lse
 
 
-def _near_of(config: Config, member: Membership, sequences: list[Sequence]) -> NearRing:
+def _near_of(case: Case) -> NearRing:
     """K and V of removed heads as a cache remembers them behind these tokens."""
-    batch, room = len(sequences), config.recent + 2
-    positions = torch.full((batch, config.sinks), -1, dtype=torch.int32, device=DEVICE)
+    config, member, sequences = case.config, case.member, case.sequences
+    batch, room = len(sequences), config.recent + config.ring_spare
+    first = torch.tensor([one.first for one in sequences], dtype=torch.int32)
+    positions = first[:, None] + torch.arange(config.sinks, dtype=torch.int32)
+    if config.ring_spare:  # of sinks that do not exist, no place or one behind the end
+        positions[positions >= case.lengths[:, None].cpu()] = -1
 
     def memories(states: list[Tensor], heads: Tensor) -> tuple[Tensor, Tensor]:
         shape = (batch, heads.shape[1], room, states[0].shape[2])
@@ -129,34 +184,33 @@ def _near_of(config: Config, member: Membership, sequences: list[Sequence]) -> N
             ring[row, :, last % room] = held[:, last]
             first = torch.arange(one.first, min(size, one.first + config.sinks), device=DEVICE)
             sinks[row, :, : len(first)] = held[:, first]
-            positions[row, : len(first)] = first.int()
         return ring, sinks
 
     keys = memories([one.key for one in sequences], member.removed_key_heads)
     values = [one.value for one in sequences]
     streams = memories(values, member.removed_value_heads) if member.streaming else (None, None)
-    return NearRing(*keys, positions, config.recent, 0, *streams)
+    return NearRing(*keys, positions.to(DEVICE), config.recent, 0, *streams)
 
 
-def _near(config, member, sequences, scale):
-    keys, values = _stored(member, sequences)
-    size = max(k.shape[1] for k in keys) + 3
-    out = kernels.decode_recent(
-        torch.stack([one.query for one in sequences]), _stack(keys, size),
-        _stack(values, size, token_major=True), member, _near_of(config, member, sequences),
-        lengths=_lengths(sequences), scale=scale, offset=offsets_of(config, member)[1],
-        valid=_valid(config, sequences, size), softcap=config.softcap,
+def _near(case):
+    run = dispatched if case.config.kind == "near op" else kernels
+    size = max(one.key.shape[1] for one in case.sequences) + 3
+    out = run.decode_recent(
+        torch.stack([one.query for one in case.sequences]), *case.dense(size), case.member,
+        _near_of(case), lengths=case.lengths, offset=case.offsets[1], valid=case.valid(size),
+        **case.options,
     )  # fmt: skip
     return out, None
 
 
-def _window(config, member, sequences, scale):
+def _window(case):
     """Prefill with an exact window: `windowed_attention`, by the kernels on any device."""
+    config, sequences = case.config, case.sequences
     query, key, value = (
         torch.stack([getattr(one, name) for one in sequences]) for name in ("query", "key", "value")
     )
     queries, size = query.shape[2], key.shape[2]
-    valid = _valid(config, sequences, size)
+    valid = case.valid(size)
     tables = windowed.window_tables(size, queries, config.recent, config.sinks, valid, query.device)
     real = torch.ones(len(sequences), size, dtype=torch.bool, device=DEVICE)
     real = real if valid is None else valid
@@ -167,11 +221,9 @@ def _window(config, member, sequences, scale):
         index = first[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
         return torch.cat([states.gather(2, index), states[:, :, band]], 2)
 
-    keys, values = _stored(member, sequences)
     out = kernels.windowed(
-        query, _stack(keys, size), _stack(values, size, token_major=True), member,
-        NearKeys(near_of(key), near_of(value)), tables, scale=scale,
-        offset=offsets_of(config, member)[1], softcap=config.softcap,
+        query, *case.dense(size), case.member, NearKeys(near_of(key), near_of(value)), tables,
+        offset=case.offsets[1], **case.options,
     )  # fmt: skip
     return out, None
 
@@ -188,137 +240,124 @@ def _pages(parts: list[Tensor], tables: Tensor, page: int) -> Tensor:
     return room
 
 
-def _paged_caches(config, member, sequences):
+def _paged_caches(case):
     """K pages, V pages and the block table."""
-    most = max(-(-one.key.shape[1] // config.page) for one in sequences) + 1
+    page, sequences = case.config.page, case.sequences
+    most = max(-(-one.key.shape[1] // page) for one in sequences) + 1
     order = torch.randperm(len(sequences) * most)
     tables = order.view(len(sequences), most).to(device=DEVICE, dtype=torch.int32)
-    keys, values = (_pages(parts, tables, config.page) for parts in _stored(member, sequences))
-    return keys, values, tables
+    pages = [_pages(parts, tables, page) for parts in case.stored]
+    if case.config.stored is not None:
+        pages = [x.to(case.config.stored) for x in pages]
+    if case.config.one_buffer:
+        line = torch.cat([x.flatten(1) for x in pages], 1)
+        parts = line.split([x[0].numel() for x in pages], 1)
+        pages = [part.view(x.shape) for part, x in zip(parts, pages, strict=True)]
+    return *pages, tables
 
 
-def _near_pages_of(
-    config: Config, member: Membership, sequences: list[Sequence], caches: tuple[Tensor, ...]
-) -> NearPages:
+def _near_pages_of(case: Case, caches: tuple[Tensor, ...]) -> NearPages:
     """Near pages beside the pages ``caches``."""
+    config, sequences = case.config, case.sequences
     states = ([getattr(one, name).cpu() for one in sequences] for name in ("key", "value"))
     counts = [one.query.shape[1] for one in sequences]
-    far = PagedCaches(*caches, _lengths(sequences), *states)
-    return near_pages(member, far, counts, config.near_page, config.recent, config.sinks)
+    far = PagedCaches(*caches, case.lengths, *states)
+    return near_pages(case.member, far, counts, config.near_page, config.recent, config.sinks)
 
 
-def _paged(config, member, sequences, scale):
-    caches = _paged_caches(config, member, sequences)
-    near = _near_pages_of(config, member, sequences, caches) if config.recent else None
-    offsets = offsets_of(config, member)
+def _paged(case):
+    config, sequences = case.config, case.sequences
+    caches = _paged_caches(case)
+    near = _near_pages_of(case, caches) if config.recent else None
+    query = torch.stack([one.query[:, 0] for one in sequences])
+    if config.representatives:
+        query = torch.stack([x[h] for x, h in zip(query, case.member.slot_heads, strict=True)])
     out, lse = kernels.paged_decode(
-        torch.stack([one.query[:, 0] for one in sequences]), *caches, member,
-        lengths=_lengths(sequences), scale=scale, softcap=config.softcap, near=near,
-        offset=None if offsets is None else offsets[1], return_lse=near is None,
+        query, *caches, case.tables, lengths=case.lengths, rows=case.rows, near=near,
+        offset=None if near is None else case.offsets[1], return_lse=near is None,
+        out=case.strided(len(sequences)),
+        most_keys=None if config.tables == "each" else int(case.lengths.max()), **case.options,
     )  # fmt: skip
     return out[:, None], None if lse is None else lse[:, :, None]
 
 
-def _packed(sequences: list[Sequence]) -> tuple[Tensor, Tensor, list[int]]:
-    """Q of all heads ``[T, H, D]``, where each sequence starts, and the numbers of queries."""
+def _packed(case: Case, run: Callable[..., Tensor | None]) -> tuple[list[Tensor], Any]:
+    """Prefill of packed sequences by ``run(states, out, options)`` of Q, K and V of new tokens."""
+    config, sequences = case.config, case.sequences
     counts = [one.query.shape[1] for one in sequences]
-    query = torch.cat([one.query.transpose(0, 1) for one in sequences])
-    starts = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
-    return query, starts, counts
-
-
-def _probe(config: Config, sequences: list[Sequence], query: Tensor) -> Probe | None:
-    if not config.probe_end:
-        return None
-    news = (
-        torch.cat([x[:, x.shape[1] - one.query.shape[1] :].transpose(0, 1) for one, x in rows])
-        for rows in (
-            [(one, one.key) for one in sequences],
-            [(one, one.value) for one in sequences],
-        )
-    )
-    return Probe(query, *news, config.probe_end)
-
-
-def _split(out: Tensor, lse: Tensor, counts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    return list(out.split(counts)), [part.T for part in lse.split(counts)]
-
-
-def _paged_prefill(config, member, sequences, scale):
-    query, starts, counts = _packed(sequences)
-    if not sum(counts):
+    total = sum(counts)
+    if not total:
         return [one.query.transpose(0, 1) for one in sequences], None
-    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    _, lse = kernels.paged_prefill(
-        query, *_paged_caches(config, member, sequences), member, out, query_starts=starts,
-        lengths=_lengths(sequences), most_queries=max(counts), scale=scale,
-        softcap=config.softcap, probe=_probe(config, sequences, query), return_lse=True,
-    )  # fmt: skip
-    return _split(out, lse, counts)
+    states = [torch.cat([one.query.transpose(0, 1) for one in sequences])]
+    for name in ("key", "value"):
+        parts = zip((getattr(one, name) for one in sequences), counts, strict=True)
+        states.append(torch.cat([x[:, x.shape[1] - n :].transpose(0, 1) for x, n in parts]))
+    states = [F.pad(x, (0, 0, 0, 0, 0, config.tail), value=torch.nan) for x in states]
+    if config.natural and config.value_dim == config.dim:
+        heads = [x.shape[1] for x in states]
+        states = torch.cat(states, 1).split(heads, 1)
+    out = case.strided(total + config.tail)
+    options = {
+        "query_starts": torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
+        "most_queries": max(counts), "rows": case.rows, "return_lse": not config.recent,
+        "probe": Probe(*states, config.probe_end) if config.probe_end else None, **case.options,
+    }  # fmt: skip
+    lse = run(states, out, options)
+    assert out[total:].isnan().all()
+    split = None if lse is None else [part.T for part in lse[:total].split(counts)]
+    return list(out[:total].split(counts)), split
 
 
-def _varlen(config, member, sequences, scale):
-    query, starts, counts = _packed(sequences)
-    if not sum(counts):
-        return [one.query.transpose(0, 1) for one in sequences], None
-    keys, values = (
-        torch.cat([x.transpose(0, 1) for x in parts]) for parts in _stored(member, sequences)
-    )
-    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    _, lse = kernels.varlen_prefill(
-        query, keys, values, member, out, query_starts=starts, most_queries=max(counts),
-        scale=scale, softcap=config.softcap, probe=_probe(config, sequences, query),
-        return_lse=True,
-    )  # fmt: skip
-    return _split(out, lse, counts)
+def _paged_prefill(case):
+    def run(states, out, options):
+        query, caches = states[0], _paged_caches(case)
+        if case.config.representatives:
+            line = torch.arange(len(case.sequences), device=DEVICE)
+            line = line.repeat_interleave(options["query_starts"].diff())
+            slots = case.member.slot_heads[F.pad(line, (0, case.config.tail))]
+            query = query.gather(1, slots[:, :, None].expand(-1, -1, query.shape[2]))
+        if case.config.recent:
+            options |= {"near": _near_pages_of(case, caches), "offset": case.offsets[1]}
+        return kernels.paged_prefill(
+            query, *caches, case.tables, out, lengths=case.lengths, **options
+        )[1]
+
+    return _packed(case, run)
 
 
-def _paged_window(config, member, sequences, scale):
-    query, starts, counts = _packed(sequences)
-    if not sum(counts):
-        return [one.query.transpose(0, 1) for one in sequences], None
-    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    caches = _paged_caches(config, member, sequences)
-    near = _near_pages_of(config, member, sequences, caches)
-    kernels.paged_prefill(
-        query, *caches, member, out, query_starts=starts, lengths=_lengths(sequences),
-        most_queries=max(counts), scale=scale, softcap=config.softcap, near=near,
-        offset=offsets_of(config, member)[1], probe=_probe(config, sequences, query),
-    )  # fmt: skip
-    return list(out.split(counts)), None
+def _varlen(case):
+    def run(states, out, options):
+        config, (query, key, value) = case.config, states
+        if config.recent:
+            options |= {
+                "recent": config.recent, "sinks": config.sinks, "offset": case.offsets[1],
+            }  # fmt: skip
+        natural = config.natural or bool(config.recent)
+        if not natural:
+            key, value = (
+                F.pad(
+                    torch.cat([x.transpose(0, 1) for x in parts]),
+                    (0, 0, 0, 0, 0, config.tail), value=torch.nan,
+                )
+                for parts in case.stored
+            )  # fmt: skip
+        return kernels.varlen_prefill(
+            query, key, value, case.tables, out, natural_order=natural, **options
+        )[1]
 
-
-def _varlen_window(config, member, sequences, scale):
-    query, starts, counts = _packed(sequences)
-    if not sum(counts):
-        return [one.query.transpose(0, 1) for one in sequences], None
-    out = query.new_full((sum(counts), config.heads, config.value_dim), torch.nan)
-    tail = query.new_full((3, 1, 1), torch.nan)
-    key, value = (
-        torch.cat([*(getattr(one, name).transpose(0, 1) for one in sequences), tail_of])
-        for name, tail_of in (
-            ("key", tail.expand(-1, config.kv_heads, config.dim)),
-            ("value", tail.expand(-1, config.kv_heads, config.value_dim)),
-        )
-    )
-    kernels.varlen_prefill(
-        query, key, value, member, out, query_starts=starts, most_queries=max(counts),
-        scale=scale, softcap=config.softcap, natural_order=True, recent=config.recent,
-        sinks=config.sinks, offset=offsets_of(config, member)[1],
-        probe=_probe(config, sequences, query),
-    )  # fmt: skip
-    return list(out.split(counts)), None
+    return _packed(case, run)
 
 
 RUN = {
     "decode": _dense,
     "prefill": _dense,
     "near": _near,
+    "near op": _near,
     "window": _window,
     "paged": _paged,
     "paged near": _paged,
     "paged prefill": _paged_prefill,
     "varlen": _varlen,
-    "paged window": _paged_window,
-    "varlen window": _varlen_window,
+    "paged window": _paged_prefill,
+    "varlen window": _varlen,
 }

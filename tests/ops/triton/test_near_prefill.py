@@ -8,12 +8,11 @@ pytest.importorskip("triton")
 from chai_attention.ops import AttentionCall, reference, windowed
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton import near_prefill
-from helpers import random_membership
+from helpers import TOLERANCE, random_membership
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies bfloat16 wrongly
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(autouse=True)

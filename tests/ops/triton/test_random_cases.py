@@ -12,13 +12,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from random_cases import CONFIGURATIONS, run_case
+from random_cases import CONFIGURATIONS, KINDS, run_case
 
 CUDA = torch.cuda.is_available()
 COUNT = int(os.environ.get("CHAI_RANDOM_CASES", CONFIGURATIONS if CUDA else 16))
 PART, PARTS = map(int, os.environ.get("CHAI_RANDOM_SHARD", "0/1").split("/"))
+NUMBERS = [
+    pytest.param(n, marks=pytest.mark.exhaustive if n >= len(KINDS) else ())
+    for n in range(COUNT)
+    if n % CONFIGURATIONS % PARTS == PART
+]
 
 
-@pytest.mark.parametrize("number", [n for n in range(COUNT) if n % CONFIGURATIONS % PARTS == PART])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_kernels_are_the_definition(number, nan_memory):
     run_case(number, most=700 if CUDA else 70)

@@ -1,0 +1,30 @@
+"""The list of work of Hopper's packed prefill kernels, on a GPU if there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.hopper_work import plan
+from helpers import random_membership
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("queries", [[300], [0, 128, 1, 129, 0], [5] * 40, [3, 200, 0] * 50])
+@pytest.mark.parametrize("shared", [False, True])
+def test_list_of_work(queries, shared):
+    """Items of every sequence, without those that have no heads to attend for."""
+    batch = len(queries)
+    tables = random_membership(9, 3, 1 if shared else 4)
+    rows = None if shared else torch.randint(0, 4, (batch,), dtype=torch.int32)
+    chunks = chunks_of(tables.to(DEVICE), 2)
+    starts = torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE)
+    got = plan(chunks, starts, None if rows is None else rows.to(DEVICE), 128)
+    used = (chunks.slot >= 0).sum(1).cpu()
+    lines = torch.zeros(batch, dtype=torch.long) if rows is None else rows.long()
+    items = -(-torch.tensor(queries) // 128) * used[lines]
+    assert got.tolist() == [0, *items.cumsum(0).tolist(), 0]
+    # a row's chunks with work are its first
+    assert (chunks.slot >= 0).int().diff(dim=1).max() <= 0
