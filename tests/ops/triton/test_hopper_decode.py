@@ -17,6 +17,7 @@ from near_pages_cases import case_definition, near_case
 from op_calls import dispatched, kernels
 from paged_caches import paged_caches
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="needs a Hopper GPU: its instructions have no interpreter",
@@ -26,11 +27,6 @@ SHAPES = [  # heads, K/V heads, clusters, head size, page
     (9, 9, 4, 128, 64), (12, 12, 1, 64, 64), (32, 32, 5, 128, 128), (12, 4, 5, 128, 64),
     (8, 8, 8, 64, 192), (32, 32, 4, 128, 64),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 @pytest.fixture

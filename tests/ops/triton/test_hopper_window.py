@@ -13,15 +13,13 @@ from chai_attention.ops import reference, windowed
 from chai_attention.ops.near import NearKeys
 from op_calls import dispatched
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-    reason="needs a Hopper GPU: its instructions have no interpreter",
-)
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
+pytestmark = [
+    pytest.mark.usefixtures("nan_memory"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU: its instructions have no interpreter",
+    ),
+]
 
 
 def take(states, heads):

@@ -17,6 +17,7 @@ from chai_attention.ops.narrow import FLOAT8
 from kernel_calls import Config
 from random_cases import Size, check_sizes
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -242,11 +243,6 @@ LARGE_DENSE = cases(
     [[(q, n), (q, n, n // 2)] for q, n in ((300, 300), (1, 1000), (257, 900), (700, 720))],
     [needs_cuda], dtype=torch.bfloat16, recent=32, sinks=3, padded=FLAG,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 @pytest.mark.parametrize(

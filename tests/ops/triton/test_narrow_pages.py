@@ -12,13 +12,9 @@ from chai_attention.ops.triton import widen, write
 from helpers import TOLERANCE, random_membership
 from paged_caches import paged_caches
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def rounded_down(*shape, scale):

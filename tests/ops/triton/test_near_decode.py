@@ -12,12 +12,8 @@ from chai_attention.ops.ring import NearRing
 from helpers import random_membership
 from op_calls import dispatched, kernels
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim=None):

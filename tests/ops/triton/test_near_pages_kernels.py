@@ -17,13 +17,9 @@ from helpers import random_membership, random_representatives
 from near_pages_cases import case_definition, near_case
 from op_calls import kernels
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def attend(case, query, member, tables=None, rows=None, offsets=None, **options):

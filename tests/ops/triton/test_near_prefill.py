@@ -10,14 +10,10 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.triton import near_prefill
 from helpers import TOLERANCE, random_membership
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter multiplies bfloat16 wrongly
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def take(states, heads):

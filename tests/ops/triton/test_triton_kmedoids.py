@@ -13,12 +13,8 @@ from chai_attention.ops.triton.kmedoids import kmedoids
 from chai_attention.runtime.plan import relative
 from membership_checks import assert_same_membership
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def costs_of(batch: int, heads: int) -> torch.Tensor:

@@ -14,12 +14,8 @@ from chai_attention.runtime.plan import LayerPlan
 from helpers import random_membership
 from membership_checks import assert_same_membership
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 @pytest.mark.parametrize("clusters", [1, 4, 8, 9])

@@ -9,14 +9,10 @@ pytest.importorskip("triton")
 from chai_attention.ops.probe import window_gram, window_output_distances
 from chai_attention.ops.triton import probe
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(9, 9, 5, 48), (12, 4, 32, 80), (3, 1, 1, 128), (4, 2, 33, 256)]
 OPTIONS = {"scale": 0.2, "softcap": None}
-
-
-@pytest.fixture(autouse=True)
-def _nan_memory(nan_memory):
-    """Fresh memory holds NaN."""
 
 
 def window_of(heads: int, kv_heads: int, window: int, dim: int, dtype: torch.dtype):
