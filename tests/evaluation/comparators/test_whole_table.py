@@ -12,7 +12,7 @@ from eval_methods import eval_model
 from tiny_tokenizer import tiny_tokenizer
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=pytest.mark.exhaustive)])
 def test_both_architectures_run_the_whole_table(shared, tmp_path, family):
     model = eval_model(family)
     names = registry.available(None, model)[0]
