@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,9 +101,7 @@ def run_demo(
     seconds = time.perf_counter() - start
 
     def loss(name: str) -> Loss:
-        return token_loss(
-            model, test, progress=lambda done, total: progress(f"perplexity {name}", done, total)
-        )
+        return token_loss(model, test, progress=partial(progress, f"perplexity {name}"))
 
     chat = bool(tokenizer.chat_template)
     ids = encode_prompt(tokenizer, prompt, chat=chat)

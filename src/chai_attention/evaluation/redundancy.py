@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,13 +141,8 @@ def study(
     if clusters is not None and not 1 <= clusters <= shape.heads:
         raise RedundancyError(f"clusters are 1 to {shape.heads}, the heads, not {clusters}")
     sums = HeadSums(watched, shape.heads, steps)
-    observe(
-        model,
-        windows,
-        [sums],
-        batch_size=batch_size,
-        progress=lambda done, total: progress("attention maps", done, total),
-    )
+    told = partial(progress, "attention maps")
+    observe(model, windows, [sums], batch_size=batch_size, progress=told)
     layers, by_request = [], []
     for place, layer in enumerate(watched):
         progress("clusters", place, len(watched))
@@ -267,13 +263,8 @@ def _prompt(
     layers = list(counts)
     sums = HeadSums(layers, shape.heads, lengths)
     pictures = MapPictures(length, cells)
-    observe(
-        model,
-        tokens,
-        [sums, pictures],
-        batch_size=1,
-        progress=lambda done, total: progress(f"maps of {name}", done, total),
-    )
+    told = partial(progress, f"maps of {name}")
+    observe(model, tokens, [sums, pictures], batch_size=1, progress=told)
     return Prompt(
         name=name,
         tokens=words,

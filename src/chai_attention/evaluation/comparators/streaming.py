@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -128,10 +129,8 @@ class MassStream(StreamingHeads):
                 for maps in maps_of(query, key, call.scale, call.softcap):
                     mass[call.layer] += far_mass(maps.whole, maps.rows, recent, sinks).cpu()
 
-        observe(
-            model, windows, [watch], batch_size=4,
-            progress=lambda done, total: progress("attention on far keys", done, total),
-        )  # fmt: skip
+        told = partial(progress, "attention on far keys")
+        observe(model, windows, [watch], batch_size=4, progress=told)
         return mass.view(shape.layers, shape.kv_heads, -1).sum(-1), (recent, sinks)
 
 
