@@ -23,7 +23,7 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
 from chai_attention.integrations.transformers.memory import LayerMemory, Probe
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.recent import near_keys
+from chai_attention.integrations.transformers.recent import Pair, near_keys
 from chai_attention.membership import Membership
 from chai_attention.ops import (
     AttentionCall,
@@ -32,6 +32,7 @@ from chai_attention.ops import (
     decode_recent,
     windowed_attention,
 )
+from chai_attention.ops.near import NearKeys
 
 WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
 
@@ -102,14 +103,23 @@ class ClusteredLayer(LayerMemory):
             ring = self._recent.step((key, value), member, padding, self.record_past)
             call = AttentionCall(member, offset=self._offset, **options)
             return decode_recent(query, DenseKV(keys, values, valid=padding.valid), ring, call)
+        near, held = None, (keys, values)
         if self.plan.has_recent_window:
-            new, held = (key, value), (keys, values)
-            near = self._recent.extend(new, held, member, padding, self.record_past)
-            tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
-            call = AttentionCall(member, offset=self._offset, **options)
-            return windowed_attention(query, DenseKV(keys, values), near, tables, call)
-        query = slot_queries(member, query)
-        return attention(query, keys, values, member, valid=padding.valid, **options)[0]
+            near = self._recent.extend((key, value), held, member, padding, self.record_past)
+        return self._attend_held(query, held, near, member, padding, options)
+
+    def _attend_held(
+        self, query: Tensor, held: Pair, near: NearKeys | None, member: Membership,
+        padding: Padding, options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Attention over K and V as the cache holds them; of near keys with all heads' own K, V."""
+        if near is None:
+            query = slot_queries(member, query)
+            return attention(query, *held, member, valid=padding.valid, **options)[0]
+        tables = padding.window_tables(query.shape[2], self.plan.recent, self.plan.sinks)
+        offset = self._offset if member is self.membership else self._offset_of(member)
+        call = AttentionCall(member, offset=offset, **options)
+        return windowed_attention(query, DenseKV(*held), near, tables, call)
 
     def _attend_probing(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
@@ -164,16 +174,10 @@ class ClusteredLayer(LayerMemory):
         index = torch.tensor(rows, device=query.device)
         query, keys, values = query[index], keys[index], values[index]
         member = self._membership_of(index, keys, values, part, options)
-        stored, ordered = stored_states(member, keys, values)
+        held, near = stored_states(member, keys, values), None
         if plan.has_recent_window:
             near = near_keys(keys, values, part, queries, plan.recent, plan.sinks)
-            tables = part.window_tables(queries, plan.recent, plan.sinks)
-            call = AttentionCall(member, offset=self._offset_of(member), **options)
-            kv = DenseKV(stored, ordered)
-            clustered = windowed_attention(query, kv, near, tables, call)
-        else:
-            query = slot_queries(member, query)
-            clustered = attention(query, stored, ordered, member, valid=part.valid, **options)[0]
+        clustered = self._attend_held(query, held, near, member, part, options)
         behind = part.token_index(queries) >= plan.probe_end  # [rows, Q]
         out[index] = torch.where(behind[:, :, None, None], clustered, out[index])
 

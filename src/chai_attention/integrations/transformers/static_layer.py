@@ -29,7 +29,6 @@ from chai_attention.ops import (
     DenseKV,
     attention,
     decode_recent,
-    windowed_attention,
 )
 from chai_attention.ops.cache_write import write_dense
 from chai_attention.ops.ring import NearRing
@@ -270,13 +269,10 @@ class StaticClusteredLayer(ClusteredLayer):
         recent = self._recent_before(past) if self._near is not None else None
         self._write(key, value)
         keys, values = self._key[:, :, : past + queries], self._value[:, :, : past + queries]
-        if recent is None:
-            query = slot_queries(member, query)
-            return attention(query, keys, values, member, valid=padding.valid, **options)[0]
-        near = recent.extend((key, value), (keys, values), member, padding, record=False)
-        tables = padding.window_tables(queries, self.plan.recent, self.plan.sinks)
-        call = AttentionCall(member, offset=self._offset, **options)
-        return windowed_attention(query, DenseKV(keys, values), near, tables, call)
+        near, held = None, (keys, values)
+        if recent is not None:
+            near = recent.extend((key, value), held, member, padding, record=False)
+        return self._attend_held(query, held, near, member, padding, options)
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """One new token: shapes never change, and nothing is read on the host."""
