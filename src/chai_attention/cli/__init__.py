@@ -1,4 +1,4 @@
-"""The command line: one file per command; no logic of its own."""
+"""The command line: one file per command, without logic of its own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def main() -> None:
-    """Run the command line; an error a user can mend is one line and exit code 2."""
+    """Run the command line; an error that a user can fix is one line, with exit code 2."""
     # our own progress bars are enough; transformers' loading bars would come on top
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _let_go_of_stdout() -> None:
-    """Let what could not be written go: Python would try again, and complain, when it ends."""
+    """Discard what could not be written: Python would try again, and complain, when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

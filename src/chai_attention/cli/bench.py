@@ -1,4 +1,4 @@
-"""``chai bench``: speed and memory beside baselines and the ideal."""
+"""``chai bench``: speed and memory, compared with baselines and the ideal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Seconds = Annotated[
         callback=options.finite,
     ),
 ]
-Seed = Annotated[int, options.seed("Of inputs and memberships.")]
+Seed = Annotated[int, options.seed("Seed of inputs and memberships.")]
 Out = Annotated[Path | None, options.output("Write all figures here (JSON).")]
 Plot = Annotated[Path | None, options.output("Draw them here (PNG).")]
 Base = Annotated[
@@ -91,7 +91,7 @@ def attention_command(
     ] = None,
     cache_dtype: Annotated[
         str,
-        typer.Option(help="Of pages: auto, the dtype, or fp8, 8-bit floats as a server has them."),
+        typer.Option(help="Pages' dtype: auto (as --dtype), or fp8, 8-bit floats as in a server."),
     ] = "auto",
     recent: Annotated[
         str | None,
@@ -103,8 +103,8 @@ def attention_command(
     streaming: Annotated[
         int,
         typer.Option(
-            help="Heads that see the keys of --recent only, beside the clusters; with grouped "
-            "queries all of a K/V head.",
+            help="Streaming heads, which attend to the keys of --recent only, beside the clusters; "
+            "with grouped queries all of a K/V head.",
             min=0,
         ),
     ] = 0,

@@ -58,14 +58,14 @@ def calibrate_command(
     max_loss: Annotated[
         str | None,
         _budget(
-            help="Perplexity rise on held-out text that may not be exceeded, such as 1%.",
+            help="Largest rise of perplexity on held-out text, such as 1%.",
             show_default="1% with recipes default, share and stream",
         ),
     ] = None,
     max_recall_loss: Annotated[
         str | None,
         _budget(
-            help="With --max-loss: points by which the share of facts that are recalled may fall.",
+            help="With --max-loss: largest fall of the share of facts recalled, in points.",
             show_default="5% with streaming heads, if the model recalls any",
         ),
     ] = None,
@@ -131,7 +131,10 @@ def calibrate_command(
     ] = None,
     sinks: Annotated[
         int | None,
-        _recipe(help="First tokens that it does.", show_default="4 with a recent window"),
+        _recipe(
+            help="First tokens of the exact window, beside --recent.",
+            show_default="4 with a recent window",
+        ),
     ] = None,
     refit: Annotated[
         str | None,
@@ -143,7 +146,7 @@ def calibrate_command(
     ] = None,
     probe_from: Annotated[
         str,
-        _recipe(help="Where these tokens begin: start, or content (after the chat template)."),
+        _recipe(help="Where the window begins: start, or content (after the chat template)."),
     ] = "start",
     blend: Annotated[
         float | None,
@@ -155,7 +158,7 @@ def calibrate_command(
     ] = None,
     features: Annotated[
         str | None,
-        _recipe(help="What a blended membership compares of these tokens: scores or value."),
+        _recipe(help="What a blended membership compares in the window: scores or value."),
     ] = None,
     tensor_parallel: Annotated[
         int,

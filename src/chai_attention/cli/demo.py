@@ -1,4 +1,4 @@
-"""``chai demo``: the whole method on a real model, in a few minutes on a laptop."""
+"""``chai demo``: calibrate a small model, generate with and without clusters, measure the loss."""
 
 from __future__ import annotations
 

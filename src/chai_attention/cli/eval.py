@@ -1,4 +1,4 @@
-"""``chai eval``: the paper's tasks for a model, beside other methods."""
+"""``chai eval``: scores in lm-eval's tasks, with and without clusters and by other methods."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def eval_command(
     tensor_parallel: Annotated[
         int, typer.Option(help="With --engine vllm: GPUs that share the model.", min=1)
     ] = 1,
-    batch_size: Annotated[int, typer.Option(help="Rows of a forward.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Inputs per forward.", min=1)] = 16,
     jobs: Annotated[
         int,
         typer.Option(
             help="Processes that score side by side, each with the model, over all GPUs.", min=1
         ),
     ] = 1,
-    seed: Annotated[int, options.seed("Of every choice.")] = 0,
+    seed: Annotated[int, options.seed("Seed of every random choice.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,

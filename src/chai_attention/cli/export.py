@@ -1,4 +1,4 @@
-"""``chai export``: a checkpoint with a profile and its refit in it."""
+"""``chai export``: write a checkpoint that includes a profile and its refit."""
 
 from __future__ import annotations
 

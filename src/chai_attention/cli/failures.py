@@ -1,4 +1,4 @@
-"""What a person is told when a command fails: one line of printable text."""
+"""Error messages of failed commands: one line of printable text."""
 
 from __future__ import annotations
 

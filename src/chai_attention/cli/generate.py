@@ -1,4 +1,4 @@
-"""``chai generate``: text from a prompt, and what the clusters gained."""
+"""``chai generate``: text from a prompt, with its times and the bytes of its cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def generate_command(
             "--compare", help="Write it without clusters, too: texts, times and bytes of both."
         ),
     ] = False,
-    seed: Annotated[int, options.seed("Of the sampling.")] = 0,
+    seed: Annotated[int, options.seed("Seed of the sampling.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,

@@ -1,4 +1,4 @@
-"""``chai inspect``: what is in a profile, as a table and as plots."""
+"""``chai inspect``: a profile as a table and as plots."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(
         metavar="auto|balanced|FILE",
-        help="Divide the model among all GPUs (accelerate): auto and balanced as evenly as may be, "
-        "or a JSON file of modules and devices.",
+        help="Divide the model among all GPUs (accelerate): auto or balanced, as evenly as "
+        "possible, or a JSON file of modules and devices.",
         autocompletion=offer("auto", "balanced"),
     ),
 ]
@@ -102,7 +102,7 @@ Json = Annotated[
 
 
 def seed(text: str) -> Any:
-    """An option ``--seed`` with this help, in the range that torch takes."""
+    """An option ``--seed`` with this help, in torch's range."""
     return typer.Option(help=text, min=0, max=LARGEST_SEED)
 
 

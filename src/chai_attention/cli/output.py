@@ -1,4 +1,4 @@
-"""What a command prints on standard output: tables for a person, or one JSON object."""
+"""Standard output of a command, tables or one JSON object, and its notes on standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chai_attention.errors import ChaiWarning
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go.
+    """How results are printed.
 
     Attributes:
         as_json: as one JSON object, and nothing else.
@@ -27,19 +27,19 @@ class Output:
     quiet: bool = False
 
     def say(self, text: str | Callable[[], str], *, nl: bool = True) -> None:
-        """Print something for a person: text, or what makes it."""
+        """Print text for a person, or the text that a function returns."""
         if not (self.as_json or self.quiet):
             typer.echo(text if isinstance(text, str) else text(), nl=nl)
 
     def give(self, data: Callable[[], Any]) -> None:
-        """Print the results for a program."""
+        """Print results as JSON, if that was asked for."""
         if self.as_json:
             typer.echo(json.dumps(data(), indent=1, allow_nan=False))
 
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Show the library's warnings as a line each, as soon as they come."""
+    """Print each of the library's warnings in one line, immediately."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", ChaiWarning)
         others = warnings.showwarning
@@ -55,5 +55,5 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Tell something on standard error that matters whatever is printed."""
+    """Print a line on standard error, also with ``--json`` and ``--quiet``."""
     typer.echo(text, err=True)

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar for a terminal, else a line now and then."""
+"""Progress on standard error: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class Reporter:
-    """Told what is going on, by (what, done, in all) or by (done, in all) of what it is."""
+    """Shows steps of work: `tell` of a step, or a call with (done, in all) of the current one."""
 
     def __init__(self, bar: Progress, title: str):
         self._bar = bar
@@ -32,24 +32,24 @@ class Reporter:
         (self._task,) = bar.tasks
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` is done."""
+        """Show that ``done`` of ``total`` units of the current step are done."""
         self._bar.update(self._task.id, completed=done, total=total)
 
     def describe(self, title: str) -> None:
-        """Show ``title`` as what is going on; how much there is of it is not known yet."""
+        """Begin the step ``title``, whose length is not known yet."""
         if title != self._task.description:
             self._bar.remove_task(self._task.id)
             self._bar.add_task(title, total=None)
             (self._task,) = self._bar.tasks
 
     def tell(self, what: str, done: int, total: int) -> None:
-        """Show both: a `chai_attention.progress.Progress`."""
+        """Begin or continue the step ``what``: a `chai_attention.progress.Progress`."""
         self.describe(what)
         self(done, total)
 
     @property
     def line(self) -> str:
-        """What is going on, in a line."""
+        """The current step and its progress, in a line."""
         task = self._task
         count = "" if task.total is None else f" {task.completed:.0f} of {task.total:.0f}"
         return f"{task.description}:{count} after {task.elapsed or 0:.0f} s"
@@ -57,10 +57,10 @@ class Reporter:
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Reporter]:
-    """Show what is going on while the block runs.
+    """Show progress while the block runs.
 
     Args:
-        title: of the work, until it is described anew.
+        title: of the first step.
         quiet: show nothing.
     """
     console = Console(stderr=True)
@@ -79,13 +79,13 @@ def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Reporter]:
 
 
 def import_libraries(*, quiet: bool = False) -> None:
-    """Import torch and transformers, which takes seconds, or many from a cold disk."""
+    """Import torch and transformers, which takes seconds, from a cold disk many."""
     with progress_bar("loading libraries", quiet=quiet):
         import_module("chai_attention.integrations.transformers.loading")
 
 
 class _Counted(MofNCompleteColumn):
-    """How much is done; nothing before anyone knows how much there is."""
+    """Units done of all units; empty while their number is unknown."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task)
@@ -93,7 +93,7 @@ class _Counted(MofNCompleteColumn):
 
 @contextmanager
 def _lines(reporter: Reporter, *, off: bool) -> Iterator[None]:
-    """Print what is going on now and then, also when nothing is told for minutes."""
+    """Print a line every half minute, also while no progress is reported."""
     if off:
         yield
         return

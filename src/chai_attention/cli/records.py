@@ -1,4 +1,4 @@
-"""Profiles and measurements as what `json` takes."""
+"""Profiles and measurements as dictionaries for ``--json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``chai redundancy``: how alike the heads of a model are, and whether their clusters stay."""
+"""``chai redundancy``: how similar heads are, and whether clusters change within a request."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def redundancy_command(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="First tokens that memberships are found from: 5,32,128. The first is what the "
-            "others are compared with.",
+            help="Numbers of first tokens to compute memberships from: 5,32,128. Memberships of "
+            "the others are compared with those of the first.",
             show_default="5, 16 and its doubles",
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""``chai report``: result files as one page."""
+"""``chai report``: one HTML page from result files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``chai serve``: an OpenAI-compatible server with clustered heads, by vLLM."""
+"""``chai serve``: vLLM's OpenAI-compatible server with clustered heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates of serving as a text table, and as what `json` takes."""
+"""Estimates of serving, as a text table and as a dictionary for ``--json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page says first: what was saved, what it costs and what it gains, each on what."""
+"""The summary at the top of a page: what was saved, its cost and its gain, each on what data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark reports as tables and as plots."""
+"""Benchmark results as tables and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures, each drawn once, by matplotlib: for files (PNG, SVG) and for a page with themes.
+"""Figures by matplotlib, by the same code for files (PNG, SVG) and for the page with its themes.
 
 A `Panel` is one pair of axes. A page shows panels one by one, so that they fit a phone; a file has
 all of them in a grid.

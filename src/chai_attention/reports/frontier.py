@@ -1,4 +1,4 @@
-"""A frontier as a table and as a plot."""
+"""A frontier (perplexity rise against K,V bytes saved) as a table and a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every head of a profile does with its far keys, in words that all reports use."""
+"""The three kinds of heads in a profile (keep, share, forget), named alike in all reports."""
 
 from __future__ import annotations
 

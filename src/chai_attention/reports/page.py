@@ -1,4 +1,4 @@
-"""One self-contained HTML page from result files: opens offline, prints, fits a phone."""
+"""One self-contained HTML page from result files, which opens offline, prints and fits a phone."""
 
 from __future__ import annotations
 

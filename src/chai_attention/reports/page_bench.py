@@ -1,4 +1,4 @@
-"""Sections of a page about speed and memory: ``chai bench attention`` and ``chai bench model``."""
+"""Page sections of ``chai bench attention`` and ``chai bench model``: speed and memory."""
 
 from __future__ import annotations
 

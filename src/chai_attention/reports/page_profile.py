@@ -1,4 +1,4 @@
-"""The section of a page about a profile: what every head does with its far keys."""
+"""Page section of a profile: what every head does with its far keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections of a page about quality: a frontier, and a table of tasks with charts of recall."""
+"""Page sections of ``chai frontier`` and ``chai eval``: quality against memory."""
 
 from __future__ import annotations
 

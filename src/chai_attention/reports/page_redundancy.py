@@ -1,4 +1,4 @@
-"""The section of a page about a redundancy study, and the data of its explorer."""
+"""Page section of a redundancy study, and the data of its explorer."""
 
 from __future__ import annotations
 

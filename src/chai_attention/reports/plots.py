@@ -1,4 +1,4 @@
-"""Figures of a profile."""
+"""Figures of a profile: elbow curves, similarity of heads, what each head does."""
 
 from __future__ import annotations
 

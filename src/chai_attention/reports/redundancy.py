@@ -1,4 +1,4 @@
-"""A redundancy study as a table and as plots."""
+"""A redundancy study as a table and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result files of any command, told apart by what is in them."""
+"""Reads result files of all commands, which it recognises by their contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page is made of: sections with facts, tables and charts, whatever they are about."""
+"""Sections of a page: their facts, tables and charts."""
 
 from __future__ import annotations
 
