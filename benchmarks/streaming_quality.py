@@ -26,15 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration import calibrate, evidence_file, load_texts, windows_of
-from chai_attention.calibration.calibrate import stretched
+from chai_attention.calibration.data import read_data, stretches
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
-from chai_attention.calibration.held_out import spread
 from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.recall_source import use_recall
 from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.texts import beginning, cut_windows
+from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError, ChaiError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.frontier import RECIPES, digest_of, for_context, frontier
@@ -67,18 +66,15 @@ class Bench:
         self.before = beginning(self.tokenizer)
         documents = load_texts(options.text, tokens=400_000)
 
-        def read(count: int, length: int) -> Tensor:
-            return windows_of(documents, self.tokenizer, count, length, options.seed)
+        def read(count: int, length: int) -> tuple[Tensor, None]:
+            return windows_of(documents, self.tokenizer, count, length, options.seed), None
 
         self.length = options.length
-        resolved = Settings().resolve(self.shape)
-        windows, times = stretched(
-            self.model, resolved, read, options.samples, options.held_out, self.length
-        )
-        held = min(options.held_out // times, len(windows) // 2)
-        windows, self.longer = spread(windows, held)
-        self.windows = cut_windows(windows, self.length, self.before)
-        self.check = cut_windows(self.longer, self.length, self.before)
+        times = stretches(self.model, Settings().resolve(self.shape), self.length)
+        data = read_data(read, options.samples, options.held_out, self.length, times, self.before)
+        assert data.held_out is not None
+        self.windows, self.check = data.sequences, data.held_out
+        self.longer = data.held_out if data.longer is None else data.longer
         self.say(f"{len(self.windows)} windows to learn from, {len(self.check)} held out")
 
     @cached_property
@@ -97,8 +93,10 @@ class Bench:
         store = EvidenceStore(self.model, self.windows, self.options.batch, file)
         contexts = [*self.options.contexts, LENGTH]
         settings = Settings(context=max(contexts), recall=1.0).resolve(self.shape)
-        self.say(str(use_recall(store, self.tokenizer, None, settings, self.options.seed)))
-        store.get_all(settings, settings.recents(self.length))
+        self.say(
+            str(use_recall(store, self.tokenizer, settings, self.options.seed, required=False))
+        )
+        store.get_all(settings)
         self.say("evidence is there")
         return store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chai_attention.errors import ProfileError
-from chai_attention.profile_checks import problems_of, rank_problems, refit_problems, tuples
+from chai_attention.profile_checks import misfits, problems_of, tuples
 from chai_attention.profile_files import load_corrections, save_corrections
 from chai_attention.strict_json import load_json
 from chai_attention.whole_files import write_whole
@@ -226,7 +226,9 @@ class ClusterProfile:
         known = {item.name for item in dataclass_fields(cls)} - {"corrections"}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise ProfileError(f"unknown keys {', '.join(unknown)}; known are {_listing(known)}")
+            raise ProfileError(
+                f"unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         if "clusters" not in data:
             raise ProfileError("a profile needs 'clusters', a list with one number per layer")
         return cls(**data)
@@ -275,75 +277,15 @@ class ClusterProfile:
         Raises:
             ProfileError: lists everything that differs.
         """
-        problems = []
-        for name, value in (self.model or {}).items():
-            actual = getattr(shape, name)
-            if value != actual:
-                problems.append(f"{name} is {value} in the profile, {actual} in the model")
-        if len(self.clusters) != shape.layers and "layers" not in (self.model or {}):
-            problems.append(
-                f"{len(self.clusters)} layers in the profile, {shape.layers} in the model"
-            )
-        if not problems:
-            problems = self._layer_problems(shape) + refit_problems(self, shape)
-        problems = problems or rank_problems(self, shape)
-        if problems:
+        if problems := misfits(self, shape):
             raise ProfileError("profile does not fit the model: " + "; ".join(problems))
-
-    def _layer_problems(self, shape: Shape) -> list[str]:
-        """Layers that this model cannot run."""
-        problems = []
-        group = shape.heads // shape.kv_heads
-        if self.target == "k-bytes" and group == 1:
-            problems.append("target k-bytes is for grouped-query models; use scores")
-        if self.target == "k-bytes" and shape.kv_heads == 1:
-            problems.append("target k-bytes needs several K/V heads, the model has one")
-        for layer, (k, free) in enumerate(zip(self.clusters, shape.clusterable, strict=True)):
-            streaming = self.streaming_heads(layer)
-            if streaming and streaming[-1] >= shape.heads:
-                problems.append(f"layer {layer}: a streaming head is not one of {shape.heads}")
-            elif k > shape.heads - len(streaming):
-                others = f" that do not stream, of {shape.heads}" if streaming else ""
-                left = shape.heads - len(streaming)
-                problems.append(f"layer {layer} has {k} clusters but {left} heads{others}")
-            elif k == 0 and len(streaming) < shape.heads:
-                problems.append(f"layer {layer}: no head is left whose far scores others can use")
-            elif k < shape.heads and not free:
-                problems.append(
-                    f"layer {layer} is a sliding-window layer and must keep all {shape.heads} heads"
-                )
-            elif self.target == "k-bytes" and k % group:
-                problems.append(f"layer {layer}: {k} clusters is not a multiple of {group}")
-            elif self.membership != STATIC and any(
-                len([h for h in streaming if h // group == g]) not in (0, group)
-                for g in range(shape.kv_heads)
-            ):
-                problems.append(
-                    f"layer {layer}: in an {self.membership} profile all {group} query heads of a "
-                    "K/V head stream, or none"
-                )
-        for name in ("costs", "offsets"):
-            for layer, table in enumerate(getattr(self, name) or ()):
-                if len(table) != shape.heads:
-                    problems.append(f"layer {layer}: {name} are of {len(table)} heads")
-        for layer, rep in enumerate(self.representatives or ()):
-            if len(rep) != shape.heads:
-                problems.append(f"layer {layer} lists {len(rep)} representatives")
-            elif self.target == "k-bytes" and len({r // group for r in self._far(layer)}) * (
-                group
-            ) != len(self._far(layer)):
-                problems.append(
-                    f"layer {layer}: the representatives of target k-bytes must be all query heads "
-                    "of the K/V heads that keep their K"
-                )
-        return problems
 
     def streaming_heads(self, layer: int) -> tuple[int, ...]:
         """Heads of a layer that see near keys only."""
         return () if self.streaming is None else self.streaming[layer]
 
-    def _far(self, layer: int) -> set[int]:
-        """Representatives of a layer with a static membership."""
+    def far_representatives(self, layer: int) -> set[int]:
+        """Representatives of a layer with a static membership: those that see far keys."""
         assert self.representatives is not None
         return set(self.representatives[layer]) - set(self.streaming_heads(layer))
 
@@ -353,7 +295,7 @@ class ClusterProfile:
         if self.target == "k-bytes":
             return k // group
         if self.representatives is not None:
-            return len({head // group for head in self._far(layer)})
+            return len({head // group for head in self.far_representatives(layer)})
         return min(k, self.kept_values(layer, shape))
 
     def kept_values(self, layer: int, shape: Shape) -> int:
@@ -407,7 +349,3 @@ def sliding_bytes(shape: Shape, element_size: int, tokens: int = FOR_EVER) -> in
     layers = shape.layers - sum(shape.clusterable)
     held = min(tokens, shape.sliding_window or tokens)
     return 2 * layers * shape.kv_heads * held * shape.head_dim * element_size
-
-
-def _listing(names: set[str]) -> str:
-    return ", ".join(sorted(names))

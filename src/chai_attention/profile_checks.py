@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.ranks import rank_problem, spare
@@ -22,6 +23,11 @@ MOST_HEAD_DIM = 2**16
 MOST_TOKENS = 2**24
 MOST_WEIGHT = 1e6  # of a blend
 MOST_NUMBER = 1e30  # in tables: their sums and products with a blend stay finite in float32
+_CHOICES = {
+    "membership": ("online", "static", "blend"),
+    "target": ("scores", "k-bytes"),
+    "features": ("scores", "value"),
+}
 
 _CORRECTION = re.compile(r"layers\.(?P<layer>[0-9]{1,6})\.(?:weight|(?P<bias>bias))")
 _MODEL = {
@@ -38,21 +44,14 @@ _DEPTHS = {
 
 def problems_of(profile: ClusterProfile) -> list[str]:
     """Everything that is wrong with a profile by itself."""
-    problems = []
     clusters: Any = profile.clusters  # what a file holds need not be what the annotations say
-    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_place, clusters)):
+    if not isinstance(clusters, tuple) or not clusters or not all(map(_is_whole, clusters)):
         return ["'clusters' must list a whole number of at least 1 for every layer"]
     if len(clusters) > MOST_LAYERS or max(clusters) > MOST_HEADS:
         return [f"'clusters' is at most {MOST_LAYERS} layers of at most {MOST_HEADS} heads"]
     if 0 in clusters and profile.streaming is None:
         return ["'clusters' must be at least 1 in every layer whose heads do not all stream"]
-    if profile.membership not in ("online", "static", "blend"):
-        problems.append(f"membership {profile.membership!r} is none of online, static, blend")
-    if not _is_tokens(profile.window, least=1):
-        problems.append(f"window {profile.window!r} is not a whole number of 1 to {MOST_TOKENS}")
-    if profile.target not in ("scores", "k-bytes"):
-        problems.append(f"target {profile.target!r} is neither scores nor k-bytes")
-    problems += _model(profile.model)
+    problems = [*choice_problems(profile), *_model(profile.model)]
     for name in ("provenance", "promise"):
         value = getattr(profile, name)
         if value is None:
@@ -72,13 +71,57 @@ def problems_of(profile: ClusterProfile) -> list[str]:
             problems.append(f"{name!r} has {len(value)} layers, 'clusters' {len(clusters)}")
     return (
         problems
-        or _membership(profile)
-        + _recent(profile)
-        + _notes(profile)
-        + _streaming(profile)
-        + _ranks(profile)
-        or _representatives(profile) + _curves(profile) + _squares(profile)
+        or [*_tables(profile), *_notes(profile), *_streaming(profile)]
+        or [*_representatives(profile), *_curves(profile), *_squares(profile)]
     )
+
+
+def choice_problems(choices: Any) -> Iterator[str]:
+    """What is wrong with options that profiles have in common with the settings of a calibration.
+
+    Args:
+        choices: a profile or settings, of which none is open: membership, target, features, blend,
+            window, probe_start, recent, sinks and tensor_parallel.
+    """
+    for name, known in _CHOICES.items():
+        yield from none_of(name, getattr(choices, name), known)
+    for name, least, most in (
+        ("window", 1, MOST_TOKENS),
+        ("probe_start", 0, MOST_TOKENS),
+        ("tensor_parallel", 1, MOST_HEADS),
+    ):
+        value = getattr(choices, name)
+        if not _is_whole(value, least, most):
+            yield f"{name} {value!r} is not a whole number of {least} to {most}"
+    if not all(_is_whole(tokens, 0, MOST_TOKENS) for tokens in (choices.recent, choices.sinks)):
+        yield f"recent and sinks are numbers of tokens, whole ones of 0 to {MOST_TOKENS}"
+    elif choices.sinks and not choices.recent:
+        yield "sinks need a recent window of at least 1 token"
+    membership, weight = choices.membership, choices.blend
+    if not _is_nested(weight, 0) or not 0 <= weight <= MOST_WEIGHT:
+        yield f"blend is a weight of 0 to {MOST_WEIGHT:,.0f}, not {weight!r}"
+    elif membership != "blend" and (choices.features == "value" or weight):
+        yield "features value and a blend weight need membership blend"
+    if membership != "static" and choices.tensor_parallel != 1:
+        yield (
+            "tensor_parallel belongs to a static membership only: with another each rank clusters "
+            "its own heads when it serves, and keeps nothing to spare if the number of ranks "
+            "divides the clusters of every layer"
+        )
+
+
+def none_of(name: str, value: object, known: Sequence[str]) -> Iterator[str]:
+    """Say that an option is none of those that are known, if it is not."""
+    if value not in known:
+        yield f"{name} {value!r} is none of {', '.join(known)}"
+
+
+def target_problems(target: str, shape: Shape) -> Iterator[str]:
+    """Why a model of ``shape`` cannot have this target, if it cannot."""
+    if target == "k-bytes" and shape.kv_heads == shape.heads:
+        yield "target k-bytes is for grouped-query models: use scores"
+    elif target == "k-bytes" and shape.kv_heads == 1:
+        yield "target k-bytes needs several K/V heads, the model has one per layer: use scores"
 
 
 def _model(model: Any) -> list[str]:
@@ -94,66 +137,92 @@ def _model(model: Any) -> list[str]:
     if not isinstance(model.get("architecture", ""), str):
         problems.append("architecture of 'model' must be a text")
     for name, most in _MODEL.items():
-        if name in model and not (_is_count(model[name]) and model[name] <= most):
+        if name in model and not _is_whole(model[name], 1, most):
             problems.append(f"{name} of 'model' must be a whole number of 1 to {most}")
     if not problems and "heads" in model and model["heads"] % model.get("kv_heads", 1):
         problems.append("heads of 'model' must be a multiple of kv_heads")
     return problems
 
 
-def _membership(profile: ClusterProfile) -> list[str]:
-    """What does not go with the kind of membership."""
-    problems = []
-    static = profile.membership == "static"
-    if static and profile.representatives is None:
-        problems.append("a static membership needs 'representatives'")
-    if not static and profile.representatives is not None:
-        problems.append("'representatives' belong to a static membership only")
-    if not _is_tokens(profile.probe_start):
+def _tables(profile: ClusterProfile) -> Iterator[str]:
+    """Tables that do not go with the membership, or with what is exact."""
+    for name, kind, whose in (
+        ("representatives", "static", "a static"),
+        ("costs", "blend", "a blended"),
+    ):
+        if profile.membership == kind and getattr(profile, name) is None:
+            yield f"{whose} membership needs {name!r}"
+        if profile.membership != kind and getattr(profile, name) is not None:
+            yield f"{name!r} belong to {whose} membership only"
+    if profile.offsets is not None and not profile.recent:
+        yield "'offsets' need a recent window of at least 1 token"
+
+
+def misfits(profile: ClusterProfile, shape: Shape) -> list[str]:
+    """What keeps a profile from running in a model of ``shape``."""
+    said = profile.model or {}
+    problems = [
+        f"{name} is {value} in the profile, {actual} in the model"
+        for name, value in said.items()
+        if value != (actual := getattr(shape, name))
+    ]
+    if len(profile.clusters) != shape.layers and "layers" not in said:
         problems.append(
-            f"probe_start {profile.probe_start!r} is not a whole number of 0 to {MOST_TOKENS}"
+            f"{len(profile.clusters)} layers in the profile, {shape.layers} in the model"
         )
-    if profile.features not in ("scores", "value"):
-        problems.append(f"features {profile.features!r} is neither scores nor value")
-    blended = profile.membership == "blend"
-    if blended and profile.costs is None:
-        problems.append("a blended membership needs 'costs'")
-    if not blended and profile.costs is not None:
-        problems.append("'costs' belong to a blended membership only")
-    if profile.features == "value" and not blended:
-        problems.append("features value needs membership blend")
-    weight: Any = profile.blend
-    if not _is_nested(weight, 0) or not 0 <= weight <= MOST_WEIGHT or (weight and not blended):
-        problems.append(f"'blend' is a weight of 0 to {MOST_WEIGHT:,.0f}, for membership blend")
-    return problems
+    if not problems:
+        problems = [*target_problems(profile.target, shape), *_layers(profile, shape)]
+        problems += _refit(profile, shape)
+    return problems or _spare(profile, shape)
 
 
-def _recent(profile: ClusterProfile) -> list[str]:
-    """What is wrong with the exact recent window."""
-    if not (_is_tokens(profile.recent) and _is_tokens(profile.sinks)):
-        return [f"'recent' and 'sinks' are whole numbers of 0 to {MOST_TOKENS}"]
-    if not profile.recent and (profile.sinks or profile.offsets is not None):
-        return ["'sinks' and 'offsets' need a recent window of at least 1 token"]
-    return []
+def _layers(profile: ClusterProfile, shape: Shape) -> Iterator[str]:
+    """Layers that this model cannot run."""
+    heads, group = shape.heads, shape.heads // shape.kv_heads
+    grouped = profile.target == "k-bytes"
+    for layer, (k, free) in enumerate(zip(profile.clusters, shape.clusterable, strict=True)):
+        streaming = profile.streaming_heads(layer)
+        left = heads - len(streaming)
+        if streaming and streaming[-1] >= heads:
+            yield f"layer {layer}: a streaming head is not one of {heads}"
+        elif k > left:
+            others = f" that do not stream, of {heads}" if streaming else ""
+            yield f"layer {layer} has {k} clusters but {left} heads{others}"
+        elif k == 0 and left:
+            yield f"layer {layer}: no head is left whose far scores others can use"
+        elif k < heads and not free:
+            yield (f"layer {layer} is a sliding-window layer and must keep all {heads} heads")
+        elif grouped and k % group:
+            yield f"layer {layer}: {k} clusters is not a multiple of {group}"
+        elif profile.membership != "static" and any(
+            len([h for h in streaming if h // group == g]) not in (0, group)
+            for g in range(shape.kv_heads)
+        ):
+            yield (
+                f"layer {layer}: in an {profile.membership} profile all {group} query heads of a "
+                "K/V head stream, or none"
+            )
+    for name in ("costs", "offsets"):
+        for layer, table in enumerate(getattr(profile, name) or ()):
+            if len(table) != heads:
+                yield f"layer {layer}: {name} are of {len(table)} heads"
+    for layer, rep in enumerate(profile.representatives or ()):
+        far = profile.far_representatives(layer)
+        if len(rep) != heads:
+            yield f"layer {layer} lists {len(rep)} representatives"
+        elif grouped and len({r // group for r in far}) * group != len(far):
+            yield (
+                f"layer {layer}: the representatives of target k-bytes must be all query heads "
+                "of the K/V heads that keep their K"
+            )
 
 
-def _ranks(profile: ClusterProfile) -> list[str]:
-    """What is wrong with the number of ranks that heads were chosen for."""
-    ranks: Any = profile.tensor_parallel
-    if not _is_count(ranks) or ranks > MOST_HEADS:
-        return [f"tensor_parallel {ranks!r} is not a whole number of 1 to {MOST_HEADS}"]
-    if ranks > 1 and profile.membership != "static":
-        return ["'tensor_parallel' belongs to a static membership only"]
-    return []
-
-
-def rank_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
-    """Where ranks that a profile was made for would keep heads to spare in a model of ``shape``."""
+def _spare(profile: ClusterProfile, shape: Shape) -> list[str]:
+    """Where ranks that a profile was made for would keep heads to spare."""
     ranks = profile.tensor_parallel
     if ranks == 1:
         return []
-    problem = rank_problem(shape.heads, shape.kv_heads, ranks)
-    if problem is not None:
+    if problem := rank_problem(shape.heads, shape.kv_heads, ranks):
         return [problem]
     return [
         f"layer {layer}: made for {ranks} ranks, but {reason}"
@@ -162,20 +231,17 @@ def rank_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
     ]
 
 
-def _streaming(profile: ClusterProfile) -> list[str]:
+def _streaming(profile: ClusterProfile) -> Iterator[str]:
     """What is wrong with the lists of streaming heads."""
-    problems = []
     for layer, heads in enumerate(profile.streaming or ()):
-        if not all(map(_is_place, heads)) or list(heads) != sorted(set(heads)):
-            problems.append(f"layer {layer}: 'streaming' must list heads once each, ascending")
+        if not all(map(_is_whole, heads)) or list(heads) != sorted(set(heads)):
+            yield f"layer {layer}: 'streaming' must list heads once each, ascending"
     if any(profile.streaming or ()) and profile.recent == 0:
-        problems.append("streaming heads need a recent window of at least 1 token")
-    return problems
+        yield "streaming heads need a recent window of at least 1 token"
 
 
-def _notes(profile: ClusterProfile) -> list[str]:
+def _notes(profile: ClusterProfile) -> Iterator[str]:
     """What is wrong with the entry of the refit."""
-    problems = []
     refit: Any = profile.refit
     if refit is not None and (
         not isinstance(refit, Mapping)
@@ -183,10 +249,9 @@ def _notes(profile: ClusterProfile) -> list[str]:
         or refit["kind"] not in ("output", "bias")
         or not all(isinstance(value, str) for value in refit.values())
     ):
-        problems.append("'refit' needs kind (output or bias), file and sha256")
+        yield "'refit' needs kind (output or bias), file and sha256"
     if profile.corrections is not None and refit is None:
-        problems.append("'corrections' need a 'refit' that says of which kind they are")
-    return problems
+        yield "'corrections' need a 'refit' that says of which kind they are"
 
 
 def tensor_problems(corrections: Mapping[str, Tensor]) -> list[str]:
@@ -208,15 +273,14 @@ def tensor_problems(corrections: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def refit_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
-    """What keeps a refit from running in a model of ``shape``."""
+def _refit(profile: ClusterProfile, shape: Shape) -> list[str]:
+    """What keeps a refit from running in this model."""
     if profile.refit is None:
         return []
     if profile.corrections is None:
         return ["it has a refit but not its tensors: load it from its file, or use one without"]
     inputs = shape.heads * shape.head_dim
-    problems = tensor_problems(profile.corrections)
-    if problems:
+    if problems := tensor_problems(profile.corrections):
         return problems
     for name, tensor in profile.corrections.items():
         match = _CORRECTION.fullmatch(name)
@@ -234,48 +298,37 @@ def refit_problems(profile: ClusterProfile, shape: Shape) -> list[str]:
     return problems
 
 
-def _representatives(profile: ClusterProfile) -> list[str]:
+def _representatives(profile: ClusterProfile) -> Iterator[str]:
     """Layers whose static membership is inconsistent."""
-    problems = []
     for layer, rep in enumerate(profile.representatives or ()):
         heads, streaming = len(rep), set(profile.streaming_heads(layer))
         far = set(rep) - streaming
-        if not all(_is_count(r + 1) and r < heads for r in rep):
-            problems.append(f"layer {layer}: a representative is not a head")
+        if not all(_is_whole(r, 0, heads - 1) for r in rep):
+            yield f"layer {layer}: a representative is not a head"
         elif any(rep[r] != r for r in rep):
-            problems.append(f"layer {layer}: a representative must represent itself")
+            yield f"layer {layer}: a representative must represent itself"
         elif any(r != h for h, r in enumerate(rep) if h in streaming or r in streaming):
-            problems.append(f"layer {layer}: a streaming head represents itself alone")
+            yield f"layer {layer}: a streaming head represents itself alone"
         elif len(far) != (k := profile.clusters[layer]):
-            problems.append(f"layer {layer}: {len(far)} representatives, {k} clusters")
-    return problems
+            yield f"layer {layer}: {len(far)} representatives, {k} clusters"
 
 
-def _curves(profile: ClusterProfile) -> list[str]:
-    """Layers whose error curve or similarity has the wrong size."""
-    problems = []
-    for layer, k in enumerate(profile.clusters):
-        heads = None
-        if profile.similarity is not None:
-            heads = len(profile.similarity[layer])
-            if heads < k or any(len(row) != heads for row in profile.similarity[layer]):
-                problems.append(f"layer {layer}: similarity must be one row and column per head")
-        if profile.error is not None:
-            points = len(profile.error[layer])
-            if points < 1 or (heads is not None and heads % points):
-                problems.append(f"layer {layer}: {points} points of the error curve do not fit")
-    return problems
+def _curves(profile: ClusterProfile) -> Iterator[str]:
+    """Layers whose error curve does not fit."""
+    for layer, curve in enumerate(profile.error or ()):
+        heads = 0 if profile.similarity is None else len(profile.similarity[layer])
+        if not curve or heads % len(curve):
+            yield f"layer {layer}: {len(curve)} points of the error curve do not fit"
 
 
 def _squares(profile: ClusterProfile) -> list[str]:
     """Layers whose tables of pairs of heads have the wrong size."""
-    problems = []
-    for name in ("costs", "offsets"):
-        for layer, table in enumerate(getattr(profile, name) or ()):
-            heads = len(table)
-            if heads < profile.clusters[layer] or any(len(row) != heads for row in table):
-                problems.append(f"layer {layer}: {name} must be one row and column per head")
-    return problems
+    return [
+        f"layer {layer}: {name} must be one row and column per head"
+        for name in ("similarity", "costs", "offsets")
+        for layer, table in enumerate(getattr(profile, name) or ())
+        if len(table) < profile.clusters[layer] or any(len(row) != len(table) for row in table)
+    ]
 
 
 def _is_json(value: Mapping[str, Any]) -> bool:
@@ -287,16 +340,8 @@ def _is_json(value: Mapping[str, Any]) -> bool:
     return True
 
 
-def _is_tokens(value: object, least: int = 0) -> bool:
-    return type(value) is int and least <= value <= MOST_TOKENS
-
-
-def _is_place(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_whole(value: object, least: int = 0, most: float = inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _is_nested(value: object, depth: int) -> bool:

@@ -1,11 +1,16 @@
-"""How long work tells whoever waits for it: called with (what is going on, done, in all)."""
+"""How far long work is: told by calling one of these functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # with (what is going on, done, in all)
+Report = Callable[[int, int], None]  # with (done, in all)
 
 
 def quiet(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def silent(done: int, total: int) -> None:
     """Tell nobody."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from chai_attention.calibration import calibrate
+from chai_attention.calibration.data import hold_out
 from chai_attention.calibration.evidence import EvidenceStore
-from chai_attention.calibration.held_out import spread
 from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.clustering.assign import assign
@@ -166,11 +166,11 @@ def test_the_length_defaults_to_what_fits_the_model():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama", {"recipe": "mine"}, "unknown recipe 'mine'"),
-        ("llama", {"membership": "both"}, "unknown membership 'both'"),
-        ("llama", {"target": "bytes"}, "unknown target 'bytes'"),
+        ("llama", {"recipe": "mine"}, "recipe 'mine' is none of default"),
+        ("llama", {"membership": "both"}, "membership 'both' is none of online"),
+        ("llama", {"target": "bytes"}, "target 'bytes' is none of scores"),
         ("llama", {"target": "k-bytes"}, "for grouped-query models"),
-        ("llama", {"window": 0}, "window needs at least 1"),
+        ("llama", {"window": 0}, "window 0 is not a whole number of 1"),
         ("llama", {"max_error": 1.5}, "not 1.5"),
         ("llama", {"max_error": -0.1}, "not -0.1"),
         ("llama", {"max_error": float("nan")}, "not nan"),
@@ -186,9 +186,9 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama", {"recipe": "paper", "membership": "static"}, "recipe paper"),
         ("llama", {"recipe": "paper", "recent": 4}, "recipe paper"),
         ("llama", {"recipe": "paper", "cost": "gradient"}, "recipe paper"),
-        ("llama", {"cost": "loss"}, "unknown cost 'loss'"),
-        ("llama", {"refit": "all"}, "unknown refit 'all'"),
-        ("llama", {"features": "keys"}, "unknown features 'keys'"),
+        ("llama", {"cost": "loss"}, "cost 'loss' is none of scores"),
+        ("llama", {"refit": "all"}, "refit 'all' is none of none"),
+        ("llama", {"features": "keys"}, "features 'keys' is none of scores"),
         ("llama", {"membership": "blend", "cost": "scores"}, "blend needs cost"),
         ("llama", {"blend": 0.5}, "need membership blend"),
         ("llama", {"recent": -1}, "numbers of tokens"),
@@ -212,7 +212,11 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama", {"length": 36, "samples": 6}, "32 [+] 4 tokens covers all 36"),
         ("llama-grouped", {"save": 0.1, "target": "scores"}, "save needs target k-bytes"),
         ("gemma-one", {"save": 0.1, "recipe": "share"}, "save needs recipe default or stream"),
-        ("llama", {"samples": 2, "held_out": 3, "length": 250, "recent": 4}, "at least 6 windows"),
+        (
+            "llama",
+            {"samples": 2, "held_out": 3, "length": 250, "recent": 4},
+            "at least 6 sequences",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(family, options, message):
@@ -361,7 +365,9 @@ def test_as_many_windows_are_learnt_from_and_held_out_as_asked():
 
 
 def test_a_text_too_short_for_both_is_divided_aloud():
-    with pytest.warns(ChaiWarning, match="has 12 windows of 24 tokens, not 24 and 16: 8 .* and 4 "):
+    with pytest.warns(
+        ChaiWarning, match="has 12 sequences of 24 tokens, not 24 and 16: 8 .* and 4 "
+    ):
         profile = calibrate(
             tiny_model("llama"),
             TOKENIZER,
@@ -381,7 +387,7 @@ def test_what_a_saving_costs_is_measured(asked):
     promise = profile.promise
     assert asked.items() <= promise.items()
     assert "max_loss" not in promise
-    held = spread(windows, 10)[1]
+    held = windows[hold_out(30, 10)]
     baseline = token_loss(model, held)
     with enabled(model, profile):
         rise = paired_rise(baseline, token_loss(model, held))

@@ -85,7 +85,7 @@ import json, resource, sys, warnings
 warnings.simplefilter("ignore")
 
 from chai_attention.calibration import texts, token_text
-from chai_attention.calibration.request import TextRequest, prepare
+from chai_attention.calibration.request import TextRequest
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import Source
 from tiny_models import tiny_model
@@ -97,8 +97,8 @@ model, tokenizer, found = tiny_model("llama"), tiny_tokenizer(), {}
 for size in ("small", "large"):
     for kind in sys.argv[1:]:
         request = TextRequest([Source(f"{size}.{kind}")], samples=32, held_out=16, length=64)
-        ready = prepare(model, tokenizer, request, Settings(save=0.2))
-        assert len(ready.windows) == 32
+        chosen = request.settle(Settings(save=0.2), model, tokenizer)
+        assert len(request.read(model, tokenizer, chosen).sequences) == 32
         found[f"{size} {kind}"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps(found))
 """

@@ -13,7 +13,7 @@ def test_loss_is_the_model_s_own():
     got = token_loss(model, windows, batch_size=2)
     with torch.no_grad():
         want = [model(w[None], labels=w[None]).loss.item() for w in windows]
-    assert got.per_window == pytest.approx(want, rel=1e-5)
+    assert got.per_sequence == pytest.approx(want, rel=1e-5)
     assert got.perplexity == pytest.approx(math.exp(sum(want) / 5), rel=1e-5)
 
 
@@ -28,7 +28,7 @@ def test_paired_rise_cancels_what_windows_share():
 def test_bad_windows_are_refused():
     with pytest.raises(ValueError, match="two or more tokens"):
         token_loss(tiny_model("llama"), torch.zeros(1, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="same windows"):
+    with pytest.raises(ValueError, match="same sequences"):
         paired_rise(Loss((1.0,)), Loss((1.0, 2.0)))
 
 

@@ -83,10 +83,10 @@ def test_the_promise_of_ranks_is_searched_in_steps_of_all_of_them():
     [
         (8, {"tensor_parallel": 3}, "8 heads cannot be dealt to 3 ranks: choose 1, 2, 4, 8"),
         (2, {"tensor_parallel": 3}, "8 heads of 2 K/V heads cannot be dealt to 3 ranks"),
-        (8, {"tensor_parallel": 0}, "tensor_parallel is a number of ranks, not 0"),
+        (8, {"tensor_parallel": 0}, "tensor_parallel 0 is not a whole number of 1"),
         (8, {"tensor_parallel": 2, "recipe": "paper"}, "each rank clusters its own heads"),
         (8, {"tensor_parallel": 2, "recipe": "elbow"}, "each rank clusters its own heads"),
-        (8, {"tensor_parallel": 2, "membership": "blend"}, "with blend ones each rank"),
+        (8, {"tensor_parallel": 2, "membership": "blend"}, "with another each rank"),
         (8, {"tensor_parallel": 8, "recipe": "share"}, "use recipe default or stream"),
         (4, {"tensor_parallel": 2, "target": "scores", "recipe": "share"}, "needs target k-bytes"),
         (8, {"tensor_parallel": 2, "clusters": 3}, "3 clusters; possible: 2, 4, 6, 8"),

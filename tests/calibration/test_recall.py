@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chai_attention.calibration.costs import Near, collect_costs
-from chai_attention.calibration.recall import recall_cases, recall_windows
+from chai_attention.calibration.recall import recall_cases, recall_sequences
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, HELD_OUT
 from chai_attention.errors import CalibrationError
 from chai_attention.hub import SMOLLM2
@@ -72,7 +72,7 @@ def runs(counted):
 
 
 def test_every_answer_is_a_fact_of_the_text_and_nothing_else_counts(tokenizer, text):
-    windows = recall_windows(tokenizer, text, 6, 1200, seed=3)
+    windows = recall_sequences(tokenizer, text, 6, 1200, seed=3)
     assert windows.tokens.shape == windows.counted.shape == (6, 1200)
     assert windows.tokens.dtype == torch.int64
     assert windows.counted.dtype == torch.bool
@@ -94,7 +94,7 @@ def test_every_answer_is_a_fact_of_the_text_and_nothing_else_counts(tokenizer, t
 
 def test_the_rest_is_the_text(tokenizer, text):
     """Without the facts, a run of the window's own row remains."""
-    windows = recall_windows(tokenizer, text, 2, 1200)
+    windows = recall_sequences(tokenizer, text, 2, 1200)
     row = plain(tokenizer, text[1])
     words = plain(tokenizer, windows.tokens[1])
     _, phrasing = facts_in(words, CALIBRATION)
@@ -106,11 +106,11 @@ def test_the_rest_is_the_text(tokenizer, text):
 
 
 def test_seeds_decide_everything(tokenizer, text):
-    one = recall_windows(tokenizer, text, 4, 1200, seed=1)
-    assert torch.equal(one.tokens, recall_windows(tokenizer, text, 4, 1200, seed=1).tokens)
-    more = recall_windows(tokenizer, text, 5, 1200, seed=1)
+    one = recall_sequences(tokenizer, text, 4, 1200, seed=1)
+    assert torch.equal(one.tokens, recall_sequences(tokenizer, text, 4, 1200, seed=1).tokens)
+    more = recall_sequences(tokenizer, text, 5, 1200, seed=1)
     assert torch.equal(one.tokens, more.tokens[:4])
-    assert not torch.equal(one.tokens, recall_windows(tokenizer, text, 4, 1200, seed=2).tokens)
+    assert not torch.equal(one.tokens, recall_sequences(tokenizer, text, 4, 1200, seed=2).tokens)
     assert len({tuple(row.tolist()) for row in more.tokens}) == 5
     cases = [recall_cases(tokenizer, text, 3, 1200, seed=1) for _ in range(2)]
     for left, right in zip(*cases, strict=True):
@@ -132,13 +132,13 @@ def test_cases_of_evaluation_ask_for_one_of_their_facts(facts, tokenizer, text):
 def test_the_chat_template_frames_text_and_questions(text):
     tokenizer = toy(CHAT)
     text = torch.randint(4, 90, (1, 1200))
-    windows = recall_windows(tokenizer, text, 1, 1200)
+    windows = recall_sequences(tokenizer, text, 1, 1200)
     words = tokenizer.decode(windows.tokens[0])
     assert words.startswith(f"user: {CALIBRATION.instruction}\n\n")
     answers = len(runs(windows.counted[0]))
     assert words.count("</s>assistant: ") == answers
     assert words.count("</s>user: ") == answers - 1
-    bare = recall_windows(tokenizer, text, 1, 1200, chat=False)
+    bare = recall_sequences(tokenizer, text, 1, 1200, chat=False)
     assert "assistant: " not in tokenizer.decode(bare.tokens[0])
 
 
@@ -175,12 +175,12 @@ def test_words_are_fit_for_use(wording):
 
 def test_short_windows_have_fewer_facts_and_too_short_ones_are_refused():
     tokenizer, text = toy(), torch.randint(4, 90, (1, 2000))
-    longest = recall_windows(tokenizer, text, 8, 2000, seed=1)
-    shorter = recall_windows(tokenizer, text, 8, 500, seed=1)
+    longest = recall_sequences(tokenizer, text, 8, 2000, seed=1)
+    shorter = recall_sequences(tokenizer, text, 8, 500, seed=1)
     count = [sum(len(runs(row)) for row in w.counted) for w in (longest, shorter)]
     assert count[0] > count[1] >= 8
     with pytest.raises(CalibrationError, match="100 tokens are too few for text with 1 fact"):
-        recall_windows(tokenizer, text, 8, 100)
+        recall_sequences(tokenizer, text, 8, 100)
     with pytest.raises(CalibrationError, match="with 4 facts to recall, which needs") as caught:
         recall_cases(tokenizer, text, 1, 400, facts=4)
     needed = int(re.search(r"needs (\d+)", str(caught.value)).group(1))
@@ -197,7 +197,7 @@ def test_short_windows_have_fewer_facts_and_too_short_ones_are_refused():
     ],
 )
 def test_text_that_cannot_be_used_is_refused(text, samples, match):
-    for make in (recall_windows, recall_cases):
+    for make in (recall_sequences, recall_cases):
         with pytest.raises(CalibrationError, match=match):
             make(toy(), text, samples, 400)
 
@@ -217,13 +217,13 @@ def test_numbers_of_facts_that_cannot_be_are_refused(facts):
 )
 def test_a_template_that_cannot_be_used_is_refused(template, match):
     with pytest.raises(CalibrationError, match=match):
-        recall_windows(toy(template), torch.ones(1, 900).long(), 1, 900)
+        recall_sequences(toy(template), torch.ones(1, 900).long(), 1, 900)
 
 
 def test_gradient_costs_of_answers():
     """Answers far from their facts: what counts reaches the costs."""
     text = torch.randint(4, 90, (1, 400))
-    windows = recall_windows(toy(), text, 2, 400)
+    windows = recall_sequences(toy(), text, 2, 400)
     model = tiny_model("llama")
     near = Near(16, 2)
     (some,) = collect_costs(

@@ -6,7 +6,7 @@ import torch
 from chai_attention.calibration import calibrate
 from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
-from chai_attention.calibration.recall import recall_windows
+from chai_attention.calibration.recall import recall_sequences
 from chai_attention.calibration.recall_source import recall_of, split_recall, use_recall
 from chai_attention.calibration.settings import DEFAULT_RECALL, Settings
 from chai_attention.calibration.sources import parse_sources
@@ -96,7 +96,7 @@ def test_other_facts_are_collected_anew_and_the_same_are_not(model, windows):
     settings = settings_of(model)
     store = EvidenceStore(model, windows)
     for seed, missing in ((0, [RECALL_COSTS]), (0, []), (1, [RECALL_COSTS])):
-        use_recall(store, TOKENIZER, None, settings, seed)
+        use_recall(store, TOKENIZER, settings, seed, required=False)
         if not seed:
             store.get_all(settings, [RECENT])
             missing = []
@@ -134,7 +134,7 @@ def test_windows_of_tokens_without_a_tokenizer_hide_no_facts(model, windows):
     options = {"recent": RECENT, "save": 0.2, "context": 400, "measure": False}
     found = calibrate(model, None, windows, **options)
     assert found.provenance["recall"] == "left out: text to recall from needs the model's tokenizer"
-    with pytest.raises(CalibrationError, match="ready windows of tokens"):
+    with pytest.raises(CalibrationError, match="ready sequences of tokens"):
         calibrate(model, None, "some text", **options)
 
 
@@ -157,7 +157,7 @@ def test_settings_of_recall_that_cannot_be_are_refused(model, options, match):
 def test_an_interrupted_pass_over_recall_goes_on_to_the_bit(model, windows, tmp_path, monkeypatch):
     monkeypatch.setattr("chai_attention.calibration.evidence_file.EVERY", 0.0)
     settings = settings_of(model)
-    recall = recall_windows(TOKENIZER, windows, 4, 400)
+    recall = recall_sequences(TOKENIZER, windows, 4, 400)
 
     def collected(file, steps=None):
         store = EvidenceStore(model, windows, 2, file)

@@ -120,7 +120,7 @@ def test_bad_requests():
     profile, windows = static_profile(model), torch.ones(4, 9, dtype=torch.long)
     with enabled(model, profile), pytest.raises(CalibrationError, match="disable"):
         refit(model, profile, windows, kind="output")
-    with pytest.raises(CalibrationError, match="at least 2 windows"):
+    with pytest.raises(CalibrationError, match="at least 2 sequences"):
         refit(model, static_profile(model), torch.ones(1, 9, dtype=torch.long), kind="bias")
 
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from chai_attention.calibration import calibrate, sources, texts
-from chai_attention.calibration.request import TextRequest, prepare
+from chai_attention.calibration.request import TextRequest
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sources import Source
 from chai_attention.calibration.token_text import TokenText
@@ -27,6 +27,11 @@ class Counting:
     def __call__(self, text, **options):
         self.characters += len(text)
         return tiny_tokenizer()(text, **options)
+
+
+def read(request, tokenizer):
+    model = tiny_model("llama")
+    return request.read(model, tokenizer, request.settle(Settings(**NEAR), model, tokenizer))
 
 
 def lines(count):
@@ -53,7 +58,7 @@ def test_a_text_is_read_once_for_all_lengths_that_are_tried(count, samples, load
     path.write_text(lines(count))
     request = TextRequest([Source(str(path))], samples=samples, held_out=6, length=24)
     tokenizer = Counting()
-    ready = prepare(tiny_model("llama"), tokenizer, request, Settings(**NEAR))
+    ready = read(request, tokenizer)
     assert loads == [str(path)]
     assert 0 <= tokenizer.characters - len(lines(count)) < 20  # what texts begin with is asked for
     assert (ready.longer is None) == (count < 400)
@@ -87,6 +92,6 @@ def test_what_is_wrong_with_a_text_is_said_whatever_length_is_taken(tmp_path):
     request = TextRequest([Source(str(path))], samples=12, held_out=8, length=24)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ready = prepare(tiny_model("llama"), tokenizer, request, Settings(**NEAR))
+        ready = read(request, tokenizer)
     assert ready.longer is None
     assert ["1 of 21 chats" in str(one.message) for one in told].count(True) == 1

@@ -9,12 +9,12 @@ import torch
 
 from chai_attention.calibration import self_text
 from chai_attention.calibration import texts as texts_module
+from chai_attention.calibration.data import hold_out
 from chai_attention.calibration.perplexity import PairedRise
 from chai_attention.calibration.sources import (
     Source,
-    mixed_windows,
+    mixed_sequences,
     parse_sources,
-    split_windows,
     warn_uneven,
 )
 from chai_attention.errors import CalibrationError
@@ -92,7 +92,7 @@ def test_bad_sources_are_refused(items, message):
 )
 def test_windows_come_in_proportion_to_the_weights(weights, samples, shares, files):
     sources = [Source("a.txt", weights[0]), Source("b.txt", weights[1])]
-    windows, index = mixed_windows(sources, None, TOKENIZER, samples, LENGTH, seed=0)
+    windows, index = mixed_sequences(sources, None, TOKENIZER, samples, LENGTH, seed=0)
     assert windows.shape == (samples, LENGTH)
     assert windows.dtype == index.dtype == torch.long
     assert torch.bincount(index).tolist() == shares
@@ -101,7 +101,7 @@ def test_windows_come_in_proportion_to_the_weights(weights, samples, shares, fil
 
 def test_weights_whose_sum_is_no_float_are_shares_all_the_same(files):
     sources = [Source("a.txt", 1e308), Source("b.txt", 1e308)]
-    _, index = mixed_windows(sources, None, TOKENIZER, 8, LENGTH, seed=0)
+    _, index = mixed_sequences(sources, None, TOKENIZER, 8, LENGTH, seed=0)
     assert torch.bincount(index).tolist() == [4, 4]
 
 
@@ -109,19 +109,19 @@ def test_a_token_that_the_model_has_no_row_for_is_named(files):
     model = tiny_model("llama")
     model.resize_token_embeddings(20)
     with pytest.raises(CalibrationError, match=r"token id \d+, and this model embeds ids 0 to 19"):
-        mixed_windows([Source("a.txt")], model, TOKENIZER, 4, LENGTH, seed=0)
+        mixed_sequences([Source("a.txt")], model, TOKENIZER, 4, LENGTH, seed=0)
 
 
 def test_sources_are_interleaved_by_seed_and_keep_the_order_of_their_text(files):
     sources = [Source("a.txt"), Source("b.txt")]
-    windows, index = mixed_windows(sources, None, TOKENIZER, 40, LENGTH, seed=3)
+    windows, index = mixed_sequences(sources, None, TOKENIZER, 40, LENGTH, seed=3)
     for name in "ab":
         numbers = [text for text in texts_of(windows) if text[0] == name]
         assert numbers == sorted(numbers)
         assert len(set(numbers)) == 20
     assert (index[1:] != index[:-1]).sum() > 8  # not one source after the other
-    again = mixed_windows(sources, None, TOKENIZER, 40, LENGTH, seed=3)
-    other = mixed_windows(sources, None, TOKENIZER, 40, LENGTH, seed=4)
+    again = mixed_sequences(sources, None, TOKENIZER, 40, LENGTH, seed=3)
+    other = mixed_sequences(sources, None, TOKENIZER, 40, LENGTH, seed=4)
     assert torch.equal(windows, again[0])
     assert torch.equal(index, again[1])
     assert not torch.equal(windows, other[0])
@@ -130,19 +130,19 @@ def test_sources_are_interleaved_by_seed_and_keep_the_order_of_their_text(files)
 
 def test_a_source_with_too_little_text_is_used_whole_and_named(files):
     sources = [Source("a.txt"), Source("c.txt")]
-    with pytest.warns(UserWarning, match=r"c\.txt has text for 5 of the 8 windows"):
-        windows, index = mixed_windows(sources, None, TOKENIZER, 16, LENGTH, seed=0)
+    with pytest.warns(UserWarning, match=r"c\.txt has text for 5 of the 8 sequences"):
+        windows, index = mixed_sequences(sources, None, TOKENIZER, 16, LENGTH, seed=0)
     assert torch.bincount(index).tolist() == [8, 5]
     assert sum(text[0] == "c" for text in texts_of(windows)) == 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mixed_windows(sources, None, TOKENIZER, 10, LENGTH, seed=0)
+        mixed_sequences(sources, None, TOKENIZER, 10, LENGTH, seed=0)
 
 
 def test_the_model_can_be_a_source(files):
     model = tiny_model("llama")
     sources = [Source("self"), Source("a.txt")]
-    windows, index = mixed_windows(sources, model, TOKENIZER, 6, LENGTH, seed=5)
+    windows, index = mixed_sequences(sources, model, TOKENIZER, 6, LENGTH, seed=5)
     assert torch.equal(windows[index == 0], self_text(model, 3, LENGTH, seed=5))
 
 
@@ -156,16 +156,18 @@ def test_a_data_set_is_read_for_its_own_share(monkeypatch):
     monkeypatch.setattr(texts_module, "require_dataset", lambda name, error: None)
     monkeypatch.setattr(datasets, "load_dataset", stream)
     sources = parse_sources(["org/data:first:3", "org/data:second:1"])
-    _, index = mixed_windows(sources, None, TOKENIZER, 8, LENGTH, seed=0)
+    _, index = mixed_sequences(sources, None, TOKENIZER, 8, LENGTH, seed=0)
     assert asked == [("org/data", "first"), ("org/data", "second")]
     assert torch.bincount(index).tolist() == [6, 2]
 
 
 def test_a_source_without_a_window_is_refused(files):
-    with pytest.raises(CalibrationError, match=r"4 samples leave no window for b\.txt"):
-        mixed_windows([Source("a.txt", 99), Source("b.txt", 1)], None, TOKENIZER, 4, LENGTH, seed=0)
+    with pytest.raises(CalibrationError, match=r"4 samples leave no sequence for b\.txt"):
+        mixed_sequences(
+            [Source("a.txt", 99), Source("b.txt", 1)], None, TOKENIZER, 4, LENGTH, seed=0
+        )
     with pytest.raises(CalibrationError, match=r"c\.txt: .*at least 21 tokens.*has 20"):
-        mixed_windows([Source("a.txt"), Source("c.txt")], None, TOKENIZER, 4, 21, seed=0)
+        mixed_sequences([Source("a.txt"), Source("c.txt")], None, TOKENIZER, 4, 21, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -183,22 +185,18 @@ def test_the_last_windows_of_every_source_are_held_out(counts, held_out, wanted)
     torch.manual_seed(0)
     sources = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)])
     sources = sources[torch.randperm(len(sources))]
-    windows = torch.arange(2 * len(sources)).view(-1, 2)
-    (kept, kept_sources), (held, held_sources) = split_windows(windows, sources, held_out)
-    assert torch.bincount(held_sources, minlength=len(counts)).tolist() == wanted
-    assert len(held) == held_out
-    assert sorted([*kept[:, 0], *held[:, 0]]) == windows[:, 0].tolist()  # nothing lost or shared
-    for index in range(len(counts)):
-        mine = windows[sources == index]
-        last = len(mine) - wanted[index]
-        assert torch.equal(kept[kept_sources == index], mine[:last])
-        assert torch.equal(held[held_sources == index], mine[last:])
+    held = hold_out(len(sources), held_out, sources)
+    assert torch.bincount(sources[held], minlength=len(counts)).tolist() == wanted
+    assert held.sum() == held_out
+    for index, count in enumerate(counts):
+        mine = held[sources == index]
+        assert not mine[: count - wanted[index]].any()
 
 
 @pytest.mark.parametrize("held_out", [-1, 4, 9])
 def test_too_many_held_out_are_refused(held_out):
     with pytest.raises(CalibrationError, match="0 to 3 can be held out"):
-        split_windows(torch.zeros(5, 2), torch.tensor([0, 1, 0, 1, 0]), held_out)
+        hold_out(5, held_out, torch.tensor([0, 1, 0, 1, 0]))
 
 
 def test_an_uneven_rise_is_said_in_a_sentence():

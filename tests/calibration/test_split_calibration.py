@@ -112,7 +112,7 @@ def test_the_window_serves_the_context():
     store = EvidenceStore(model, windows_of(TEXT, TOKENIZER, 4, 200, 0))
     chosen = {
         context: calibrate(
-            model, TOKENIZER, store.windows, context=context, store=store, recent=AUTO, **options
+            model, TOKENIZER, store.sequences, context=context, store=store, recent=AUTO, **options
         ).recent
         for context in (60, 250)
     }

@@ -38,7 +38,7 @@ def test_documents_are_joined_and_cut(samples, length):
 
 
 def decoded(texts, length, samples=100, before=()):
-    windows = TokenText(texts, TOKENIZER, before).windows(samples, length, seed=0)
+    windows = TokenText(texts, TOKENIZER, before).sequences(samples, length, seed=0)
     assert windows.dtype == torch.long
     return TOKENIZER.batch_decode(windows)
 
@@ -60,7 +60,7 @@ def test_every_window_of_every_part_is_chosen_alike():
     texts = [Run("a" * 40), "b" * 40, Run("c" * 40)]
     counts = dict.fromkeys("abc", 0)
     for seed in range(200):
-        for row in TokenText(texts, TOKENIZER).windows(6, 4, seed):
+        for row in TokenText(texts, TOKENIZER).sequences(6, 4, seed):
             counts[TOKENIZER.decode(row)[0]] += 1
     assert sum(counts.values()) == 1200
     assert all(abs(count - 400) < 60 for count in counts.values())
@@ -75,4 +75,4 @@ def test_what_a_window_begins_with_takes_none_of_the_text():
 @pytest.mark.parametrize("texts", [[], [" "], ["abc"], [Run("ab"), "c"]])
 def test_too_little_text_is_refused(texts):
     with pytest.raises(CalibrationError, match=r"at least 16 tokens of text .*has (0|3)$"):
-        TokenText(texts, TOKENIZER).windows(4, 16, seed=0)
+        TokenText(texts, TOKENIZER).sequences(4, 16, seed=0)

@@ -56,7 +56,7 @@ def test_a_profile_for_ranks_says_what_they_cost(chai, tmp_path):
 def test_ranks_that_heads_cannot_be_dealt_to_are_one_line(chai, folder):
     for options, message in (
         (("--tensor-parallel", 4), "6 heads cannot be dealt to 4 ranks: choose 1, 2, 3, 6"),
-        (("--tensor-parallel", 2, "--recipe", "paper"), "tensor_parallel is for static member"),
+        (("--tensor-parallel", 2, "--recipe", "paper"), "belongs to a static membership only"),
     ):
         code, _, err = chai(
             "calibrate", "llama", "--out", "no.json", "--text", "text.txt", *options

@@ -93,32 +93,26 @@ def _told(again: Recomputation) -> Iterator[None]:
 def require_gradients(model: PreTrainedModel) -> None:
     """Refuse a model whose matrix products have no gradients."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise CalibrationError(
-            "cost gradient needs a backward pass, which this quantised model does not have: load "
-            f"it in bfloat16 or float32, or use {_without_gradients(model)}"
+        reason = "which this quantised model does not have: load it in bfloat16 or float32"
+    elif has_offloaded_weights(model):
+        reason = (
+            "for which all weights have to be on a device, and some of this model are offloaded: "
+            "give --max-memory more of the GPUs"
         )
-    if has_offloaded_weights(model):
-        raise CalibrationError(
-            "cost gradient needs a backward pass, for which all weights have to be on a device, "
-            "and some of this model are offloaded: give --max-memory more of the GPUs, or use "
-            f"{_without_gradients(model)}"
+    elif any(parameter.is_inference() for parameter in model.parameters()):
+        reason = (
+            "which weights that were made under torch.inference_mode do not have: load the model "
+            "outside of it"
         )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise CalibrationError(
-            "cost gradient needs a backward pass, which weights that were made under "
-            "torch.inference_mode do not have: load the model outside of it, or use "
-            f"{_without_gradients(model)}"
-        )
-
-
-def _without_gradients(model: PreTrainedModel) -> str:
-    """Costs that this model can be calibrated by, without a backward pass."""
+    else:
+        return
+    others = "--cost value or --cost scores"
     try:
         for module in attention_modules(model).values():
             output_projection(module)
     except UnsupportedModelError:  # the errors of values are those of weights that can be read
-        return "--cost scores"
-    return "--cost value or --cost scores"
+        others = "--cost scores"
+    raise CalibrationError(f"cost gradient needs a backward pass, {reason}, or use {others}")
 
 
 def require_all(reached: set[int], layers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from chai_attention.calibration.perplexity import PairedRise
 
@@ -59,42 +60,27 @@ def largest_within(
             ) and also(units)
         return kept[units]
 
-    low, high = 0, most + 1  # removing low keeps the promise, removing high does not
-    units = min(max(guess, 1), most)
+    # removing low keeps the promise, removing high does not
+    low, high, units = 0, most + 1, min(max(guess, 1), most)
     while high - low > (resolution if low else 1):
-        if holds(units):
-            low = units
-            units = min(2 * units, most) if high > most else (low + high) // 2
-            if low == most:
-                break
-        else:
-            high = units
-            units = max(1, units // 2) if low == 0 else (low + high) // 2
+        low, high, units = _next(low, high, units, most, holds(units))
     return Kept(low, measured[low or 1], len(measured))
+
+
+def _next(low: int, high: int, units: int, most: int, holds: bool) -> tuple[int, int, int]:
+    """What is known when units hold, or do not, and which are tried next."""
+    if holds:
+        return units, high, min(2 * units, most) if high > most else (units + high) // 2
+    return low, units, (low + units) // 2 if low else max(1, units // 2)
 
 
 def most_tries(most: int, guess: int, resolution: int = 1) -> int:
     """How many profiles `largest_within` measures at most."""
 
-    def between(low: int, high: int) -> int:  # the middle, again and again
-        tries = 0
-        while high - low > resolution:
-            low += (high - low) // 2
-            tries += 1
-        return tries
+    @cache
+    def tries(low: int, high: int, units: int) -> int:
+        if high - low <= (resolution if low else 1):
+            return 0
+        return 1 + max(tries(*_next(low, high, units, most, holds)) for holds in (True, False))
 
-    first = min(max(guess, 1), most)
-    tries, worst = 1, 1
-    low, units = first, first
-    while low < most:  # all hold so far: the step doubles
-        units = min(2 * low, most)
-        tries += 1
-        worst = max(worst, tries + between(low, units))
-        low = units
-    high, tries = first, 1
-    while high > 1:  # none holds so far: it halves
-        units = max(1, high // 2)
-        tries += 1
-        worst = max(worst, tries + between(units, high))
-        high = units
-    return max(worst, tries)
+    return tries(0, most + 1, min(max(guess, 1), most))

@@ -12,7 +12,7 @@ from torch import Tensor
 from chai_attention.calibration.costs import GRADIENT
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.head_splits import predicted_rise
-from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.settings import Resolved
 from chai_attention.calibration.statistics import cosine_similarity, rounded
 from chai_attention.clustering.allocation import Allocation, Level
 from chai_attention.clustering.assign import K_BYTES, assign, on_ranks
@@ -39,7 +39,7 @@ class Candidates:
     def __init__(
         self,
         shape: ModelShape,
-        settings: Settings,
+        settings: Resolved,
         evidence: Evidence,
         provenance: dict[str, Any] | None = None,
     ):
@@ -49,18 +49,12 @@ class Candidates:
         self.counts = settings.layer_counts(shape)
         self._provenance = provenance or {}
 
-    @property
-    def target(self) -> str:
-        """What is removed, "scores" for heads and "k-bytes" for K/V heads."""
-        assert self.settings.target is not None
-        return self.settings.target
-
     @cached_property
     def curves(self) -> list[list[float]]:
         """Per layer, the summed cost for every entry of ``counts``, relative to the first."""
         if self.evidence.costs is None:
             return [
-                error_curve(gram, self.shape.kv_heads, self.target, self._ranks)
+                error_curve(gram, self.shape.kv_heads, self.settings.target, self._ranks)
                 for gram in self._grams
             ]
         return [
@@ -75,7 +69,9 @@ class Candidates:
 
         def best(cost: Tensor, k: int) -> Tensor:
             return on_ranks(
-                cost, ranks, lambda part: best_assignment(part, k // ranks, kv_heads, self.target)
+                cost,
+                ranks,
+                lambda part: best_assignment(part, k // ranks, kv_heads, self.settings.target),
             )
 
         return [[best(cost, k) for k in self.counts] for cost in self.evidence.costs]
@@ -127,7 +123,7 @@ class Candidates:
     def unit(self) -> str:
         """What a unit is called."""
         several = " of each rank" if self._ranks > 1 else ""
-        return ("K/V heads" if self.target == K_BYTES else "heads") + several
+        return ("K/V heads" if self.settings.target == K_BYTES else "heads") + several
 
     @property
     def resolution(self) -> int:
@@ -192,16 +188,16 @@ class Candidates:
         settings, evidence = self.settings, self.evidence
         return ClusterProfile(
             clusters=tuple(clusters),
-            membership=settings.membership or STATIC,
-            window=settings.window or 1,
-            target=self.target,
+            membership=settings.membership,
+            window=settings.window,
+            target=settings.target,
             representatives=(self._static(clusters) if settings.membership == STATIC else None),
             probe_start=settings.probe_start,
-            features=settings.features or "scores",
-            blend=settings.blend or 0.0,
+            features=settings.features,
+            blend=settings.blend,
             costs=rounded(evidence.costs, 5) if settings.membership == BLEND else None,
             recent=int(settings.recent or 0),
-            sinks=settings.sinks or 0,
+            sinks=settings.sinks,
             offsets=rounded(evidence.offsets, 4),
             tensor_parallel=self._ranks,
             provenance=self._provenance | self._predicted(clusters),
@@ -217,7 +213,7 @@ class Candidates:
 
     def _chosen_cost(self, clusters: list[int]) -> float:
         """The cost of these clusters, or where a budget is dealt out, of the best of as many."""
-        if self.settings.measurable:
+        if self.settings.measures():
             freed = sum(self.shape.heads - k for k in clusters)
             assert isinstance(self._plan, Allocation)
             return float(self._plan.costs[freed * len(self.counts) // self.shape.heads])
@@ -245,7 +241,7 @@ class Candidates:
                 return on_ranks(
                     gram,
                     ranks,
-                    lambda part: assign(part[None], k // ranks, kv_heads, self.target)[0],
+                    lambda part: assign(part[None], k // ranks, kv_heads, self.settings.target)[0],
                 )
 
             found = [nearest(gram, k) for gram, k in zip(self._grams, clusters, strict=True)]

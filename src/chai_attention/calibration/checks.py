@@ -10,14 +10,14 @@ from chai_attention.calibration.perplexity import token_loss
 from chai_attention.errors import CalibrationError
 
 
-def require_tokens(model: PreTrainedModel, windows: Tensor) -> None:
+def require_tokens(model: PreTrainedModel, sequences: Tensor) -> None:
     """Refuse token ids that the model has no embedding for; on a GPU they would end the process.
 
     Raises:
         CalibrationError: names the first such id.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    strange = windows[(windows < 0) | (windows >= rows)]
+    strange = sequences[(sequences < 0) | (sequences >= rows)]
     if len(strange):
         raise CalibrationError(
             f"the text has the token id {strange[0].item()}, and this model embeds ids 0 to "
@@ -26,13 +26,13 @@ def require_tokens(model: PreTrainedModel, windows: Tensor) -> None:
         )
 
 
-def require_finite(model: PreTrainedModel, window: Tensor) -> None:
-    """Refuse a model whose loss on a window ``[1, S]`` of text is no number.
+def require_finite(model: PreTrainedModel, sequence: Tensor) -> None:
+    """Refuse a model whose loss on a sequence ``[1, S]`` of text is no number.
 
     Raises:
         CalibrationError: says which weights are to blame, or that it is the dtype.
     """
-    if not token_loss(model, window).finite:
+    if not token_loss(model, sequence).finite:
         raise not_finite(model, "the loss of this model on the text")
 
 

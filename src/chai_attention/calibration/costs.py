@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,11 @@ from chai_attention.integrations.transformers.intervene import LayerCall, captur
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.progress import Report, silent
 from chai_attention.runtime.shape import describe
 
 SCORES, VALUE, GRADIENT = "scores", "value", "gradient"
 COSTS = (SCORES, VALUE, GRADIENT)
-
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Costs:
 
 def collect_costs(
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     kind: str,
     *,
     nears: Sequence[Near] = (Near(),),
@@ -84,7 +82,7 @@ def collect_costs(
     batch_size: int = 4,
     sums: Tensor | None = None,
     start: int = 0,
-    progress: Progress | None = None,
+    progress: Report = silent,
 ) -> list[Costs]:
     """Mean costs per token, for any number of exact recent windows from one run of the model.
 
@@ -96,17 +94,17 @@ def collect_costs(
     Args:
         model: a supported model in float32, bfloat16 or float16; only the attention maps and
             costs are computed in float32.
-        windows: ``[N, S]`` tokens.
+        sequences: ``[N, S]`` tokens.
         kind: "value" or "gradient".
         nears: the exact recent windows to tell costs for, of different w and equal sinks; or one
             without.
         counted: ``[N, S]`` bool, tokens whose loss counts, by gradient costs only; None for all.
-            Every window of text weighs the same, however few of its tokens count.
-        batch_size: windows per forward; fewer where they are long.
+            Every sequence weighs the same, however few of its tokens count.
+        batch_size: sequences per forward; fewer where they are long.
         sums: ``[len(nears), L, H, H + 1]`` float64 (see `empty_sums`), costs of the first
-            ``start`` windows, to be added to in place; None for zeros.
-        start: windows that ``sums`` holds already.
-        progress: called with (windows done, windows in all) after every batch.
+            ``start`` sequences, to be added to in place; None for zeros.
+        start: sequences that ``sums`` holds already.
+        progress: called with (sequences done, sequences in all) after every batch.
 
     Returns:
         Costs for each of ``nears``, in their order.
@@ -120,7 +118,7 @@ def collect_costs(
     if kind not in (VALUE, GRADIENT):
         raise ValueError(f"kind is value or gradient, not {kind!r}")
     differentiate = kind == GRADIENT
-    weights = _weights(windows, counted, differentiate)
+    weights = _weights(sequences, counted, differentiate)
     recents, sinks = _recents(nears)
     places = sorted(range(len(nears)), key=lambda place: nears[place].recent)
     shape = describe(model)
@@ -129,7 +127,7 @@ def collect_costs(
 
     tables: dict[int, list[Tensor]] = {}  # offsets of a layer, where it is
     costs: list[tuple[int, Tensor]] = []  # of a batch's layers, each where it is
-    first = start  # window of text at the beginning of the batch in the model
+    first = start  # sequence at the beginning of the batch in the model
 
     def add(call: LayerCall, gradient: Tensor | None) -> None:
         group, device = call.query.shape[1] // call.value.shape[1], call.query.device
@@ -185,13 +183,13 @@ def collect_costs(
     if differentiate:
         require_gradients(model)
     again, device = Recomputation(), input_device(model)
-    batch_size = rows_at_once(batch_size, windows.shape[1])
-    tokens = batch_size * windows.shape[1]
+    batch_size = rows_at_once(batch_size, sequences.shape[1])
+    tokens = batch_size * sequences.shape[1]
     gradients = gradients_of_activations(model, tokens, again) if differentiate else torch.no_grad()
     with evaluating(model), capture(model, watch), gradients:
-        for first in range(start, len(windows), batch_size):
+        for first in range(start, len(sequences), batch_size):
             rows = slice(first, first + batch_size)
-            batch = windows[rows].to(device)
+            batch = sequences[rows].to(device)
             if differentiate:
                 summed_loss(model, batch, None if counted is None else counted[rows]).backward()
                 require_all(reached, shape.layers)
@@ -200,11 +198,10 @@ def collect_costs(
             for layer, cost in costs:  # devices have not waited for the host so far
                 total[:, layer] += cost.cpu()
             costs.clear()
-            if progress is not None:
-                progress(min(first + batch_size, len(windows)), len(windows))
+            progress(min(first + batch_size, len(sequences)), len(sequences))
     if not total.isfinite().all():
         raise not_finite(model, f"a {kind} cost")
-    mean = total / windows.numel()
+    mean = total / sequences.numel()
     mean.diagonal(dim1=2, dim2=3).zero_()
     return [
         Costs(table[..., :-1].clone(), table[..., -1].clone() if near.recent else None)
@@ -303,18 +300,18 @@ def _offset(near: Near, layer: int, heads: int, device: torch.device) -> Tensor:
     return near.offsets[layer].float().to(device)
 
 
-def _weights(windows: Tensor, counted: Tensor | None, differentiate: bool) -> list[float]:
-    """How much a token counts in each window, so that all windows weigh the same."""
+def _weights(sequences: Tensor, counted: Tensor | None, differentiate: bool) -> list[float]:
+    """How much a token counts in each sequence, so that all sequences weigh the same."""
     if counted is None:
-        return [1.0] * len(windows)
+        return [1.0] * len(sequences)
     if not differentiate:
         raise ValueError("whose loss counts is known to gradient costs only")
-    if counted.shape != windows.shape or not bool(counted[:, 1:].any(1).all()):
+    if counted.shape != sequences.shape or not bool(counted[:, 1:].any(1).all()):
         raise ValueError(
-            f"counted needs the shape {tuple(windows.shape)} of the windows, and a token after the "
-            "first in every row"
+            f"counted needs the shape {tuple(sequences.shape)} of the sequences, and a token after "
+            "the first in every row"
         )
-    return (windows.shape[1] / counted.sum(1).double()).tolist()
+    return (sequences.shape[1] / counted.sum(1).double()).tolist()
 
 
 def _output_roots(model: PreTrainedModel) -> dict[int, Tensor]:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.calibrate import BATCH_SIZE, candidates_of, steps_of, window_length
 from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
 from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.recall_check import recall_check
 from chai_attention.calibration.recall_source import recall_count, use_recall
-from chai_attention.calibration.refit import PASSES, windows_needed
-from chai_attention.calibration.request import TextRequest, prepare
+from chai_attention.calibration.refit import PASSES, sequences_needed
+from chai_attention.calibration.request import TextRequest
 from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.sources import Source
-from chai_attention.calibration.steps import Steps
+from chai_attention.calibration.sizes import BATCH_SIZE, sequence_length
+from chai_attention.calibration.split_candidates import candidates_of
+from chai_attention.calibration.steps import Steps, steps_of
 from chai_attention.calibration.texts import SELF, self_text
 from chai_attention.integrations.transformers.devices import devices_of
 from chai_attention.integrations.transformers.enable import enabled
@@ -38,9 +38,9 @@ class Estimate:
     """What a calibration will take, on this machine.
 
     Attributes:
-        windows: of text to learn from.
-        held_out: windows to measure on.
-        length: tokens per window.
+        windows: sequences of text to learn from.
+        held_out: sequences to measure on.
+        length: tokens per sequence.
         seconds: that each step takes, by its name.
         tries: profiles that are measured at most; 0 without a budget to measure.
         seconds_per_try: of one of them.
@@ -79,49 +79,49 @@ def estimate(
         CalibrationError: what `calibrate_on` would raise before its work begins.
     """
     shape, seconds = describe(model), dict[str, float]()
-    chosen = settings.resolve(shape)
-    samples, length = request.samples_for(chosen), window_length(model, chosen, request.length)
-    measured = chosen.measurable or chosen.refit != "none"
+    chosen = request.settle(settings, model, tokenizer)
+    samples, length = request.samples_for(chosen), sequence_length(model, chosen, request.length)
+    measured = chosen.holds_out()
     held_out, longer = request.held_out if measured else 0, None
     if any(source.name == SELF for source in request.sources):
         seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
-        windows = _stand_in(model, length)
+        sequences = _stand_in(model, length)
         files = [source for source in request.sources if source.name != SELF]
-        if files:
-            _read(model, tokenizer, request, files, settings, progress)
+        if files:  # what is wrong with them is found
+            replace(request, sources=files).read(model, tokenizer, chosen, progress)
     else:
-        ready = prepare(model, tokenizer, request, settings, progress)
-        windows, samples = ready.windows[:BATCH_SIZE], len(ready.windows)
-        held_out = 0 if ready.held is None else len(ready.held)
-        longer = ready.longer
+        data = request.read(model, tokenizer, chosen, progress)
+        sequences, samples = data.sequences[:BATCH_SIZE], len(data.sequences)
+        held_out = 0 if data.held_out is None else len(data.held_out)
+        longer = data.longer
     _begin_memory(model)
     clock = _Clock(progress)
-    for part in (windows[:1], windows):  # the first pays for one-time set-up
+    for part in (sequences[:1], sequences):  # the first pays for one-time set-up
         clock.reset()
-        recents = chosen.recents(length) if chosen.streams else None
         store = EvidenceStore(model, part, BATCH_SIZE)
-        use_recall(store, tokenizer, settings.recall, chosen, request.seed)
-        evidence = store.get_all(chosen, recents, Steps(clock, 2))
+        required = settings.recall is not None
+        use_recall(store, tokenizer, chosen, request.seed, required=required)
+        evidence = store.get_all(chosen, steps=Steps(clock, 2))
     for name, spent in clock.seconds.items():
-        seconds[name] = spent * samples / len(windows)
+        seconds[name] = spent * samples / len(sequences)
         if name == RECALL_COSTS:
-            seconds[name] = spent * recall_count(samples) / recall_count(len(windows))
+            seconds[name] = spent * recall_count(samples) / recall_count(len(sequences))
     per_try, tries = 0.0, 0
     if measured:
         candidates = candidates_of(shape, chosen, evidence)
-        plain = _loss_seconds(model, windows)
+        plain = _loss_seconds(model, sequences)
         with enabled(model, candidates.remove(max(1, candidates.guess))):
-            per_try = _loss_seconds(model, windows)
-        texts = [windows] if longer is None else [windows, longer]
+            per_try = _loss_seconds(model, sequences)
+        texts = [sequences] if longer is None else [sequences, longer]
         asked = chosen.streams or chosen.max_recall_loss is not None
         check = recall_check(tokenizer, texts, request.seed) if asked else None
         tokens = 0 if check is None else sum(task.length * len(task.cases) for task in check.tasks)
         wanted = held_out * len(texts) + tokens / length
         per_try *= wanted
         seconds["perplexity of the model"] = plain * wanted
-        if chosen.refit != "none":
-            per_try += plain * PASSES * windows_needed(model, samples, length)
-        total, _ = steps_of(0, chosen, chosen.measurable, shape)
+        if chosen.refits:
+            per_try += plain * PASSES * sequences_needed(model, samples, length)
+        total, _ = steps_of(0, chosen, shape)
         tries = max(1, total - 1)
     return Estimate(
         samples,
@@ -155,10 +155,10 @@ class _Clock:
         self._progress(f"a batch of {name}", done, total)
 
 
-def _loss_seconds(model: PreTrainedModel, windows: Tensor) -> float:
-    """Seconds that a window takes to measure on."""
-    token_loss(model, windows[:1])
-    return _seconds(lambda: token_loss(model, windows, batch_size=BATCH_SIZE)) / len(windows)
+def _loss_seconds(model: PreTrainedModel, sequences: Tensor) -> float:
+    """Seconds that a sequence takes to measure on."""
+    token_loss(model, sequences[:1])
+    return _seconds(lambda: token_loss(model, sequences, batch_size=BATCH_SIZE)) / len(sequences)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -169,27 +169,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _writing(model: PreTrainedModel, request: TextRequest, windows: int, length: int) -> float:
-    """Seconds that the model needs to write its share of the windows."""
+def _writing(model: PreTrainedModel, request: TextRequest, sequences: int, length: int) -> float:
+    """Seconds that the model needs to write its share of the sequences."""
     weights = {source.name: source.weight for source in request.sources}
-    share = windows * weights[SELF] / sum(weights.values())
+    share = sequences * weights[SELF] / sum(weights.values())
     rows = max(1, min(rows_at_once(WRITTEN_AT_ONCE, length), round(share)))
     tokens = min(WRITTEN, length)
     self_text(model, 1, 2, seed=request.seed)
     spent = _seconds(lambda: self_text(model, rows, tokens, seed=request.seed))
     return spent * -(-share // rows) * (length - 1) / max(1, tokens - 1)
-
-
-def _read(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    request: TextRequest,
-    files: list[Source],
-    settings: Settings,
-    progress: Progress,
-) -> None:
-    """Find what is wrong with files that are mixed with text of the model's own."""
-    prepare(model, tokenizer, replace(request, sources=files), settings, progress)
 
 
 def _stand_in(model: PreTrainedModel, length: int) -> Tensor:

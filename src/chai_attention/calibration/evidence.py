@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,15 @@ from chai_attention.calibration.costs import (
     empty_sums,
 )
 from chai_attention.calibration.evidence_file import EvidenceFile
-from chai_attention.calibration.recall import RecallWindows
-from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.recall import RecallSequences
+from chai_attention.calibration.settings import Resolved
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.calibration.steps import Steps
-from chai_attention.progress import quiet
+from chai_attention.progress import Report, quiet
 from chai_attention.results import digest
 from chai_attention.runtime.shape import describe
 
-Report = Callable[[int, int], None]
+MAPS = "attention maps"
 RECALL_COSTS = "gradient costs of recalling facts"
 
 
@@ -53,12 +53,12 @@ class Evidence:
 
 
 class EvidenceStore:
-    """Evidence of one model from the same windows, collected once for all recipes that use it.
+    """Evidence of one model from the same sequences, collected once for all recipes that use it.
 
     Args:
         model: without clustered heads.
-        windows: ``[N, S]`` tokens.
-        batch_size: windows per forward.
+        sequences: ``[N, S]`` tokens.
+        batch_size: sequences per forward.
         file: keeps sums on disk, and gives those of an interrupted calibration back.
         counted: ``[N, S]`` bool, tokens whose loss counts in gradient costs, such as the answers
             of `calibration.recall`; None for all.
@@ -67,91 +67,80 @@ class EvidenceStore:
     def __init__(
         self,
         model: PreTrainedModel,
-        windows: Tensor,
+        sequences: Tensor,
         batch_size: int = 8,
         file: EvidenceFile | None = None,
         counted: Tensor | None = None,
     ):
         self.model = model
-        self.windows = windows
+        self.sequences = sequences
         self.batch_size = batch_size
         self.counted = counted
         self._file = file
         self._grams: Tensor | None = None
         self._offsets: dict[tuple[int, int], Tensor] = {}
         self._costs: dict[tuple[str, int, int], Costs] = {}
-        self._recall: RecallWindows | None = None
-        self._recall_costs: dict[tuple[int, int], Costs] = {}
+        self._recall: RecallSequences | None = None
 
-    def use_recall(self, recall: RecallWindows | None) -> None:
-        """Take windows of text to recall from into account, where settings give them a weight.
+    def use_recall(self, recall: RecallSequences | None) -> None:
+        """Take sequences to recall from into account, where settings give them a weight.
 
         What is known of others is forgotten.
         """
         before = self._recall
         if recall is None or before is None or not torch.equal(recall.tokens, before.tokens):
-            self._recall_costs = {}
+            self._costs = {
+                key: costs for key, costs in self._costs.items() if key[0] != RECALL_COSTS
+            }
         self._recall = recall
 
-    def missing(self, settings: Settings, recents: Sequence[int] | None = None) -> list[str]:
-        """Name the passes over the text that ``settings`` need and that were not made yet.
+    def missing(self, settings: Resolved, recents: Sequence[int] | None = None) -> list[str]:
+        """Name the passes over the text that `get_all` needs and that were not made yet."""
+        nears = self._nears(settings, recents)
+        passes = [MAPS] if self._grams is None or self._without_offsets(nears) else []
+        return passes + [what for what in self._kinds(settings) if self._without(what, nears)]
 
-        With ``recents``, as `get_all` would need them.
-        """
-        nears = _nears(settings, recents)
-        passes = []
-        if self._grams is None or self._without_offsets(nears):
-            passes.append("attention maps")
-        if settings.cost not in (None, SCORES) and self._without_costs(settings.cost, nears):
-            passes.append(f"{settings.cost} costs")
-        if self._recalls(settings) and self._without_recall(nears):
-            passes.append(RECALL_COSTS)
-        return passes
+    def get(self, settings: Resolved, steps: Steps | None = None) -> Evidence:
+        """Return what settings with a single exact window need, as `get_all`."""
+        ((_, found),) = self.get_all(settings, steps=steps).items()
+        return found
 
-    def get(self, settings: Settings, steps: Steps | None = None) -> Evidence:
-        """Return what ``settings`` need; runs the model for what is not there yet.
+    def get_all(
+        self,
+        settings: Resolved,
+        recents: Sequence[int] | None = None,
+        steps: Steps | None = None,
+    ) -> dict[int, Evidence]:
+        """Return what ``settings`` need with each exact window, by w.
+
+        What is not there yet is collected for all of them at once, in one forward and, with
+        costs, one more forward (and backward) per sequence.
+
+        Args:
+            settings: of the calibration; its sinks are those of all exact windows.
+            recents: every w, at least 1; None for those that ``settings`` try.
+            steps: told of each pass.
 
         Raises:
             CalibrationError: the model's loss is no number, or it has no gradients.
         """
-        ((_, found),) = self.get_all(settings, None, steps).items()
-        return found
-
-    def get_all(
-        self, settings: Settings, recents: Sequence[int] | None, steps: Steps | None = None
-    ) -> dict[int, Evidence]:
-        """Return what ``settings`` would need with each of these recent windows, by w.
-
-        What is not there yet is collected for all of them at once, in one forward and, with
-        costs, one more forward (and backward) per window of text.
-
-        Args:
-            settings: of the calibration; its sinks are those of all windows.
-            recents: every w, at least 1; None for that of ``settings``.
-            steps: told of each pass.
-
-        Raises:
-            CalibrationError: as `get`.
-        """
-        nears, missing = _nears(settings, recents), self.missing(settings, recents)
+        nears, missing = self._nears(settings, recents), self.missing(settings, recents)
         steps = steps or Steps(quiet, len(missing))
         if missing:
-            require_finite(self.model, self.windows[:1])
-        if "attention maps" in missing:
-            self._observe(self._without_offsets(nears), steps.begin("attention maps"))
-        kind = settings.cost
-        if kind is not None and f"{kind} costs" in missing:
-            report = steps.begin(f"{kind} costs")
-            self._collect(kind, self._without_costs(kind, nears), report)
-        if RECALL_COSTS in missing:
-            self._collect_recall(self._without_recall(nears), steps.begin(RECALL_COSTS))
+            require_finite(self.model, self.sequences[:1])
+        for what in missing:
+            if what == MAPS:
+                self._observe(self._without_offsets(nears), steps.begin(what))
+            else:
+                self._collect(what, self._without(what, nears), steps.begin(what))
         assert self._grams is not None
         found = {}
         for near in nears:
-            costs = None if kind is None else self._costs.get((kind, *near))
-            if costs is not None and self._recalls(settings):
-                assert settings.recall is not None
-                costs = costs.plus(self._recall_costs[near], settings.recall)
+            costs, recall = (
+                [self._costs[what, *near] for what in self._kinds(settings)] + [None, None]
+            )[:2]
+            if costs is not None and recall is not None:
+                costs = costs.plus(recall, settings.recall)
             found[near[0]] = Evidence(
                 self._grams,
                 None if costs is None else costs.sharing,
@@ -160,73 +149,65 @@ class EvidenceStore:
             )
         return found
 
+    def _nears(self, settings: Resolved, recents: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Every exact window, w and s."""
+        recents = settings.recents(self.sequences.shape[1]) if recents is None else recents
+        return [(recent, settings.sinks) for recent in dict.fromkeys(recents)]
+
+    def _kinds(self, settings: Resolved) -> list[str]:
+        """The passes that find the costs of these settings: of the text, and of recalling."""
+        if settings.cost == SCORES:
+            return []
+        recalls = settings.recall and settings.cost == GRADIENT and self._recall is not None
+        return [f"{settings.cost} costs", *([RECALL_COSTS] if recalls else [])]
+
     def _without_offsets(self, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         return [near for near in nears if near[0] and near not in self._offsets]
 
-    def _without_costs(
-        self, kind: str | None, nears: Sequence[tuple[int, int]]
-    ) -> list[tuple[int, int]]:
-        return [near for near in nears if (kind, *near) not in self._costs]
-
-    def _recalls(self, settings: Settings) -> bool:
-        return bool(settings.recall) and settings.cost == GRADIENT and self._recall is not None
-
-    def _without_recall(self, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [near for near in nears if near not in self._recall_costs]
+    def _without(self, what: str, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [near for near in nears if (what, *near) not in self._costs]
 
     def _observe(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
-        """Collect maps, if they are missing, and offsets of these windows, in one pass."""
+        """Collect maps, if they are missing, and offsets of these exact windows, in one pass."""
         shape = describe(self.model)
-        grams = GramStatistics(shape.layers, shape.heads) if self._grams is None else None
-        offsets = None
+        found: list[GramStatistics | OffsetStatistics] = []
+        if self._grams is None:
+            found.append(GramStatistics(shape.layers, shape.heads))
         if nears:
-            windows = [Near(*near) for near in nears]
-            offsets = OffsetStatistics(shape.layers, shape.heads, windows)
-        sums = {} if grams is None else {"grams": grams.grams}
-        sums |= {} if offsets is None else offsets.sums
-        start, keep = self._kept(f"maps {nears}", sums, self.windows)
+            exact = [Near(*near) for near in nears]
+            found.append(OffsetStatistics(shape.layers, shape.heads, exact))
+        sums = {name: tensor for one in found for name, tensor in one.sums.items()}
+        start, keep = self._kept(f"maps {nears}", sums, self.sequences)
         observe(
             self.model,
-            self.windows,
-            [statistics.add for statistics in (grams, offsets) if statistics is not None],
+            self.sequences,
+            [statistics.add for statistics in found],
             batch_size=self.batch_size,
             start=start,
             progress=_both(keep, report),
         )
         if not all(tensor.isfinite().all() for tensor in sums.values()):
             raise not_finite(self.model, "an attention map of this model")
-        if grams is not None:
-            self._grams = grams.grams
-        if offsets is not None:
-            self._offsets |= dict(zip(nears, offsets.offsets, strict=True))
+        for one in found:
+            if isinstance(one, GramStatistics):
+                self._grams = one.grams
+            else:
+                self._offsets |= dict(zip(nears, one.offsets, strict=True))
 
-    def _collect(self, kind: str, nears: Sequence[tuple[int, int]], report: Report) -> None:
+    def _collect(self, what: str, nears: Sequence[tuple[int, int]], report: Report) -> None:
         """Collect costs of these exact windows, in one pass."""
-        counted = self.counted if kind == GRADIENT else None
-        found = self._costs_of(kind, self.windows, counted, nears, report)
-        self._costs |= {(kind, *near): costs for near, costs in zip(nears, found, strict=True)}
-
-    def _collect_recall(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
-        """Collect what recalling says of these exact windows, in one pass."""
-        assert self._recall is not None
-        tokens, counted = self._recall.tokens, self._recall.counted
-        found = self._costs_of(GRADIENT, tokens, counted, nears, report)
-        self._recall_costs |= dict(zip(nears, found, strict=True))
-
-    def _costs_of(
-        self,
-        kind: str,
-        windows: Tensor,
-        counted: Tensor | None,
-        nears: Sequence[tuple[int, int]],
-        report: Report,
-    ) -> list[Costs]:
+        kind, tokens, counted = what.split()[0], self.sequences, self.counted
+        if what == RECALL_COSTS:
+            assert self._recall is not None
+            tokens, counted = self._recall.tokens, self._recall.counted
+        elif kind != GRADIENT:
+            counted = None
         shape = describe(self.model)
         sums = empty_sums(len(nears), shape.layers, shape.heads)
-        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, windows, counted)
-        return collect_costs(
+        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, tokens, counted)
+        found = collect_costs(
             self.model,
-            windows,
+            tokens,
             kind,
             nears=[Near(*near, self._offsets.get(near)) for near in nears],
             counted=counted,
@@ -235,28 +216,21 @@ class EvidenceStore:
             start=start,
             progress=_both(keep, report),
         )
+        self._costs |= {(what, *near): costs for near, costs in zip(nears, found, strict=True)}
 
     def _kept(
         self,
         name: str,
         sums: Mapping[str, Tensor],
-        windows: Tensor,
+        tokens: Tensor,
         counted: Tensor | None = None,
     ) -> tuple[int, Report]:
-        """Give the sums what a file holds of them: windows done, and what keeps them from now."""
+        """Give the sums what a file holds of them: sequences done, and what keeps them from now."""
         file = self._file
         if file is None:
             return 0, lambda done, total: None
-        name = f"{name} {digest(windows, *([] if counted is None else [counted]))}"
+        name = f"{name} {digest(tokens, *([] if counted is None else [counted]))}"
         return file.restore(name, sums), lambda done, total: file.keep(name, sums, done)
-
-
-def _nears(settings: Settings, recents: Sequence[int] | None) -> list[tuple[int, int]]:
-    assert settings.sinks is not None
-    if recents is None:
-        assert isinstance(settings.recent, int)
-        recents = [settings.recent]
-    return [(recent, settings.sinks) for recent in dict.fromkeys(recents)]
 
 
 def _both(first: Report, second: Report) -> Report:

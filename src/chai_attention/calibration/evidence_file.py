@@ -19,7 +19,7 @@ EVERY = 30.0  # seconds between two writes; of less work than that nothing is ke
 
 
 class EvidenceFile:
-    """Tensors by name, each with the number of windows that it is of.
+    """Tensors by name, each with the number of sequences that it is of.
 
     What is found in the file is used if it is about the same job, to the bit: sums go on where
     they stopped, so that the profile is the one that would have come without the interrupt.
@@ -58,23 +58,22 @@ class EvidenceFile:
         """Copy what was kept under a name into tensors of the same shapes.
 
         Returns:
-            Windows that they are of now; 0 if there is nothing for all of them.
+            Sequences that they are of now; 0 if there is nothing for all of them.
         """
-        found = {key: self._tensors.get(f"{name}/{key}") for key in into}
+        found = []
         for key, tensor in into.items():
-            kept = found[key]
+            kept = self._tensors.get(f"{name}/{key}")
             if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
                 return 0
-        for key, tensor in into.items():
-            kept = found[key]
-            assert kept is not None
+            found.append((tensor, kept))
+        for tensor, kept in found:
             tensor.copy_(kept)
         return self._done.get(name, 0)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor], done: int) -> None:
         """Remember tensors, which may change afterwards; write them if the last write is long ago.
 
-        ``done`` is the number of windows that they are of.
+        ``done`` is the number of sequences that they are of.
         """
         self._tensors |= {f"{name}/{key}": tensor.clone() for key, tensor in tensors.items()}
         self._done[name] = done

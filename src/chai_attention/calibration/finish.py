@@ -15,7 +15,7 @@ from chai_attention.calibration.candidates import Candidates
 from chai_attention.calibration.checks import not_finite
 from chai_attention.calibration.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.calibration.recall_check import RecallCheck, RecallFall
-from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.settings import Resolved
 from chai_attention.calibration.split_candidates import SplitCandidates
 from chai_attention.calibration.steps import Steps
 from chai_attention.errors import CalibrationError
@@ -25,23 +25,23 @@ from chai_attention.runtime.shape import describe
 
 
 class Finish:
-    """Refits and measures profiles, on the windows kept back for that.
+    """Refits and measures profiles, on the sequences kept back for that.
 
     Args:
         model: without clustered heads.
         settings: resolved.
-        windows: ``[N, S]`` tokens that were learnt from.
+        sequences: ``[N, S]`` tokens that were learnt from.
         texts: ``[M, S]`` tokens to measure on, each of one length; none if nothing is measured.
         recall: questions to ask as well; None for none.
-        batch_size: windows per forward.
+        batch_size: sequences per forward.
         steps: what is told how far it is.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        settings: Settings,
-        windows: Tensor,
+        settings: Resolved,
+        sequences: Tensor,
         texts: Sequence[Tensor],
         recall: RecallCheck | None,
         batch_size: int,
@@ -49,21 +49,16 @@ class Finish:
     ):
         self.model = model
         self.settings = settings
-        self.windows = windows
+        self.sequences = sequences
         self._texts = texts
         self.recall = recall
         self.batch_size = batch_size
         self.steps = steps
         self._baselines: list[Loss] = []
 
-    @property
-    def refits(self) -> bool:
-        """Whether output weights are refit."""
-        return self.settings.refit not in (None, "none")
-
     def unmeasured(self, profile: ClusterProfile) -> ClusterProfile:
         """Refit the profile if that was asked for."""
-        if self.refits:
+        if self.settings.refits:
             self.steps.begin("refitting")
         return self._refit(profile)
 
@@ -74,7 +69,7 @@ class Finish:
             CalibrationError: the loss is no number.
         """
         self._measure_baseline()
-        self.steps.begin("refitting" if self.refits else "perplexity with clusters")
+        self.steps.begin("refitting" if self.settings.refits else "perplexity with clusters")
         profile = self._refit(profile)
         rises = self._rises(profile, "perplexity with clusters")
         if not all(math.isfinite(rise.rise) for rise in rises):
@@ -97,7 +92,7 @@ class Finish:
 
         def measure(units: int) -> list[PairedRise]:
             what = f"perplexity without {units} {unit}"
-            self.steps.begin("refitting" if self.refits else what)
+            self.steps.begin("refitting" if self.settings.refits else what)
             profiles[units] = self._refit(candidates.remove(units))
             return self._rises(profiles[units], what)
 
@@ -121,7 +116,7 @@ class Finish:
                 )
             raise CalibrationError(
                 f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
-                f"{worst} perplexity on {len(self._texts[0])} held-out windows. Ask for more, or "
+                f"{worst} perplexity on {len(self._texts[0])} held-out sequences. Ask for more, or "
                 "measure on more text (the standard error counts 1.6 times)"
             )
         asked: dict[str, Any] = {"max_loss": max_loss}
@@ -143,11 +138,11 @@ class Finish:
             {
                 "rise": round(rise.rise, 6),
                 "standard_error": round(rise.standard_error, 6),
-                "windows": len(windows),
-                "length": windows.shape[1],
-                "saved": round(profile.saved(shape, windows.shape[1]), 6),
+                "windows": len(sequences),
+                "length": sequences.shape[1],
+                "saved": round(profile.saved(shape, sequences.shape[1]), 6),
             }
-            for rise, windows in zip(rises, self._texts, strict=True)
+            for rise, sequences in zip(rises, self._texts, strict=True)
         ]
         promise: dict[str, Any] = {
             **asked,
@@ -181,15 +176,14 @@ class Finish:
             return self.recall.measure(self.model, self.steps.go_on("facts recalled"))
 
     def _refit(self, profile: ClusterProfile) -> ClusterProfile:
-        if not self.refits:
+        if not self.settings.refits:
             return profile
         from chai_attention.calibration.refit import refit
 
-        assert self.settings.refit is not None
         return refit(
             self.model,
             profile,
-            self.windows,
+            self.sequences,
             kind=self.settings.refit,
             held_out=self._texts[0] if self._texts else None,
             batch_size=self.batch_size,
@@ -205,7 +199,7 @@ class Finish:
             self.recall.begin(self.model, self.steps.go_on("facts recalled by the model"))
 
     def _rises(self, profile: ClusterProfile, what: str) -> list[PairedRise]:
-        """What a profile costs on the windows, and on the longer ones."""
+        """What a profile costs on the sequences, and on the longer ones."""
         with enabled(self.model, profile):
             return [
                 paired_rise(baseline, self._loss(text, what))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.clustering.allocation import Allocation
@@ -62,8 +62,8 @@ class HeadSplits:
         assert evidence.streaming is not None
         return [
             _splits(
-                costs if self._share and free else None,
-                streaming if self._stream and free else None,
+                costs.double().numpy().tobytes() if self._share and free else None,
+                streaming.double().numpy().tobytes() if self._stream and free else None,
                 shape.kv_heads,
                 shape.heads,
                 self.ranks,
@@ -142,21 +142,18 @@ def predicted_rise(cost: float) -> float:
     return math.expm1(cost / 2)
 
 
-_made: dict[tuple[bytes | None, bytes | None, int, int, int], list[Split]] = {}
-MOST_MADE = 4096  # layers whose splits are remembered
-
-
+@lru_cache(maxsize=4096)
 def _splits(
-    sharing: Tensor | None, streaming: Tensor | None, kv_heads: int, heads: int, ranks: int
+    sharing: bytes | None, streaming: bytes | None, kv_heads: int, heads: int, ranks: int
 ) -> list[Split]:
     """`best_splits`, remembered: a frontier asks for them once a budget, of the same costs."""
-    parts = (None if x is None else x.numpy().tobytes() for x in (sharing, streaming))
-    key = (next(parts), next(parts), kv_heads, heads, ranks)
-    if key not in _made:
-        if len(_made) >= MOST_MADE:
-            _made.clear()
-        _made[key] = best_splits(sharing, streaming, kv_heads, heads, ranks)
-    return _made[key]
+    parts = (
+        None if x is None else torch.frombuffer(bytearray(x), dtype=torch.float64)
+        for x in (sharing, streaming)
+    )
+    share, stream = next(parts), next(parts)
+    share = None if share is None else share.view(heads, heads)
+    return best_splits(share, stream, kv_heads, heads, ranks)
 
 
 def best_recent(

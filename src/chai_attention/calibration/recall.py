@@ -16,19 +16,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, Phrasing, Wording
+from chai_attention.calibration.template import rendered
 from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError
 from chai_attention.results import digest
 
-MOST_FACTS = 8  # in a window of calibration text
-MOST_SHARE = 0.5  # of a window, that is not the other text
+MOST_FACTS = 8  # in a sequence of calibration text
+MOST_SHARE = 0.5  # of a sequence, that is not the other text
 # parts of a rendered chat, which no template changes
 _MARKS = ("first7question", "first7answer", "second7question")
 
 
 @dataclass(frozen=True)
-class RecallWindows:
-    """Windows of calibration text.
+class RecallSequences:
+    """Sequences of calibration text.
 
     Attributes:
         tokens: ``[N, S]`` int64.
@@ -58,35 +59,33 @@ class RecallCase:
         return digest(tokens)
 
 
-def recall_windows(
+def recall_sequences(
     tokenizer: PreTrainedTokenizerBase,
     text: Tensor,
     samples: int,
     length: int,
     *,
     seed: int = 0,
-    wording: Wording = CALIBRATION,
     chat: bool | None = None,
-) -> RecallWindows:
-    """Hide facts in windows of text and ask for all of them at the end, with their answers.
+) -> RecallSequences:
+    """Hide facts in sequences and ask for all of them at the end, with their answers.
 
     Args:
         tokenizer: of the model.
-        text: ``[M, T]`` tokens of other text, T of at least ``length``; window i uses a piece of
+        text: ``[M, T]`` tokens of other text, T of at least ``length``; sequence i uses a piece of
             row i modulo M.
-        samples: N windows.
-        length: S tokens per window.
-        seed: of everything that is drawn. A window depends on its number, not on ``samples``.
-        wording: words to draw from.
+        samples: N sequences.
+        length: S tokens per sequence.
+        seed: of everything that is drawn. A sequence depends on its number, not on ``samples``.
         chat: whether to put the text and the questions into the tokenizer's chat template; None
             for yes if it has one.
 
     Raises:
-        CalibrationError: windows too short for a fact and its question, too little text, or a
+        CalibrationError: sequences too short for a fact and its question, too little text, or a
             chat template that cannot be used.
     """
     _check(text, samples, length)
-    writer = _Writer(tokenizer, wording, chat)
+    writer = _Writer(tokenizer, CALIBRATION, chat)
     tokens = torch.empty(samples, length, dtype=torch.long)
     counted = torch.zeros(samples, length, dtype=torch.bool)
     for number in range(samples):
@@ -96,7 +95,7 @@ def recall_windows(
         parts = writer.parts(draw, row, length, facts, facts, fewer=True)
         tokens[number] = torch.tensor([token for part in parts for token in part.tokens])
         counted[number] = torch.tensor([part.answer for part in parts for _ in part.tokens])
-    return RecallWindows(tokens, counted)
+    return RecallSequences(tokens, counted)
 
 
 def recall_cases(
@@ -108,16 +107,16 @@ def recall_cases(
     facts: int = 1,
     seed: int = 0,
     wording: Wording = EVALUATION,
-    chat: bool | None = None,
 ) -> list[RecallCase]:
     """Make questions of evaluation: ``facts`` hidden in a text, one of them asked for.
 
-    Prompt and answer have ``length`` tokens together. Arguments and errors as `recall_windows`.
+    Prompt and answer have ``length`` tokens together, in words of ``wording``. Other arguments and
+    errors as `recall_sequences`.
     """
     _check(text, cases, length)
     if not 1 <= facts <= len(wording.names):
         raise CalibrationError(f"a text can hide 1 to {len(wording.names)} facts, not {facts}")
-    writer = _Writer(tokenizer, wording, chat)
+    writer = _Writer(tokenizer, wording)
     found = []
     for number in range(cases):
         draw = random.Random(f"recall case {seed} {number}")
@@ -141,9 +140,11 @@ class _Part:
 
 
 class _Writer:
-    """Puts windows together, token by token."""
+    """Puts sequences together, token by token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, wording: Wording, chat: bool | None):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, wording: Wording, chat: bool | None = None
+    ):
         self._tokenizer = tokenizer
         self._wording = wording
         chat = bool(tokenizer.chat_template) if chat is None else chat
@@ -165,7 +166,7 @@ class _Writer:
     ) -> list[_Part]:
         """Parts of ``length`` tokens in all; the last one is an answer.
 
-        With ``fewer``, there may be fewer facts if the window is too short for as many.
+        With ``fewer``, there may be fewer facts if the sequence is too short for as many.
         """
         wording = self._wording
         if text[: len(self._begins)] == self._begins:
@@ -241,13 +242,7 @@ def _chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """What a chat template puts before a question, from it to an answer, and on from there."""
     roles = ("user", "assistant", "user")
     chat = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
-    try:
-        rest = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception as error:  # a template is a program, which fails in ways of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CalibrationError(
-            f"the chat template of this tokenizer cannot render a chat of two questions: {reason}"
-        ) from error
+    rest = str(rendered(tokenizer, chat, "render a chat of two questions", tokenize=False))
     frame = []
     for mark in _MARKS:
         before, found, rest = rest.partition(mark)

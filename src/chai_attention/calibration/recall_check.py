@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.calibration.budget import CONFIDENCE
 from chai_attention.calibration.recall import RecallCase, recall_cases
 from chai_attention.calibration.recall_score import recall_score
 from chai_attention.calibration.recall_words import HELD_OUT
 from chai_attention.errors import CalibrationError
+from chai_attention.progress import Report
 
 FACTS = (1, 4)
-CASES = 48  # of a task, in windows
+CASES = 48  # of a task, in sequences
 LEAST_LONG_CASES = 16  # in longer ones, or one for each of these
 LEAST_RECALLED = 0.2  # share of its cases that the full model recalls, or a task says nothing
 FIRST_CASES = 16  # nobody asks a model on that gets all of these wrong
-CONFIDENCE = 1.645  # standard errors, as of the perplexity
 
 Answers = tuple[Tensor, Tensor]  # correct [N] bool, nll [N] float32
 
@@ -71,7 +72,7 @@ class RecallCheck:
     note: str | None = None
     _plain: list[Answers] = field(default_factory=list)
 
-    def begin(self, model: PreTrainedModel, progress: Callable[[int, int], None]) -> None:
+    def begin(self, model: PreTrainedModel, progress: Report) -> None:
         """Ask the model without clustered heads; tasks that it fails are left out.
 
         Perplexity can be promised for any model, but nobody can lose what was never there.
@@ -88,7 +89,7 @@ class RecallCheck:
         self.tasks = [task for task, good in zip(self.tasks, fit, strict=True) if good]
         self._plain = [a for a, good in zip(answers, fit, strict=True) if good]
 
-    def measure(self, model: PreTrainedModel, progress: Callable[[int, int], None]) -> RecallFall:
+    def measure(self, model: PreTrainedModel, progress: Report) -> RecallFall:
         """Ask the model with clustered heads, after `begin`, with at least one task."""
         rows, falls, variance = [], [], 0.0
         for task, plain, now in zip(
@@ -116,7 +117,7 @@ class RecallCheck:
     def _answers(
         self,
         model: PreTrainedModel,
-        progress: Callable[[int, int], None],
+        progress: Report,
         *,
         give_up: bool = False,
     ) -> list[Answers]:
@@ -146,7 +147,7 @@ def _facts(count: int) -> str:
 def recall_check(
     tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[Tensor], seed: int
 ) -> RecallCheck:
-    """Make questions about held-out windows.
+    """Make questions about held-out sequences.
 
     Args:
         tokenizer: of the model; None for no questions.

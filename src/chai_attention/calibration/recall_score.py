@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.methods import Method, cached_logits
 from chai_attention.integrations.transformers.modes import evaluating
 from chai_attention.ops.choice import reproducible
+from chai_attention.progress import Report, silent
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase
@@ -31,7 +32,7 @@ def recall_score(
     method: Method | None = None,
     batch_size: int = 16,
     most_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> tuple[Tensor, Tensor]:
     """Score the answers to questions about texts.
 
@@ -74,8 +75,7 @@ def recall_score(
                 correct[index] = bool((scores.argmax(-1) == answer).all())
                 nll[index] = -scores.gather(1, answer[:, None]).sum()
             done += len(chosen)
-            if progress is not None:
-                progress(done, len(cases))
+            progress(done, len(cases))
     return correct, nll
 
 

@@ -1,4 +1,4 @@
-"""Text to recall from as a source of calibration: made of the windows of the other text."""
+"""Text to recall from as a source of calibration: made of the sequences of the other text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chai_attention.calibration.evidence import EvidenceStore
-from chai_attention.calibration.recall import RecallWindows, recall_windows
-from chai_attention.calibration.settings import DEFAULT_RECALL, MOST_RECALL, Settings
+from chai_attention.calibration.recall import RecallSequences, recall_sequences
+from chai_attention.calibration.settings import DEFAULT_RECALL, MOST_RECALL, Resolved
 from chai_attention.errors import CalibrationError
 
 RECALL = "recall"  # its name among sources of text
-WINDOWS_SHARE = 0.25  # windows of it for one of the other text, whatever its weight
+RECALL_SHARE = 0.25  # sequences of it for one of the other text, whatever its weight
 
 
 def split_recall(items: Sequence[str]) -> tuple[list[str], float | None]:
@@ -55,48 +55,49 @@ def split_recall(items: Sequence[str]) -> tuple[list[str], float | None]:
     return others, weight
 
 
-def recall_count(windows: int) -> int:
-    """How many windows to recall from there are beside so many of the other text."""
-    return max(1, round(WINDOWS_SHARE * windows))
+def recall_count(sequences: int) -> int:
+    """How many sequences to recall from there are beside so many of the other text."""
+    return max(1, round(RECALL_SHARE * sequences))
 
 
 def recall_of(
-    tokenizer: PreTrainedTokenizerBase | None, windows: Tensor, seed: int
-) -> RecallWindows:
-    """Make windows to recall from, one for four of ``windows [N, S]``.
+    tokenizer: PreTrainedTokenizerBase | None, sequences: Tensor, seed: int
+) -> RecallSequences:
+    """Make sequences to recall from, one for four of ``sequences [N, S]``.
 
     They are spread over the text, and of its length.
 
     Raises:
-        CalibrationError: windows too short for a fact, no tokenizer, or one that cannot write it.
+        CalibrationError: sequences too short for a fact, no tokenizer, or one that cannot write it.
     """
     if tokenizer is None:
         raise CalibrationError("text to recall from needs the model's tokenizer")
-    total = len(windows)
+    total = len(sequences)
     count = recall_count(total)
-    rows = windows[torch.arange(count) * total // count]
-    return recall_windows(tokenizer, rows, count, windows.shape[1], seed=seed)
+    rows = sequences[torch.arange(count) * total // count]
+    return recall_sequences(tokenizer, rows, count, sequences.shape[1], seed=seed)
 
 
 def use_recall(
     store: EvidenceStore,
     tokenizer: PreTrainedTokenizerBase | None,
-    asked: float | None,
-    chosen: Settings,
+    chosen: Resolved,
     seed: int,
+    *,
+    required: bool,
 ) -> dict[str, Any]:
     """Give the store text to recall from, if it counts; return what the profile remembers of it.
 
-    Where nobody asked for it, text that has no room for facts is left without.
+    Text that has no room for facts is left without, unless they are required.
     """
     if not chosen.recall:
         return {}
     try:
-        windows = recall_of(tokenizer, store.windows, seed)
+        sequences = recall_of(tokenizer, store.sequences, seed)
     except CalibrationError as error:
-        if asked is not None:
+        if required:
             raise
         store.use_recall(None)
         return {"recall": f"left out: {error}"}
-    store.use_recall(windows)
-    return {"recall": chosen.recall, "recall_samples": len(windows.tokens)}
+    store.use_recall(sequences)
+    return {"recall": chosen.recall, "recall_samples": len(sequences.tokens)}

@@ -30,7 +30,7 @@ class Wording:
 
     Attributes:
         instruction: before the text.
-        phrasings: one is drawn for every window.
+        phrasings: one is drawn for every sequence.
         names: what facts are about.
         values: patterns of answers: ``0`` stands for a digit, ``A`` for a capital letter.
     """

@@ -7,7 +7,7 @@ the old weights maps what now reaches the output projection to what the layer pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,59 +31,58 @@ from chai_attention.integrations.transformers.support import (
     output_weight,
 )
 from chai_attention.profile import ClusterProfile
+from chai_attention.progress import Report, silent
 from chai_attention.runtime.shape import describe
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # relative to the mean square of the inputs
-CHECK = 0.2  # share of the windows on which the ridge is chosen
-PASSES = 5  # runs of a window through all layers that a refit takes, roughly
+CHECK = 0.2  # share of the sequences on which the ridge is chosen
+PASSES = 5  # runs of a sequence through all layers that a refit takes, roughly
 TOKENS_PER_INPUT = 32  # more tokens than this, per input of the projection, are not used
-
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def refit(
     model: PreTrainedModel,
     profile: ClusterProfile,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     kind: str,
     held_out: Tensor | None = None,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Report = silent,
 ) -> ClusterProfile:
     """Return the profile with output weights (or biases) refit to its clusters.
 
     "output" finds W' = W + E[(t - W x) x^T] (E[x x^T] + ridge)^-1 per layer, x being the heads'
     outputs in the clustered model and t the layer's attention output in the model as it was;
-    the ridge is chosen on windows left out of the sums. "bias" finds b = E[t - W x].
+    the ridge is chosen on sequences left out of the sums. "bias" finds b = E[t - W x].
 
     Args:
         model: without clustered heads.
         profile: whose clusters the weights are refit to; a refit that it has is replaced.
-        windows: ``[N, S]`` tokens; no more are used than the regression needs.
+        sequences: ``[N, S]`` tokens; no more are used than the regression needs.
         kind: "output" or "bias".
         held_out: ``[M, S]`` tokens. A refit that does not lower the loss on them is dropped,
             which the profile's provenance says. None keeps it unseen.
-        batch_size: windows per forward; fewer where they are long.
+        batch_size: sequences per forward; fewer where they are long.
         progress: called with (layers done, layers in all).
 
     Raises:
-        CalibrationError: an unknown kind, too few windows, or clustered heads are enabled.
+        CalibrationError: an unknown kind, too few sequences, or clustered heads are enabled.
         UnsupportedModelError: output weights that cannot be found, or that are quantised.
     """
     if kind not in ("output", "bias"):
         raise CalibrationError(f"refit is output or bias, not {kind!r}")
     if model.config._attn_implementation == NAME:
         raise CalibrationError("disable(model) before refitting it")
-    if len(windows) < 2:
-        raise CalibrationError("a refit needs at least 2 windows of text")
+    if len(sequences) < 2:
+        raise CalibrationError("a refit needs at least 2 sequences")
     bare = replace(profile, refit=None, corrections=None)
-    windows = windows[: windows_needed(model, len(windows), windows.shape[1])]
+    sequences = sequences[: sequences_needed(model, len(sequences), sequences.shape[1])]
     clustered = [k < describe(model).heads for k in bare.clusters]
     corrections: dict[str, Tensor] = {}
     with evaluating(model):
-        streams = _Streams(model, bare, windows, batch_size)
+        streams = _Streams(model, bare, sequences, batch_size)
         for layer, shared in enumerate(clustered):
             if shared:
                 name = f"layers.{layer}.{'weight' if kind == 'output' else 'bias'}"
@@ -91,8 +90,7 @@ def refit(
                 streams.advance(layer, {name: corrections[name]})
             else:
                 streams.advance(layer, {})
-            if progress is not None:
-                progress(layer + 1, len(clustered))
+            progress(layer + 1, len(clustered))
         if not corrections:
             return bare
         found = replace(
@@ -111,25 +109,25 @@ def refit(
     return found
 
 
-def windows_needed(model: PreTrainedModel, windows: int, length: int) -> int:
-    """How many of so many windows of so many tokens a refit uses."""
+def sequences_needed(model: PreTrainedModel, sequences: int, length: int) -> int:
+    """How many of so many sequences of so many tokens a refit uses."""
     inputs = output_weight(attention_modules(model)[0]).shape[1]
-    return max(2, min(windows, TOKENS_PER_INPUT * inputs // length))
+    return max(2, min(sequences, TOKENS_PER_INPUT * inputs // length))
 
 
 class _Streams:
-    """Hidden states of all windows before a layer, in the model and in the clustered model."""
+    """Hidden states of all sequences before a layer, in the model and in the clustered model."""
 
     def __init__(
-        self, model: PreTrainedModel, profile: ClusterProfile, windows: Tensor, batch_size: int
+        self, model: PreTrainedModel, profile: ClusterProfile, sequences: Tensor, batch_size: int
     ):
         self._model = model
         self._profile = profile
         self._modules = attention_modules(model)
         self._layers = decoder_layers(model)
-        size = min(rows_at_once(batch_size, windows.shape[1]), len(windows))
+        size = min(rows_at_once(batch_size, sequences.shape[1]), len(sequences))
         # masks and positions are kept from one forward, so batches are of one size
-        batches = windows[: len(windows) // size * size].to(input_device(model)).split(size)
+        batches = sequences[: len(sequences) // size * size].to(input_device(model)).split(size)
         self._plain_options, _ = _observed(model, self._layers, batches[0])
         with enabled(model, profile):
             self._shared_options, _ = _observed(model, self._layers, batches[0])

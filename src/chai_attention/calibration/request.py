@@ -13,35 +13,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.calibrate import (
-    BATCH_SIZE,
-    calibrate,
-    check_window,
-    default_samples,
-    stretched,
-    stretches,
-    window_length,
-)
+from chai_attention.calibration.calibrate import calibrate_data
+from chai_attention.calibration.data import CalibrationData, read_data, stretches
 from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
-from chai_attention.calibration.held_out import held_out_count
 from chai_attention.calibration.perplexity import PairedRise, paired_rise, token_loss
-from chai_attention.calibration.settings import Settings
-from chai_attention.calibration.sources import (
-    Source,
-    mixed_windows,
-    read_sources,
-    split_windows,
-    warn_uneven,
-)
-from chai_attention.calibration.template import template_tokens
-from chai_attention.calibration.texts import (
-    SELF,
-    beginning,
+from chai_attention.calibration.settings import Resolved, Settings
+from chai_attention.calibration.sizes import (
+    BATCH_SIZE,
+    HELD_OUT,
     check_numbers,
-    check_source,
-    cut_windows,
+    sequence_length,
+    usual_samples,
 )
+from chai_attention.calibration.sources import Source, mixed_sequences, read_sources, warn_uneven
+from chai_attention.calibration.template import template_tokens
+from chai_attention.calibration.texts import SELF, beginning, check_source
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
@@ -60,16 +47,16 @@ class TextRequest:
 
     Attributes:
         sources: where it comes from, with weights.
-        samples: windows to learn from; None for the cost's usual number.
-        held_out: further windows to measure a loss on.
-        length: tokens per window; None for what the settings and the model make of it.
-        seed: which windows.
+        samples: sequences to learn from; None for the cost's usual number.
+        held_out: further sequences to measure a loss on.
+        length: tokens per sequence; None for what the settings and the model make of it.
+        seed: which sequences.
         probe_from: where the probe window begins: "start", or "content" after a chat template.
     """
 
     sources: Sequence[Source]
     samples: int | None = None
-    held_out: int = 64
+    held_out: int = HELD_OUT
     length: int | None = None
     seed: int = 0
     probe_from: str = START
@@ -82,11 +69,9 @@ class TextRequest:
         for source in self.sources:
             check_source(source.name)
 
-    def samples_for(self, settings: Settings) -> int:
-        """Windows to learn from, with these resolved settings."""
-        if self.samples is None:
-            return default_samples(settings)
-        return self.samples
+    def samples_for(self, chosen: Resolved) -> int:
+        """Sequences to learn from, with these settings."""
+        return usual_samples(chosen) if self.samples is None else self.samples
 
     def about(self, model: PreTrainedModel) -> dict[str, Any]:
         """What identifies the text and the model, to the bit."""
@@ -112,90 +97,51 @@ class TextRequest:
             for name, source in zip(names, self.sources, strict=True)
         )
 
+    def settle(
+        self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Resolved:
+        """Resolve settings for a model, and find where its probe window begins.
 
-@dataclass(frozen=True)
-class Prepared:
-    """A calibration whose text is read: all that is left is work.
+        Raises:
+            CalibrationError: options that contradict each other, or no chat template.
+        """
+        chosen = settings.resolve(describe(model))
+        if self.probe_from == CONTENT:
+            chosen = replace(chosen, probe_start=template_tokens(tokenizer))
+        return chosen
 
-    Attributes:
-        settings: of the calibration, not resolved.
-        windows: ``[N, S]`` tokens to learn from.
-        held: ``[M, S]`` tokens to measure on, None if nothing is measured.
-        held_sources: ``[M]``, the index of each one's source.
-        longer: ``[L, T]`` tokens to measure on, too, of the same text; None for none.
-    """
+    def read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chosen: Resolved,
+        progress: Progress = quiet,
+        kept: EvidenceFile | None = None,
+    ) -> CalibrationData:
+        """Read the text, once for sequences of all lengths that are tried.
 
-    settings: Settings
-    windows: Tensor
-    held: Tensor | None
-    held_sources: Tensor | None
-    longer: Tensor | None = None
-
-
-def prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    request: TextRequest,
-    settings: Settings,
-    progress: Progress = quiet,
-    kept: EvidenceFile | None = None,
-) -> Prepared:
-    """Check what is asked of the model, and read the text.
-
-    Raises:
-        CalibrationError: options that contradict each other, or text that cannot be had.
-    """
-    shape = describe(model)
-    resolved = settings.resolve(shape)
-    resolved.given_clusters(shape)  # a mistake should not wait for the text
-    if request.probe_from == CONTENT:
-        settings = replace(settings, probe_start=template_tokens(tokenizer))
-    samples = request.samples_for(resolved)
-    measured = resolved.measurable or resolved.refit != "none"
-    length = window_length(model, resolved, request.length)
-    check_window(resolved, length)
-    found: dict[int, Tensor] = {}
-    written = any(source.name == SELF for source in request.sources)
-    longer = stretches(model, resolved, length) if measured and not written else []
-    texts = read_sources(
-        request.sources,
-        tokenizer,
-        samples + (request.held_out if measured else 0),
-        length,
-        request.seed,
-        longest=length * max([1, *longer]),
-        progress=progress,
-    )
-
-    def read(samples: int, length: int) -> Tensor:
-        windows, found[length] = mixed_windows(
-            request.sources, model, tokenizer, samples, length, request.seed,
-            texts=texts, kept=kept, progress=progress,
+        Raises:
+            CalibrationError: text that cannot be had, or too little of it.
+        """
+        samples, length = self.samples_for(chosen), sequence_length(model, chosen, self.length)
+        held_out = self.held_out if chosen.holds_out() else 0
+        # long texts of the model's own cost too much
+        written = any(source.name == SELF for source in self.sources)
+        times = [] if written or not chosen.holds_out() else stretches(model, chosen, length)
+        texts = read_sources(
+            self.sources, tokenizer, samples + held_out, length, self.seed,
+            longest=length * max([1, *times]), progress=progress,
         )  # fmt: skip
-        return windows
 
-    if not measured:
-        return Prepared(settings, read(samples, length), None, None)
-    if written:
-        windows, times = read(samples + request.held_out, length), 1  # long texts cost too much
-    else:
-        windows, times = stretched(model, resolved, read, samples, request.held_out, length)
-    source = found[times * length]
-    count = held_out_count(
-        len(windows), -(-samples // times), -(-request.held_out // times), times * length
-    )
-    (windows, source), (held, held_source) = split_windows(windows, source, count)
-    if times == 1:
-        return Prepared(settings, windows, held, held_source)
-    before = beginning(tokenizer)
-    short = cut_windows(held, length, before)
-    return Prepared(
-        settings,
-        cut_windows(windows, length, before),
-        short,
-        held_source.repeat_interleave(len(short) // len(held)),
-        held,
-    )
+        def read(samples: int, length: int) -> tuple[Tensor, Tensor]:
+            return mixed_sequences(
+                self.sources, model, tokenizer, samples, length, self.seed,
+                texts=texts, kept=kept, progress=progress,
+            )  # fmt: skip
+
+        if not chosen.holds_out():
+            return CalibrationData(read(samples, length)[0])
+        return read_data(read, samples, held_out, length, times, beginning(tokenizer))
 
 
 def calibrate_on(
@@ -209,7 +155,7 @@ def calibrate_on(
     """Calibrate on mixed text; return the profile and a warning about it, if there is one.
 
     With several sources and a budget, the loss is also measured on each source's own held-out
-    windows: the warning says if one of them pays far more than another.
+    sequences: the warning says if one of them pays far more than another.
 
     Args:
         model: a supported causal language model.
@@ -225,23 +171,13 @@ def calibrate_on(
     """
     file = None if evidence is None else EvidenceFile(evidence, request.about(model))
     try:
-        ready = prepare(model, tokenizer, request, settings, progress, file)
-        store = EvidenceStore(model, ready.windows, BATCH_SIZE, file)
-        profile = calibrate(
-            model,
-            tokenizer,
-            ready.windows,
-            samples=len(ready.windows),
-            length=ready.windows.shape[1],
-            held_out=0 if ready.held is None else ready.held,
-            longer=ready.longer,
-            seed=request.seed,
-            batch_size=BATCH_SIZE,
-            source=request.label,
-            store=store,
-            progress=progress,
-            **ready.settings.given(),
-        )
+        chosen = request.settle(settings, model, tokenizer)
+        data = request.read(model, tokenizer, chosen, progress, file)
+        profile = calibrate_data(
+            model, tokenizer, data, chosen, recall_asked=settings.recall is not None,
+            seed=request.seed, source=request.label, progress=progress,
+            store=EvidenceStore(model, data.sequences, BATCH_SIZE, file),
+        )  # fmt: skip
     except BaseException:  # an interrupt, too, and a budget that cannot be met
         if file is not None and file.flush():
             warnings.warn(
@@ -250,25 +186,24 @@ def calibrate_on(
                 stacklevel=2,
             )
         raise
-    warning = None
-    if ready.held is not None and ready.held_sources is not None and len(request.sources) > 1:
-        names = [source.name for source in request.sources]
-        rises = rises_by_source(model, profile, ready.held, ready.held_sources, names)
-        warning = warn_uneven(rises)
-    return profile, warning
+    if data.held_out is None or data.sources is None or len(request.sources) == 1:
+        return profile, None
+    names = [source.name for source in request.sources]
+    rises = rises_by_source(model, profile, data.held_out, data.sources, names)
+    return profile, warn_uneven(rises)
 
 
 def rises_by_source(
     model: PreTrainedModel,
     profile: ClusterProfile,
-    windows: Tensor,
+    sequences: Tensor,
     sources: Tensor,
     names: Sequence[str],
 ) -> dict[str, PairedRise]:
-    """Perplexity rise on the windows ``[N, S]`` of every source (index ``[N]``) that has some."""
+    """Perplexity rise on the sequences ``[N, S]`` of every source (index ``[N]``) that has some."""
     rises = {}
     for index, name in enumerate(names):
-        own = windows[torch.nonzero(sources == index)[:, 0]]
+        own = sequences[torch.nonzero(sources == index)[:, 0]]
         if len(own):
             baseline = token_loss(model, own)
             with enabled(model, profile):

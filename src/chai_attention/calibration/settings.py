@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from chai_attention.calibration.costs import COSTS, GRADIENT, SCORES, VALUE
-from chai_attention.clustering.assign import K_BYTES, TARGETS
+from chai_attention.calibration.costs import COSTS, GRADIENT, SCORES
+from chai_attention.clustering.assign import K_BYTES
 from chai_attention.clustering.elbow import cluster_counts
 from chai_attention.errors import CalibrationError
-from chai_attention.profile import BLEND, DEFAULT_WINDOW, MEMBERSHIPS, ONLINE, STATIC
+from chai_attention.profile import BLEND, DEFAULT_WINDOW, ONLINE, STATIC
+from chai_attention.profile_checks import choice_problems, none_of, target_problems
 from chai_attention.ranks import rank_problem
 from chai_attention.runtime.shape import ModelShape
 
@@ -91,11 +91,6 @@ class Settings:
     max_recall_loss: float | None = None
     tensor_parallel: int = 1
 
-    @property
-    def streams(self) -> bool:
-        """Whether heads may forget their far keys, of resolved settings."""
-        return self.context is not None
-
     def _may_stream(self, target: str) -> bool:
         """Whether heads may forget their far keys, where ``target`` is the model's own.
 
@@ -112,49 +107,26 @@ class Settings:
             and self.max_error is None
         )
 
-    def recents(self, length: int) -> list[int]:
-        """Every w that is tried on windows of ``length`` tokens, of resolved settings."""
-        assert self.sinks is not None
-        if self.recent != AUTO:
-            assert isinstance(self.recent, int)
-            return [self.recent]
-        most = min(length, self.context or length) - self.sinks
-        return [w for w in RECENTS if w < most] or [RECENTS[0]]
-
-    @property
-    def differentiated(self) -> bool:
-        """Whether a backward pass is needed."""
-        return self.cost == GRADIENT
-
-    def given(self) -> dict[str, Any]:
-        """What is not None, as arguments of `calibrate`."""
-        return {
-            field.name: value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
-
-    @property
-    def measurable(self) -> bool:
-        """Whether there is a budget whose cost can be measured."""
-        return any(x is not None for x in (self.max_loss, self.save, self.removed))
-
-    def resolve(self, shape: ModelShape) -> Settings:
+    def resolve(self, shape: ModelShape) -> Resolved:
         """Fill in what depends on the model and the recipe.
 
         Raises:
             CalibrationError: options that are unknown, out of range or contradict each other.
         """
-        _one_of("recipe", self.recipe, RECIPES)
+        for problem in none_of("recipe", self.recipe, RECIPES):
+            raise CalibrationError(problem)
         if shape.heads == 1:
             raise CalibrationError("this model has one head a layer: there is nothing to share")
         if not any(shape.clusterable):
             raise CalibrationError(
                 "every layer of this model is a sliding-window layer: there is nothing to cluster"
             )
-        found = self._defaults(shape)
-        full = replace(self, **{k: v for k, v in found.items() if getattr(self, k) is None})
-        full._check(shape)
+        given = {
+            f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None
+        }
+        full = Resolved(**self._defaults(shape) | given)
+        for problem in full.problems(shape):
+            raise CalibrationError(problem)
         return full
 
     def _defaults(self, shape: ModelShape) -> dict[str, Any]:
@@ -210,116 +182,117 @@ class Settings:
             found["max_error"] = 1.0 if paper else DEFAULT_MAX_ERROR.get(target, 1.0)
         return found
 
-    def _check(self, shape: ModelShape) -> None:
-        _one_of("cost", self.cost, COSTS)
-        _one_of("membership", self.membership, MEMBERSHIPS)
-        _one_of("target", self.target, TARGETS)
-        _one_of("features", self.features, ("scores", "value"))
-        _one_of("refit", self.refit, REFITS)
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Settings):
+    """Settings of one model, without what was left open: see `Settings.resolve`."""
+
+    cost: str
+    membership: str
+    target: str
+    window: int
+    features: str
+    blend: float
+    recent: int | str
+    sinks: int
+    refit: str
+    recall: float
+
+    @property
+    def streams(self) -> bool:
+        """Whether heads may forget their far keys."""
+        return self.context is not None
+
+    @property
+    def differentiated(self) -> bool:
+        """Whether a backward pass is needed."""
+        return self.cost == GRADIENT
+
+    @property
+    def refits(self) -> bool:
+        """Whether output weights or biases are refit."""
+        return self.refit != "none"
+
+    def measures(self, measure: bool = True) -> bool:
+        """Whether the loss of a budget is measured: if wanted, and always if it is bounded."""
+        save_or_removed = self.save is not None or self.removed is not None
+        return self.max_loss is not None or (measure and save_or_removed)
+
+    def holds_out(self, measure: bool = True) -> bool:
+        """Whether a part of the text is held out: to measure on, or to judge a refit by."""
+        return self.measures(measure) or self.refits
+
+    def recents(self, length: int) -> list[int]:
+        """Every w that is tried on sequences of ``length`` tokens."""
+        if isinstance(self.recent, int):
+            return [self.recent]
+        most = min(length, self.context or length) - self.sinks
+        return [w for w in RECENTS if w < most] or [RECENTS[0]]
+
+    def layer_counts(self, shape: ModelShape) -> list[int]:
+        """Numbers of clusters a layer can have, ascending."""
+        return cluster_counts(shape.heads, shape.kv_heads, self.target, self.tensor_parallel)
+
+    def given_clusters(self, shape: ModelShape) -> list[int] | None:
+        """Numbers of clusters as one per layer; None if they are not given."""
+        if self.clusters is None or isinstance(self.clusters, str):
+            return None
+        if isinstance(self.clusters, int):
+            return [self.clusters if free else shape.heads for free in shape.clusterable]
+        return list(self.clusters)
+
+    def problems(self, shape: ModelShape) -> Iterator[str]:
+        """What is unknown, out of range or contradicts itself; what follows may be wrong, too."""
+        yield from none_of("cost", self.cost, COSTS)
+        yield from none_of("refit", self.refit, REFITS)
         if self.recipe == PAPER and (
             (self.cost, self.membership, self.refit) != (SCORES, ONLINE, "none") or self.recent
         ):
-            raise CalibrationError(
-                "recipe paper is an online membership on scores: leave out the other options"
-            )
-        if self.target == K_BYTES and shape.kv_heads == 1:
-            raise CalibrationError(
-                "target k-bytes drops whole K/V heads, and this model has one per layer: use scores"
-            )
-        if self.target == K_BYTES and shape.kv_heads == shape.heads:
-            raise CalibrationError("target k-bytes is for grouped-query models: use scores")
-        if self.window is None or self.window < 1:
-            raise CalibrationError(f"the probe window needs at least 1 token, not {self.window}")
-        if self.membership != BLEND and (self.features == VALUE or self.blend):
-            raise CalibrationError("features value and a blend weight need membership blend")
-        if self.membership == BLEND and self.cost == SCORES:
-            raise CalibrationError("membership blend needs cost gradient or value")
-        if self.blend is not None and not 0 <= self.blend < math.inf:
-            raise CalibrationError(f"blend is a weight of at least 0, not {self.blend}")
-        if isinstance(self.recent, str) and not (self.recent == AUTO and self.context is not None):
-            raise CalibrationError(
+            yield "recipe paper is an online membership on scores: leave out the other options"
+        auto = self.recent == AUTO and self.streams
+        if isinstance(self.recent, str) and not auto:
+            yield (
                 f"recent is a number of tokens, or {AUTO} in recipes with streaming heads, not "
                 f"{self.recent!r}"
             )
+        yield from choice_problems(replace(self, recent=1) if auto else self)
+        yield from target_problems(self.target, shape)
+        if self.membership == BLEND and self.cost == SCORES:
+            yield "membership blend needs cost gradient or value"
         if self.context is not None and not 1 <= self.context <= MOST_CONTEXT:
-            raise CalibrationError(
-                f"context is a number of tokens, 1 to {MOST_CONTEXT}, not {self.context}"
-            )
-        if self.recall is not None and not 0 <= self.recall <= MOST_RECALL:
-            raise CalibrationError(f"recall is a weight of at least 0, not {self.recall}")
+            yield f"context is a number of tokens, 1 to {MOST_CONTEXT}, not {self.context}"
+        if not 0 <= self.recall <= MOST_RECALL:
+            yield f"recall is a weight of at least 0, not {self.recall}"
         if self.recall and self.cost != GRADIENT:
-            raise CalibrationError(
+            yield (
                 "text to recall from is for gradient costs, which know whose loss counts: leave "
                 "recall out, or use cost gradient"
             )
-        recent = 1 if isinstance(self.recent, str) else self.recent or 0
-        if recent < 0 or (self.sinks or 0) < 0 or (self.sinks and not recent):
-            raise CalibrationError(
-                "recent and sinks are numbers of tokens, and sinks need a recent window of at "
-                "least 1"
-            )
-        self._check_budget(shape)
-        self._check_ranks(shape)
+        yield from self._budget_problems(shape)
+        yield from self._cluster_problems(shape)
+        if self.tensor_parallel > 1:
+            yield from self._rank_problems(shape)
 
-    def _check_ranks(self, shape: ModelShape) -> None:
-        ranks = self.tensor_parallel
-        if ranks < 1:
-            raise CalibrationError(f"tensor_parallel is a number of ranks, not {ranks}")
-        if ranks == 1:
-            return
-        problem = rank_problem(shape.heads, shape.kv_heads, ranks)
-        if problem is not None:
-            raise CalibrationError(f"tensor_parallel: {problem}")
-        if self.membership != STATIC:
-            raise CalibrationError(
-                f"tensor_parallel is for static memberships: with {self.membership} ones each rank "
-                f"clusters its own heads when it serves, and keeps nothing to spare if {ranks} "
-                "divides the clusters of every layer"
-            )
-        if self.streams:
-            return
-        if shape.kv_heads <= ranks:
-            raise CalibrationError(
-                f"tensor_parallel {ranks} leaves each rank one K/V head, whose K nobody can do "
-                "without by sharing: use recipe default or stream"
-            )
-        if self.target == SCORES and shape.kv_heads < shape.heads:
-            raise CalibrationError(
-                "tensor_parallel needs target k-bytes in a grouped-query model: which K heads "
-                "clusters of query heads leave to each rank cannot be chosen"
-            )
-
-    def _check_budget(self, shape: ModelShape) -> None:
-        given = {
-            name: getattr(self, name)
-            for name in ("clusters", "max_loss", "save", "removed")
-            if getattr(self, name) is not None
-        }
+    def _budget_problems(self, shape: ModelShape) -> Iterator[str]:
+        budgets = ("clusters", "max_loss", "save", "removed")
+        given = [name for name in budgets if getattr(self, name) is not None]
         if len(given) > 1:
-            raise CalibrationError(f"{' and '.join(given)} contradict each other: give one of them")
+            yield f"{' and '.join(given)} contradict each other: give one of them"
         if self.max_recall_loss is not None and self.max_loss is None:
-            raise CalibrationError("max_recall_loss goes with max_loss: give both, or none")
-        if self.max_recall_loss is not None and not 0 < self.max_recall_loss <= 1:
-            raise CalibrationError(
-                f"max_recall_loss is a share such as 0.05 for 5 points, not {self.max_recall_loss}"
-            )
+            yield "max_recall_loss goes with max_loss: give both, or none"
+        recall = self.max_recall_loss
+        if recall is not None and not 0 < recall <= 1:
+            yield f"max_recall_loss is a share such as 0.05 for 5 points, not {recall}"
         if self.max_error is not None and not 0 <= self.max_error <= 1:
-            raise CalibrationError(
-                f"max_error is a share of the error at k = 1, 0 to 1, not {self.max_error}"
-            )
+            yield f"max_error is a share of the error at k = 1, 0 to 1, not {self.max_error}"
         if self.max_loss is not None and not 0 < self.max_loss < 10:
-            raise CalibrationError(
-                f"max_loss is a perplexity rise such as 0.01 for 1%, not {self.max_loss}"
-            )
-        for name in ("save", "removed"):
-            share = getattr(self, name)
+            yield f"max_loss is a perplexity rise such as 0.01 for 1%, not {self.max_loss}"
+        for name, share in (("save", self.save), ("removed", self.removed)):
             if share is not None and not 0 < share < 1:
-                raise CalibrationError(
-                    f"{name} is a share, more than 0 and less than 1, not {share}"
-                )
+                yield f"{name} is a share, more than 0 and less than 1, not {share}"
         grouped = shape.kv_heads < shape.heads
         if self.save is not None and self.target != K_BYTES and grouped and not self.streams:
-            raise CalibrationError(
+            yield (
                 "save needs target k-bytes in a grouped-query model: what clusters of query heads "
                 "save cannot be chosen"
                 if shape.kv_heads > 1
@@ -327,40 +300,31 @@ class Settings:
                 "heads that share save none of its K,V bytes"
             )
 
-    def layer_counts(self, shape: ModelShape) -> list[int]:
-        """Numbers of clusters a layer can have, ascending."""
-        assert self.target is not None
-        return cluster_counts(shape.heads, shape.kv_heads, self.target, self.tensor_parallel)
-
-    def given_clusters(self, shape: ModelShape) -> list[int] | None:
-        """Numbers of clusters as one per layer; None if they are not given.
-
-        Raises:
-            CalibrationError: numbers that this model cannot have.
-        """
-        if self.clusters is None or self.clusters == "elbow":
-            return None
-        counts = self.layer_counts(shape)
-        if isinstance(self.clusters, str):
-            raise CalibrationError(
-                f"clusters is 'elbow', a number or one per layer, not {self.clusters!r}"
-            )
-        if isinstance(self.clusters, int):
-            wanted = [self.clusters if free else shape.heads for free in shape.clusterable]
-        else:
-            wanted = list(self.clusters)
-        if len(wanted) != shape.layers:
-            raise CalibrationError(f"{len(wanted)} numbers of clusters for {shape.layers} layers")
-        for layer, (k, free) in enumerate(zip(wanted, shape.clusterable, strict=True)):
+    def _cluster_problems(self, shape: ModelShape) -> Iterator[str]:
+        if isinstance(self.clusters, str) and self.clusters != "elbow":
+            yield f"clusters is 'elbow', a number or one per layer, not {self.clusters!r}"
+        wanted, counts = self.given_clusters(shape), self.layer_counts(shape)
+        if wanted is not None and len(wanted) != shape.layers:
+            yield f"{len(wanted)} numbers of clusters for {shape.layers} layers"
+        for layer, (k, free) in enumerate(zip(wanted or (), shape.clusterable, strict=False)):
             possible = counts if free else counts[-1:]
             if k not in possible:
-                raise CalibrationError(
-                    f"layer {layer} cannot have {k} clusters; possible: "
-                    f"{', '.join(map(str, possible))}"
-                )
-        return wanted
+                listed = ", ".join(map(str, possible))
+                yield f"layer {layer} cannot have {k} clusters; possible: {listed}"
 
-
-def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise CalibrationError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+    def _rank_problems(self, shape: ModelShape) -> Iterator[str]:
+        ranks = self.tensor_parallel
+        if problem := rank_problem(shape.heads, shape.kv_heads, ranks):
+            yield f"tensor_parallel: {problem}"
+        if self.streams:
+            return
+        if shape.kv_heads <= ranks:
+            yield (
+                f"tensor_parallel {ranks} leaves each rank one K/V head, whose K nobody can do "
+                "without by sharing: use recipe default or stream"
+            )
+        if self.target == SCORES and shape.kv_heads < shape.heads:
+            yield (
+                "tensor_parallel needs target k-bytes in a grouped-query model: which K heads "
+                "clusters of query heads leave to each rank cannot be chosen"
+            )

@@ -1,4 +1,4 @@
-"""Calibration text mixed from several sources, and a part of it held out."""
+"""Calibration text mixed from several sources."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.checks import require_tokens
+from chai_attention.calibration.data import apportion
 from chai_attention.calibration.evidence_file import EvidenceFile
+from chai_attention.calibration.perplexity import PairedRise
 from chai_attention.calibration.recall_source import RECALL
+from chai_attention.calibration.sizes import check_numbers
 from chai_attention.calibration.text_files import FILE_SUFFIXES
 from chai_attention.calibration.texts import (
     SELF,
     as_tokens,
-    check_numbers,
     load_texts,
     self_text,
     windows_of,
@@ -44,20 +46,11 @@ class Source:
 
     Attributes:
         name: a file, a data set of the hub (see `load_texts`), or "self": the model writes it.
-        weight: its share of the windows, relative to the weights of the other sources.
+        weight: its share of the sequences, relative to the weights of the other sources.
     """
 
     name: str
     weight: float = 1.0
-
-
-class Rise(Protocol):
-    """Relative rise of perplexity with its standard error (see `PairedRise`)."""
-
-    @property
-    def rise(self) -> float: ...  # noqa: D102
-    @property
-    def standard_error(self) -> float: ...  # noqa: D102
 
 
 def parse_sources(items: Sequence[str]) -> list[Source]:
@@ -108,7 +101,7 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
     return sources
 
 
-def mixed_windows(
+def mixed_sequences(
     sources: Sequence[Source],
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,30 +113,30 @@ def mixed_windows(
     kept: EvidenceFile | None = None,
     progress: Progress = quiet,
 ) -> tuple[Tensor, Tensor]:
-    """Take windows of text from every source, in proportion to the weights.
+    """Take sequences from every source, in proportion to the weights.
 
     The shares are rounded by largest remainder. A source with too little text for its share is
     used whole; if there are others, which get no more for that, a `ChaiWarning` names it. The seed
-    decides which windows of a text are taken, what the model writes, and how the sources are
-    interleaved; the windows of one source stay in the order of its text.
+    decides which sequences of a text are taken, what the model writes, and how the sources are
+    interleaved; the sequences of one source stay in the order of its text.
 
     Args:
         sources: where the text comes from.
         model: writes the text of the source "self"; None if that is none of them.
         tokenizer: turns text into tokens.
-        samples: windows wanted in all.
-        length: tokens per window.
+        samples: sequences wanted in all.
+        length: tokens per sequence.
         seed: of every choice.
         texts: what `read_sources` has read; None to read it now.
         kept: gives what the model wrote in an interrupted calibration back, and keeps it.
         progress: called with (what is going on, done, in all).
 
     Returns:
-        windows ``[N, length]`` int64 and the index of each one's source ``[N]`` int64.
+        sequences ``[N, length]`` int64 and the index of each one's source ``[N]`` int64.
 
     Raises:
-        CalibrationError: fewer samples than give every source a window, a source that cannot be
-            read, or one with less text than a window.
+        CalibrationError: fewer samples than give every source a sequence, a source that cannot be
+            read, or one with less text than a sequence.
     """
     shares = _shares(sources, samples, seed)
     if texts is None:
@@ -160,7 +153,7 @@ def mixed_windows(
                 raise CalibrationError(f"{source.name}: {error}") from error
         if len(part) < share and len(sources) > 1:
             warnings.warn(
-                f"{source.name} has text for {len(part)} of the {share} windows of its share: "
+                f"{source.name} has text for {len(part)} of the {share} sequences of its share: "
                 "all of it is used, and it weighs less than asked",
                 ChaiWarning,
                 stacklevel=2,
@@ -169,12 +162,12 @@ def mixed_windows(
     labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
     generator = torch.Generator().manual_seed(seed)
     labels = labels[torch.randperm(len(labels), generator=generator)]
-    windows = torch.empty(len(labels), length, dtype=torch.long)
+    sequences = torch.empty(len(labels), length, dtype=torch.long)
     for index, part in enumerate(parts):
-        windows[labels == index] = part
+        sequences[labels == index] = part
     if model is not None:
-        require_tokens(model, windows)
-    return windows, labels
+        require_tokens(model, sequences)
+    return sequences, labels
 
 
 def read_sources(
@@ -187,22 +180,22 @@ def read_sources(
     longest: int | None = None,
     progress: Progress = quiet,
 ) -> dict[str, TokenText]:
-    """Read the text of every source but the model, for windows of any length up to a longest one.
+    """Read the text of every source but the model, for sequences of any length up to a longest one.
 
     Args:
         sources: where the text comes from.
         tokenizer: turns it into tokens.
-        samples: windows wanted of all sources together.
-        length: tokens of these windows.
+        samples: sequences wanted of all sources together.
+        length: tokens of these sequences.
         seed: what is read of a file with far more text.
-        longest: tokens of the longest windows that may be cut; None for ``length``.
+        longest: tokens of the longest sequences that may be cut; None for ``length``.
         progress: called with (what is going on, done, in all).
 
     Returns:
         tokens by the source's name.
 
     Raises:
-        CalibrationError: as `mixed_windows`, but for sources with little text.
+        CalibrationError: as `mixed_sequences`, but for sources with little text.
     """
     found = {}
     for source, share in zip(sources, _shares(sources, samples, seed), strict=True):
@@ -217,13 +210,13 @@ def read_sources(
 
 
 def _shares(sources: Sequence[Source], samples: int, seed: int) -> list[int]:
-    """Windows of every source."""
+    """Sequences of every source."""
     check_numbers(samples, seed)
-    shares = _apportion(samples, [source.weight for source in sources])
+    shares = apportion(samples, [source.weight for source in sources])
     starved = [source.name for source, share in zip(sources, shares, strict=True) if share < 1]
     if starved:
         raise CalibrationError(
-            f"{samples} samples leave no window for {', '.join(starved)}: "
+            f"{samples} samples leave no sequence for {', '.join(starved)}: "
             "take more samples, or larger weights"
         )
     return shares
@@ -254,39 +247,7 @@ def _self_text(
     return written
 
 
-def split_windows(
-    windows: Tensor, sources: Tensor, held_out: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Hold out the last windows of every source, in the proportions of the whole.
-
-    Args:
-        windows: ``[N, S]``, the windows of a source in the order of its text.
-        sources: index of each window's source, ``[N]`` int64.
-        held_out: windows to hold out in all.
-
-    Returns:
-        (windows ``[N - held_out, S]``, their sources) that stay and
-        (windows ``[held_out, S]``, their sources) that are held out, both in the given order. No
-        source is held out whole.
-
-    Raises:
-        CalibrationError: fewer than 0, or so many that a source would have nothing left.
-    """
-    counts = torch.bincount(sources).tolist()
-    most = [max(0, count - 1) for count in counts]
-    if not 0 <= held_out <= sum(most):
-        raise CalibrationError(
-            f"of {len(windows)} windows from {len(counts)} sources, 0 to {sum(most)} can be held "
-            f"out, not {held_out}: take more samples"
-        )
-    held = torch.zeros(len(windows), dtype=torch.bool)
-    for index, share in enumerate(_apportion(held_out, counts, most)):
-        places = (sources == index).nonzero()[:, 0]
-        held[places[len(places) - share :]] = True
-    return (windows[~held], sources[~held]), (windows[held], sources[held])
-
-
-def warn_uneven(rises: Mapping[str, Rise]) -> str | None:
+def warn_uneven(rises: Mapping[str, PairedRise]) -> str | None:
     """Say in a sentence that one source suffers far more than another; None if none does.
 
     Far more is more than twice the rise of perplexity, and more than two standard errors of the
@@ -295,39 +256,24 @@ def warn_uneven(rises: Mapping[str, Rise]) -> str | None:
     Args:
         rises: the rise of perplexity on held-out text of each source.
     """
-    worst = None
-    for high, above in rises.items():
-        for low, below in rises.items():
-            gap = above.rise - below.rise
-            error = math.hypot(above.standard_error, below.standard_error)
-            if above.rise <= UNEVEN_RATIO * max(below.rise, 0.0) or not gap > UNEVEN_ERRORS * error:
-                continue
-            if worst is None or gap > worst[0]:
-                worst = gap, high, low
+
+    def gap(pair: tuple[str, str]) -> float:
+        return rises[pair[0]].rise - rises[pair[1]].rise
+
+    def uneven(pair: tuple[str, str]) -> bool:
+        above, below = (rises[name] for name in pair)
+        error = math.hypot(above.standard_error, below.standard_error)
+        far = above.rise > UNEVEN_RATIO * max(below.rise, 0.0)
+        return far and gap(pair) > UNEVEN_ERRORS * error
+
+    worst = max(filter(uneven, permutations(rises, 2)), key=gap, default=None)
     if worst is None:
         return None
-    _, high, low = worst
+    high, low = worst
     return (
         f"perplexity rises by {rises[high].rise:.1%} on {high} but by {rises[low].rise:.1%} on "
         f"{low}: give {high} more weight, or save less"
     )
-
-
-def _apportion(
-    total: int, weights: Sequence[float], most: Sequence[int] | None = None
-) -> list[int]:
-    """Deal ``total`` out by largest remainder; ties go to the first, no share above ``most``."""
-    limits = [total] * len(weights) if most is None else list(most)
-    largest = max(weights)  # the sum of large weights is more than a float holds
-    parts = [weight / largest for weight in weights] if largest else list(weights)
-    # rounded, so that 0.1 + 0.2 does not decide a tie
-    quotas = [round(total * part / sum(parts), 9) for part in parts]
-    shares = [min(int(quota), limit) for quota, limit in zip(quotas, limits, strict=True)]
-    while sum(shares) < total:
-        open_ = [i for i, share in enumerate(shares) if share < limits[i]]
-        best = max(open_, key=lambda i: quotas[i] - shares[i])
-        shares[best] += 1
-    return shares
 
 
 def _is_file(name: str) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from chai_attention.calibration.candidates import facts_of, predictions
+from chai_attention.calibration.candidates import Candidates, facts_of, predictions
 from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.head_splits import HeadSplits, best_recent
-from chai_attention.calibration.settings import STREAM, Settings
+from chai_attention.calibration.settings import STREAM, Resolved
 from chai_attention.calibration.statistics import rounded
 from chai_attention.clustering.elbow import error_curve
 from chai_attention.clustering.split import Split
@@ -41,14 +41,13 @@ class SplitCandidates:
     def __init__(
         self,
         shape: ModelShape,
-        settings: Settings,
+        settings: Resolved,
         evidence: Mapping[int, Evidence],
         provenance: dict[str, Any] | None = None,
     ):
         self.shape = shape
         self.settings = settings
         self._provenance = provenance or {}
-        assert settings.sinks is not None
         share = settings.recipe != STREAM
         ranks = distinct_ranks(shape.kv_heads, settings.tensor_parallel)
         self._splits = {
@@ -136,8 +135,8 @@ class SplitCandidates:
         return ClusterProfile(
             clusters=tuple(_clusters(split) for split in splits),
             membership=STATIC,
-            window=self.settings.window or 1,
-            target=self._target,
+            window=self.settings.window,
+            target=self.settings.target,
             representatives=tuple(split.representatives for split in splits),
             streaming=tuple(split.streaming for split in splits),
             recent=best.recent,
@@ -162,17 +161,25 @@ class SplitCandidates:
         best, share = self.best, self.settings.recipe != STREAM
         return HeadSplits(self.shape, best.evidence, best.recent, best.sinks, share=share)
 
-    @property
-    def _target(self) -> str:
-        assert self.settings.target is not None
-        return self.settings.target
-
     @cached_property
     def _facts(self) -> dict[str, Any]:
         """The same for every profile: found once, not for every try of a search."""
         grams = self.best.evidence.grams
-        curves = [error_curve(gram, self.shape.kv_heads, self._target) for gram in grams]
+        curves = [error_curve(gram, self.shape.kv_heads, self.settings.target) for gram in grams]
         return facts_of(self.shape, grams, curves)
+
+
+def candidates_of(
+    shape: ModelShape,
+    chosen: Resolved,
+    evidence: Mapping[int, Evidence],
+    provenance: dict[str, Any] | None = None,
+) -> Candidates | SplitCandidates:
+    """Profiles to choose from; evidence by w."""
+    if chosen.streams:
+        return SplitCandidates(shape, chosen, evidence, provenance)
+    (only,) = evidence.values()
+    return Candidates(shape, chosen, only, provenance)
 
 
 def _clusters(split: Split) -> int:

@@ -13,6 +13,7 @@ from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.intervene import LayerCall, capture
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
+from chai_attention.progress import Report, silent
 
 Later = Callable[[], None]
 Watcher = Callable[[LayerCall, Tensor], Later | None]
@@ -27,6 +28,11 @@ class GramStatistics:
 
     def __init__(self, layers: int, heads: int):
         self.grams = torch.zeros(layers, heads, heads, dtype=torch.float64)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums themselves, by name."""
+        return {"grams": self.grams}
 
     def add(self, call: LayerCall, out: Tensor | None = None) -> Later:
         """See a layer's queries and keys, not its output; what is returned adds their maps."""
@@ -47,17 +53,17 @@ class GramStatistics:
 @torch.no_grad()
 def observe(
     model: PreTrainedModel,
-    windows: Tensor,
+    sequences: Tensor,
     watchers: Sequence[Watcher],
     *,
     batch_size: int,
     start: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> None:
-    """Run ``windows [N, S]`` of tokens through the model and show every layer to ``watchers``.
+    """Run ``sequences [N, S]`` of tokens through the model and show every layer to ``watchers``.
 
-    The first ``start`` windows are left out: they were shown before. ``progress`` is called with
-    (sequences done, sequences in all) after every batch, of ``batch_size`` windows or, where they
+    The first ``start`` sequences are left out: they were shown before. ``progress`` is called with
+    (sequences done, sequences in all) after every batch, of ``batch_size`` sequences or, where they
     are long, fewer. What watchers compute, they compute in the dtypes they choose, whatever
     ``torch.autocast`` is in force. What they return is called behind the batch: there the host
     waits for the layers' devices, not for each layer.
@@ -74,7 +80,7 @@ def observe(
     device = input_device(model)
     with evaluating(model), capture(model, show):
         done = start
-        for batch in windows[start:].split(rows_at_once(batch_size, windows.shape[1])):
+        for batch in sequences[start:].split(rows_at_once(batch_size, sequences.shape[1])):
             if not len(batch):  # all were shown before
                 break
             decoder(batch.to(device), use_cache=False)
@@ -82,8 +88,7 @@ def observe(
             for later in left:
                 later()
             left.clear()
-            if progress is not None:
-                progress(done, windows.shape[0])
+            progress(done, sequences.shape[0])
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from chai_attention.progress import Progress
+from chai_attention.calibration.budget import most_tries
+from chai_attention.calibration.settings import Resolved
+from chai_attention.progress import Progress, Report
+from chai_attention.ranks import distinct_ranks
+from chai_attention.runtime.shape import ModelShape
 
 
 class Steps:
@@ -21,12 +23,12 @@ class Steps:
         self._total = f"{'at most ' if at_most else ''}{total}"
         self._number = 0
 
-    def begin(self, what: str) -> Callable[[int, int], None]:
+    def begin(self, what: str) -> Report:
         """Begin the next step; return what is called with (done, in all) of it."""
         self._number += 1
         return self.go_on(what)
 
-    def go_on(self, what: str) -> Callable[[int, int], None]:
+    def go_on(self, what: str) -> Report:
         """Return what reports another part of the same step."""
         label = f"step {self._number} of {self._total}: {what}"
 
@@ -34,3 +36,24 @@ class Steps:
             self._progress(label, done, total)
 
         return report
+
+
+def steps_of(
+    passes: int, chosen: Resolved, shape: ModelShape, measure: bool = True
+) -> tuple[int, bool]:
+    """Steps of a calibration with so many passes, and whether a search may end before them."""
+    if chosen.max_loss is None:
+        return passes + (2 if chosen.measures(measure) else int(chosen.refits)), False
+    free = sum(shape.clusterable)
+    if chosen.streams:
+        # of one rank: all save the same
+        held = 2 * shape.kv_heads // distinct_ranks(shape.kv_heads, chosen.tensor_parallel)
+        units, most = held * shape.layers, held * free
+        # the guess is known with the costs only: the worst of all
+        tries = max(
+            most_tries(most, 1 << n, max(1, units // 100)) for n in range(most.bit_length())
+        )
+    else:
+        counts = chosen.layer_counts(shape)
+        tries = most_tries(free * (len(counts) - 1), shape.layers * len(counts) // 20)
+    return passes + 1 + tries, True

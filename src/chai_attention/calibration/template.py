@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,12 +43,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase | None, chat: Chat) -> str:
             f"{chat.where} is a chat, and this tokenizer has no chat template: give plain text, or "
             "records with a field text"
         )
-    try:
-        text: Any = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
-    except Exception as error:  # a template is a program, which fails in ways of its own
-        raise TemplateError(
-            f"the chat template of this tokenizer cannot write {chat.where}: {reason_of(error)}"
-        ) from error
+    text = rendered(tokenizer, chat.messages, f"write {chat.where}", tokenize=False)
     said = [message["content"].split() for message in chat.messages]
     if not isinstance(text, str) or not any(words and words[0] in text for words in said):
         raise TemplateError(
@@ -77,23 +73,34 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
             "this tokenizer has no chat template, so that a probe window cannot begin after it: "
             "let it begin at the first token"
         )
-    chats = [_rendered(tokenizer, message) for message in MESSAGES]
+    chats = [
+        rendered(
+            tokenizer, [{"role": "user", "content": message}], "render a user's message",
+            add_generation_prompt=True, return_dict=True,
+        )["input_ids"]
+        for message in MESSAGES
+    ]  # fmt: skip
     for place, tokens in enumerate(zip(*chats, strict=False)):
         if len(set(tokens)) > 1:
             return place
     raise CalibrationError("the chat template of this tokenizer leaves out what the user says")
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Token ids of a chat with one message."""
-    chat = [{"role": "user", "content": message}]
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    what: str,
+    **options: Any,
+) -> Any:
+    """What the chat template makes of messages.
+
+    Raises:
+        TemplateError: the template cannot do ``what``, such as "render a user's message".
+    """
+    template: Any = tokenizer.apply_chat_template
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=True
-        )
+        return template(list(messages), **options)
     except Exception as error:  # a template is a program, which fails in ways of its own
-        raise CalibrationError(
-            "the chat template of this tokenizer cannot render a user's message: "
-            f"{reason_of(error)}"
+        raise TemplateError(
+            f"the chat template of this tokenizer cannot {what}: {reason_of(error)}"
         ) from error
-    return list(encoded["input_ids"])

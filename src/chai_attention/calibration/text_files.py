@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from chai_attention.errors import CalibrationError
 
@@ -48,6 +49,23 @@ def local_file(source: str) -> Path | None:
     return None
 
 
+@contextmanager
+def _reading(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """Say of these errors, and of those of the disk, that a file cannot be read."""
+    expected: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
+    try:
+        yield
+    except expected as error:
+        raise CalibrationError(f"cannot read {path} as {kind}: {reason_of(error)}") from error
+
+
+@contextmanager
+def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file of UTF-8; the signature that Windows writes is no text."""
+    with _reading(path, "text"), path.open(encoding="utf-8-sig", newline=newline) as file:
+        yield file
+
+
 def is_plain(path: Path) -> bool:
     """Whether a file is one document, not one of records."""
     return path.suffix.lower() not in (*JSON_LINES, *JSON, *TABLES)
@@ -59,18 +77,14 @@ def plain_pieces(path: Path, size: int) -> Iterator[str]:
     Raises:
         CalibrationError: the file cannot be read as UTF-8.
     """
-    try:
-        # the signature that Windows writes is no text
-        with path.open(encoding="utf-8-sig") as file:
-            rest = ""
-            while more := file.read(max(size, CHUNK)):
-                _require_text(str(path), [more])
-                *whole, rest = pieces_of(rest + more, size)
-                yield from whole
-            if rest:
-                yield rest
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+    with _text(path) as file:
+        rest = ""
+        while more := file.read(max(size, CHUNK)):
+            _require_text(str(path), [more])
+            *whole, rest = pieces_of(rest + more, size)
+            yield from whole
+        if rest:
+            yield rest
 
 
 def pieces_of(text: str, size: int) -> Iterator[str]:
@@ -100,78 +114,80 @@ def records_of(path: Path) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[Record]:
     """A value per line. Only a line feed ends one: JSON strings may hold those of Unicode."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            number = 0
-            while line := file.readline(LARGEST_RECORD):
-                number += 1
-                if len(line) == LARGEST_RECORD:
-                    raise _too_large(f"{path}, line {number}")
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _parsed(line, where)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+    with _text(path, newline="\n") as file:
+        number = 0
+        while line := file.readline(LARGEST_RECORD):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) == LARGEST_RECORD:
+                raise _too_large(where)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise CalibrationError(f"{where} is not JSON: {error}") from error
+            yield where, value
 
 
 def _values(path: Path) -> Iterator[Record]:
     """Values of an array, or values one after the other; only what is asked for is read."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            decoder = json.JSONDecoder()
-            buffer = file.read(CHUNK).lstrip()
-            array = buffer.startswith("[")
-            at = int(array)  # place in the buffer: it is not cut for every record
-            number, separated = 0, False
-            while True:
-                where = f"{path}, record {number + 1}"
-                while at < len(buffer) and buffer[at].isspace():
-                    at += 1
-                if at == len(buffer):
-                    buffer, at = file.read(CHUNK), 0
-                    if buffer:
-                        continue
-                    if array:
-                        raise CalibrationError(f"{path} is not JSON: it ends before its array does")
+    with _text(path) as file:
+        decoder = json.JSONDecoder()
+        buffer = file.read(CHUNK).lstrip()
+        array = buffer.startswith("[")
+        at = int(array)  # place in the buffer: it is not cut for every record
+        number, separated = 0, False
+        while True:
+            where = f"{path}, record {number + 1}"
+            while at < len(buffer) and buffer[at].isspace():
+                at += 1
+            if at == len(buffer):
+                buffer, at = file.read(CHUNK), 0
+                if buffer:
+                    continue
+                if array:
+                    raise CalibrationError(f"{path} is not JSON: it ends before its array does")
+                return
+            if array and number and not separated:
+                if buffer[at] == "]":
                     return
-                if array and number and not separated:
-                    if buffer[at] == "]":
-                        return
-                    if buffer[at] != ",":
-                        raise CalibrationError(f"{where} is not JSON: no comma before it")
-                    at, separated = at + 1, True
+                if buffer[at] != ",":
+                    raise CalibrationError(f"{where} is not JSON: no comma before it")
+                at, separated = at + 1, True
+                continue
+            if array and buffer[at] == "]" and not number:
+                return
+            try:
+                value, end = decoder.raw_decode(buffer, at)
+                # a number at the end of what was read may go on
+                more = file.read(CHUNK) if end == len(buffer) else ""
+            except (ValueError, RecursionError) as error:
+                if at:  # errors tell places from the record's beginning
+                    buffer, at = buffer[at:], 0
                     continue
-                if array and buffer[at] == "]" and not number:
-                    return
-                try:
-                    value, end = decoder.raw_decode(buffer, at)
-                    # a number at the end of what was read may go on
-                    more = file.read(CHUNK) if end == len(buffer) else ""
-                except (ValueError, RecursionError) as error:
-                    if at:  # errors tell places from the record's beginning
-                        buffer, at = buffer[at:], 0
-                        continue
-                    more = file.read(max(CHUNK, len(buffer)))
-                    if not more or isinstance(error, RecursionError):
-                        raise CalibrationError(f"{where} is not JSON: {error}") from error
-                    if len(buffer) > LARGEST_RECORD:
-                        raise _too_large(where) from error
-                    buffer += more
-                    continue
-                if more:
-                    buffer, at = buffer[at:] + more, 0
-                    continue
-                number, separated, at = number + 1, False, end
-                yield where, value
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read {path} as text: {error}") from error
+                more = file.read(max(CHUNK, len(buffer)))
+                if not more or isinstance(error, RecursionError):
+                    raise CalibrationError(f"{where} is not JSON: {error}") from error
+                if len(buffer) > LARGEST_RECORD:
+                    raise _too_large(where) from error
+                buffer += more
+                continue
+            if more:
+                buffer, at = buffer[at:] + more, 0
+                continue
+            number, separated, at = number + 1, False, end
+            yield where, value
 
 
 def _rows_of_text(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows of a file of values separated by commas or tabs, below a row of names."""
     before = csv.field_size_limit(LARGEST_RECORD)  # of the whole process
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with (
+            _reading(path, "csv", csv.Error),
+            path.open(encoding="utf-8-sig", newline="") as file,
+        ):
             delimiter = _delimiter(file.readline(PIECE), delimiter)
             file.seek(0)
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -187,8 +203,6 @@ def _rows_of_text(path: Path, delimiter: str) -> Iterator[Record]:
                     )
                 _require_text(where, (value for value in row.values() if value))
                 yield where, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CalibrationError(f"cannot read {path} as csv: {reason_of(error)}") from error
     finally:
         csv.field_size_limit(before)
 
@@ -209,17 +223,17 @@ def _rows_of_parquet(path: Path) -> Iterator[Record]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    number = 0
-    try:
-        # columns are read as they are decoded: a group of rows may be larger than memory
-        options = {"buffer_size": CHUNK, "pre_buffer": False}
-        with path.open("rb") as content, ParquetFile(content, **options) as file:
-            for batch in file.iter_batches(batch_size=ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (OSError, ArrowException) as error:
-        raise CalibrationError(f"cannot read {path} as parquet: {reason_of(error)}") from error
+    # columns are read as they are decoded: a group of rows may be larger than memory
+    options = {"buffer_size": CHUNK, "pre_buffer": False}
+    with (
+        _reading(path, "parquet", ArrowException),
+        path.open("rb") as content,
+        ParquetFile(content, **options) as file,
+    ):
+        batches = file.iter_batches(batch_size=ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
 
 
 def reason_of(error: BaseException) -> str:
@@ -227,13 +241,6 @@ def reason_of(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return "".join(c if c.isprintable() else " " for c in text)[:300]
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} is not JSON: {error}") from error
 
 
 def _too_large(where: str) -> CalibrationError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.calibration.checks import not_finite, require_finite, require_tokens
 from chai_attention.calibration.drawing import Drawing, Piece
 from chai_attention.calibration.records import Chat, Records
+from chai_attention.calibration.sizes import check_numbers
 from chai_attention.calibration.template import TemplateError, chat_text
 from chai_attention.calibration.text_files import (
     Record,
@@ -32,6 +33,7 @@ from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
+from chai_attention.progress import Report, silent
 
 SELF = "self"
 SELF_LENGTH = 256
@@ -39,9 +41,10 @@ SELF_TEMPERATURE = 0.9
 HUB_DOCUMENTS = 20_000  # at most this many are streamed, enough for any default calibration
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds what is kept
 LEAST_READ = 1 << 22  # characters of a file that are kept at least, if it has them
-RUNS = 64  # parts that are drawn of a long text, as long as each holds some windows
-CHARACTERS_PER_RUN = 2 * CHARACTERS_PER_TOKEN  # and token of a window: most often for three or four
-MOST_SAMPLES = 10**7
+RUNS = 64  # parts that are drawn of a long text, as long as each holds some sequences
+CHARACTERS_PER_RUN = (
+    2 * CHARACTERS_PER_TOKEN
+)  # and token of a sequence: most often for three or four
 MOST_NAME = 1024  # characters of a text that may be a file's name by mistake
 
 
@@ -57,8 +60,8 @@ def load_texts(
 
     A file is read to its end, and a bounded part of it is in memory. Of one with far more text
     than is needed, parts are drawn over the whole of it: documents, and of long ones `Run` objects,
-    from which `windows_of` cuts windows by themselves. A `ChaiWarning` says so. A data set is read
-    until there is enough.
+    from which `windows_of` cuts sequences by themselves. A `ChaiWarning` says so. A data set is
+    read until there is enough.
 
     Args:
         source: path of a text file (one document); of a ``.jsonl``, ``.json``, ``.csv``, ``.tsv``
@@ -67,7 +70,7 @@ def load_texts(
         tokens: roughly how many tokens are needed.
         tokenizer: its chat template writes out chats. Those that it refuses are left out, which a
             `ChaiWarning` says.
-        length: tokens of the longest windows that are to be cut; runs hold some of them.
+        length: tokens of the longest sequences that are to be cut; runs hold some of them.
         seed: which parts.
 
     Raises:
@@ -183,36 +186,38 @@ def windows_of(
     length: int,
     seed: int,
 ) -> Tensor:
-    """Cut text into windows of tokens and choose some of them: ``[N, length]`` int64.
+    """Cut text into sequences of tokens and choose some of them: ``[N, length]`` int64.
 
     Documents are joined, separated by the end-of-sequence token, and cut without overlap; parts of
-    long ones that `load_texts` has drawn are cut by themselves. Every window begins with what the
+    long ones that `load_texts` has drawn are cut by themselves. Every sequence begins with what the
     tokenizer puts before a text, such as a beginning-of-sequence token: there are models that
-    cannot read without. If the text has more than ``samples`` windows, the seed decides which are
+    cannot read without. If the text has more than ``samples`` sequences, the seed decides which are
     taken; fewer are all used.
 
     Args:
-        texts: documents, their tokens from `as_tokens`, or ready windows ``[N, S]`` with S of at
+        texts: documents, their tokens from `as_tokens`, or ready sequences ``[N, S]`` with S of at
             least ``length``.
         tokenizer: turns text into tokens.
-        samples: windows wanted.
-        length: tokens per window.
+        samples: sequences wanted.
+        length: tokens per sequence.
         seed: of the choice.
 
     Raises:
-        CalibrationError: less text than one window, no windows wanted, or an impossible seed.
+        CalibrationError: less text than one sequence, no sequences wanted, or an impossible seed.
     """
     check_numbers(samples, seed)
     if not isinstance(texts, Tensor):
         found = texts if isinstance(texts, TokenText) else as_tokens(texts, tokenizer)
-        return found.windows(samples, length, seed)
+        return found.sequences(samples, length, seed)
     if texts.ndim != 2 or texts.shape[1] < length or not len(texts) or texts.dtype != torch.long:
-        raise CalibrationError(f"windows must be a [N, {length}] int64 tensor of token ids")
-    windows = texts[:, :length]
-    if len(windows) > samples:
+        raise CalibrationError(f"sequences must be a [N, {length}] int64 tensor of token ids")
+    sequences = texts[:, :length]
+    if len(sequences) > samples:
         generator = torch.Generator().manual_seed(seed)
-        windows = windows[torch.randperm(len(windows), generator=generator)[:samples].sort().values]
-    return windows
+        sequences = sequences[
+            torch.randperm(len(sequences), generator=generator)[:samples].sort().values
+        ]
+    return sequences
 
 
 def as_tokens(texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenText:
@@ -237,27 +242,27 @@ def _documents(texts: str | Iterable[str]) -> list[str]:
     found: list[Any] = list(texts) if listed else [None]
     if not all(isinstance(text, str) for text in found):
         raise CalibrationError(
-            "text is a string, a list of strings or ready windows; load_texts() of "
+            "text is a string, a list of strings or ready sequences; load_texts() of "
             "chai_attention.calibration reads a file"
         )
     return found
 
 
-def cut_windows(windows: Tensor, length: int, before: Sequence[int] = ()) -> Tensor:
-    """Cut windows ``[N, S]`` to ``[M, length]``, each beginning with the tokens ``before``.
+def cut_sequences(sequences: Tensor, length: int, before: Sequence[int] = ()) -> Tensor:
+    """Cut sequences ``[N, S]`` to ``[M, length]``, each beginning with the tokens ``before``.
 
     Raises:
-        CalibrationError: windows that do not begin with them, or no room behind them.
+        CalibrationError: sequences that do not begin with them, or no room behind them.
     """
-    if windows.shape[1] == length or not before:
-        return windows.unfold(1, length, length).reshape(-1, length)
+    if sequences.shape[1] == length or not before:
+        return sequences.unfold(1, length, length).reshape(-1, length)
     start, room = torch.tensor(before), length - len(before)
-    if room < 2 or not (windows[:, : len(before)] == start).all():
+    if room < 2 or not (sequences[:, : len(before)] == start).all():
         raise CalibrationError(
-            f"windows of {length} tokens cannot begin with the {len(before)} tokens that every "
+            f"sequences of {length} tokens cannot begin with the {len(before)} tokens that every "
             "text begins with"
         )
-    rest = windows[:, len(before) :].unfold(1, room, room).reshape(-1, room)
+    rest = sequences[:, len(before) :].unfold(1, room, room).reshape(-1, room)
     return torch.cat([start.expand(len(rest), -1), rest], dim=1)
 
 
@@ -269,13 +274,13 @@ def self_text(
     *,
     seed: int = 0,
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = silent,
 ) -> Tensor:
     """Let the model write its own calibration text: ``[samples, length]`` token ids.
 
     Sampled at temperature 0.9 from the beginning-of-sequence token (the end-of-sequence token if
     there is none), without stopping at ends of text, in eval mode. The same seed gives the same
-    text; the global random state is left as it was. ``progress`` is called with (windows written,
+    text; the global random state is left as it was. ``progress`` is called with (sequences written,
     in all).
 
     Raises:
@@ -294,14 +299,14 @@ def self_text(
     require_finite(model, begin)  # sampling from NaN would end a process that uses a GPU
     device = input_device(model)
     devices = [device] if device.type == "cuda" else []
-    windows = []
+    sequences = []
     with torch.random.fork_rng(devices=devices), evaluating(model):
         torch.manual_seed(seed)
         most = rows_at_once(batch_size, length)  # the cache of long texts is large
         for first in range(0, samples, most):
             rows = min(most, samples - first)
             prompt = torch.full((rows, 1), start, device=device)
-            windows.append(
+            sequences.append(
                 _written(
                     model,
                     prompt,
@@ -315,9 +320,8 @@ def self_text(
                     pad_token_id=start,
                 ).cpu()
             )
-            if progress is not None:
-                progress(first + rows, samples)
-    return torch.cat(windows)
+            progress(first + rows, samples)
+    return torch.cat(sequences)
 
 
 def _written(model: PreTrainedModel, prompt: Tensor, **options: Any) -> Tensor:
@@ -339,20 +343,6 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(text)] == text:
             return list(whole[:start])
     return []
-
-
-def check_numbers(samples: int, seed: int) -> None:
-    """Refuse numbers of windows and seeds that cannot be used.
-
-    Raises:
-        CalibrationError: one of them is out of range.
-    """
-    if samples < 1:
-        raise CalibrationError(f"calibration needs at least 1 sample, not {samples}")
-    if samples > MOST_SAMPLES:
-        raise CalibrationError(f"calibration takes at most {MOST_SAMPLES:,} samples, not {samples}")
-    if not 0 <= seed < 2**64:
-        raise CalibrationError(f"a seed is a whole number from 0 to 2^64 - 1, not {seed}")
 
 
 def _hub_records(source: str) -> Iterator[Record]:

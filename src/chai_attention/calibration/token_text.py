@@ -1,4 +1,4 @@
-"""Documents as tokens, of which windows of any length are cut."""
+"""Documents as tokens, of which sequences of any length are cut."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TokenText:
 
     Documents are joined, separated by the end-of-sequence token, and cut without overlap. A `Run`
     that is long enough is cut by itself, since what followed it in its text is not there; what is
-    left at its end is in no window. Shorter ones are joined like documents.
+    left at its end is in no sequence. Shorter ones are joined like documents.
 
     Args:
         texts: documents and runs.
         tokenizer: turns text into tokens.
-        before: tokens that every window begins with.
+        before: tokens that every sequence begins with.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TokenText:
         self._characters += len(text)
         size = PIECE if self._characters <= FEW * PIECE else max(1, PIECE // SMALLER)
         for piece in pieces_of(text, size):
-            # a whole text may be longer than the model's context: windows are cut from it
+            # a whole text may be longer than the model's context: sequences are cut from it
             ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             tokens.extend(ids)
         before = self._before
@@ -70,7 +70,7 @@ class TokenText:
         if len(tokens) > start:
             self._spans.append((start, len(tokens), run))
 
-    def windows(self, samples: int, length: int, seed: int) -> Tensor:
+    def sequences(self, samples: int, length: int, seed: int) -> Tensor:
         """Return ``[N, length]`` int64, N at most ``samples``, in the order of the text.
 
         If there are more, the seed decides which are taken.
@@ -94,11 +94,13 @@ class TokenText:
         shares = chosen.tensor_split(torch.searchsorted(chosen, ends)[:-1])
         starts = [0, *ends.tolist()[:-1]]
         rows = [part[at - start] for part, at, start in zip(parts, shares, starts, strict=True)]
-        windows = torch.cat(rows).long()
-        return torch.cat([torch.tensor(self._before).long().expand(len(windows), -1), windows], 1)
+        sequences = torch.cat(rows).long()
+        return torch.cat(
+            [torch.tensor(self._before).long().expand(len(sequences), -1), sequences], 1
+        )
 
     def _cut(self, room: int) -> list[Tensor]:
-        """All windows, as ``[N, room]`` each, without what they begin with."""
+        """All sequences, as ``[N, room]`` each, without what they begin with."""
         if not self._tokens:
             return []
         tokens = torch.frombuffer(self._tokens, dtype=torch.int32)

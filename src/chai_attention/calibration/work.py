@@ -8,13 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from chai_attention.calibration.calibrate import (
-    BATCH_SIZE,
-    DEFAULT_LENGTH,
-    STREAMING_LENGTH,
-    window_length,
-)
 from chai_attention.calibration.settings import Settings
+from chai_attention.calibration.sizes import BATCH_SIZE, sequence_length, usual_length
 from chai_attention.hub import SMOLLM2
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.room import Work, WorkOf
@@ -27,12 +22,12 @@ def work_of(settings: Settings, length: int | None) -> WorkOf:
 
     Args:
         settings: as they were asked for.
-        length: tokens per window; None for the settings' own.
+        length: tokens per sequence; None for the settings' own.
     """
 
     def work(config: PreTrainedConfig) -> Work:
         chosen = settings.resolve(describe(config))
-        tokens = length or (STREAMING_LENGTH if chosen.streams else DEFAULT_LENGTH)
+        tokens = length or usual_length(chosen)
         batch = BATCH_SIZE // 2 if chosen.differentiated else BATCH_SIZE
         rows = rows_at_once(batch, tokens)
         return Work(rows * tokens, gradients=chosen.differentiated, length=tokens)
@@ -48,7 +43,7 @@ def reading_work(
     Args:
         lengths: tokens of the texts.
         batch_size: of them in a forward, at most.
-        studied: tokens of windows whose attention maps are looked at; 0 for none.
+        studied: tokens of sequences whose attention maps are looked at; 0 for none.
         gradients: whether they are differentiated.
     """
     most = max(rows_at_once(batch_size, length) * length for length in (*lengths, studied or 1))
@@ -76,7 +71,7 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig
 def require_readable(
     name: str, lengths: Iterable[int | None], *, trust_remote_code: bool = False
 ) -> None:
-    """Refuse windows longer than a model reads before it is loaded; None stands for no wish.
+    """Refuse sequences longer than a model reads before it is loaded; None stands for no wish.
 
     Raises:
         CalibrationError: says how long they may be.
@@ -86,4 +81,4 @@ def require_readable(
     config = config_of(name, trust_remote_code=trust_remote_code) if wanted else None
     if config is not None:
         for length in wanted:
-            window_length(config, length=length)
+            sequence_length(config, length=length)

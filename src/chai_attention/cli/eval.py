@@ -137,7 +137,7 @@ def eval_command(
     from chai_attention.integrations.lm_eval import require
 
     require()
-    from chai_attention.calibration.calibrate import DEFAULT_LENGTH
+    from chai_attention.calibration.sizes import LENGTH
     from chai_attention.calibration.sources import parse_sources
     from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
@@ -177,7 +177,7 @@ def eval_command(
     documents = recall_text(data, text) if RECALL in names else []
     require_readable(model, [length], trust_remote_code=trust_remote_code)
     wanted = require_lengths(model, names, lengths, trust_remote_code=trust_remote_code)
-    studied = (length or DEFAULT_LENGTH) if compare is not None else 0
+    studied = (length or LENGTH) if compare is not None else 0
     load = partial(
         load_model, model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
         work=reading_work(wanted, batch_size, studied, gradients=compare is not None),

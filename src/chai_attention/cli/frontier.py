@@ -101,10 +101,11 @@ def frontier_command(
     """Measure perplexity against K,V bytes saved for several calibrations of MODEL."""
     import_libraries(quiet=quiet)
     from chai_attention.calibration import calibrate, load_texts, windows_of
-    from chai_attention.calibration.calibrate import BATCH_SIZE, DEFAULT_LENGTH, window_length
+    from chai_attention.calibration.data import hold_out
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.recall_source import split_recall
-    from chai_attention.calibration.sources import mixed_windows, parse_sources, split_windows
+    from chai_attention.calibration.sizes import BATCH_SIZE, LENGTH, sequence_length
+    from chai_attention.calibration.sources import mixed_sequences, parse_sources
     from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.evaluation import frontier
@@ -139,7 +140,7 @@ def frontier_command(
         check_source(name)
     options.make_folder(command, out, FrontierError)
     require_readable(model, [length, *lengths], trust_remote_code=trust_remote_code)
-    studied = length or DEFAULT_LENGTH
+    studied = length or LENGTH
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
@@ -149,8 +150,8 @@ def frontier_command(
         chosen = frontier.for_bytes(chosen, describe(loaded))
     chosen = frontier.for_context(chosen, context or max(lengths), recall)
     chosen = frontier.for_ranks(chosen, ranks)
-    length = window_length(loaded, length=length)
-    longest = window_length(loaded, length=max(lengths))
+    length = sequence_length(loaded, length=length)
+    longest = sequence_length(loaded, length=max(lengths))
     tests = {}
     for name, path in names.items():
         documents = load_texts(
@@ -158,10 +159,10 @@ def frontier_command(
         )
         tests[name] = windows_of(documents, tokenizer, windows, longest, seed)
     extra = max(2, samples // 4)
-    mixture, labels = mixed_windows(sources, loaded, tokenizer, samples + extra, length, seed)
-    (calibration, _), (held, _) = split_windows(
-        mixture, labels, max(1, len(mixture) * extra // (samples + extra))
-    )
+    mixture, labels = mixed_sequences(sources, loaded, tokenizer, samples + extra, length, seed)
+    count = max(1, len(mixture) * extra // (samples + extra))
+    held_out = hold_out(len(mixture), count, labels)
+    calibration, held = mixture[~held_out], mixture[held_out]
     refused: list[str] = []
 
     def refuse(name: str, budget: float, error: CalibrationError) -> None:

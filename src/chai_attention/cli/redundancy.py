@@ -69,8 +69,8 @@ def redundancy_command(
 ) -> None:
     """Study the redundancy of MODEL's heads: correlation, elbow curves, clusters over time."""
     import_libraries(quiet=quiet)
-    from chai_attention.calibration.calibrate import DEFAULT_LENGTH, window_length
-    from chai_attention.calibration.sources import mixed_windows, parse_sources
+    from chai_attention.calibration.sizes import LENGTH, sequence_length
+    from chai_attention.calibration.sources import mixed_sequences, parse_sources
     from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.evaluation.redundancy import parse_lengths, shown_prompts, study
     from chai_attention.integrations.transformers.loading import load_model
@@ -86,15 +86,15 @@ def redundancy_command(
     )
     asked = None if lengths is None else parse_lengths(lengths)
     require_readable(model, [length], trust_remote_code=trust_remote_code)
-    studied = length or DEFAULT_LENGTH
+    studied = length or LENGTH
     with progress_bar(f"loading {model}", quiet=quiet) as bar:
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement,
             work=reading_work([studied], batch_size, studied),
         )  # fmt: skip
         bar.describe("reading text")
-        length = window_length(loaded, length=length)
-        windows, _ = mixed_windows(sources, loaded, tokenizer, samples, length, seed)
+        length = sequence_length(loaded, length=length)
+        windows, _ = mixed_sequences(sources, loaded, tokenizer, samples, length, seed)
 
         found = study(
             loaded,

@@ -266,7 +266,7 @@ def demo_tables(result: DemoResult, prompt: str) -> str:
         render(texts),
         generation_table({"full model": result.plain, "CHAI": result.clustered}),
         "",
-        f"perplexity on held-out text ({len(result.plain_loss.per_window)} windows): "
+        f"perplexity on held-out text ({len(result.plain_loss.per_sequence)} windows): "
         f"{result.plain_loss.perplexity:.2f} full, {result.clustered_loss.perplexity:.2f} with "
         f"CHAI, {result.rise}",
         f"K cache of the answer: {memory.key_bytes:,} of {memory.full_key_bytes:,} bytes; K and V "

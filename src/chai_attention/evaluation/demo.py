@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration import calibrate, windows_of
-from chai_attention.calibration.calibrate import longest_text
 from chai_attention.calibration.perplexity import Loss, PairedRise, paired_rise, token_loss
+from chai_attention.calibration.sizes import longest_text
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.modes import evaluating

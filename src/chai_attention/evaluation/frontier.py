@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration.perplexity import Loss, paired_rise, token_loss
-from chai_attention.calibration.texts import cut_windows
+from chai_attention.calibration.texts import cut_sequences
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.points import FrontierError, Point, PointFile, key_of
 from chai_attention.integrations.transformers import enabled
@@ -291,7 +291,7 @@ def _tests(
                     f"windows, not {context}"
                 )
             try:
-                cut = cut_windows(windows, context, before)
+                cut = cut_sequences(windows, context, before)
             except CalibrationError as error:
                 raise FrontierError(str(error)) from error
             if len(cut) < 2:

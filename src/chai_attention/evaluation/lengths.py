@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chai_attention.calibration.calibrate import longest_text
+from chai_attention.calibration.sizes import longest_text
 from chai_attention.calibration.work import config_of
 from chai_attention.evaluation.recall_tasks import recall_lengths, require_recall_length
 from chai_attention.evaluation.tasks import RECALL, TEXT_LENGTH, require_text_length, text_length

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.calibration.calibrate import window_length
-from chai_attention.calibration.sources import Source, mixed_windows
+from chai_attention.calibration.sizes import sequence_length
+from chai_attention.calibration.sources import Source, mixed_sequences
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.evaluation.profiled import NO_PROFILE, PROFILE, profile_digest
@@ -114,8 +114,8 @@ def prepare(
 
         tokens: list[Tensor] = []
         if set(names) - {MHA, PROFILE}:
-            length = window_length(model, length=calibration.length)
-            windows, _ = mixed_windows(
+            length = sequence_length(model, length=calibration.length)
+            windows, _ = mixed_sequences(
                 calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
             )
             tokens = list(windows)

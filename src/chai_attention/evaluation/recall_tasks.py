@@ -11,12 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.recall import recall_cases
-from chai_attention.calibration.texts import (
-    CHARACTERS_PER_TOKEN,
-    MOST_SAMPLES,
-    load_texts,
-    windows_of,
-)
+from chai_attention.calibration.sizes import MOST_SAMPLES
+from chai_attention.calibration.texts import CHARACTERS_PER_TOKEN, load_texts, windows_of
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.demo import built_in_text
 from chai_attention.evaluation.tasks import RECALL, TEXT_TOKENS, TaskSource, recall_name

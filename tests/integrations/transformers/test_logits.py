@@ -116,7 +116,7 @@ def test_clustered_heads_are_scored_in_blocks_too(recent, in_blocks, monkeypatch
         got = token_loss(model, ids)
         monkeypatch.setattr(logits, "LOGITS", 1 << 27)
         want = token_loss(model, ids)
-    assert got.per_window == pytest.approx(want.per_window, rel=1e-5)
+    assert got.per_sequence == pytest.approx(want.per_sequence, rel=1e-5)
 
 
 @pytest.mark.parametrize("code", ["blocked", "torch"])
