@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import misfits, problems_of, tuples
@@ -39,25 +39,34 @@ _LATER = ("probe_start", "features", "blend", "recent", "sinks", "tensor_paralle
 _SINCE = {"streaming": 2, "tensor_parallel": 3}  # the schema version that brought a key
 
 
-class Shape(Protocol):
-    """The part of a model's shape a profile is checked against (see `ModelShape`)."""
+@dataclass(frozen=True)
+class ModelShape:
+    """The attention of a model.
+
+    Attributes:
+        architecture: the config's ``model_type``.
+        layers: number of decoder layers.
+        heads: H, query heads per layer.
+        kv_heads: G, K/V heads per layer; divides H.
+        head_dim: D.
+        clusterable: per layer, False for sliding-window layers, which are left as they are.
+        hidden_size: size of the hidden states, None if the config does not say.
+        sliding_window: tokens that a sliding-window layer holds at most, None if there is none.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    clusterable: tuple[bool, ...]
+    hidden_size: int | None = None
+    sliding_window: int | None = None
 
     @property
-    def architecture(self) -> str: ...  # noqa: D102
-    @property
-    def layers(self) -> int: ...  # noqa: D102
-    @property
-    def heads(self) -> int: ...  # noqa: D102
-    @property
-    def kv_heads(self) -> int: ...  # noqa: D102
-    @property
-    def head_dim(self) -> int: ...  # noqa: D102
-    @property
-    def clusterable(self) -> tuple[bool, ...]: ...  # noqa: D102
-    @property
-    def hidden_size(self) -> int | None: ...  # noqa: D102
-    @property
-    def sliding_window(self) -> int | None: ...  # noqa: D102
+    def group_size(self) -> int:
+        """Query heads per K/V head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ class ClusterProfile:
 
     # ---- use with a model
 
-    def check(self, shape: Shape) -> None:
+    def check(self, shape: ModelShape) -> None:
         """Compare the profile with a model.
 
         Raises:
@@ -289,18 +298,18 @@ class ClusterProfile:
         assert self.representatives is not None
         return set(self.representatives[layer]) - set(self.streaming_heads(layer))
 
-    def kept_keys(self, layer: int, shape: Shape) -> int:
+    def kept_keys(self, layer: int, shape: ModelShape) -> int:
         """K heads that layer keeps; for online "scores" with grouped queries, the most it can."""
-        k, group = self.clusters[layer], shape.heads // shape.kv_heads
+        k, group = self.clusters[layer], shape.group_size
         if self.target == "k-bytes":
             return k // group
         if self.representatives is not None:
             return len({head // group for head in self.far_representatives(layer)})
         return min(k, self.kept_values(layer, shape))
 
-    def kept_values(self, layer: int, shape: Shape) -> int:
+    def kept_values(self, layer: int, shape: ModelShape) -> int:
         """V heads that layer keeps for all tokens: those that some far-seeing head reads."""
-        group = shape.heads // shape.kv_heads
+        group = shape.group_size
         sees = set(range(shape.heads)) - set(self.streaming_heads(layer))
         return len({head // group for head in sees})
 
@@ -311,7 +320,7 @@ class ClusterProfile:
         curve, heads = self.error[layer], len(self.similarity[layer])
         return curve[self.clusters[layer] * len(curve) // heads - 1]
 
-    def bytes_per_token(self, shape: Shape, element_size: int) -> tuple[int, int]:
+    def bytes_per_token(self, shape: ModelShape, element_size: int) -> tuple[int, int]:
         """K,V bytes per token in all layers that hold every token: (full cache, with clusters).
 
         On top come, once per sequence, the exact recent window (`window_bytes`) and layers with
@@ -325,7 +334,7 @@ class ClusterProfile:
         )
         return full, kept * head
 
-    def window_bytes(self, shape: Shape, element_size: int) -> int:
+    def window_bytes(self, shape: ModelShape, element_size: int) -> int:
         """Bytes per sequence of the near keys of heads whose K, or V, is dropped."""
         dropped = sum(
             2 * shape.kv_heads - self.kept_keys(layer, shape) - self.kept_values(layer, shape)
@@ -333,7 +342,7 @@ class ClusterProfile:
         )
         return dropped * (self.recent + self.sinks) * shape.head_dim * element_size
 
-    def saved(self, shape: Shape, tokens: int) -> float:
+    def saved(self, shape: ModelShape, tokens: int) -> float:
         """Share of the K,V bytes of ``tokens`` tokens that a sequence does not hold."""
         full, kept = self.bytes_per_token(shape, 1)
         window = self.window_bytes(shape, 1) * min(1.0, tokens / max(1, self.recent + self.sinks))
@@ -341,7 +350,7 @@ class ClusterProfile:
         return 1 - (kept * tokens + window + sliding) / (full * tokens + sliding)
 
 
-def sliding_bytes(shape: Shape, element_size: int, tokens: int = FOR_EVER) -> int:
+def sliding_bytes(shape: ModelShape, element_size: int, tokens: int = FOR_EVER) -> int:
     """K,V bytes of a sequence of ``tokens`` tokens in layers with sliding windows.
 
     They hold the same with any profile: all heads of the last tokens, a window of them at most.

@@ -13,7 +13,7 @@ from chai_attention.ranks import rank_problem, spare
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chai_attention.profile import ClusterProfile, Shape
+    from chai_attention.profile import ClusterProfile, ModelShape
 
 # Bounds far above every model there is: what is larger is a mistake, or a file that is meant to
 # harm, and would only be met as missing memory or an overflow somewhere inside.
@@ -116,7 +116,7 @@ def none_of(name: str, value: object, known: Sequence[str]) -> Iterator[str]:
         yield f"{name} {value!r} is none of {', '.join(known)}"
 
 
-def target_problems(target: str, shape: Shape) -> Iterator[str]:
+def target_problems(target: str, shape: ModelShape) -> Iterator[str]:
     """Why a model of ``shape`` cannot have this target, if it cannot."""
     if target == "k-bytes" and shape.kv_heads == shape.heads:
         yield "target k-bytes is for grouped-query models: use scores"
@@ -158,7 +158,7 @@ def _tables(profile: ClusterProfile) -> Iterator[str]:
         yield "'offsets' need a recent window of at least 1 token"
 
 
-def misfits(profile: ClusterProfile, shape: Shape) -> list[str]:
+def misfits(profile: ClusterProfile, shape: ModelShape) -> list[str]:
     """What keeps a profile from running in a model of ``shape``."""
     said = profile.model or {}
     problems = [
@@ -176,9 +176,9 @@ def misfits(profile: ClusterProfile, shape: Shape) -> list[str]:
     return problems or _spare(profile, shape)
 
 
-def _layers(profile: ClusterProfile, shape: Shape) -> Iterator[str]:
+def _layers(profile: ClusterProfile, shape: ModelShape) -> Iterator[str]:
     """Layers that this model cannot run."""
-    heads, group = shape.heads, shape.heads // shape.kv_heads
+    heads, group = shape.heads, shape.group_size
     grouped = profile.target == "k-bytes"
     for layer, (k, free) in enumerate(zip(profile.clusters, shape.clusterable, strict=True)):
         streaming = profile.streaming_heads(layer)
@@ -217,7 +217,7 @@ def _layers(profile: ClusterProfile, shape: Shape) -> Iterator[str]:
             )
 
 
-def _spare(profile: ClusterProfile, shape: Shape) -> list[str]:
+def _spare(profile: ClusterProfile, shape: ModelShape) -> list[str]:
     """Where ranks that a profile was made for would keep heads to spare."""
     ranks = profile.tensor_parallel
     if ranks == 1:
@@ -273,7 +273,7 @@ def tensor_problems(corrections: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _refit(profile: ClusterProfile, shape: Shape) -> list[str]:
+def _refit(profile: ClusterProfile, shape: ModelShape) -> list[str]:
     """What keeps a refit from running in this model."""
     if profile.refit is None:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -181,14 +181,15 @@ def calibrate_data(
     Raises:
         CalibrationError: as `calibrate`.
     """
-    shape, sequences = describe(model), data.sequences
+    shape = describe(model)
     if chosen.refits:  # found now, not after the evidence
         Corrections.require_plain(attention_modules(model))
     wanted = chosen.given_clusters(shape)
-    for tokens in (sequences, *data.measured):
+    for tokens in (data.sequences, *data.measured):
         require_tokens(model, tokens)
-    if sequences.is_inference():  # such a tensor cannot be part of a backward pass
-        sequences = sequences.clone()
+    if data.sequences.is_inference():  # such a tensor cannot be part of a backward pass
+        data = replace(data, sequences=data.sequences.clone())
+    sequences = data.sequences
     if store is None or store.model is not model or not torch.equal(store.sequences, sequences):
         store = EvidenceStore(model, sequences, batch_size)
     provenance = _provenance(chosen, source, sequences, seed)
@@ -199,7 +200,7 @@ def calibrate_data(
         recall = recall_check(tokenizer, data.measured, seed)
     steps = Steps(progress, *steps_of(len(store.missing(chosen)), chosen, shape, measure))
     candidates = candidates_of(shape, chosen, store.get_all(chosen, steps=steps), provenance)
-    finish = Finish(model, chosen, sequences, data.measured, recall, batch_size, steps)
+    finish = Finish(model, chosen, data, recall, batch_size, steps)
     if isinstance(candidates, Candidates):
         if wanted is not None:
             return finish.unmeasured(candidates.profile(wanted))

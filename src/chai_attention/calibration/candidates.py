@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,31 +23,29 @@ from chai_attention.profile import BLEND, FOR_EVER, STATIC, ClusterProfile
 from chai_attention.runtime.shape import ModelShape
 
 
+@dataclass(eq=False)
 class Candidates:
     """Profiles of one model, recipe and text, by the number of units removed.
 
     A unit is a head, or a K/V head with target "k-bytes"; on each rank, if the profile is to be
     served on several.
 
-    Args:
+    Attributes:
         shape: of the model.
-        settings: resolved settings.
+        settings: of the calibration.
         evidence: of the text.
         provenance: what every profile remembers of its making.
     """
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        settings: Resolved,
-        evidence: Evidence,
-        provenance: dict[str, Any] | None = None,
-    ):
-        self.shape = shape
-        self.settings = settings
-        self.evidence = evidence
-        self.counts = settings.layer_counts(shape)
-        self._provenance = provenance or {}
+    shape: ModelShape
+    settings: Resolved
+    evidence: Evidence
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of clusters a layer can have, ascending."""
+        return self.settings.layer_counts(self.shape)
 
     @cached_property
     def curves(self) -> list[list[float]]:
@@ -55,7 +53,7 @@ class Candidates:
         if self.evidence.costs is None:
             return [
                 error_curve(gram, self.shape.kv_heads, self.settings.target, self._ranks)
-                for gram in self._grams
+                for gram in self.evidence.grams
             ]
         return [
             [cost / curve[0] if curve[0] > 0 else 0.0 for cost in curve] for curve in self._costs
@@ -93,10 +91,6 @@ class Candidates:
     def _ranks(self) -> int:
         """Ranks whose heads share among themselves."""
         return self.settings.tensor_parallel
-
-    @property
-    def _grams(self) -> Tensor:
-        return self.evidence.grams
 
     @cached_property
     def _plan(self) -> Allocation | Level:
@@ -136,14 +130,15 @@ class Candidates:
         Raises:
             CalibrationError: more than this model can.
         """
-        if self.settings.save is None:
-            assert self.settings.removed is not None
-            return self.units_for(self.settings.removed)
-        units = self.units_to_save(self.settings.save)
-        if units == self.most < 2 * self.settings.save * self._growing:
+        save, removed = self.settings.save, self.settings.removed
+        # a unit of the layers whose K,V bytes grow with every token is K, which is half of them
+        growing = 2 * (save or 0.0) * sum(self.shape.clusterable) * len(self.counts)
+        exact = growing if removed is None else removed * self.units
+        units = min(self.most, max(1, int(exact) + (exact > int(exact) + 1e-9)))
+        if units == self.most < growing:
             most = self.remove(units).saved(self.shape, FOR_EVER)
             raise CalibrationError(
-                f"save {self.settings.save:.1%} is more than this model can: K of all but one head "
+                f"save {save:.1%} is more than this model can: K of all but one head "
                 f"a layer is {most:.1%} of its K,V bytes"
             )
         return units
@@ -152,22 +147,6 @@ class Candidates:
     def guess(self) -> int:
         """Units that the search for the largest saving begins with."""
         return self.units // 20
-
-    @property
-    def _growing(self) -> int:
-        """Units of the layers whose K,V bytes grow with every token."""
-        return sum(self.shape.clusterable) * len(self.counts)
-
-    def units_for(self, share: float) -> int:
-        """Smallest number of units that is ``share`` of all of them."""
-        return self._at_least(share * self.units)
-
-    def units_to_save(self, share: float) -> int:
-        """Smallest number of units whose K is ``share`` of the K,V bytes per token."""
-        return self._at_least(2 * share * self._growing)
-
-    def _at_least(self, exact: float) -> int:
-        return min(self.most, max(1, int(exact) + (exact > int(exact) + 1e-9)))
 
     def remove(self, units: int) -> ClusterProfile:
         """Return the profile with ``units`` units removed where they cost least."""
@@ -200,7 +179,7 @@ class Candidates:
             sinks=settings.sinks,
             offsets=rounded(evidence.offsets, 4),
             tensor_parallel=self._ranks,
-            provenance=self._provenance | self._predicted(clusters),
+            provenance={**self.provenance, **self._predicted(clusters)},
             **self._facts,
         )
 
@@ -244,7 +223,9 @@ class Candidates:
                     lambda part: assign(part[None], k // ranks, kv_heads, self.settings.target)[0],
                 )
 
-            found = [nearest(gram, k) for gram, k in zip(self._grams, clusters, strict=True)]
+            found = [
+                nearest(gram, k) for gram, k in zip(self.evidence.grams, clusters, strict=True)
+            ]
         return tuple(tuple(rep.tolist()) for rep in found)
 
 

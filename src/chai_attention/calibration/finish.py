@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from chai_attention.calibration.budget import largest_within
 from chai_attention.calibration.candidates import Candidates
 from chai_attention.calibration.checks import not_finite
+from chai_attention.calibration.data import CalibrationData
 from chai_attention.calibration.perplexity import Loss, PairedRise, paired_rise, token_loss
 from chai_attention.calibration.recall_check import RecallCheck, RecallFall
 from chai_attention.calibration.settings import Resolved
@@ -24,37 +25,26 @@ from chai_attention.profile import FOR_EVER, ClusterProfile
 from chai_attention.runtime.shape import describe
 
 
+@dataclass(eq=False)
 class Finish:
-    """Refits and measures profiles, on the sequences kept back for that.
+    """Refits and measures profiles.
 
-    Args:
+    Attributes:
         model: without clustered heads.
-        settings: resolved.
-        sequences: ``[N, S]`` tokens that were learnt from.
-        texts: ``[M, S]`` tokens to measure on, each of one length; none if nothing is measured.
+        settings: what was asked for.
+        data: tokens that were learnt from, and that are measured on.
         recall: questions to ask as well; None for none.
         batch_size: sequences per forward.
         steps: what is told how far it is.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: Resolved,
-        sequences: Tensor,
-        texts: Sequence[Tensor],
-        recall: RecallCheck | None,
-        batch_size: int,
-        steps: Steps,
-    ):
-        self.model = model
-        self.settings = settings
-        self.sequences = sequences
-        self._texts = texts
-        self.recall = recall
-        self.batch_size = batch_size
-        self.steps = steps
-        self._baselines: list[Loss] = []
+    model: PreTrainedModel
+    settings: Resolved
+    data: CalibrationData
+    recall: RecallCheck | None
+    batch_size: int
+    steps: Steps
+    _baselines: Sequence[Loss] = ()
 
     def unmeasured(self, profile: ClusterProfile) -> ClusterProfile:
         """Refit the profile if that was asked for."""
@@ -116,8 +106,8 @@ class Finish:
                 )
             raise CalibrationError(
                 f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
-                f"{worst} perplexity on {len(self._texts[0])} held-out sequences. Ask for more, or "
-                "measure on more text (the standard error counts 1.6 times)"
+                f"{worst} perplexity on {len(self.data.measured[0])} held-out sequences. Ask for "
+                "more, or measure on more text (the standard error counts 1.6 times)"
             )
         asked: dict[str, Any] = {"max_loss": max_loss}
         fall = falls[kept.units]
@@ -142,7 +132,7 @@ class Finish:
                 "length": sequences.shape[1],
                 "saved": round(profile.saved(shape, sequences.shape[1]), 6),
             }
-            for rise, sequences in zip(rises, self._texts, strict=True)
+            for rise, sequences in zip(rises, self.data.measured, strict=True)
         ]
         promise: dict[str, Any] = {
             **asked,
@@ -153,20 +143,14 @@ class Finish:
         if len(found) > 1:
             promise["longer"] = found[1]
         if self.recall is not None:
-            promise["recall"] = self._recall_promise(fall)
-        return replace(profile, promise=promise)
-
-    def _recall_promise(self, fall: RecallFall | None) -> dict[str, Any]:
-        """What is written down of questions about held-out text."""
-        assert self.recall is not None
-        found: dict[str, Any] = {} if self.recall.note is None else {"note": self.recall.note}
+            promise["recall"] = {} if self.recall.note is None else {"note": self.recall.note}
         if fall is not None:
-            found |= {
+            promise["recall"] |= {
                 "fall": round(fall.fall, 4),
                 "standard_error": round(fall.standard_error, 4),
                 "tasks": list(fall.tasks),
             }
-        return found
+        return replace(profile, promise=promise)
 
     def _recalled(self, profile: ClusterProfile) -> RecallFall | None:
         """How far recall falls with a profile; None if nothing is asked."""
@@ -183,16 +167,18 @@ class Finish:
         return refit(
             self.model,
             profile,
-            self.sequences,
+            self.data.sequences,
             kind=self.settings.refit,
-            held_out=self._texts[0] if self._texts else None,
+            held_out=self.data.held_out,
             batch_size=self.batch_size,
             progress=self.steps.go_on("refitting"),
         )
 
     def _measure_baseline(self) -> None:
         self.steps.begin("perplexity of the model")
-        self._baselines = [self._loss(text, "perplexity of the model") for text in self._texts]
+        self._baselines = [
+            self._loss(text, "perplexity of the model") for text in self.data.measured
+        ]
         if not all(loss.finite for loss in self._baselines):
             raise not_finite(self.model, "the loss of this model on held-out text")
         if self.recall is not None:
@@ -203,10 +189,10 @@ class Finish:
         with enabled(self.model, profile):
             return [
                 paired_rise(baseline, self._loss(text, what))
-                for baseline, text in zip(self._baselines, self._texts, strict=True)
+                for baseline, text in zip(self._baselines, self.data.measured, strict=True)
             ]
 
     def _loss(self, text: Tensor, what: str) -> Loss:
         # as many tokens at a time
-        batch = max(1, self.batch_size * self._texts[0].shape[1] // text.shape[1])
+        batch = max(1, self.batch_size * self.data.measured[0].shape[1] // text.shape[1])
         return token_loss(self.model, text, batch_size=batch, progress=self.steps.go_on(what))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from chai_attention.errors import CalibrationError
 from chai_attention.runtime.shape import ModelShape
 
 
+@dataclass(eq=False)
 class HeadSplits:
     """The cheapest ways to keep, share and stream heads with one exact recent window.
 
@@ -23,7 +25,7 @@ class HeadSplits:
     whoever deals them out deals out bytes. Within a layer splits are optimal as `best_splits`
     says, over layers by dynamic programming.
 
-    Args:
+    Attributes:
         shape: of the model.
         evidence: gradient costs, which add up over layers, with this window.
         recent: w, at least 1.
@@ -33,26 +35,13 @@ class HeadSplits:
         ranks: that hold different K/V heads, and share and save by themselves (see `best_splits`).
     """
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        evidence: Evidence,
-        recent: int,
-        sinks: int,
-        *,
-        share: bool = True,
-        stream: bool = True,
-        ranks: int = 1,
-    ):
-        assert evidence.costs is not None
-        assert evidence.streaming is not None
-        self.shape = shape
-        self.evidence = evidence
-        self.recent = recent
-        self.sinks = sinks
-        self._share = share
-        self._stream = stream
-        self.ranks = ranks
+    shape: ModelShape
+    evidence: Evidence
+    recent: int
+    sinks: int
+    share: bool = True
+    stream: bool = True
+    ranks: int = 1
 
     @cached_property
     def layers(self) -> list[list[Split]]:
@@ -62,8 +51,8 @@ class HeadSplits:
         assert evidence.streaming is not None
         return [
             _splits(
-                costs.double().numpy().tobytes() if self._share and free else None,
-                streaming.double().numpy().tobytes() if self._stream and free else None,
+                costs.double().numpy().tobytes() if self.share and free else None,
+                streaming.double().numpy().tobytes() if self.stream and free else None,
                 shape.kv_heads,
                 shape.heads,
                 self.ranks,

@@ -7,9 +7,9 @@ the old weights maps what now reaches the output projection to what the layer pu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,14 +124,14 @@ class _Streams:
         self._model = model
         self._profile = profile
         self._modules = attention_modules(model)
-        self._layers = decoder_layers(model)
+        layers = decoder_layers(model)
         size = min(rows_at_once(batch_size, sequences.shape[1]), len(sequences))
         # masks and positions are kept from one forward, so batches are of one size
         batches = sequences[: len(sequences) // size * size].to(input_device(model)).split(size)
-        self._plain_options, _ = _observed(model, self._layers, batches[0])
+        self._plain_calls, _ = _observed(model, layers, batches[0])
         with enabled(model, profile):
-            self._shared_options, _ = _observed(model, self._layers, batches[0])
-        self._plain = [_observed(model, self._layers[:1], batch)[1] for batch in batches]
+            self._shared_calls, _ = _observed(model, layers, batches[0])
+        self._plain = [_observed(model, layers[:1], batch)[1] for batch in batches]
         self._shared = list(self._plain)
 
     def fit(self, layer: int, kind: str) -> Tensor:
@@ -145,9 +145,9 @@ class _Streams:
         with enabled(self._model, self._profile):
             for index, hidden in enumerate(self._shared):
                 with _watched(projection) as seen:
-                    self._run(layer, hidden, self._shared_options)
+                    self._shared_calls[layer](hidden)
                 target = targets[index] if bias is None else targets[index] - bias
-                sums[index >= len(targets) - check].add(seen.inputs, target)
+                sums[index >= len(targets) - check].add(seen["inputs"], target)
         if kind == "bias":
             total = sums[0].residual + sums[1].residual
             return (total / (sums[0].count + sums[1].count)).float()
@@ -155,11 +155,11 @@ class _Streams:
 
     def advance(self, layer: int, corrections: dict[str, Tensor]) -> None:
         """Run both streams through a layer, with its new weights in the clustered one."""
-        self._plain = [self._run(layer, x, self._plain_options) for x in self._plain]
+        self._plain = [self._plain_calls[layer](hidden) for hidden in self._plain]
         with enabled(self._model, self._profile):
             applied = Corrections(self._modules, corrections)
             try:
-                self._shared = [self._run(layer, x, self._shared_options) for x in self._shared]
+                self._shared = [self._shared_calls[layer](hidden) for hidden in self._shared]
             finally:
                 applied.undo()
 
@@ -168,22 +168,12 @@ class _Streams:
         outputs = []
         for hidden in self._plain:
             with _watched(projection) as seen:
-                self._run(layer, hidden, self._plain_options)
-            outputs.append(seen.outputs)
+                self._plain_calls[layer](hidden)
+            outputs.append(seen["outputs"])
         return outputs
 
-    def _run(self, layer: int, hidden: Tensor, options: Sequence[_Call]) -> Tensor:
-        call = options[layer]
-        out = self._layers[layer](hidden, *call.rest, **call.options)
-        return out[0] if isinstance(out, tuple) else out
 
-
-@dataclass(frozen=True)
-class _Call:
-    """What a decoder layer is called with besides hidden states."""
-
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
+_Call = Callable[[Tensor], Tensor]  # a decoder layer with all but the hidden states given
 
 
 class _Enough(Exception):  # noqa: N818
@@ -193,7 +183,7 @@ class _Enough(Exception):  # noqa: N818
 def _observed(
     model: PreTrainedModel, layers: Sequence[nn.Module], batch: Tensor
 ) -> tuple[list[_Call], Tensor]:
-    """How these first layers are called, and the hidden states before the first of them."""
+    """These first layers as they are called, and the hidden states before the first of them."""
     calls: list[_Call] = []
     first: list[Tensor] = []
 
@@ -201,7 +191,12 @@ def _observed(
         options = dict(kwargs)
         hidden = args[0] if args else options.pop("hidden_states")
         first.append(hidden)
-        calls.append(_Call(args[1:], options))
+
+        def call(hidden: Tensor) -> Tensor:
+            out = module(hidden, *args[1:], **options)
+            return out[0] if isinstance(out, tuple) else out
+
+        calls.append(call)
         if len(calls) == len(layers):
             raise _Enough
 
@@ -216,22 +211,14 @@ def _observed(
     return calls, first[0]
 
 
-@dataclass
-class _Seen:
-    """Inputs ``[N, in]`` and outputs ``[N, out]`` of a projection, tokens of a batch in a row."""
-
-    inputs: Tensor
-    outputs: Tensor
-
-
 @contextmanager
-def _watched(projection: nn.Module) -> Iterator[_Seen]:
-    """See what goes through a projection in the block."""
-    seen = _Seen(torch.empty(0), torch.empty(0))
+def _watched(projection: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """See what goes through a projection in the block: "inputs" and "outputs", ``[N, ...]``."""
+    seen: dict[str, Tensor] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        seen.inputs = args[0].detach().flatten(0, 1).float()
-        seen.outputs = out.detach().flatten(0, 1).float()
+        seen["inputs"] = args[0].detach().flatten(0, 1).float()
+        seen["outputs"] = out.detach().flatten(0, 1).float()
 
     hook = projection.register_forward_hook(look)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ from chai_attention.runtime.shape import ModelShape
 USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told with this w
 
 
+@dataclass(eq=False)
 class SplitCandidates:
     """Profiles of one model, recipe and text, by the number of units saved.
 
@@ -28,32 +30,25 @@ class SplitCandidates:
     on several. With several windows the one is taken that
     serves the budget best by what the costs predict (`best_recent`).
 
-    Args:
+    Attributes:
         shape: of the model.
-        settings: resolved settings, of a recipe with streaming heads.
+        settings: of a recipe with streaming heads.
         evidence: of the text, by w.
         provenance: what every profile remembers of its making.
-
-    Raises:
-        CalibrationError: a saving that no window can give.
     """
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        settings: Resolved,
-        evidence: Mapping[int, Evidence],
-        provenance: dict[str, Any] | None = None,
-    ):
-        self.shape = shape
-        self.settings = settings
-        self._provenance = provenance or {}
+    shape: ModelShape
+    settings: Resolved
+    evidence: Mapping[int, Evidence]
+    provenance: Mapping[str, Any]
+
+    def _splits(self, w: int, ranks: int | None = None) -> HeadSplits:
+        """The splits with a window of w tokens, for the ranks of the settings or other ones."""
+        settings = self.settings
         share = settings.recipe != STREAM
-        ranks = distinct_ranks(shape.kv_heads, settings.tensor_parallel)
-        self._splits = {
-            w: HeadSplits(shape, found, w, settings.sinks, share=share, ranks=ranks)
-            for w, found in evidence.items()
-        }
+        if ranks is None:
+            ranks = distinct_ranks(self.shape.kv_heads, settings.tensor_parallel)
+        return HeadSplits(self.shape, self.evidence[w], w, settings.sinks, share, ranks=ranks)
 
     @property
     def unit(self) -> str:
@@ -70,17 +65,14 @@ class SplitCandidates:
     @cached_property
     def best(self) -> HeadSplits:
         """The splits of the window that serves the budget best."""
-        settings = self.settings
-        if len(self._splits) == 1:
-            return next(iter(self._splits.values()))
-        save = settings.save
+        settings, save = self.settings, self.settings.save
+        splits = {w: self._splits(w) for w in self.evidence}
+        if len(splits) == 1:
+            return next(iter(splits.values()))
         if settings.removed is not None:
-            usual = min(self._splits, key=lambda w: abs(w - USUAL_RECENT))
-            splits = self._splits[usual]
-            save = splits.saved(splits.at(self._units_without(splits)), self.context)
-        return self._splits[
-            best_recent(self._splits, self.context, save=save, max_loss=settings.max_loss)
-        ]
+            usual = splits[min(splits, key=lambda w: abs(w - USUAL_RECENT))]
+            save = usual.saved(usual.at(self._units_without(usual)), self.context)
+        return splits[best_recent(splits, self.context, save=save, max_loss=settings.max_loss)]
 
     @property
     def most(self) -> int:
@@ -143,7 +135,7 @@ class SplitCandidates:
             sinks=best.sinks,
             offsets=rounded(best.evidence.offsets, 4) if shares else None,
             tensor_parallel=self.settings.tensor_parallel,
-            provenance=self._provenance | self._predicted(splits),
+            provenance={**self.provenance, **self._predicted(splits)},
             **self._facts,
         )
 
@@ -158,8 +150,7 @@ class SplitCandidates:
     @cached_property
     def _one_rank(self) -> HeadSplits:
         """The splits of the same window if no rank were to be heeded."""
-        best, share = self.best, self.settings.recipe != STREAM
-        return HeadSplits(self.shape, best.evidence, best.recent, best.sinks, share=share)
+        return self._splits(self.best.recent, ranks=1)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -173,9 +164,10 @@ def candidates_of(
     shape: ModelShape,
     chosen: Resolved,
     evidence: Mapping[int, Evidence],
-    provenance: dict[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Candidates | SplitCandidates:
     """Profiles to choose from; evidence by w."""
+    provenance = provenance or {}
     if chosen.streams:
         return SplitCandidates(shape, chosen, evidence, provenance)
     (only,) = evidence.values()

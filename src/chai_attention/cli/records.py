@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from chai_attention.cli.tables import is_bound
-from chai_attention.profile import ClusterProfile, Shape, sliding_bytes
+from chai_attention.profile import ClusterProfile, ModelShape, sliding_bytes
 
 if TYPE_CHECKING:
     from chai_attention.evaluation.demo import DemoResult
@@ -16,7 +16,7 @@ _FACTS = ("membership", "window", "probe_start", "target", "recent", "sinks", "t
 
 
 def profile_record(
-    profile: ClusterProfile, shape: Shape | None, element_size: int = 2
+    profile: ClusterProfile, shape: ModelShape | None, element_size: int = 2
 ) -> dict[str, Any]:
     """What a profile holds, without its tables of pairs of heads.
 

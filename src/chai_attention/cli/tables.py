@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from chai_attention.profile import ClusterProfile, Shape, sliding_bytes
+from chai_attention.profile import ClusterProfile, ModelShape, sliding_bytes
 
 if TYPE_CHECKING:  # they import torch, which chai inspect does without
     from chai_attention.calibration.estimate import Estimate
@@ -25,7 +25,7 @@ def render(table: Table, width: int = 100) -> str:
     return captured.get().rstrip("\n")
 
 
-def profile_table(profile: ClusterProfile, shape: Shape | None) -> str:
+def profile_table(profile: ClusterProfile, shape: ModelShape | None) -> str:
     """One row per layer: what its heads do with far keys, and the K and V heads that are kept."""
     table = Table(title=_title(profile))
     names = ["layer", "clusters"]
@@ -63,7 +63,7 @@ def _ranges(heads: Sequence[int]) -> str:
     return ", ".join(spans) or "-"
 
 
-def summary_line(profile: ClusterProfile, shape: Shape, element_size: int) -> str:
+def summary_line(profile: ClusterProfile, shape: ModelShape, element_size: int) -> str:
     """K,V bytes per token before and after."""
     full, kept = profile.bytes_per_token(shape, element_size)
     bound = "at least " if is_bound(profile, shape) else ""
@@ -191,7 +191,7 @@ def _counted(found: Mapping[str, Any], name: str) -> str:
     return f"{value}" if isinstance(value, int) else "an unknown number of"
 
 
-def is_bound(profile: ClusterProfile, shape: Shape) -> bool:
+def is_bound(profile: ClusterProfile, shape: ModelShape) -> bool:
     """Whether the number of kept K heads depends on the request."""
     online = profile.representatives is None
     return online and profile.target == "scores" and shape.kv_heads < shape.heads

@@ -8,6 +8,7 @@ known already cannot be part of a better one and is left out.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ TIME_LIMIT = 10.0  # seconds for one integer program
 GAP = 1e-6  # relative to the best known cost
 
 
+@dataclass(frozen=True, eq=False)
 class Program:
     """Searches the cheapest way to save units in one layer.
 
-    Args:
+    Attributes:
         nearest: ``[H, G]``, what head h pays for the cheapest scores of K/V head g.
         stream: ``[H]``, what head h pays for seeing near keys only; infinite if none may.
         own: ``[H]``, the K/V head of each head.
@@ -29,11 +31,10 @@ class Program:
             as each other; costs of scores of another rank are infinite.
     """
 
-    def __init__(self, nearest: np.ndarray, stream: np.ndarray, own: np.ndarray, ranks: int = 1):
-        self._nearest = nearest
-        self._stream = stream
-        self._own = own
-        self._ranks = ranks
+    nearest: np.ndarray
+    stream: np.ndarray
+    own: np.ndarray
+    ranks: int = 1
 
     def kept(self, units: int, known: float) -> np.ndarray | None:
         """Return who keeps K, ``[G]`` bool, if ``units`` can be saved for less than ``known``.
@@ -47,11 +48,11 @@ class Program:
         """
         if known <= 0:
             return None
-        heads, groups = self._nearest.shape
+        heads, groups = self.nearest.shape
         # on ranks a head may have to share although streaming costs less: all keep as many V heads
-        limit = known if self._ranks > 1 else np.minimum(self._stream, known)[:, None]
-        useful = self._nearest < limit
-        useful[np.arange(heads), self._own] = False
+        limit = known if self.ranks > 1 else np.minimum(self.stream, known)[:, None]
+        useful = self.nearest < limit
+        useful[np.arange(heads), self.own] = False
         head, group = np.nonzero(useful)
         pairs = len(head)
         # x: head uses group; y: group keeps K; z: head streams; n: group streams whole
@@ -62,23 +63,23 @@ class Program:
             size,
             heads,
             (head, index, 1.0),
-            (each, y + self._own, 1.0),
+            (each, y + self.own, 1.0),
             (each, z + each, 1.0),
         )
         only_kept = _matrix(size, pairs, (index, index, 1.0), (index, y + group, -1.0))
-        all_stream = _matrix(size, heads, (each, n + self._own, 1.0), (each, z + each, -1.0))
+        all_stream = _matrix(size, heads, (each, n + self.own, 1.0), (each, z + each, -1.0))
         saves = np.zeros(size)
         saves[y:z], saves[n:] = -1.0, 1.0
-        able = self._stream <= known
+        able = self.stream <= known
         cost = np.concatenate(
-            [self._nearest[head, group], np.zeros(groups), np.where(able, self._stream, 0.0)]
+            [self.nearest[head, group], np.zeros(groups), np.where(able, self.stream, 0.0)]
         )
         upper = np.ones(size)
         upper[z:n] = able
         constraints = [
             LinearConstraint(does_one, 1, 1),
             LinearConstraint(all_stream, -np.inf, 0),
-            LinearConstraint(saves[None], units * self._ranks - groups, np.inf),
+            LinearConstraint(saves[None], units * self.ranks - groups, np.inf),
             *self._alike(size, y, z, n),
         ]
         if pairs:
@@ -104,19 +105,19 @@ class Program:
 
     def _alike(self, size: int, y: int, z: int, n: int) -> list[LinearConstraint]:
         """All ranks keep as many K heads, and V heads that somebody reads, as the first."""
-        if self._ranks == 1:
+        if self.ranks == 1:
             return []
-        heads, groups = self._nearest.shape
-        rank = np.arange(groups) // (groups // self._ranks)
+        heads, groups = self.nearest.shape
+        rank = np.arange(groups) // (groups // self.ranks)
         other = np.flatnonzero(rank)
         same = [
             _matrix(
                 size,
-                self._ranks - 1,
+                self.ranks - 1,
                 (rank[other] - 1, first + other, 1.0),
                 *(
                     (np.full(groups - len(other), r), first + np.flatnonzero(rank == 0), -1.0)
-                    for r in range(self._ranks - 1)
+                    for r in range(self.ranks - 1)
                 ),
             )
             for first in (y, n)
@@ -125,7 +126,7 @@ class Program:
         read = _matrix(
             size,
             groups,
-            (self._own, z + each, 1.0),
+            (self.own, z + each, 1.0),
             (np.arange(groups), n + np.arange(groups), -1.0),
         )
         return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from chai_attention.errors import UnsupportedModelError
+from chai_attention.profile import ModelShape as ModelShape
 
 # model types whose every release is tested against the definition
 FAMILIES = (
@@ -27,36 +27,6 @@ FAMILIES = (
 # what the code of a model calls transformers' attention interface
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The attention of a model.
-
-    Attributes:
-        architecture: the config's ``model_type``.
-        layers: number of decoder layers.
-        heads: H, query heads per layer.
-        kv_heads: G, K/V heads per layer; divides H.
-        head_dim: D.
-        clusterable: per layer, False for sliding-window layers, which are left as they are.
-        hidden_size: size of the hidden states, None if the config does not say.
-        sliding_window: tokens that a sliding-window layer holds at most, None if there is none.
-    """
-
-    architecture: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    clusterable: tuple[bool, ...]
-    hidden_size: int | None = None
-    sliding_window: int | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per K/V head."""
-        return self.heads // self.kv_heads
 
 
 def describe(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
