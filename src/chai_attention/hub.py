@@ -1,6 +1,6 @@
-"""What the name of a model or a data set leads to, found out before anything slow begins.
+"""Names of models and data sets, checked before anything slow begins.
 
-What is here comes first. The hub is asked once and briefly: the libraries that download from it
+Local files come first. The hub is asked once and briefly: the libraries that download from it
 go on trying for half a minute when it cannot be reached. Nothing here imports torch.
 """
 

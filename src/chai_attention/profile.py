@@ -93,7 +93,7 @@ class ClusterProfile:
             "static" uses ``representatives`` for all requests; "blend" adds ``blend`` times the
             static ``costs`` to what the first tokens say.
         window: tokens whose scores decide an online or blended membership (5 in the paper).
-        probe_start: real tokens of a sequence before its probe window, such as those of a chat
+        probe_start: real tokens of a sequence before its probe tokens, such as those of a chat
             template, which are the same in every request.
         features: what of the window is compared: "scores", the attention maps, or "value", the
             heads' outputs if they used each other's maps (blended memberships only).

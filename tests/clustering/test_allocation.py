@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chai_attention.clustering.allocation import Allocation, Level
+from chai_attention.clustering.allocation import Allocation, EqualError
 
 CURVES = st.lists(
     st.lists(st.floats(0, 10), min_size=0, max_size=4).map(
@@ -39,7 +39,7 @@ def test_no_other_allocation_is_cheaper(curves):
 @settings(max_examples=60, deadline=None)
 @given(CURVES)
 def test_a_level_keeps_the_worst_layer_as_good_as_possible(curves):
-    plan = Level(curves)
+    plan = EqualError(curves)
     for units in range(plan.most + 1):
         removed = plan.removed(units)
         assert sum(removed) == units
@@ -52,7 +52,7 @@ def test_a_level_keeps_the_worst_layer_as_good_as_possible(curves):
         assert worst == pytest.approx(best)
 
 
-@pytest.mark.parametrize("kind", [Allocation, Level])
+@pytest.mark.parametrize("kind", [Allocation, EqualError])
 @pytest.mark.parametrize("units", [-1, 4])
 def test_more_than_there_is_cannot_be_removed(kind, units):
     with pytest.raises(ValueError, match="0 to 3 units"):

@@ -195,9 +195,8 @@ def calibrate_data(
     provenance = _provenance(chosen, source, sequences, seed)
     provenance |= use_recall(store, tokenizer, chosen, seed, required=recall_asked)
     measured = chosen.measures(measure)
-    recall = None
-    if measured and (chosen.streams or chosen.max_recall_loss is not None):
-        recall = recall_check(tokenizer, data.measured, seed)
+    asks = measured and chosen.asks_recall
+    recall = recall_check(tokenizer, data.measured, seed) if asks else None
     steps = Steps(progress, *steps_of(len(store.missing(chosen)), chosen, shape, measure))
     candidates = candidates_of(shape, chosen, store.get_all(chosen, steps=steps), provenance)
     finish = Finish(model, chosen, data, recall, batch_size, steps)

@@ -14,7 +14,7 @@ from chai_attention.calibration.evidence import Evidence
 from chai_attention.calibration.head_splits import predicted_rise
 from chai_attention.calibration.settings import Resolved
 from chai_attention.calibration.statistics import cosine_similarity, rounded
-from chai_attention.clustering.allocation import Allocation, Level
+from chai_attention.clustering.allocation import Allocation, EqualError
 from chai_attention.clustering.assign import K_BYTES, assign, on_ranks
 from chai_attention.clustering.elbow import elbow, error_curve
 from chai_attention.clustering.exact import best_assignment
@@ -93,7 +93,7 @@ class Candidates:
         return self.settings.tensor_parallel
 
     @cached_property
-    def _plan(self) -> Allocation | Level:
+    def _plan(self) -> Allocation | EqualError:
         """Who gives up units first: gradient costs add up over layers, others do not."""
         absolute = self.settings.cost == GRADIENT
         curves = self._costs if absolute else self.curves
@@ -101,7 +101,7 @@ class Candidates:
             curve[::-1] if free else curve[-1:]
             for curve, free in zip(curves, self.shape.clusterable, strict=True)
         ]
-        return Allocation(free) if absolute else Level(free)
+        return Allocation(free) if absolute else EqualError(free)
 
     @property
     def most(self) -> int:

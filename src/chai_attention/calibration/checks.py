@@ -1,4 +1,4 @@
-"""What is wrong with a model, or with the tokens it is given, said before hours are spent."""
+"""Models and tokens that cannot be calibrated, refused before hours are spent."""
 
 from __future__ import annotations
 

@@ -86,8 +86,7 @@ def estimate(
     if any(source.name == SELF for source in request.sources):
         seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
         sequences = _stand_in(model, length)
-        files = [source for source in request.sources if source.name != SELF]
-        if files:  # what is wrong with them is found
+        if files := [source for source in request.sources if source.name != SELF]:
             replace(request, sources=files).read(model, tokenizer, chosen, progress)
     else:
         data = request.read(model, tokenizer, chosen, progress)
@@ -113,26 +112,16 @@ def estimate(
         with enabled(model, candidates.remove(max(1, candidates.guess))):
             per_try = _loss_seconds(model, sequences)
         texts = [sequences] if longer is None else [sequences, longer]
-        asked = chosen.streams or chosen.max_recall_loss is not None
-        check = recall_check(tokenizer, texts, request.seed) if asked else None
+        check = recall_check(tokenizer, texts, request.seed) if chosen.asks_recall else None
         tokens = 0 if check is None else sum(task.length * len(task.cases) for task in check.tasks)
         wanted = held_out * len(texts) + tokens / length
         per_try *= wanted
         seconds["perplexity of the model"] = plain * wanted
         if chosen.refits:
             per_try += plain * PASSES * sequences_needed(model, samples, length)
-        total, _ = steps_of(0, chosen, shape)
-        tries = max(1, total - 1)
-    return Estimate(
-        samples,
-        held_out,
-        length,
-        seconds,
-        tries,
-        per_try,
-        _memory(model),
-        sum(p.numel() * p.element_size() for p in model.parameters()),
-    )
+        tries = max(1, steps_of(0, chosen, shape)[0] - 1)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Estimate(samples, held_out, length, seconds, tries, per_try, _memory(model), weights)
 
 
 class _Clock:

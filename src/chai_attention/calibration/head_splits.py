@@ -22,7 +22,7 @@ class HeadSplits:
     """The cheapest ways to keep, share and stream heads with one exact recent window.
 
     A unit is K or V of far keys of one K/V head on each rank: all units are of one size, so that
-    whoever deals them out deals out bytes. Within a layer splits are optimal as `best_splits`
+    a number of units is a number of bytes. Within a layer splits are optimal as `best_splits`
     says, over layers by dynamic programming.
 
     Attributes:

@@ -48,8 +48,7 @@ class Band:
     Attributes:
         keys: which keys; ``n`` of them.
         scores: ``[H, R, n]``, without their scale, minus infinity for keys that are not of a
-            query's band. They are gone, their memory used, as soon as one of the properties is
-            asked for.
+            query's band. The first property that is read uses their memory.
         scale: factor on the scores, above 0.
     """
 

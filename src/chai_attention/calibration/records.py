@@ -1,4 +1,4 @@
-"""What a record of a data set says: its text, its chat, or a guess that is said aloud."""
+"""The text or chat of a record of a data set, or a guess at it, with a warning."""
 
 from __future__ import annotations
 

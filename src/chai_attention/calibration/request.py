@@ -51,7 +51,7 @@ class TextRequest:
         held_out: further sequences to measure a loss on.
         length: tokens per sequence; None for what the settings and the model make of it.
         seed: which sequences.
-        probe_from: where the probe window begins: "start", or "content" after a chat template.
+        probe_from: where the probe tokens begin: "start", or "content" after a chat template.
     """
 
     sources: Sequence[Source]
@@ -100,7 +100,7 @@ class TextRequest:
     def settle(
         self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Resolved:
-        """Resolve settings for a model, and find where its probe window begins.
+        """Resolve settings for a model, and find where its probe tokens begin.
 
         Raises:
             CalibrationError: options that contradict each other, or no chat template.

@@ -47,8 +47,8 @@ class Settings:
             (error of the layer's output) or "gradient" (change of the loss).
         membership: "online", "static" or "blend".
         target: "scores" or "k-bytes" (see `ClusterProfile`).
-        window: tokens whose scores decide an online or blended membership.
-        probe_start: tokens before that window.
+        window: probe tokens, whose scores decide an online or blended membership.
+        probe_start: tokens before them.
         features: "scores" or "value", of a blended membership.
         blend: weight of the static cost in a blended membership.
         recent: w, last keys that every head attends to with its own scores; 0 for none; "auto"
@@ -217,6 +217,11 @@ class Resolved(Settings):
         """Whether the loss of a budget is measured: if wanted, and always if it is bounded."""
         save_or_removed = self.save is not None or self.removed is not None
         return self.max_loss is not None or (measure and save_or_removed)
+
+    @property
+    def asks_recall(self) -> bool:
+        """Whether a loss that is measured is told in facts recalled, too."""
+        return self.streams or self.max_recall_loss is not None
 
     def holds_out(self, measure: bool = True) -> bool:
         """Whether a part of the text is held out: to measure on, or to judge a refit by."""

@@ -1,4 +1,4 @@
-"""Chats through a model's chat template, which is a program that a stranger may have written."""
+"""Chats written out by a model's chat template: a program that a stranger may have written."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the tokens before the user's text in every single-turn chat.
 
     These tokens, a default system prompt included, are the same in every request and say nothing
-    about its content: a probe window should begin after them. A chat with a system prompt of its
+    about its content: probe tokens should be those behind them. A chat with a system prompt of its
     own has more of them.
 
     Returns:
@@ -70,8 +70,8 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if not tokenizer.chat_template:
         raise CalibrationError(
-            "this tokenizer has no chat template, so that a probe window cannot begin after it: "
-            "let it begin at the first token"
+            "this tokenizer has no chat template, behind which probe tokens could begin: let them "
+            "begin at the first token"
         )
     chats = [
         rendered(

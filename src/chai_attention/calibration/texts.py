@@ -42,9 +42,7 @@ HUB_DOCUMENTS = 20_000  # at most this many are streamed, enough for any default
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs on average; bounds what is kept
 LEAST_READ = 1 << 22  # characters of a file that are kept at least, if it has them
 RUNS = 64  # parts that are drawn of a long text, as long as each holds some sequences
-CHARACTERS_PER_RUN = (
-    2 * CHARACTERS_PER_TOKEN
-)  # and token of a sequence: most often for three or four
+CHARACTERS_PER_RUN = 2 * CHARACTERS_PER_TOKEN  # per token: most often three or four sequences
 MOST_NAME = 1024  # characters of a text that may be a file's name by mistake
 
 

@@ -1,4 +1,4 @@
-"""What can be told before a model is loaded: the memory that work with it takes, what it reads."""
+"""Memory that calibration needs, and texts that a model can read, before it is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chai_attention.runtime.skeleton import load_config
 
 
 def work_of(settings: Settings, length: int | None) -> WorkOf:
-    """Return what tells, from a model's config, how much a calibration needs.
+    """Return a function that estimates, from a model's config, what a calibration needs.
 
     Args:
         settings: as they were asked for.
@@ -38,7 +38,7 @@ def work_of(settings: Settings, length: int | None) -> WorkOf:
 def reading_work(
     lengths: Iterable[int], batch_size: int, studied: int = 0, gradients: bool = False
 ) -> WorkOf:
-    """Return what tells how much forwards over texts need, and what is found out from them.
+    """Return a function that estimates what forwards over texts, and a study of them, need.
 
     Args:
         lengths: tokens of the texts.
@@ -47,11 +47,11 @@ def reading_work(
         gradients: whether they are differentiated.
     """
     most = max(rows_at_once(batch_size, length) * length for length in (*lengths, studied or 1))
-    return partial(_whatever, Work(most, gradients=gradients, length=studied))
+    return partial(_constant, Work(most, gradients=gradients, length=studied))
 
 
-def _whatever(work: Work, config: PreTrainedConfig) -> Work:
-    """``work``, whatever the model; a function that processes side by side can be sent."""
+def _constant(work: Work, config: PreTrainedConfig) -> Work:
+    """The same work for every model; a function of a module, so that it can be pickled."""
     return work
 
 

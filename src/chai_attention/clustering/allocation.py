@@ -11,7 +11,7 @@ class Allocation:
     """The cheapest way to remove any number of units, by dynamic programming on additive costs.
 
     A unit is a head, or a K/V head where whole K/V heads are chosen. Layers' costs must be
-    comparable: gradient costs are, distances of maps or outputs are not (see `Level`).
+    comparable: gradient costs are, distances of maps or outputs are not (see `EqualError`).
 
     Args:
         costs: per layer, the cost of removing 0, 1, 2, ... units. A layer that must keep all its
@@ -48,10 +48,10 @@ class Allocation:
         return per_layer[::-1]
 
 
-class Level:
-    """Removes from every layer what its relative error allows: one bound for all layers.
+class EqualError:
+    """Removes units so that no layer's relative error is larger than it has to be.
 
-    For costs that cannot be added over layers, as the paper's elbow compares each layer with
+    For costs that cannot be added over layers: the paper's elbow, too, compares each layer with
     itself only. Units are removed one at a time, from the layer whose error stays lowest.
 
     Args:
