@@ -6,7 +6,6 @@ import os
 import resource
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -445,10 +444,7 @@ def test_layers_with_sliding_windows_do_not_grow_with_the_context():
     ],
 )
 def test_streaming_heads_that_a_model_cannot_have(clusters, streaming, message):
-    shape = SimpleNamespace(
-        architecture="x", layers=1, heads=6, kv_heads=3, head_dim=4, clusterable=(True,),
-        hidden_size=None, sliding_window=None,
-    )  # fmt: skip
+    shape = ModelShape("x", 1, 6, 3, 4, (True,))
     with pytest.raises(ProfileError, match=message):
         ClusterProfile(clusters, recent=4, streaming=streaming).check(shape)
 

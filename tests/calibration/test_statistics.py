@@ -6,12 +6,13 @@ import torch
 from chai_attention.calibration import pairs
 from chai_attention.calibration.statistics import GramStatistics, cosine_similarity, observe
 from chai_attention.integrations.transformers.intervene import LayerCall
+from chai_attention.progress import silent
 from tiny_models import CONFIGS, tiny_model
 
 FAMILIES = sorted(CONFIGS)
 
 
-def collect_grams(model, windows, layers, heads, *, batch_size, progress=None):
+def collect_grams(model, windows, layers, heads, *, batch_size, progress=silent):
     statistics = GramStatistics(layers, heads)
     observe(model, windows, [statistics.add], batch_size=batch_size, progress=progress)
     return statistics.grams
