@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from chai_attention.calibration.costs import (
 from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.recall import RecallSequences
 from chai_attention.calibration.settings import Resolved
+from chai_attention.calibration.sizes import BATCH_SIZE
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.calibration.steps import Steps
 from chai_attention.progress import Report, quiet
@@ -52,10 +53,11 @@ class Evidence:
     streaming: Tensor | None = None
 
 
+@dataclass(eq=False)
 class EvidenceStore:
     """Evidence of one model from the same sequences, collected once for all recipes that use it.
 
-    Args:
+    Attributes:
         model: without clustered heads.
         sequences: ``[N, S]`` tokens.
         batch_size: sequences per forward.
@@ -64,23 +66,15 @@ class EvidenceStore:
             of `calibration.recall`; None for all.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sequences: Tensor,
-        batch_size: int = 8,
-        file: EvidenceFile | None = None,
-        counted: Tensor | None = None,
-    ):
-        self.model = model
-        self.sequences = sequences
-        self.batch_size = batch_size
-        self.counted = counted
-        self._file = file
-        self._grams: Tensor | None = None
-        self._offsets: dict[tuple[int, int], Tensor] = {}
-        self._costs: dict[tuple[str, int, int], Costs] = {}
-        self._recall: RecallSequences | None = None
+    model: PreTrainedModel
+    sequences: Tensor
+    batch_size: int = BATCH_SIZE
+    file: EvidenceFile | None = None
+    counted: Tensor | None = None
+    _grams: Tensor | None = None
+    _offsets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _costs: dict[tuple[str, int, int], Costs] = field(default_factory=dict)
+    _recall: RecallSequences | None = None
 
     def use_recall(self, recall: RecallSequences | None) -> None:
         """Take sequences to recall from into account, where settings give them a weight.
@@ -226,7 +220,7 @@ class EvidenceStore:
         counted: Tensor | None = None,
     ) -> tuple[int, Report]:
         """Give the sums what a file holds of them: sequences done, and what keeps them from now."""
-        file = self._file
+        file = self.file
         if file is None:
             return 0, lambda done, total: None
         name = f"{name} {digest(tokens, *([] if counted is None else [counted]))}"

@@ -97,16 +97,12 @@ class Finish:
             worst = max(kept.rises, key=lambda rise: rise.rise)
             if not all(math.isfinite(rise.rise) for rise in kept.rises):
                 raise not_finite(self.model, f"the loss without the cheapest of all {unit}")
+            bound = f"max_loss {max_loss:.2%}"
+            cost = f"{worst} perplexity on {len(self.data.measured[0])} held-out sequences"
             if (fall := falls.get(1)) is not None:  # the loss was kept
-                assert max_recall_loss is not None
-                raise CalibrationError(
-                    f"max_recall_loss {max_recall_loss:.1%} cannot be met: already the cheapest of "
-                    f"all {unit} costs {fall} of recall. Ask for more, or measure on more text "
-                    "(the standard error counts 1.6 times)"
-                )
+                bound, cost = f"max_recall_loss {max_recall_loss:.1%}", f"{fall} of recall"
             raise CalibrationError(
-                f"max_loss {max_loss:.2%} cannot be met: already the cheapest of all {unit} costs "
-                f"{worst} perplexity on {len(self.data.measured[0])} held-out sequences. Ask for "
+                f"{bound} cannot be met: already the cheapest of all {unit} costs {cost}. Ask for "
                 "more, or measure on more text (the standard error counts 1.6 times)"
             )
         asked: dict[str, Any] = {"max_loss": max_loss}

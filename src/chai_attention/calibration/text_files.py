@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from chai_attention.errors import CalibrationError
 
@@ -50,20 +50,18 @@ def local_file(source: str) -> Path | None:
 
 
 @contextmanager
-def _reading(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
-    """Say of these errors, and of those of the disk, that a file cannot be read."""
+def _opened(
+    path: Path, kind: str = "text", *errors: type[Exception], **options: Any
+) -> Iterator[IO[Any]]:
+    """Open a file; say of these errors, and of those of the disk, that it cannot be read."""
+    if "mode" not in options:
+        options["encoding"] = "utf-8-sig"  # the signature that Windows writes is no text
     expected: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
-        yield
+        with path.open(**options) as file:
+            yield file
     except expected as error:
         raise CalibrationError(f"cannot read {path} as {kind}: {reason_of(error)}") from error
-
-
-@contextmanager
-def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a file of UTF-8; the signature that Windows writes is no text."""
-    with _reading(path, "text"), path.open(encoding="utf-8-sig", newline=newline) as file:
-        yield file
 
 
 def is_plain(path: Path) -> bool:
@@ -77,7 +75,7 @@ def plain_pieces(path: Path, size: int) -> Iterator[str]:
     Raises:
         CalibrationError: the file cannot be read as UTF-8.
     """
-    with _text(path) as file:
+    with _opened(path) as file:
         rest = ""
         while more := file.read(max(size, CHUNK)):
             _require_text(str(path), [more])
@@ -114,7 +112,7 @@ def records_of(path: Path) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[Record]:
     """A value per line. Only a line feed ends one: JSON strings may hold those of Unicode."""
-    with _text(path, newline="\n") as file:
+    with _opened(path, newline="\n") as file:
         number = 0
         while line := file.readline(LARGEST_RECORD):
             number += 1
@@ -132,7 +130,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 def _values(path: Path) -> Iterator[Record]:
     """Values of an array, or values one after the other; only what is asked for is read."""
-    with _text(path) as file:
+    with _opened(path) as file:
         decoder = json.JSONDecoder()
         buffer = file.read(CHUNK).lstrip()
         array = buffer.startswith("[")
@@ -184,10 +182,7 @@ def _rows_of_text(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows of a file of values separated by commas or tabs, below a row of names."""
     before = csv.field_size_limit(LARGEST_RECORD)  # of the whole process
     try:
-        with (
-            _reading(path, "csv", csv.Error),
-            path.open(encoding="utf-8-sig", newline="") as file,
-        ):
+        with _opened(path, "csv", csv.Error, newline="") as file:
             delimiter = _delimiter(file.readline(PIECE), delimiter)
             file.seek(0)
             rows = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -226,8 +221,7 @@ def _rows_of_parquet(path: Path) -> Iterator[Record]:
     # columns are read as they are decoded: a group of rows may be larger than memory
     options = {"buffer_size": CHUNK, "pre_buffer": False}
     with (
-        _reading(path, "parquet", ArrowException),
-        path.open("rb") as content,
+        _opened(path, "parquet", ArrowException, mode="rb") as content,
         ParquetFile(content, **options) as file,
     ):
         batches = file.iter_batches(batch_size=ROWS)
