@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +107,11 @@ class Scorer:
             CalibrationError: a text with less than a window of tokens.
         """
         torch.manual_seed(self._run["seed"])
-        if source.cases:
-            scored = self._recall(method, source.cases[: self._limit], report)
-        else:
-            scored = self._task(method, source, report)
+        with self._using(method, source):
+            if source.cases:
+                scored = self._recall(method, source.cases[: self._limit], report)
+            else:
+                scored = self._scored(source, report)
         long = min(LONG, self._lm.max_length)
         return Result(
             settings={
@@ -129,15 +131,15 @@ class Scorer:
             metrics=scored.metrics,
         )
 
-    def _task(
-        self, method: Comparator, source: TaskSource, report: Callable[[int, int], None]
-    ) -> Scored:
-        """A task of lm-eval's, or perplexity."""
+    def _using(self, method: Comparator, source: TaskSource) -> AbstractContextManager[None]:
+        """Compute by a method inside the block."""
+        if source.cases:
+            return method.attached(self._model)
         # plain MHA is lm-eval's own path, batches and all
-        with self._lm.using(None if method.name == MHA else method):
-            return self._scored(source, report)
+        return self._lm.using(None if method.name == MHA else method)
 
     def _scored(self, source: TaskSource, report: Callable[[int, int], None]) -> Scored:
+        """A task of lm-eval's, or perplexity."""
         from chai_attention.integrations.lm_eval.scoring import score_task, score_text
 
         loaded = self._load(source)
@@ -155,14 +157,13 @@ class Scorer:
         """Questions about texts."""
         from chai_attention.integrations.lm_eval.scoring import recalled
 
-        with method.attached(self._model):
-            correct, nll = recall_score(
-                self._model,
-                cases,
-                method=method if method.needs_cache else None,
-                batch_size=self._run["batch_size"],
-                progress=report,
-            )
+        correct, nll = recall_score(
+            self._model,
+            cases,
+            method=method if method.needs_cache else None,
+            batch_size=self._run["batch_size"],
+            progress=report,
+        )
         return recalled(cases, correct, nll)
 
     def _load(self, source: TaskSource) -> Any:

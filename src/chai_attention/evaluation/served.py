@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -262,11 +263,10 @@ class ServedScorer(Scorer):
     def _engine(self, longest: int) -> ScoringEngine:
         return self._served.engine(self._row, longest, self._lm.max_length)
 
-    def _task(
-        self, method: Comparator, source: TaskSource, report: Callable[[int, int], None]
-    ) -> Scored:
+    def _using(self, method: Comparator, source: TaskSource) -> AbstractContextManager[None]:
+        """Ask the engine of this row from now on."""
         self._row = method.name
-        return self._scored(source, report)
+        return nullcontext()
 
     def _recall(
         self,
@@ -277,7 +277,6 @@ class ServedScorer(Scorer):
         """Let the model write, and score the answers that it did not write."""
         from chai_attention.integrations.lm_eval.scoring import recalled
 
-        self._row = method.name
         engine = self._engine(longest_of(cases))
         asked = [(case.prompt.tolist(), len(case.answer)) for case in cases]
         written = engine.write(asked, lambda done: report(done, len(cases)))

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.methods import Method
 from chai_attention.progress import Progress, quiet
+from chai_attention.runtime.shape import ModelShape, describe
 
 
 class Comparator(Method):
@@ -55,3 +57,18 @@ class Comparator(Method):
     def settings(self) -> Mapping[str, Any]:
         """Return what identifies this comparator's results, JSON values only; here, nothing."""
         return {}
+
+
+def shape_of(model: PreTrainedModel, name: str) -> ModelShape:
+    """Return the shape of a model, for a method that knows full attention only.
+
+    Raises:
+        UnsupportedModelError: the model has sliding-window layers.
+    """
+    shape = describe(model)
+    if not all(shape.clusterable):
+        raise UnsupportedModelError(
+            f"{name} is a method for full attention, and this model has sliding-window layers: "
+            "leave it out of the comparison"
+        )
+    return shape

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
 from chai_attention.errors import UnsupportedModelError
+from chai_attention.evaluation.comparators.base import shape_of
 from chai_attention.evaluation.comparators.quantised_layer import RESIDUAL, QuantisedClusteredLayer
 from chai_attention.evaluation.profiled import LowBitCache
 from chai_attention.integrations.transformers import ClusteredCache
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
-from chai_attention.runtime.shape import ModelShape, describe
 
 FULL_BITS = 16  # of a number in a server's K,V cache, and of a scale or zero
 LARGEST_GROUP = 64
@@ -61,7 +61,7 @@ class Quantised(LowBitCache):
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
     ) -> None:
         """Learn nothing; refuse a model that the method cannot run."""
-        _group(describe(model))
+        _group(model)
 
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
@@ -71,7 +71,7 @@ class Quantised(LowBitCache):
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Return an empty quantised cache."""
-        group = _group(describe(model))
+        group = _group(model)
         if self._profile is not None:
             cache = ClusteredCache(model, self._profile)
             cache.layers = [
@@ -90,7 +90,7 @@ class Quantised(LowBitCache):
 
     def number_share(self, model: PreTrainedModel) -> float:
         """Bits per value, scales and zeros included, of 16."""
-        return bits_per_value(self._bits, _group(describe(model))) / FULL_BITS
+        return bits_per_value(self._bits, _group(model)) / FULL_BITS
 
     def settings(self) -> Mapping[str, Any]:
         """What the quantiser is told, and the profile."""
@@ -131,14 +131,9 @@ def quantised_comparator(name: str, profile: ClusterProfile | None) -> Quantised
     return Quantised(int(name[-1]), profile)
 
 
-def _group(shape: ModelShape) -> int:
+def _group(model: PreTrainedModel) -> int:
     """Group size for a model."""
-    if not all(shape.clusterable):
-        raise UnsupportedModelError(
-            "quantised caches hold full attention only, and this model has sliding-window layers: "
-            "leave them out of the comparison"
-        )
-    return group_size(shape.head_dim)
+    return group_size(shape_of(model, "a quantised cache").head_dim)
 
 
 @contextmanager

@@ -38,10 +38,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.evaluation.comparators.base import Comparator
+from chai_attention.evaluation.comparators.base import Comparator, shape_of
 from chai_attention.evaluation.comparators.spatten_schedule import Schedule, schedule
 from chai_attention.integrations.transformers.intervene import MaskedCall, replaced_attention
-from chai_attention.runtime.shape import ModelShape, describe
+from chai_attention.runtime.shape import ModelShape
 
 MAPS = 1 << 27  # probabilities that exist at a time
 Tokens = Literal["sum", "mean"]
@@ -75,17 +75,17 @@ class SpAtten(Comparator):
     @contextmanager
     def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """Prune until the context ends; whole sequences only, no cache of earlier tokens."""
-        shape = _plain(describe(model))
-        plan = schedule(shape, self._tokens is not None, self._save)
-        pruning = _Pruning(plan, shape, self._tokens == "mean")
-        with replaced_attention(model, pruning):
+        with replaced_attention(model, _Pruning(*self._plan(model), self._tokens == "mean")):
             yield
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share that a server keeps after a prompt of ``length`` tokens."""
-        shape = _plain(describe(model))
-        plan = schedule(shape, self._tokens is not None, self._save)
+        plan, shape = self._plan(model)
         return plan.kv_share(length, shape.kv_heads)
+
+    def _plan(self, model: PreTrainedModel) -> tuple[Schedule, ModelShape]:
+        shape = shape_of(model, "SpAtten")
+        return schedule(shape, self._tokens is not None, self._save), shape
 
     def settings(self) -> Mapping[str, Any]:
         """What decides who goes, and when."""
@@ -237,12 +237,3 @@ def _attend(call: MaskedCall, seen: Tensor, heads: Tensor) -> tuple[Tensor, Tens
 def _sizes(out: Tensor, heads: Tensor) -> Tensor:
     """Sum of absolute outputs of each K/V head's query heads, ``[B, Q, G]``."""
     return out.float().abs().sum(-1).unflatten(-1, (heads.shape[-1], -1)).sum(-1)
-
-
-def _plain(shape: ModelShape) -> ModelShape:
-    if not all(shape.clusterable):
-        raise UnsupportedModelError(
-            "SpAtten prunes the context of full attention, and this model has sliding-window "
-            "layers: leave it out of the comparison"
-        )
-    return shape
