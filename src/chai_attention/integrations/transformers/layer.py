@@ -23,7 +23,7 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import pick_heads, pick_tokens
 from chai_attention.integrations.transformers.memory import LayerMemory, Probe
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.recent import Pair, near_keys
+from chai_attention.integrations.transformers.recent import Pair
 from chai_attention.membership import Membership
 from chai_attention.ops import (
     AttentionCall,
@@ -176,7 +176,7 @@ class ClusteredLayer(LayerMemory):
         member = self._membership_of(index, keys, values, part, options)
         held, near = stored_states(member, keys, values), None
         if plan.has_recent_window:
-            near = near_keys(keys, values, part, queries, plan.recent, plan.sinks)
+            near = self._recent.near_keys((keys, values), part, queries)
         clustered = self._attend_held(query, held, near, member, part, options)
         behind = part.token_index(queries) >= plan.probe_end  # [rows, Q]
         out[index] = torch.where(behind[:, :, None, None], clustered, out[index])

@@ -26,6 +26,7 @@ class RecentStates:
     """K, or V, of removed heads: the last tokens of each sequence and its first real ones.
 
     Args:
+        recent: w.
         sinks: s.
 
     Attributes:
@@ -34,7 +35,8 @@ class RecentStates:
         first: ``[B, removed, s or fewer, D]``.
     """
 
-    def __init__(self, sinks: int):
+    def __init__(self, recent: int, sinks: int):
+        self.recent = recent
         self.sinks = sinks
         self.last: Tensor | None = None
         self.first: Tensor | None = None
@@ -42,23 +44,23 @@ class RecentStates:
         self._is_ring = False  # memory of their own, which any forward may write to
         self._first_is_whole = False  # s real tokens of every sequence are held
 
-    def push(self, new: Tensor, recent: int, padding: Padding, record: bool) -> Tensor:
+    def push(self, new: Tensor, padding: Padding, record: bool) -> Tensor:
         """Append one token ``[B, removed, 1, D]`` to a ring, which decoding reads in place.
 
         Returns:
             ``[B, removed, w or fewer, D]``, the oldest at the place ``begin``.
         """
-        if record or self.last is None or self.last.shape[2] != recent:
-            self.extend(new, recent - 1, recent, padding, record)
+        if record or self.last is None or self.last.shape[2] != self.recent:
+            self.extend(new, self.recent - 1, padding, record)
             assert self.last is not None
-            return self.last[:, :, -recent:].contiguous()
+            return self.last[:, :, -self.recent :].contiguous()
         self._extend_first(new, padding)
         if not self._is_ring:
             with lasting():
                 self.last = self.last.clone()
             self._is_ring = True
         self.last[:, :, self.begin : self.begin + 1] = new
-        self.begin = (self.begin + 1) % recent
+        self.begin = (self.begin + 1) % self.recent
         return self.last
 
     def _in_order(self) -> None:
@@ -67,15 +69,12 @@ class RecentStates:
             self.last = self.last.roll(-self.begin, 2)
         self.begin, self._is_ring = 0, False
 
-    def extend(
-        self, new: Tensor, reach: int, recent: int, padding: Padding, record: bool
-    ) -> Tensor:
+    def extend(self, new: Tensor, reach: int, padding: Padding, record: bool) -> Tensor:
         """Append tokens.
 
         Args:
             new: ``[B, removed, Q, D]``.
             reach: old tokens that are asked for.
-            recent: w, tokens to hold from now on.
             padding: of all tokens, new ones included.
             record: hold all tokens, for a crop.
 
@@ -86,30 +85,31 @@ class RecentStates:
         self._in_order()
         self._extend_first(new, padding)
         if self.last is None:
-            self.last = new if record else new[:, :, -recent:].clone()
+            self.last = new if record else new[:, :, -self.recent :].clone()
             return new
         held = self.last.shape[2]
-        old = held if record else min(held, max(reach, recent - new.shape[2]))
+        old = held if record else min(held, max(reach, self.recent - new.shape[2]))
         joined = torch.cat([self.last[:, :, held - old :], new], 2)
-        most = joined.shape[2] if record else recent
+        most = joined.shape[2] if record else self.recent
         self.last = joined if joined.shape[2] <= most else joined[:, :, -most:].clone()
         return joined
 
-    def cut(self, states: Tensor, recent: int, padding: Padding, record: bool) -> None:
+    def cut(self, states: Tensor, padding: Padding, record: bool) -> None:
         """Start from ``states [B, removed, S, D]``; ``padding`` may know later tokens."""
         self.begin, self._is_ring = 0, False
-        self.last = states if record else states[:, :, -recent:].clone()
+        self.last = states if record else states[:, :, -self.recent :].clone()
         positions = padding.first_positions(min(self.sinks, padding.length))
         positions = positions.clamp_max(states.shape[2] - 1)  # later tokens are still to come
         self.first = pick_tokens(states, positions)
         self._first_is_whole = False
 
-    def crop(self, tokens: int, recent: int | None) -> None:
-        """Forget the last ``tokens``, and what a window of ``recent`` tokens does not need."""
+    def crop(self, tokens: int, trim: bool) -> None:
+        """Forget the last ``tokens``, and with ``trim`` what the window does not need."""
         self._in_order()
-        assert self.last is not None
+        if self.last is None:
+            return
         left = max(0, self.last.shape[2] - tokens)
-        begin = 0 if recent is None else max(0, left - recent)
+        begin = max(0, left - self.recent) if trim else 0
         self.last = self.last[:, :, begin:left].clone()
         self._first_is_whole = False
 
@@ -149,8 +149,8 @@ class RecentWindow:
     def __init__(self, recent: int, sinks: int):
         self.recent = recent
         self.sinks = sinks
-        self.key = RecentStates(sinks)
-        self.value = RecentStates(sinks)
+        self.key = RecentStates(recent, sinks)
+        self.value = RecentStates(recent, sinks)
 
     @property
     def kinds(self) -> tuple[RecentStates, RecentStates]:
@@ -180,7 +180,7 @@ class RecentWindow:
             last = None
             if removed.shape[1]:
                 picked = pick_heads(states, removed)
-                last = recent.extend(picked, reach, self.recent, padding, record)
+                last = recent.extend(picked, reach, padding, record)
             if not past:
                 near.append(_with_first(states, self.sinks, padding))
                 continue
@@ -210,7 +210,7 @@ class RecentWindow:
                 memories.append((nothing, nothing.expand(-1, -1, sinks, -1)))
                 continue
             picked = pick_heads(states, removed)
-            last = recent.push(picked, self.recent, padding, record)
+            last = recent.push(picked, padding, record)
             assert recent.first is not None
             memories.append((last, recent.first))
             begin = padding.length - last.shape[2] - recent.begin  # the same for K and V
@@ -220,11 +220,17 @@ class RecentWindow:
             return ring
         return replace(ring, value_ring=value_last, value_sinks=value_first)
 
+    def near_keys(self, whole: Pair, padding: Padding, queries: int) -> NearKeys:
+        """What the last Q tokens see with their own scores, from K and V of all heads."""
+        length = whole[0].shape[2]
+        band = slice(max(0, length - queries - self.recent + 1), length)
+        return NearKeys(*(_with_first(states, self.sinks, padding, band) for states in whole))
+
     def cut(self, whole: Pair, membership: Membership, padding: Padding, record: bool) -> None:
         """Start from K and V of all heads; ``padding`` may know later tokens."""
         for recent, states, removed in zip(self.kinds, whole, _removed(membership), strict=True):
             if removed.shape[1]:
-                recent.cut(pick_heads(states, removed), self.recent, padding, record)
+                recent.cut(pick_heads(states, removed), padding, record)
 
     def check_crop(self, length: int, keep: int) -> None:
         """Refuse to go back from ``length`` tokens to ``keep``, if K that is needed is gone.
@@ -252,8 +258,7 @@ class RecentWindow:
             trim: whether to hold no more than w tokens then.
         """
         for recent in self.kinds:
-            if recent.last is not None:
-                recent.crop(length - keep, self.recent if trim else None)
+            recent.crop(length - keep, trim)
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Hold ``change(states)`` of K and of V."""
@@ -269,24 +274,6 @@ class RecentWindow:
 def _removed(membership: Membership) -> Pair:
     """Heads whose K, and whose V, the cache does not hold."""
     return membership.removed_key_heads, membership.removed_value_heads
-
-
-def near_keys(
-    keys: Tensor, values: Tensor, padding: Padding, queries: int, recent: int, sinks: int
-) -> NearKeys:
-    """What the last ``queries`` tokens see exactly, from K and V of all heads in their order.
-
-    Args:
-        keys: ``[B, G, S, D]``.
-        values: ``[B, G, S, Dv]``.
-        padding: of the S tokens.
-        queries: Q.
-        recent: w.
-        sinks: s.
-    """
-    length = keys.shape[2]
-    band = slice(max(0, length - queries - recent + 1), length)
-    return NearKeys(*(_with_first(states, sinks, padding, band) for states in (keys, values)))
 
 
 def _with_first(states: Tensor, sinks: int, padding: Padding, band: slice = slice(None)) -> Tensor:
