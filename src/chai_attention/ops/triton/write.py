@@ -5,6 +5,8 @@ from __future__ import annotations
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,6 +175,32 @@ def _write(
             )  # fmt: skip
 
 
+class _Places(NamedTuple):
+    """Where new tokens are and where they go.
+
+    Attributes:
+        tokens: of a sequence; of all sequences for pages.
+        batch: sequences; 1 for pages.
+        strides: of new K, new V, the K and the V cache, of row or page, head and token each.
+        size: capacity of dense caches.
+        start: ``[B]``, position of each sequence's first new token; of dense caches.
+        page: tokens of a page; 0 for dense caches.
+        slots: ``[T]`` of tokens in pages; `ops.cache_write.write_paged` says the next two, too.
+        near_slots: ``[T]`` in near pages.
+        membership_ids: ``[T]``.
+    """
+
+    tokens: int
+    batch: int
+    strides: tuple[tuple[int, ...], ...]
+    size: int = 0
+    start: Tensor | None = None
+    page: int = 0
+    slots: Tensor | None = None
+    near_slots: Tensor | None = None
+    membership_ids: Tensor | None = None
+
+
 def write_dense(
     key: Tensor,
     value: Tensor,
@@ -183,11 +211,10 @@ def write_dense(
     near: NearRing | None = None,
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
-    _launch(
-        key, value, keys, values, membership, near, start, key.shape[2], key.shape[0],
-        strides=(key.stride()[:3], value.stride()[:3], keys.stride()[:3], values.stride()[:3]),
-        size=keys.shape[2],
-    )  # fmt: skip
+    states = (key, value, keys, values)
+    strides = tuple(x.stride()[:3] for x in states)
+    places = _Places(key.shape[2], key.shape[0], strides, size=keys.shape[2], start=start)
+    _launch(states, membership, near, places)
 
 
 def write_paged(
@@ -203,43 +230,29 @@ def write_paged(
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
-
-    def token_last(x: Tensor) -> tuple[int, int, int]:
-        return x.stride(0), x.stride(2), x.stride(1)
-
-    _launch(
-        key, value, key_pages, value_pages, membership, near, None, key.shape[0], 1,
-        strides=(
-            (0, key.stride(1), key.stride(0)), (0, value.stride(1), value.stride(0)),
-            token_last(key_pages), token_last(value_pages),
-        ),
-        page=key_pages.shape[1], slots=slot_mapping, lines=rows, near_slots=near_slot_mapping,
-        scales=scales,
+    states = (key, value, key_pages, value_pages)
+    strides = (
+        *((0, x.stride(1), x.stride(0)) for x in states[:2]),
+        *((x.stride(0), x.stride(2), x.stride(1)) for x in states[2:]),
+    )
+    places = _Places(
+        key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
+        near_slots=near_slot_mapping, membership_ids=rows,
     )  # fmt: skip
+    _launch(states, membership, near, places, scales)
 
 
 def _launch(
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    states: tuple[Tensor, Tensor, Tensor, Tensor],
     membership: Membership,
     near: NearPages | NearRing | None,
-    start: Tensor | None,
-    tokens: int,
-    batch: int,
-    *,
-    strides: tuple[tuple[int, ...], ...],
-    size: int = 0,
-    page: int = 0,
-    slots: Tensor | None = None,
-    lines: Tensor | None = None,
-    near_slots: Tensor | None = None,
+    places: _Places,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    if not tokens:
+    """Write new K and V, the first two ``states``, into the caches, the others."""
+    if not places.tokens:
         return
-    dim, value_dim = key.shape[-1], value.shape[-1]
+    dim, value_dim = (x.shape[-1] for x in states[:2])
     kept, kept_values = membership.kept_keys, membership.kept_values
     removed = removed_values = near_page = 0
     ring = first = value_ring = value_first = sink_positions = None
@@ -259,24 +272,25 @@ def _launch(
             removed_values = membership.kv_heads - kept_values
             near_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
     wide = power_of_2(max(dim, value_dim))
-    block = min(max(1, ELEMENTS // wide), power_of_2(tokens))
-    places = kept + kept_values + removed + removed_values
-    _write[(cdiv(tokens, block), places, batch)](
-        key, value, keys, values, ring, first, value_ring, value_first,
+    block = min(max(1, ELEMENTS // wide), power_of_2(places.tokens))
+    heads = kept + kept_values + removed + removed_values
+    _write[(cdiv(places.tokens, block), heads, places.batch)](
+        *states, ring, first, value_ring, value_first,
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
-        by_line(start), by_line(slots), by_line(lines), sink_positions, by_line(near_slots),
-        tokens, size, kept, kept_values, removed, removed_values,
+        by_line(places.start), by_line(places.slots), by_line(places.membership_ids),
+        sink_positions, by_line(places.near_slots),
+        places.tokens, places.size, kept, kept_values, removed, removed_values,
         *((near.size, near.shift) if isinstance(near, NearRing) else (1, 0)),
         *(1 / scale for scale in scales),
-        *(stride for group in strides for stride in group), *near_strides,
+        *(stride for group in places.strides for stride in group), *near_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=power_of_2(dim), DV=value_dim,
-        DVP=power_of_2(value_dim), BLOCK=block, PAGE=page,
+        DVP=power_of_2(value_dim), BLOCK=block, PAGE=places.page,
         NEAR_PAGE=near_page, SINKS=near.sinks.shape[2] if isinstance(near, NearRing) else 0,
-        HAS_LINES=lines is not None,
+        HAS_LINES=places.membership_ids is not None,
         HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0,
-        IS_NARROW=keys.dtype.itemsize == 1,
+        IS_NARROW=states[2].dtype.itemsize == 1,
         num_warps=4,
     )  # fmt: skip
