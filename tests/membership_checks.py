@@ -3,7 +3,7 @@
 import torch
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 
 TABLES = (
     "representatives", "slot", "value_slot", "order", "slot_heads", "offsets", "key_heads",
@@ -18,7 +18,7 @@ def assert_same_membership(got: Membership, want: Membership, members: tuple[int
     for name in TABLES:
         assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
     for count in members:
-        mine, its = chunks_of(got, count), chunks_of(want, count)
+        mine, its = head_tiles_of(got, count), head_tiles_of(want, count)
         spare = mine.count - its.count  # on the CPU it is known how many chunks there are
         for name in ("slot", "query", "key", "head", "value"):
             table = getattr(its, name)

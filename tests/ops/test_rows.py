@@ -25,11 +25,11 @@ def members(reps, kv_heads: int, streaming=()) -> Membership:
 )
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_tables_follow_in_place(reps, kv_heads: int, streaming, size: int) -> None:
-    chunks = pytest.importorskip("chai_attention.ops.triton.chunks")
+    chunks = pytest.importorskip("chai_attention.ops.triton.head_tiles")
     # a table for whatever comes, as on a GPU, where nobody knows what the rows will be
     member = members((reps[0],) * 5, kv_heads, streaming)
     held = []
-    for make in (chunks.chunks_of, chunks.natural_chunks):
+    for make in (chunks.head_tiles_of, chunks.natural_head_tiles):
         unknown = Membership.known_rows
         try:
             Membership.known_rows = None

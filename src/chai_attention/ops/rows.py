@@ -123,7 +123,7 @@ def update_rows(membership: Membership, rows: Tensor, new: Membership) -> None:
 
 
 def _write_rows(table: Tensor, rows: Tensor, new: Tensor) -> None:
-    """Write chunks; rows whose membership is known have fewer of them than there is room for."""
+    """Write head tiles, of which rows with a known membership have fewer than there is room for."""
     count = new.shape[1]
     table[rows, :count] = new
     if count < table.shape[1]:

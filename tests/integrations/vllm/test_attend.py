@@ -1,4 +1,4 @@
-"""Chunks of requests over far and near pages, against the definition; no vLLM needed."""
+"""HeadTiles of requests over far and near pages, against the definition; no vLLM needed."""
 
 import pytest
 import torch

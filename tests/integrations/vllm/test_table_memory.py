@@ -25,7 +25,7 @@ PAGES, DIM = 37, 64
 def test_what_is_counted_is_what_tables_of_all_pages_take(
     heads, groups, clusters, target, window, streaming, monkeypatch
 ) -> None:
-    chunks = pytest.importorskip("chai_attention.ops.triton.chunks")
+    chunks = pytest.importorskip("chai_attention.ops.triton.head_tiles")
     # on a GPU the host does not know who is in which cluster
     monkeypatch.setattr(Membership, "known_rows", None)
     table = tuple(tuple(float(a != b) for b in range(heads)) for a in range(heads))
@@ -48,13 +48,13 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     for name in [*names, *(["key_place", "value_place"] if window else [])]:
         getattr(member, name)
     wide = 64
-    decode, prompts = (chunks.members_of(len(far), clusters, n // wide) for n in (1024, 256))
+    decode, prompts = (chunks.heads_per_tile(len(far), clusters, n // wide) for n in (1024, 256))
     prompts = min(2, prompts) if window else prompts
-    chunks.chunks_of(member, decode)
-    chunks.chunks_of(member, prompts)
-    chunks.natural_chunks(member, prompts)
+    chunks.head_tiles_of(member, decode)
+    chunks.head_tiles_of(member, prompts)
+    chunks.natural_head_tiles(member, prompts)
     if window:
-        chunks.natural_chunks(member, 2)
+        chunks.natural_head_tiles(member, 2)
     made = [*vars(member).values(), *vars(member.far or member).values(), pages._rows.offset]
     for held in member.derived.values():
         made += [getattr(held, field.name) for field in fields(held)]

@@ -169,7 +169,7 @@ def test_which_kernel_and_how_many_parts(
         torch.zeros(batch, dtype=torch.int32),
     )  # fmt: skip
     query = torch.empty(batch, heads, 128, dtype=torch.bfloat16)
-    chunks = launch_decode.chunks_for(query, kv, member)
+    chunks = launch_decode.head_tiles_for(query, kv, member)
     grid = launch_decode.choose_grid(query, kv, AttentionCall(member, 1.0), chunks)
     assert (grid.tensor_cores, grid.splits) == (kernel, splits)
 

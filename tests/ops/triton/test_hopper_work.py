@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 from chai_attention.ops.triton.hopper_work import plan
 from helpers import random_membership
 
@@ -19,7 +19,7 @@ def test_list_of_work(queries, shared):
     batch = len(queries)
     tables = random_membership(9, 3, 1 if shared else 4)
     rows = None if shared else torch.randint(0, 4, (batch,), dtype=torch.int32)
-    chunks = chunks_of(tables.to(DEVICE), 2)
+    chunks = head_tiles_of(tables.to(DEVICE), 2)
     starts = torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE)
     got = plan(chunks, starts, None if rows is None else rows.to(DEVICE), 128)
     used = (chunks.slot >= 0).sum(1).cpu()

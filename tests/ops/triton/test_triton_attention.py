@@ -7,7 +7,7 @@ from helpers import random_membership
 
 pytest.importorskip("triton")
 
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 from op_calls import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("members", [1, 2, 4, 8])
 def test_chunks_cover_every_head_once(members):
     member = random_membership(12, 5, 4)
-    chunks = chunks_of(member, members)
+    chunks = head_tiles_of(member, members)
     for b in range(4):
         heads = sorted(h for h in chunks.head[b].flatten().tolist() if h >= 0)
         assert heads == list(range(12))

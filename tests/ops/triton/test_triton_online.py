@@ -9,7 +9,7 @@ from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.membership import Membership
 from chai_attention.ops.probe import HeadClustering, Windows, window_gram
 from chai_attention.ops.triton import online
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 from chai_attention.runtime.plan import LayerPlan
 from helpers import random_membership
 from membership_checks import assert_same_membership
@@ -41,7 +41,7 @@ def test_grouped_queries(clusters):
 
 @pytest.mark.parametrize(("heads", "clusters", "batch"), [(1, 1, 1), (9, 4, 3), (64, 9, 33)])
 def test_list_of_used_chunks(heads, clusters, batch):
-    chunks = chunks_of(random_membership(heads, clusters, batch).to(DEVICE), 2)
+    chunks = head_tiles_of(random_membership(heads, clusters, batch).to(DEVICE), 2)
     work, count = chunks.used
     idle = chunks.slot.flatten() < 0
     assert work.tolist() == idle.int().sort(stable=True).indices.tolist()

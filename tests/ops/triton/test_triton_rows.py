@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from chai_attention.membership import Membership
 from chai_attention.ops.rows import MembershipRows
 from chai_attention.ops.triton import rows as kernels
-from chai_attention.ops.triton.chunks import chunks_of, natural_chunks
+from chai_attention.ops.triton.head_tiles import head_tiles_of, natural_head_tiles
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_representatives
 
@@ -51,8 +51,8 @@ def made(representatives, clusters, kv_heads, kept, streaming, sizes) -> Members
         if not (streaming and name in kernels.WITHOUT_STREAMING):
             getattr(member, name)
     for size in sizes:
-        chunks_of(member, size)
-        natural_chunks(member, size)
+        head_tiles_of(member, size)
+        natural_head_tiles(member, size)
     return member
 
 

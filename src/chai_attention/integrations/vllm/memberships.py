@@ -229,19 +229,23 @@ def _own_tables(member: Membership) -> Iterator[Tensor]:
 def _kernel_tables(member: Membership, head_dim: int, has_window: bool) -> Iterator[Tensor]:
     """How kernels deal out heads, in decode and in prefill."""
     from chai_attention.ops.triton import launch_decode, launch_prefill
-    from chai_attention.ops.triton.chunks import chunks_of, members_of, natural_chunks
     from chai_attention.ops.triton.decode import padded
+    from chai_attention.ops.triton.head_tiles import (
+        head_tiles_of,
+        heads_per_tile,
+        natural_head_tiles,
+    )
 
     heads = len(member.far_heads)
     decode, prompts = (
-        members_of(heads, member.clusters, columns // padded(head_dim))
+        heads_per_tile(heads, member.clusters, columns // padded(head_dim))
         for columns in (launch_decode.COLUMNS, launch_prefill.COLUMNS)
     )
     # with a window a program takes two members at most; on Hopper also where one would do
     sizes = {min(2, prompts), 2} if has_window else {prompts}
     wanted = [
-        (chunks_of, decode),
-        *((make, n) for make in (chunks_of, natural_chunks) for n in sizes),
+        (head_tiles_of, decode),
+        *((make, n) for make in (head_tiles_of, natural_head_tiles) for n in sizes),
     ]
     for make, members in wanted:
         chunks = make(member, members)

@@ -23,8 +23,8 @@ from chai_attention.ops.triton import (
     launch_window,
 )
 from chai_attention.ops.triton.checks import check
-from chai_attention.ops.triton.chunks import Chunks, chunks_of, natural_chunks
 from chai_attention.ops.triton.device import capability
+from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, natural_head_tiles
 from chai_attention.ops.triton.near_prefill import merge_near
 from chai_attention.ops.triton.packed_window import prefill_packed_window
 from chai_attention.ops.windowed import WindowTables
@@ -32,10 +32,10 @@ from chai_attention.ops.windowed import WindowTables
 logger = logging.getLogger("chai_attention")
 
 
-def chunks_for(kv: PagedKV | PackedKV, member: Membership, members: int) -> Chunks:
+def head_tiles_for(kv: PagedKV | PackedKV, member: Membership, members: int) -> HeadTiles:
     """How heads are dealt out, for the order that K and V are in."""
     natural = isinstance(kv, PackedKV) and kv.natural_order
-    return (natural_chunks if natural else chunks_of)(member, members)
+    return (natural_head_tiles if natural else head_tiles_of)(member, members)
 
 
 class TritonBackend(AttentionBackend):
@@ -56,8 +56,10 @@ class TritonBackend(AttentionBackend):
         lse = None
         if call.return_lse:
             lse = torch.empty(batch, clusters, queries, dtype=torch.float32, device=query.device)
-        chunks = chunks_of(member, launch_prefill.members_for(query, kv.value, member))
-        self.dense_prefill(query, kv, call, chunks, out, lse)
+        head_tiles = head_tiles_of(
+            member, launch_prefill.heads_per_tile_for(query, kv.value, member)
+        )
+        self.dense_prefill(query, kv, call, head_tiles, out, lse)
         return out, lse
 
     def dense_prefill(
@@ -65,12 +67,12 @@ class TritonBackend(AttentionBackend):
         query: Tensor,
         kv: DenseKV,
         call: AttentionCall,
-        chunks: Chunks,
+        head_tiles: HeadTiles,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
         """Write ``out`` and ``lse`` of several queries per sequence."""
-        launch_prefill.dense_prefill(query, kv, call, chunks, out, lse)
+        launch_prefill.dense_prefill(query, kv, call, head_tiles, out, lse)
 
     def attend_window(
         self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
@@ -118,9 +120,9 @@ class TritonBackend(AttentionBackend):
             self.window_prefill(queries, kv, call, out)
         else:
             member = call.membership
-            members = launch_prefill.members_for(query, kv.value, member)
-            chunks = chunks_for(kv, member, members)
-            self.shared_prefill(queries, kv, call, chunks, out, lse)
+            members = launch_prefill.heads_per_tile_for(query, kv.value, member)
+            head_tiles = head_tiles_for(kv, member, members)
+            self.shared_prefill(queries, kv, call, head_tiles, out, lse)
         if probe is not None:
             lengths = kv.seq_lens if isinstance(kv, PagedKV) else None
             check(*probe[:3], out)
@@ -132,12 +134,12 @@ class TritonBackend(AttentionBackend):
         queries: PackedQueries,
         kv: PagedKV | PackedKV,
         call: AttentionCall,
-        chunks: Chunks,
+        head_tiles: HeadTiles,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
         """Write ``out`` and ``lse`` of packed sequences without a window."""
-        launch_prefill.packed_prefill(queries, kv, call, chunks, out, lse)
+        launch_prefill.packed_prefill(queries, kv, call, head_tiles, out, lse)
 
     def window_prefill(
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
@@ -145,8 +147,8 @@ class TritonBackend(AttentionBackend):
         """Write ``out`` of packed sequences with a window."""
         member = call.membership
         # a program holds the sums of one member beside those of all
-        members = min(2, launch_prefill.members_for(queries.query, kv.value, member))
-        prefill_packed_window(queries, kv, call, chunks_for(kv, member, members), out)
+        members = min(2, launch_prefill.heads_per_tile_for(queries.query, kv.value, member))
+        prefill_packed_window(queries, kv, call, head_tiles_for(kv, member, members), out)
 
 
 class HopperBackend(TritonBackend):
@@ -159,7 +161,7 @@ class HopperBackend(TritonBackend):
         query: Tensor,
         kv: DenseKV,
         call: AttentionCall,
-        chunks: Chunks,
+        head_tiles: HeadTiles,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
@@ -169,12 +171,12 @@ class HopperBackend(TritonBackend):
             and kv.valid is None
             and call.softcap is None
             and launch_hopper.LEAST_QUERIES <= query.shape[2] <= kv.key.shape[2]
-            and launch_hopper.fits(query, kv.key, kv.value, chunks.members)
+            and launch_hopper.fits(query, kv.key, kv.value, head_tiles.members)
         ):
-            logger.debug("Hopper prefill kernel: %d members a program", chunks.members)
-            launch_hopper.prefill(query, kv, call, chunks, out, lse)
+            logger.debug("Hopper prefill kernel: %d members a program", head_tiles.members)
+            launch_hopper.prefill(query, kv, call, head_tiles, out, lse)
         else:
-            super().dense_prefill(query, kv, call, chunks, out, lse)
+            super().dense_prefill(query, kv, call, head_tiles, out, lse)
 
     def attend_window(
         self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
@@ -196,8 +198,8 @@ class HopperBackend(TritonBackend):
                 far is None or launch_hopper.fits(query, far.key, far.value, members)
             ):
                 logger.debug("Hopper prefill kernel with a window: %d members a program", members)
-                chunks = chunks_of(member, members)
-                return launch_hopper.prefill_window(query, far, near, tables, call, chunks)
+                head_tiles = head_tiles_of(member, members)
+                return launch_hopper.prefill_window(query, far, near, tables, call, head_tiles)
         return super().attend_window(query, kv, near, tables, call)
 
     def shared_prefill(
@@ -205,7 +207,7 @@ class HopperBackend(TritonBackend):
         queries: PackedQueries,
         kv: PagedKV | PackedKV,
         call: AttentionCall,
-        chunks: Chunks,
+        head_tiles: HeadTiles,
         out: Tensor,
         lse: Tensor | None,
     ) -> None:
@@ -213,12 +215,12 @@ class HopperBackend(TritonBackend):
         if (
             call.softcap is None
             and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
-            and launch_hopper.fits(queries.query, kv.key, kv.value, chunks.members)
+            and launch_hopper.fits(queries.query, kv.key, kv.value, head_tiles.members)
         ):
-            logger.debug("packed Hopper prefill kernel: %d members a program", chunks.members)
-            launch_hopper.prefill_packed(queries, kv, call, chunks, out, lse)
+            logger.debug("packed Hopper prefill kernel: %d members a program", head_tiles.members)
+            launch_hopper.prefill_packed(queries, kv, call, head_tiles, out, lse)
         else:
-            super().shared_prefill(queries, kv, call, chunks, out, lse)
+            super().shared_prefill(queries, kv, call, head_tiles, out, lse)
 
     def window_prefill(
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
@@ -231,15 +233,15 @@ class HopperBackend(TritonBackend):
             if isinstance(kv, PagedKV):
                 if launch_window.fits_pages(query, kv, members):
                     logger.debug(text, ", paged", members)
-                    chunks = chunks_of(member, members)
-                    launch_window.prefill_paged_window(queries, kv, call, chunks, out)
+                    head_tiles = head_tiles_of(member, members)
+                    launch_window.prefill_paged_window(queries, kv, call, head_tiles, out)
                     return
             elif kv.sinks <= launch_hopper.SINKS and launch_hopper.fits(
                 query, kv.key, kv.value, members
             ):
                 logger.debug(text, "", members)
-                chunks = natural_chunks(member, members)
-                launch_hopper.prefill_packed_window(queries, kv, call, chunks, out)
+                head_tiles = natural_head_tiles(member, members)
+                launch_hopper.prefill_packed_window(queries, kv, call, head_tiles, out)
                 return
         super().window_prefill(queries, kv, call, out)
 

@@ -1,6 +1,6 @@
 """Prefill with an exact window for Hopper GPUs, in one launch: far keys, then near ones.
 
-The far part is that of `hopper`; `hopper_near` goes on with it for every member. Chunks of
+The far part is that of `hopper`; `hopper_near` goes on with it for every member. Head tiles of
 streaming heads have no far part. Sequences are of equal length, or packed prompts without context.
 """
 

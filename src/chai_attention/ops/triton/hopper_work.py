@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from chai_attention.ops.triton.chunks import Chunks
+from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.sizes import power_of_2
 
 SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
@@ -107,14 +107,14 @@ def _plan(
     tl.store(plan_ptr + batch + 1, 0)
 
 
-def plan(chunks: Chunks, query_starts: Tensor, rows: Tensor | None, tile: int) -> Tensor:
+def plan(head_tiles: HeadTiles, query_starts: Tensor, rows: Tensor | None, tile: int) -> Tensor:
     """Make the list of packed sequences: ``[B + 2]`` int32, see `_plan`."""
     batch = query_starts.shape[0] - 1
     made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
     _plan[(1,)](
-        query_starts, rows, chunks.head, made, chunks.count, batch,
-        chunks.stride,
-        CHUNKS_P=power_of_2(chunks.count), M=chunks.members, TILE=tile,
+        query_starts, rows, head_tiles.head, made, head_tiles.count, batch,
+        head_tiles.stride,
+        CHUNKS_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
         HAS_ROWS=rows is not None, num_warps=4,
     )  # fmt: skip
     return made

@@ -152,7 +152,7 @@ def kmeans(
         features: ``[B, H, F]`` float32, whose inner products are computed here.
         clusters: k, between 1 and H.
         tie: costs this close, relative to the largest norm of a head, count as equal.
-        members: the sizes of chunks that tables are made for; None for no tables.
+        members: the sizes of head tiles that tables are made for; None for no tables.
 
     Returns:
         The membership, in multi-head attention, with its tables.

@@ -197,7 +197,7 @@ def kmedoids(
         unit: heads that are chosen together; divides k.
         group: query heads of a K/V head, for the tables; must be 1 or ``unit``.
         tie: costs this close, relative to the largest, count as equal.
-        members: the sizes of chunks that tables are made for; None for no tables.
+        members: the sizes of head tiles that tables are made for; None for no tables.
 
     Returns:
         The membership with its tables.

@@ -19,10 +19,10 @@ from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.ring import NearRing
 from chai_attention.ops.triton import launch_hopper_decode
 from chai_attention.ops.triton.checks import by_line, check
-from chai_attention.ops.triton.chunks import Chunks, chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
+from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.near_decode import near_block
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
@@ -94,24 +94,26 @@ def _run(
     if call.return_lse:
         shape = (query.shape[0], member.clusters)
         lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    chunks = chunks_for(query, kv, member)
-    grid = choose_grid(query, kv, call, chunks)
+    head_tiles = head_tiles_for(query, kv, member)
+    grid = choose_grid(query, kv, call, head_tiles)
     logger.debug(
         "decode kernel%s%s%s: %d members a program, %d splits",
         ", paged" if isinstance(kv, PagedKV) else "",
         ", recent window" if near is not None else "",
         ", Hopper" if grid.tensor_cores else "",
-        chunks.members,
+        head_tiles.members,
         grid.splits,
     )
-    _launch(query, kv, near, call, chunks, grid, out, lse)
+    _launch(query, kv, near, call, head_tiles, grid, out, lse)
     return lse
 
 
-def chunks_for(query: Tensor, kv: DenseKV | PagedKV, member: Membership) -> Chunks:
+def head_tiles_for(query: Tensor, kv: DenseKV | PagedKV, member: Membership) -> HeadTiles:
     """How heads are dealt out."""
     wide = padded(max(query.shape[2], kv.value.shape[3]))
-    return chunks_of(member, members_of(len(member.far_heads), member.clusters, COLUMNS // wide))
+    return head_tiles_of(
+        member, heads_per_tile(len(member.far_heads), member.clusters, COLUMNS // wide)
+    )
 
 
 class Grid(NamedTuple):
@@ -142,19 +144,21 @@ class Grid(NamedTuple):
     tensor_cores: bool
 
 
-def choose_grid(query: Tensor, kv: DenseKV | PagedKV, call: AttentionCall, chunks: Chunks) -> Grid:
+def choose_grid(
+    query: Tensor, kv: DenseKV | PagedKV, call: AttentionCall, head_tiles: HeadTiles
+) -> Grid:
     """Choose the kernel, its tiles and its splits of the context."""
     member, key, value = call.membership, kv.key, kv.value
     table, size = None, key.shape[2]
     if isinstance(kv, PagedKV):
         table = kv.block_table
         size = kv.max_seqlen_k or table.shape[1] * key.shape[1]
-    batch, device, heads, members = query.shape[0], query.device, member.heads, chunks.members
+    batch, device, heads, members = query.shape[0], query.device, member.heads, head_tiles.members
     wide = padded(max(query.shape[2], value.shape[3]))
     columns = members * wide
-    # of chunks known on the device only, as many as clusters of equal size have
-    used = chunks.count - chunks.streaming
-    used = used if chunks.exact else max(member.clusters, cdiv(len(member.far_heads), members))
+    # of head tiles known on the device only, as many as clusters of equal size have
+    used = head_tiles.count - head_tiles.streaming
+    used = used if head_tiles.exact else max(member.clusters, cdiv(len(member.far_heads), members))
     programs = batch * max(1, used)
     grouped = member.group_size > 1
     is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
@@ -165,14 +169,19 @@ def choose_grid(query: Tensor, kv: DenseKV | PagedKV, call: AttentionCall, chunk
     at_a_time = next(count for least, count in resident.items() if width >= least)
     slots = processors(device)
     tensor_cores = (
-        chunks.count > chunks.streaming  # else all heads stream: near keys only
+        head_tiles.count > head_tiles.streaming  # else all heads stream: near keys only
         and launch_hopper_decode.fits(query, key, value, table)
         and (members < HOPPER_MEMBERS or programs <= slots // 4)
     )
     if tensor_cores:
         at_a_time = launch_hopper_decode.RESIDENT
         alone = slots // programs
-        if chunks.exact and alone > 1 and programs * alone >= FULL_ENOUGH * slots and not grouped:
+        if (
+            head_tiles.exact
+            and alone > 1
+            and programs * alone >= FULL_ENOUGH * slots
+            and not grouped
+        ):
             at_a_time = 1
     splits = splits_of(programs, at_a_time, size, device)
     if tensor_cores and grouped:
@@ -198,9 +207,9 @@ def choose_grid(query: Tensor, kv: DenseKV | PagedKV, call: AttentionCall, chunk
 def splits_of(programs: int, resident: int, size: int, device: torch.device) -> int:
     """How many parts the context is cut into, so that programs fill whole waves of processors.
 
-    ``programs`` is an estimate: how many chunks of full clusters there are; ``resident`` of them
-    run on a processor at a time. A wave of all processors that is only begun costs as much time
-    as a full one.
+    ``programs`` is an estimate: how many head tiles of full clusters there are; ``resident`` of
+    them run on a processor at a time. A wave of all processors that is only begun costs as much
+    time as a full one.
     """
     slots = processors(device) * resident
     most = min(MAX_SPLITS, cdiv(size, MIN_KEYS_PER_SPLIT))
@@ -265,7 +274,7 @@ def _launch(
     kv: DenseKV | PagedKV,
     near: NearPages | NearRing | None,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     grid: Grid,
     out: Tensor,
     lse: Tensor | None,
@@ -279,7 +288,7 @@ def _launch(
         grid.splits,
     )
     batch, dim, value_dim = query.shape[0], query.shape[2], value.shape[3]
-    members, wide, kv_heads = chunks.members, padded(value_dim), member.kv_heads
+    members, wide, kv_heads = head_tiles.members, padded(value_dim), member.kv_heads
     table: Tensor | None = None
     valid: Tensor | None = None
     # strides of sequence or page, head, token
@@ -296,26 +305,27 @@ def _launch(
     if own:
         near_keys = near_block(window.sizes[0] + window.sinks, max(padded(dim), wide), grid.warps)
     # a window is one part more, with sums of its own for every member
-    parts, device = (batch, chunks.count), query.device
+    parts, device = (batch, head_tiles.count), query.device
     acc = torch.empty(*parts, splits + own, members * wide, dtype=torch.float32, device=device)
     sums = torch.empty(*parts, splits + own * members, 2, dtype=torch.float32, device=device)
-    heads = chunks.query if query.shape[1] == member.heads else chunks.slot
+    heads = head_tiles.query if query.shape[1] == member.heads else head_tiles.slot
     if grid.tensor_cores:
         assert isinstance(kv, PagedKV)
-        launch_hopper_decode.launch_parts(query, kv, call, chunks, heads, acc, sums)
+        launch_hopper_decode.launch_parts(query, kv, call, head_tiles, heads, acc, sums)
     else:
-        near_programs = batch * chunks.count * members * own
-        far_programs = (chunks.count - chunks.streaming) * splits * batch
+        near_programs = batch * head_tiles.count * members * own
+        far_programs = (head_tiles.count - head_tiles.streaming) * splits * batch
         _parts[(near_programs + far_programs,)](
             query, key, value, lengths, valid, table, rows,
-            heads, chunks.key, chunks.value, chunks.head, acc, sums,
+            heads, head_tiles.key, head_tiles.value, head_tiles.head, acc, sums,
             *window.tensors, member.key_place if own else None,
-            call.scale, softcap or 1.0, size, near_programs, chunks.count, chunks.streaming, splits,
+            call.scale, softcap or 1.0, size, near_programs, head_tiles.count, head_tiles.streaming,
+            splits,
             *window.sizes, key.shape[order[1]], value.shape[order[1]],
             query.stride(0), query.stride(1),
             *(key.stride(axis) for axis in order), *(value.stride(axis) for axis in order),
             0 if valid is None else valid.stride(0), 0 if table is None else table.stride(0),
-            chunks.stride, window.stride_table, *window.strides,
+            head_tiles.stride, window.stride_table, *window.strides,
             D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=grid.block, PAGE=page,
             GROUP=member.group_size, KV_HEADS=kv_heads, NEAR=near_keys,
             STEPS=cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
@@ -328,10 +338,10 @@ def _launch(
             maxnreg=grid.registers,
         )  # fmt: skip
     columns = min(wide, grid.merge_columns or wide)
-    _merge[(chunks.count, members * (wide // columns), batch)](
-        acc, sums, chunks.slot, chunks.head, rows, out, lse, offset,
-        chunks.count, chunks.streaming, splits, member.clusters,
-        out.stride(0), out.stride(1), chunks.stride, 0 if offset is None else offset.stride(0),
+    _merge[(head_tiles.count, members * (wide // columns), batch)](
+        acc, sums, head_tiles.slot, head_tiles.head, rows, out, lse, offset,
+        head_tiles.count, head_tiles.streaming, splits, member.clusters,
+        out.stride(0), out.stride(1), head_tiles.stride, 0 if offset is None else offset.stride(0),
         DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=power_of_2(splits),
         HAS_ROWS=rows is not None, HAS_NEAR=own, HAS_OFFSET=offset is not None,
         HAS_LSE=lse is not None, EARLY=grid.early, num_warps=4,

@@ -13,13 +13,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.near import NearKeys
-from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.device import processors
+from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper import prefill_hopper
 from chai_attention.ops.triton.hopper_near import SINKS_MOST
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan
-from chai_attention.ops.triton.launch_prefill import group_of, members_for
+from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for
 from chai_attention.ops.triton.sizes import cdiv
 from chai_attention.ops.windowed import WindowTables
 
@@ -35,20 +35,20 @@ def prefill(
     query: Tensor,
     kv: DenseKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
     """Write ``out [B, Q, H, Dv]`` and ``lse [B, k, Q]`` for ``query [B, k, Q, D]``."""
     batch, _, queries, _ = query.shape
     tiles = cdiv(queries, 2 * ROWS)
-    work, count = chunks.used
+    work, count = head_tiles.used
     _launch(
-        tiles * chunks.count * batch, (query, kv.key, kv.value), BLOCK, chunks.slot, chunks, out,
-        lse, out.stride(), (0, 0, 0) if lse is None else lse.stride(),
+        tiles * head_tiles.count * batch, (query, kv.key, kv.value), BLOCK, head_tiles.slot,
+        head_tiles, out, lse, out.stride(), (0, 0, 0) if lse is None else lse.stride(),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None, None, None,
-        call.scale, queries, kv.key.shape[2], chunks.count, tiles, group_of(tiles), batch,
+        call.scale, queries, kv.key.shape[2], head_tiles.count, tiles, group_of(tiles), batch,
         0, 0,
         RAGGED=False, PAGE=0, HAS_ROWS=False, HAS_LENGTH=False,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def prefill_packed(
     queries: PackedQueries,
     kv: PagedKV | PackedKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
@@ -72,23 +72,23 @@ def prefill_packed(
         key, value = (x.transpose(1, 2) for x in (kv.key, kv.value))  # [P, heads, N, D]
         page, lengths, table = key.shape[2], kv.seq_lens, kv.block_table
         box = box_of(page)
-    heads = chunks.query if query.shape[1] == call.membership.heads else chunks.slot
+    heads = head_tiles.query if query.shape[1] == call.membership.heads else head_tiles.slot
     _launch(
-        (query.shape[2] // (2 * ROWS) + batch) * chunks.count, (query, key, value), box,
-        heads, chunks, out,
+        (query.shape[2] // (2 * ROWS) + batch) * head_tiles.count, (query, key, value), box,
+        heads, head_tiles, out,
         lse, (0, *out.stride()), (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)),
-        None, plan(chunks, starts, rows, 2 * ROWS), None, starts, lengths, table, rows,
-        call.scale, 0, 0, chunks.count, 0, 0, batch,
-        0 if table is None else table.stride(0), chunks.stride,
+        None, plan(head_tiles, starts, rows, 2 * ROWS), None, starts, lengths, table, rows,
+        call.scale, 0, 0, head_tiles.count, 0, 0, batch,
+        0 if table is None else table.stride(0), head_tiles.stride,
         RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
         HAS_LENGTH=lengths is not None,
     )  # fmt: skip
 
 
 def window_members(query: Tensor, value: Tensor, member: Membership) -> int:
-    """Members of a chunk of the kernels with a window."""
+    """Members of a head tile of the kernels with a window."""
     dim = query.shape[-1]
-    return min(2, max(members_for(query, value, member), min(WIDTHS) // dim))
+    return min(2, max(heads_per_tile_for(query, value, member), min(WIDTHS) // dim))
 
 
 def prefill_window(
@@ -97,7 +97,7 @@ def prefill_window(
     near: NearKeys,
     tables: WindowTables,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
 ) -> Tensor:
     """Return ``[B, Q, H, Dv]`` of attention with an exact window, of no more than `SINKS` sinks.
 
@@ -107,29 +107,29 @@ def prefill_window(
         near: K and V of the near keys.
         tables: of these queries.
         call: how.
-        chunks: the work, streaming heads' too.
+        head_tiles: the work, streaming heads' too.
     """
     batch, heads, queries, dim = query.shape
     offset, sinks, recent, past = call.offset, tables.sinks, tables.recent, tables.length - queries
     shape = (batch, queries, heads, near.value.shape[3])
     out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
     tiles = cdiv(queries, 2 * ROWS)
-    work, count = chunks.used
+    work, count = head_tiles.used
     band = near.key.shape[2] - sinks
     # without far keys near ones are described to the kernel, and not read
     key, value = near if far is None else (far.key, far.value)
     box = [1, 1, BLOCK, dim]
-    _prefill_window[(min(processors(query.device), tiles * chunks.count * batch),)](
+    _prefill_window[(min(processors(query.device), tiles * head_tiles.count * batch),)](
         tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box),
         tiles_of(near.key, box), tiles_of(near.value, box),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None,
-        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
+        *head_tiles.tables, offset, out,
         call.scale, queries, 0 if far is None else key.shape[2], past, recent,
-        _near_blocks(recent), sinks - (past + queries - band), chunks.count, chunks.streaming,
-        tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
+        _near_blocks(recent), sinks - (past + queries - band), head_tiles.count,
+        head_tiles.streaming, tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.members, STAGES=STAGES, SINKS=sinks,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=sinks,
         SHARED=heads // near.key.shape[1], RAGGED=False, HAS_ROWS=False,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def prefill_window(
 
 
 def prefill_packed_window(
-    queries: PackedQueries, kv: PackedKV, call: AttentionCall, chunks: Chunks, out: Tensor
+    queries: PackedQueries, kv: PackedKV, call: AttentionCall, head_tiles: HeadTiles, out: Tensor
 ) -> None:
     """Write ``out [T, H, Dv]`` of packed prompts without context, with an exact window.
 
@@ -145,7 +145,7 @@ def prefill_packed_window(
         queries: of all heads.
         kv: in natural order, with no more than `SINKS` sinks.
         call: how.
-        chunks: the work, for K and V in natural order.
+        head_tiles: the work, for K and V in natural order.
         out: any strides but the last.
     """
     starts, rows, offset = queries.query_start_loc, call.membership_ids, call.offset
@@ -153,15 +153,15 @@ def prefill_packed_window(
     box = [1, 1, BLOCK, dim]
     query, key, value = (x.transpose(0, 1)[None] for x in (queries.query, kv.key, kv.value))
     k_tiles, v_tiles = tiles_of(key, box), tiles_of(value, box)
-    programs = (total // (2 * ROWS) + batch) * chunks.count
+    programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _prefill_window[(min(processors(query.device), programs),)](
         tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
-        None, plan(chunks, starts, rows, 2 * ROWS), None, starts, rows,
-        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, offset, out,
-        call.scale, 0, 0, 0, kv.recent, _near_blocks(kv.recent), 0, chunks.count,
-        chunks.streaming, 0, 0, batch, chunks.stride,
+        None, plan(head_tiles, starts, rows, 2 * ROWS), None, starts, rows,
+        *head_tiles.tables, offset, out,
+        call.scale, 0, 0, 0, kv.recent, _near_blocks(kv.recent), 0, head_tiles.count,
+        head_tiles.streaming, 0, 0, batch, head_tiles.stride,
         0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.members, STAGES=STAGES, SINKS=kv.sinks,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=kv.sinks,
         SHARED=call.membership.group_size, RAGGED=True, HAS_ROWS=rows is not None,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _launch(
     states: tuple[Tensor, Tensor, Tensor],
     box: int,
     heads: Tensor,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
     lse: Tensor | None,
     out_strides: tuple[int, ...],
@@ -187,7 +187,7 @@ def _launch(
 ) -> None:
     """Launch with Q, K and V ``[rows, heads, tokens, D]`` as tiles of ``box`` tokens."""
     query, key, value = states
-    dim, members = query.shape[3], chunks.members
+    dim, members = query.shape[3], head_tiles.members
     # parts of a block have to be as wide as the swizzle
     columns = dim if box == BLOCK else 64
     lists, numbers = arguments[:7], arguments[7:]
@@ -195,7 +195,7 @@ def _launch(
         tiles_of(query, [1, 1, ROWS, dim]),
         tiles_of(key, [1, 1, box, columns]),
         tiles_of(value, [1, 1, box, columns]),
-        *lists, chunks.slot, heads, chunks.key, chunks.head, chunks.value, out, lse,
+        *lists, head_tiles.slot, heads, head_tiles.key, head_tiles.head, head_tiles.value, out, lse,
         *numbers, *out_strides[:3], *lse_strides,
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=members, STAGES=STAGES,
         HAS_LSE=lse is not None, num_warps=4, **constants,

@@ -7,9 +7,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.ops.call import AttentionCall, PagedKV
 from chai_attention.ops.triton.checks import by_line
-from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
+from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper_decode import BLOCK, parts
 from chai_attention.ops.triton.launch_hopper import tiles_of
 from chai_attention.ops.triton.near_decode import near_block, near_parts
@@ -47,33 +47,34 @@ def launch_parts(
     query: Tensor,
     pages: PagedKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     heads: Tensor,
     acc: Tensor,
     sums: Tensor,
 ) -> None:
-    """Write partial sums of all chunks.
+    """Write partial sums of all head tiles.
 
     Args:
         query: ``[B, k or H, D]``.
         pages: K and V.
         call: how.
-        chunks: the work; some of it sees far keys.
-        heads: ``[rows, chunks]`` int32, the row of ``query`` of each chunk.
-        acc: ``[B, chunks, splits (+ 1 with a window), M * D]`` float32, for sums of V.
-        sums: ``[B, chunks, splits (+ M with a window), 2]`` float32, for maxima and weights.
+        head_tiles: the work; some of it sees far keys.
+        heads: ``[rows, head tiles]`` int32, the row of ``query`` of each head tile.
+        acc: ``[B, head tiles, splits (+ 1 with a window), M * D]`` float32, for sums of V.
+        sums: ``[B, head tiles, splits (+ M with a window), 2]`` float32, for maxima and weights.
     """
     key, value, near, softcap = pages.key, pages.value, pages.window, call.softcap
     batch, _, dim = query.shape
-    members, page, has_near = chunks.members, key.shape[1], near is not None
+    members, page, has_near = head_tiles.members, key.shape[1], near is not None
     splits = acc.shape[2] - has_near
     lengths, table = by_line(pages.seq_lens), by_line(pages.block_table)
     rows = by_line(call.membership_ids)
-    parts[(batch * (chunks.count - chunks.streaming) * splits,)](
-        _tiles(key), _tiles(value), query, lengths, table, rows, heads, chunks.key, chunks.value,
-        acc, sums, call.scale, softcap or 1.0, chunks.count, chunks.streaming, splits,
+    parts[(batch * (head_tiles.count - head_tiles.streaming) * splits,)](
+        _tiles(key), _tiles(value), query, lengths, table, rows, heads, head_tiles.key,
+        head_tiles.value, acc, sums, call.scale, softcap or 1.0, head_tiles.count,
+        head_tiles.streaming, splits,
         0 if near is None else near.recent, query.stride(0), query.stride(1), table.stride(0),
-        chunks.stride,
+        head_tiles.stride,
         D=dim, M=members, PAGE=page, SLOTS=RING_BYTES // (BLOCK.value * dim * 2),
         SINKS=0 if near is None else near.sinks, HAS_ROWS=rows is not None,
         HAS_NEAR=has_near, HAS_SOFTCAP=softcap is not None, num_warps=4,
@@ -83,13 +84,13 @@ def launch_parts(
         near_table = by_line(near.block_table)
         keys = near.recent + near.sinks
         block = near_block(keys, padded(dim), NEAR_WARPS)
-        near_parts[(batch * chunks.count * members,)](
-            query, key, value, lengths, table, rows, chunks.value, chunks.head, acc, sums,
+        near_parts[(batch * head_tiles.count * members,)](
+            query, key, value, lengths, table, rows, head_tiles.value, head_tiles.head, acc, sums,
             near.key, near.value, near_table, call.membership.key_place,
-            call.scale, softcap or 1.0, chunks.count, splits, near.recent, key.shape[2],
+            call.scale, softcap or 1.0, head_tiles.count, splits, near.recent, key.shape[2],
             value.shape[2],
             query.stride(0), query.stride(1), *_strides(key), *_strides(value),
-            table.stride(0), chunks.stride, near_table.stride(0), *_strides(near.key),
+            table.stride(0), head_tiles.stride, near_table.stride(0), *_strides(near.key),
             *_strides(near.value),
             D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page,
             GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, NEAR=block,

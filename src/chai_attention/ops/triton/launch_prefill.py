@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
-from chai_attention.ops.triton.chunks import Chunks, chunks_of, members_of
 from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.prefill import _prefill
 from chai_attention.ops.triton.sizes import cdiv
 
@@ -38,10 +38,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-def members_for(query: Tensor, value: Tensor, member: Membership) -> int:
-    """Members of a chunk, whose V a program has room for."""
+def heads_per_tile_for(query: Tensor, value: Tensor, member: Membership) -> int:
+    """Members of a head tile, whose V a program has room for."""
     wide = padded(max(query.shape[-1], value.shape[-1]))
-    return members_of(len(member.far_heads), member.clusters, COLUMNS // wide)
+    return heads_per_tile(len(member.far_heads), member.clusters, COLUMNS // wide)
 
 
 def tile_of(query: Tensor, value: Tensor, members: int, rows: int) -> Tile:
@@ -62,14 +62,14 @@ def dense_prefill(
     query: Tensor,
     kv: DenseKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
     """Write ``out [B, Q, H, Dv]`` and ``lse [B, k, Q]`` for ``query [B, k, Q, D]``."""
     key, value, lengths, valid = kv.key, kv.value, kv.lengths, kv.valid
     batch, _, queries, dim = query.shape
-    members, value_dim = chunks.members, value.shape[3]
+    members, value_dim = head_tiles.members, value.shape[3]
     rows = 128 if queries > 64 and query.dtype != torch.float32 else 32
     tile = tile_of(query, value, members, rows)
     logger.debug("prefill kernel: %d members a program, tiles of %d queries", members, rows)
@@ -84,18 +84,18 @@ def dense_prefill(
             [value.stride(0), value.stride(2), 1],
             [1, tile.block, members * value_dim],
         )
-    count, pairs = cdiv(queries, rows), chunks.count * batch
+    count, pairs = cdiv(queries, rows), head_tiles.count * batch
     _prefill[(count * pairs,)](
         query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
-        chunks.slot, chunks.slot, chunks.key, chunks.head, chunks.value, out, lse,
-        call.scale, call.softcap or 1.0, queries, key.shape[2], chunks.count,
+        head_tiles.slot, head_tiles.slot, *head_tiles.tables[2:], out, lse,
+        call.scale, call.softcap or 1.0, queries, key.shape[2], head_tiles.count,
         count, group_of(count), pairs, batch, 0,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
         *((0, 0, 0) if lse is None else lse.stride()),
         RAGGED=False, PAGE=0, LIMITED=False, HAS_ROWS=False, HAS_LENGTH=lengths is not None,
         HAS_VALID=valid is not None, TILES=tiles,
-        **_constants(query, value, call, chunks, tile, lse),
+        **_constants(query, value, call, head_tiles, tile, lse),
     )  # fmt: skip
 
 
@@ -103,21 +103,21 @@ def packed_prefill(
     queries: PackedQueries,
     kv: PagedKV | PackedKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
     """Write ``out [T, H, Dv]``, of any strides but the last, and ``lse [T, k]``."""
     query, value = queries.query, kv.value
-    tile = tile_of(query, value, chunks.members, rows_of(queries))
+    tile = tile_of(query, value, head_tiles.members, rows_of(queries))
     logger.debug(
         "packed prefill kernel%s: %d members a program, tiles of %d queries",
         ", paged" if isinstance(kv, PagedKV) else "",
-        chunks.members,
+        head_tiles.members,
         tile.rows,
     )
     lengths = kv.seq_lens if isinstance(kv, PagedKV) else None
-    _launch_packed(queries, kv, call, chunks, tile, out, lse, lengths)
+    _launch_packed(queries, kv, call, head_tiles, tile, out, lse, lengths)
 
 
 def probe_prefill(
@@ -129,19 +129,19 @@ def probe_prefill(
     """
     query, key, value, end = probe
     member = call.membership
-    chunks = _own_chunks(member.heads, member.kv_heads, query.device)
+    head_tiles = _own_head_tiles(member.heads, member.kv_heads, query.device)
     first = PackedQueries(query, queries.query_start_loc, end)
     tile = Tile(min(32, rows_of(first)), 32, 4, 2)
     own = AttentionCall(member, call.scale, call.softcap)
     kv = PackedKV(key, value, natural_order=True)
-    _launch_packed(first, kv, own, chunks, tile, out, None, lengths, limit=end)
+    _launch_packed(first, kv, own, head_tiles, tile, out, None, lengths, limit=end)
 
 
 def _launch_packed(
     queries: PackedQueries,
     kv: PagedKV | PackedKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     tile: Tile,
     out: Tensor,
     lse: Tensor | None,
@@ -150,7 +150,7 @@ def _launch_packed(
 ) -> None:
     """Launch; with a ``limit`` only so many first tokens, of sequences without context."""
     query, key, value = queries.query, kv.key, kv.value
-    (total, held, dim), value_dim, members = query.shape, value.shape[-1], chunks.members
+    (total, held, dim), value_dim, members = query.shape, value.shape[-1], head_tiles.members
     batch, rows = queries.query_start_loc.shape[0] - 1, call.membership_ids
     k_tiles, v_tiles, tiles = key, value, False
     if isinstance(kv, PagedKV):
@@ -174,22 +174,22 @@ def _launch_packed(
         )
     if limit is None:
         count = total // tile.rows + batch  # enough for any lengths of sequences
-        programs, pairs = count * chunks.count, chunks.count
+        programs, pairs = count * head_tiles.count, head_tiles.count
     else:
-        count, pairs = cdiv(limit, tile.rows), batch * chunks.count
+        count, pairs = cdiv(limit, tile.rows), batch * head_tiles.count
         programs = count * pairs
     _prefill[(programs,)](
         query, key, value, k_tiles, v_tiles, lengths, None, queries.query_start_loc, table, rows,
-        chunks.slot, chunks.query if held == call.membership.heads else chunks.slot, chunks.key,
-        chunks.head, chunks.value, out, lse,
-        call.scale, call.softcap or 1.0, 0, 0, chunks.count, count, 2, pairs, batch, limit or 0,
+        head_tiles.slot, head_tiles.query if held == call.membership.heads else head_tiles.slot,
+        *head_tiles.tables[2:], out, lse,
+        call.scale, call.softcap or 1.0, 0, 0, head_tiles.count, count, 2, pairs, batch, limit or 0,
         0, query.stride(1), query.stride(0), *strides,
-        0, 0 if table is None else table.stride(0), chunks.stride,
+        0, 0 if table is None else table.stride(0), head_tiles.stride,
         0, out.stride(0), out.stride(1),
         *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))),
         PAGE=page, RAGGED=True, LIMITED=limit is not None, HAS_ROWS=rows is not None,
         HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
-        **_constants(query, value, call, chunks, tile, lse),
+        **_constants(query, value, call, head_tiles, tile, lse),
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _constants(
     query: Tensor,
     value: Tensor,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     tile: Tile,
     lse: Tensor | None,
 ) -> dict[str, Any]:
@@ -205,16 +205,16 @@ def _constants(
     dim, value_dim = query.shape[-1], value.shape[-1]
     return {
         "D": dim, "DP": padded(dim), "DV": value_dim, "DVP": padded(value_dim),
-        "M": chunks.members, "ROWS": tile.rows, "BLOCK": tile.block,
+        "M": head_tiles.members, "ROWS": tile.rows, "BLOCK": tile.block,
         "HAS_SOFTCAP": call.softcap is not None, "HAS_LSE": lse is not None,
         "PRECISION": precision_of(query), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
 @cache
-def _own_chunks(heads: int, kv_heads: int, device: torch.device) -> Chunks:
+def _own_head_tiles(heads: int, kv_heads: int, device: torch.device) -> HeadTiles:
     """Every head by itself."""
-    return chunks_of(Membership.identity(heads, kv_heads, device=device), 1)
+    return head_tiles_of(Membership.identity(heads, kv_heads, device=device), 1)
 
 
 def precision_of(query: Tensor) -> str:
@@ -230,7 +230,7 @@ def block_of(query: Tensor, columns: int) -> int:
 
 
 def group_of(tiles: int) -> int:
-    """How many chunks of so many tiles are worked on together: a GPU full of tiles."""
+    """How many head tiles of so many tiles are worked on together: a GPU full of tiles."""
     return max(2, 128 // tiles)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedQueries, PagedKV
-from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.device import processors
+from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper_paged_window import prefill_paged_window as _kernel
 from chai_attention.ops.triton.hopper_pages import BOX, COLUMNS
 from chai_attention.ops.triton.hopper_work import plan
@@ -34,7 +34,7 @@ def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
 
 
 def prefill_paged_window(
-    queries: PackedQueries, kv: PagedKV, call: AttentionCall, chunks: Chunks, out: Tensor
+    queries: PackedQueries, kv: PagedKV, call: AttentionCall, head_tiles: HeadTiles, out: Tensor
 ) -> None:
     """Write ``out [T, H, Dv]`` of packed sequences behind their context in pages.
 
@@ -42,7 +42,7 @@ def prefill_paged_window(
         queries: of all heads.
         kv: far and near pages whose sizes are multiples of 16, with no more than `SINKS` sinks.
         call: how.
-        chunks: the work, streaming heads' too.
+        head_tiles: the work, streaming heads' too.
         out: any strides but the last.
     """
     near, member, offset, rows = kv.window, call.membership, call.offset, call.membership_ids
@@ -57,20 +57,20 @@ def prefill_paged_window(
     # parts of a block have to be as wide as the swizzle
     box = [1, 1, size, dim if size == BLOCK else COLUMNS.value]
     little = [1, 1, BOX.value, COLUMNS.value]
-    programs = (total // (2 * ROWS) + batch) * chunks.count
+    programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _kernel[(min(processors(out.device), programs),)](
         tiles_of(query.transpose(0, 1)[None], [1, 1, ROWS, dim]),
         tiles_of(far_key, box), tiles_of(far_value, box),
         tiles_of(far_key, little), tiles_of(far_value, little),
         tiles_of(near_key, little), tiles_of(near_value, little),
-        plan(chunks, starts, rows, 2 * ROWS), starts, kv.seq_lens, table,
-        near.block_table, rows, chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value,
+        plan(head_tiles, starts, rows, 2 * ROWS), starts, kv.seq_lens, table,
+        near.block_table, rows, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
-        call.scale, near.recent, chunks.count, chunks.streaming, batch,
+        call.scale, near.recent, head_tiles.count, head_tiles.streaming, batch,
         member.kept_keys, member.kept_values,
-        chunks.stride, table.stride(0), near.block_table.stride(0),
+        head_tiles.stride, table.stride(0), near.block_table.stride(0),
         *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=chunks.members, STAGES=STAGES, SINKS=near.sinks,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=near.sinks,
         SHARED=member.group_size, GROUPS=member.kv_heads, PAGE=kv.key.shape[1],
         NEAR_PAGE=near.page, HAS_ROWS=rows is not None, HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops.probe import HeadClustering, Windows
 from chai_attention.ops.triton import kmeans, kmedoids, launch_decode, launch_prefill, probe
-from chai_attention.ops.triton.chunks import members_of
 from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.head_tiles import heads_per_tile
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
@@ -82,7 +82,7 @@ def _cluster(
 
 
 def _members(query: Tensor, clusters: int) -> tuple[int, int]:
-    """Members of a chunk in decode and in prefill."""
+    """Members of a head tile in decode and in prefill."""
     heads, wide = query.shape[1], padded(query.shape[3])
-    decode = members_of(heads, clusters, launch_decode.COLUMNS // wide)
-    return decode, members_of(heads, clusters, launch_prefill.COLUMNS // wide)
+    decode = heads_per_tile(heads, clusters, launch_decode.COLUMNS // wide)
+    return decode, heads_per_tile(heads, clusters, launch_prefill.COLUMNS // wide)

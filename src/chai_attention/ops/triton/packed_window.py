@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
-from chai_attention.ops.triton.chunks import Chunks
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
+from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
 from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile
 from chai_attention.ops.triton.sizes import power_of_2
@@ -239,7 +239,7 @@ def prefill_packed_window(
     queries: PackedQueries,
     kv: PagedKV | PackedKV,
     call: AttentionCall,
-    chunks: Chunks,
+    head_tiles: HeadTiles,
     out: Tensor,
 ) -> None:
     """Write ``out [T, H, Dv]``, of any strides but the last.
@@ -248,19 +248,19 @@ def prefill_packed_window(
         queries: of all heads.
         kv: far and near pages; or K and V in natural order.
         call: how.
-        chunks: the work, of up to two members each.
+        head_tiles: the work, of up to two members each.
         out: written to.
     """
     query, key, value, softcap = queries.query, kv.key, kv.value, call.softcap
     (total, heads, dim), value_dim = query.shape, value.shape[-1]
     member, rows, offset = call.membership, call.membership_ids, call.offset
     batch, groups = queries.query_start_loc.shape[0] - 1, member.kv_heads
-    tile = tile_of(query, value, chunks.members, rows_of(queries))
+    tile = tile_of(query, value, head_tiles.members, rows_of(queries))
     lengths = table = near_table = None
     logger.debug(
         "packed prefill kernel with a window%s: %d members a program, tiles of %d queries",
         ", paged" if isinstance(kv, PagedKV) else "",
-        chunks.members,
+        head_tiles.members,
         tile.rows,
     )
     if isinstance(kv, PagedKV):
@@ -277,15 +277,15 @@ def prefill_packed_window(
         strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6]
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
-    _prefill_window[(count * chunks.count,)](
+    _prefill_window[(count * head_tiles.count,)](
         query, *states, lengths, queries.query_start_loc, table, near_table, rows,
-        chunks.slot, chunks.query, chunks.key, chunks.head, chunks.value, *places, offset, out,
-        call.scale, softcap or 1.0, chunks.count, batch, recent,
+        *head_tiles.tables, *places, offset, out,
+        call.scale, softcap or 1.0, head_tiles.count, batch, recent,
         member.kept_keys, member.kept_values,
         query.stride(1), query.stride(0), *strides,
         0 if table is None else table.stride(0), 0 if near_table is None else near_table.stride(0),
-        chunks.stride, 0 if offset is None else offset.stride(0), out.stride(0), out.stride(1),
-        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=chunks.members,
+        head_tiles.stride, 0 if offset is None else offset.stride(0), out.stride(0), out.stride(1),
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=head_tiles.members,
         GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, NEAR=BLOCK_NEAR,
         PAGE=page, NEAR_PAGE=near_page, SINKS=sinks,
         SINKS_P=max(16, power_of_2(sinks)), HAS_ROWS=rows is not None,

@@ -1,8 +1,8 @@
 """Rows of a membership that change while kernels read its tables: one launch for all tables.
 
 A list on the device says which tables there are and where they lie. A program writes one row of one
-of them: from whom every head follows it works out, as `Membership` and `chunks` do, each head's
-cluster, its places in the caches and its chunk.
+of them: from whom every head follows it works out, as `Membership` and `head_tiles` do, each head's
+cluster, its places in the caches and its head tile.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from chai_attention.index_tables import table_of
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import _deal, _deal_natural
+from chai_attention.ops.triton.head_tiles import _deal, _deal_natural
 from chai_attention.ops.triton.sizes import power_of_2
 
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by heads, padded
 MAX_HEADS = 128
 FIELDS = tl.constexpr(5)  # of an entry: kind, width of a row, first column, members, address
 
-# kinds of tables: those of a membership, the same of its far heads, those of chunks
+# kinds of tables: those of a membership, the same of its far heads, those of head tiles
 NAMES = (
     "representatives", "slot", "order", "slot_heads", "key_slot", "offsets", "key_heads",
     "removed_key_heads", "key_place", "value_heads", "value_slot", "value_place",
@@ -269,13 +269,13 @@ def _entries(membership: Membership) -> Iterator[_Entry | None]:
             known = name in NAMES and not (part.streaming and name in WITHOUT_STREAMING)
             known = known and table.dtype == torch.long
             yield (base + NAMES.index(name), table, 0, 1) if known else None
-        for (make, *arguments), chunks in part.derived.items():
+        for (make, *arguments), head_tiles in part.derived.items():
             if make not in (_deal, _deal_natural) or part is not membership:
                 yield None
                 continue
             [members] = arguments
             for field in CHUNK_FIELDS:
-                table = getattr(chunks, field)
+                table = getattr(head_tiles, field)
                 kind = CHUNK_FIELDS.index(field)
                 if make is _deal_natural:
                     if field not in NATURAL:
@@ -283,7 +283,7 @@ def _entries(membership: Membership) -> Iterator[_Entry | None]:
                     kind = NATURAL[field]
                 if table.numel():
                     wide = members if table.ndim == 3 else 1
-                    yield CHUNK.value + kind, table, chunks.streaming * wide, members
+                    yield CHUNK.value + kind, table, head_tiles.streaming * wide, members
 
 
 def put_rows(

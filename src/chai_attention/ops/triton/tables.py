@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import jit
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.chunks import Chunks, adopt_chunks
+from chai_attention.ops.triton.head_tiles import HeadTiles, adopt_head_tiles
 
 
 @jit
@@ -97,7 +97,7 @@ def _write_chunks(
     int_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real, members, count,
     HP: tl.constexpr,
 ):  # fmt: skip
-    """Write the tables of `Chunks`: first all -1, then what is used, as `chunks_of` deals."""
+    """Write the tables of `HeadTiles`: first all -1, then what is used, as `head_tiles_of` deals."""
     line, lane = batch * count, batch * count * members
     for first in range(0, count, HP):
         at = first + head
@@ -131,8 +131,8 @@ class Memory:
 
     Attributes:
         tables: int64, the tables of the membership.
-        first: int32, its chunks of one size.
-        second: int32, its chunks of another size; the first again where both are equal.
+        first: int32, its head tiles of one size.
+        second: int32, its head tiles of another size; the first again where both are equal.
         membership: not to be read before the kernel is launched.
         sizes: the integers of `write_tables` from ``clusters`` on, in its order.
     """
@@ -161,7 +161,7 @@ def table_memory(
         clusters: k.
         kv_heads: G.
         kept: K/V heads that the representatives of every sequence read.
-        members: two sizes of chunks; None for representatives alone.
+        members: two sizes of head tiles; None for representatives alone.
         device: where.
     """
     if members is None:
@@ -181,27 +181,27 @@ def table_memory(
     tables = [part.view(batch, width) for part, width in zip(parts, widths, strict=True)]
     made = dict(zip(names, tables[1:], strict=True))
     membership = Membership.from_tables(tables[0], clusters, kv_heads, kept, **made)
-    chunks, sizes = {}, [clusters, kept]
+    head_tiles, sizes = {}, [clusters, kept]
     for each in members:
         count = clusters + (heads - clusters) // each
-        sizes += [each, 0 if each in chunks else count]
-        if each not in chunks:
-            chunks[each] = _chunk_memory(batch, count, each, membership)
-    first, second = (chunks[each] for each in members)
+        sizes += [each, 0 if each in head_tiles else count]
+        if each not in head_tiles:
+            head_tiles[each] = _chunk_memory(batch, count, each, membership)
+    first, second = (head_tiles[each] for each in members)
     return Memory(memory, first, second, membership, tuple(sizes))
 
 
 def _chunk_memory(batch: int, count: int, members: int, membership: Membership) -> Tensor:
-    """Memory for `_write_chunks`, which `chunks_of` will find."""
+    """Memory for `_write_chunks`, which `head_tiles_of` will find."""
     line, lane = batch * count, batch * count * members
     memory = torch.empty(
         3 * line + 2 * lane, dtype=torch.int32, device=membership.representatives.device
     )
     slot, query, key, head, value = memory.split([line, line, line, lane, lane])
     shape = (batch, count)
-    chunks = Chunks(
+    head_tiles = HeadTiles(
         slot.view(shape), query.view(shape), key.view(shape),
         head.view(*shape, members), value.view(*shape, members),
     )  # fmt: skip
-    adopt_chunks(membership, chunks)
+    adopt_head_tiles(membership, head_tiles)
     return memory

@@ -1,9 +1,9 @@
-"""How heads are dealt out to programs: chunks of a few members of one cluster.
+"""How heads are dealt out to programs: head tiles of a few members of one cluster.
 
 A program computes the probabilities of one cluster once and applies them to the V of up to M
-members. How many chunks a row needs depends on its membership. If that is known on the device
-only, the grid is sized for the worst case, and programs without a chunk return at once.
-Streaming heads stand in chunks of their own, before the others: nobody's scores are shared there.
+members. How many head tiles a row needs depends on its membership. If that is known on the device
+only, the grid is sized for the worst case, and programs without a head tile return at once.
+Streaming heads stand in head tiles of their own, before the others: they share no scores.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from chai_attention.membership import Membership
 
 
 @dataclass(frozen=True)
-class Chunks:
+class HeadTiles:
     """Work of every program of one batch row; -1 marks what is not used.
 
     Attributes:
-        slot: ``[B, N]`` int32, the cluster of each chunk; -1 for one of streaming heads.
+        slot: ``[B, N]`` int32, the cluster of each head tile; -1 for one of streaming heads.
         query: ``[B, N]`` int32, the representative head of that cluster.
         key: ``[B, N]`` int32, the place in the K cache that the cluster reads.
-        head: ``[B, N, M]`` int32, the heads whose outputs the chunk writes.
+        head: ``[B, N, M]`` int32, the heads whose outputs the head tile writes.
         value: ``[B, N, M]`` int32, the place in the V cache of each of them; behind those of the
             cache for V heads that it does not hold (`Membership.value_slot`).
-        exact: whether some row has work for all N chunks, and not just the worst row there is.
-        streaming: how many chunks, the first ones, see near keys only.
+        exact: whether some row has work for all N head tiles, and not just the worst row there is.
+        streaming: how many head tiles, the first ones, see near keys only.
     """
 
     slot: Tensor
@@ -48,12 +48,17 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        """N, the number of chunks a row can have."""
+        """N, the number of head tiles a row can have."""
         return self.slot.shape[1]
 
     @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All five, in the order that kernels take them."""
+        return self.slot, self.query, self.key, self.head, self.value
+
+    @property
     def members(self) -> int:
-        """M, the most heads that a chunk can have."""
+        """M, the most heads that a head tile can have."""
         return self.head.shape[2]
 
     @property
@@ -63,9 +68,9 @@ class Chunks:
 
     @cached_property
     def used(self) -> tuple[Tensor, Tensor]:
-        """Which chunks have work, as indices into ``[B * N]``: those first, and their number.
+        """Which head tiles have work, as indices into ``[B * N]``: those first, and their number.
 
-        ``[B * N]`` and ``[1]`` int32. Streaming chunks stand behind the others: they are short,
+        ``[B * N]`` and ``[1]`` int32. Streaming head tiles stand behind the others: they are short,
         and fill the gaps that long work leaves at its end.
         """
         size, first = self.slot.numel(), self.head[:, :, 0].contiguous()
@@ -102,10 +107,10 @@ def _list_used(head_ptr, work_ptr, count_ptr, size, chunks, streaming, BLOCK: tl
         tl.store(work_ptr + tl.where(busy > 0, place, used + i - rank), i, mask=i < size)
 
 
-def members_of(heads: int, clusters: int, columns: int) -> int:
-    """Members of a chunk whose program has room for the V of ``columns`` of them.
+def heads_per_tile(heads: int, clusters: int, columns: int) -> int:
+    """Members of a head tile whose program has room for the V of ``columns`` of them.
 
-    Lanes that no member fills are wasted, so chunks are no wider than clusters are on average.
+    Lanes that no member fills are wasted, so head tiles are no wider than clusters are on average.
     ``heads`` are those that see far keys; without any, ``clusters`` is 0.
     """
     if not clusters:
@@ -114,18 +119,18 @@ def members_of(heads: int, clusters: int, columns: int) -> int:
     return min(most, max(1, columns))
 
 
-def chunks_of(membership: Membership, members: int) -> Chunks:
-    """Return the chunks of up to ``members`` heads; nothing is read on the host."""
+def head_tiles_of(membership: Membership, members: int) -> HeadTiles:
+    """Return the head tiles of up to ``members`` heads; nothing is read on the host."""
     return membership.derive(_deal, members)
 
 
-def adopt_chunks(membership: Membership, chunks: Chunks) -> None:
-    """Remember chunks that were made together with the membership."""
-    membership.derived[_deal, chunks.head.shape[2]] = chunks
+def adopt_head_tiles(membership: Membership, head_tiles: HeadTiles) -> None:
+    """Remember head tiles that were made together with the membership."""
+    membership.derived[_deal, head_tiles.head.shape[2]] = head_tiles
 
 
-def _deal(membership: Membership, members: int) -> Chunks:
-    """Chunks of the heads that see far keys, behind those of heads that do not."""
+def _deal(membership: Membership, members: int) -> HeadTiles:
+    """Head tiles of the heads that see far keys, behind those of heads that do not."""
     if not membership.streaming:
         return _deal_clusters(membership, members)
     batch, device = membership.batch, membership.representatives.device
@@ -142,14 +147,14 @@ def _deal(membership: Membership, members: int) -> Chunks:
     head, value = (x.view(batch, count, members) for x in (head, value))
     none = room(count)
     if membership.far is None:
-        return Chunks(none, none, none, head, value, exact=True, streaming=count)
+        return HeadTiles(none, none, none, head, value, exact=True, streaming=count)
     far = _deal_clusters(membership.far, members)
     natural = torch.tensor(membership.far_heads, dtype=torch.int32, device=device)
 
     def named(heads: Tensor) -> Tensor:
         return torch.where(heads < 0, heads, natural[heads.clamp_min(0)])
 
-    return Chunks(
+    return HeadTiles(
         slot=torch.cat([none, far.slot], 1),
         query=torch.cat([none, named(far.query)], 1),
         key=torch.cat([none, far.key], 1),
@@ -160,14 +165,14 @@ def _deal(membership: Membership, members: int) -> Chunks:
     )
 
 
-def _deal_clusters(membership: Membership, members: int) -> Chunks:
-    """Deal the heads of each cluster, in order, into as few chunks as ``members`` allows.
+def _deal_clusters(membership: Membership, members: int) -> HeadTiles:
+    """Deal the heads of each cluster, in order, into as few head tiles as ``members`` allows.
 
-    Chunks of a cluster are of equal size but for one, so that programs take equally long.
+    Head tiles of a cluster are of equal size but for one, so that programs take equally long.
     """
     batch, heads, clusters = membership.batch, membership.heads, membership.clusters
     device = membership.representatives.device
-    # a cluster of n heads needs 1 + (n - 1) // members chunks
+    # a cluster of n heads needs 1 + (n - 1) // members head tiles
     rows = membership.known_rows
     count = clusters + (heads - clusters) // members
     if rows is not None:
@@ -189,7 +194,7 @@ def _deal_clusters(membership: Membership, members: int) -> Chunks:
         return empty.scatter_(1, index, source.int())
 
     value = membership.value_slot.gather(1, order)
-    return Chunks(
+    return HeadTiles(
         slot=table(count, chunk, slot),
         query=table(count, chunk, membership.slot_heads.gather(1, slot)),
         key=table(count, chunk, membership.key_slot.gather(1, slot)),
@@ -200,19 +205,19 @@ def _deal_clusters(membership: Membership, members: int) -> Chunks:
 
 
 def _needed(representatives: tuple[int, ...], members: int) -> int:
-    """Chunks of one row."""
+    """Head tiles of one row."""
     return sum(-(-size // members) for size in Counter(representatives).values())
 
 
-def natural_chunks(membership: Membership, members: int) -> Chunks:
-    """`chunks_of`, but for K and V of all K/V heads in their natural order."""
+def natural_head_tiles(membership: Membership, members: int) -> HeadTiles:
+    """`head_tiles_of`, but for K and V of all K/V heads in their natural order."""
     return membership.derive(_deal_natural, members)
 
 
-def _deal_natural(membership: Membership, members: int) -> Chunks:
-    chunks, group = chunks_of(membership, members), membership.group_size
+def _deal_natural(membership: Membership, members: int) -> HeadTiles:
+    head_tiles, group = head_tiles_of(membership, members), membership.group_size
     return replace(
-        chunks,
-        key=torch.div(chunks.query, group, rounding_mode="floor"),  # -1 stays -1
-        value=torch.div(chunks.head, group, rounding_mode="floor"),
+        head_tiles,
+        key=torch.div(head_tiles.query, group, rounding_mode="floor"),  # -1 stays -1
+        value=torch.div(head_tiles.head, group, rounding_mode="floor"),
     )

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.ops.triton.chunks import chunks_of
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 from helpers import random_membership
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     [(12, 3, 0, 1), (12, 3, 5, 3), (9, 0, 9, 2), (32, 8, 12, 40), (7, 7, 0, 2), (8, 2, 1, 300)],
 )
 def test_streaming_chunks_are_listed_behind_the_others(heads, clusters, streaming, batch, members):
-    chunks = chunks_of(random_membership(heads, clusters, batch, None, streaming), members)
+    chunks = head_tiles_of(random_membership(heads, clusters, batch, None, streaming), members)
     moved = type(chunks)(
         *(getattr(chunks, name).to(DEVICE) for name in ("slot", "query", "key", "head", "value")),
         chunks.exact,
