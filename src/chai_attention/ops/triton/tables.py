@@ -97,7 +97,7 @@ def _write_chunks(
     int_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real, members, count,
     HP: tl.constexpr,
 ):  # fmt: skip
-    """Write the tables of `HeadTiles`: first all -1, then what is used, as `head_tiles_of` deals."""
+    """Write the tables of `HeadTiles`: all -1, then what is used, as `head_tiles_of` deals."""
     line, lane = batch * count, batch * count * members
     for first in range(0, count, HP):
         at = first + head
