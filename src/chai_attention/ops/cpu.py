@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
-from chai_attention.ops import choice, near_decode
-from chai_attention.ops.call import AttentionCall, DenseKV
+from chai_attention.ops import choice, near_decode, packed
+from chai_attention.ops.call import AttentionCall, DenseKV, PackedQueries, PagedKV
 from chai_attention.ops.reference_backend import ReferenceBackend
 from chai_attention.ops.ring import NearRing
 
@@ -15,7 +16,7 @@ logger = logging.getLogger("chai_attention")
 
 
 class CpuBackend(ReferenceBackend):
-    """What is faster here; packed sequences go one by one, as in the reference."""
+    """What is faster here; packed sequences and those in pages go one by one."""
 
     name = "cpu"
 
@@ -32,3 +33,10 @@ class CpuBackend(ReferenceBackend):
     ) -> Tensor:
         """`near_decode`: one softmax over far and near scores."""
         return near_decode.decode_recent(query, kv, ring, call)
+
+    def paged_decode(
+        self, query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor
+    ) -> Tensor | None:
+        """`packed.attend`: sequences of one query each."""
+        starts = torch.arange(len(query) + 1, dtype=torch.int32)
+        return packed.attend(self, PackedQueries(query, starts, 1), pages, call, out, None)

@@ -1,4 +1,4 @@
-"""Prefill of packed sequences one by one, as the CPU does it: what kernels are tested against."""
+"""Packed sequences one by one, as the CPU runs them: what kernels are tested against."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops import reference, windowed
+from chai_attention.ops import windowed
 from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.paged import gather_pages, hide_spare, rows_of
+from chai_attention.ops.paged import rows_of
 
 
 class Window(NamedTuple):
@@ -38,18 +38,28 @@ def _of_pages(
     queries: PackedQueries, pages: PagedKV, call: AttentionCall
 ) -> tuple[list[States], Window | None]:
     """K and V of each sequence out of its pages, and its exact window."""
-    lengths, sizes = pages.seq_lens, pages.seq_lens.tolist()
-    keys, values = (
-        hide_spare(gather_pages(x, pages.block_table, queries.query.dtype), lengths)
-        for x in (pages.key, pages.value)
-    )
-    states = [(k[:, :n], v[:, :n]) for k, v, n in zip(keys, values, sizes, strict=True)]
+    dtype = queries.query.dtype
+    states = [
+        (
+            _of_sequence(pages.key, table, length).to(dtype),
+            _of_sequence(pages.value, table, length).to(dtype),
+        )
+        for table, length in zip(pages.block_table, pages.seq_lens.tolist(), strict=True)
+    ]
     near = pages.window
     if near is None:
         return states, None
     counts = queries.query_start_loc.diff().tolist()
     members = rows_of(call.membership, call.membership_ids, len(counts))
     return states, Window(near.recent, near.sinks, paged_near(near, states, members, counts))
+
+
+def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """``[heads, S, D]`` out of pages ``[P, N, heads, D]``, by a row of a block table."""
+    if not pages.shape[2]:  # all heads stream: there need not be any page
+        return pages.new_zeros(0, length, pages.shape[3])
+    count = -(-length // pages.shape[1])
+    return pages[table[:count].long()].flatten(0, 1)[:length].transpose(0, 1)
 
 
 def _of_packed(
@@ -123,7 +133,7 @@ def attend(
     """Write ``out [T, H, Dv]`` sequence by sequence; return the lse ``[T, k]``.
 
     Args:
-        backend: attends where there is a window.
+        backend: attends to each sequence.
         queries: of all sequences.
         kv: what they attend to.
         call: how to attend.
@@ -136,26 +146,30 @@ def attend(
         states, window = _of_packed(queries, kv, call)
     query, starts = queries.query, queries.query_start_loc.tolist()
     members = rows_of(call.membership, call.membership_ids, len(states))
-    lse = query.new_empty(query.shape[0], members.clusters, dtype=torch.float32)
+    lse = torch.full((query.shape[0], members.clusters), -torch.inf, device=query.device)
     for b, (key, value) in enumerate(states):
         tokens = slice(starts[b], starts[b + 1])
         if tokens.start == tokens.stop:
             continue
-        member = members.select(torch.tensor([b], device=query.device))
+        member = call.membership  # whose tables are made already
+        if member.batch > 1:
+            member = members.select(torch.tensor([b], device=query.device))
         part = query[tokens].transpose(0, 1)[None]
-        if window is not None:
+        whole = DenseKV(key[None], value[None])
+        if not key.shape[1]:
+            out[tokens] = 0
+        elif window is not None:
             offset = None if call.offset is None else call.offset[b : b + 1]
             one = AttentionCall(member, call.scale, call.softcap, offset=offset)
-            out[tokens] = _with_window(
-                backend, part, DenseKV(key[None], value[None]), b, window, one
+            tables = windowed.window_tables(
+                key.shape[1], part.shape[2], window.recent, window.sinks, None, query.device
             )
+            out[tokens] = backend.attend_window(part, whole, window.near[b], tables, one)[0]
         else:
             if part.shape[1] != member.clusters:
                 part = part[:, member.slot_heads[0]]
-            result, part_lse = reference.clustered_attention(
-                part, key[None], value[None], member, scale=call.scale, softcap=call.softcap,
-                return_lse=call.return_lse,
-            )  # fmt: skip
+            one = AttentionCall(member, call.scale, call.softcap, return_lse=call.return_lse)
+            result, part_lse = backend.attend(part, whole, one)
             out[tokens] = result[0]
             if part_lse is not None:
                 lse[tokens] = part_lse[0].T
@@ -163,23 +177,6 @@ def attend(
             first = slice(tokens.start, min(tokens.stop, tokens.start + probe.end))
             own = Membership.identity(member.heads, member.kv_heads, device=query.device)
             q, k, v = (x[first].transpose(0, 1)[None] for x in probe[:3])
-            out[first] = reference.clustered_attention(
-                q, k, v, own, scale=call.scale, softcap=call.softcap
-            )[0][0]
+            one = AttentionCall(own, call.scale, call.softcap)
+            out[first] = backend.attend(q, DenseKV(k, v), one)[0][0]
     return lse if call.return_lse else None
-
-
-def _with_window(
-    backend: AttentionBackend,
-    query: Tensor,
-    kv: DenseKV,
-    b: int,
-    window: Window,
-    call: AttentionCall,
-) -> Tensor:
-    """``[Q, H, Dv]`` of sequence ``b``; zeros if it has no keys."""
-    size, queries = kv.key.shape[2], query.shape[2]
-    if not size:
-        return query.new_zeros(queries, query.shape[1], kv.value.shape[3])
-    tables = windowed.window_tables(size, queries, window.recent, window.sinks, None, query.device)
-    return backend.attend_window(query, kv, window.near[b], tables, call)[0]
