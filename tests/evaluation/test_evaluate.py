@@ -1,6 +1,7 @@
 """Whole evaluations of tiny models: the paper's table, resuming, damage, determinism."""
 
 import json
+import shutil
 
 import pytest
 
@@ -17,7 +18,7 @@ from tiny_tokenizer import tiny_tokenizer
 TEXT = tuple({"text": f"{n} " + "some words, again and again. " * 40} for n in range(3))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sources():
     arc, rest = (tuple(arc_rows(count)) for count in (5, 3))
     words = tuple({"text": f"the cat {n} sat on the cat"} for n in range(4))
@@ -54,6 +55,20 @@ def run(model, sources, out, prepare=None, names=tuple(MADE), **options):
         model, tiny_tokenizer(), what, made, on_redo=lambda path, why: redone.append(path.name)
     )
     return table, redone
+
+
+@pytest.fixture(scope="module")
+def whole(model, sources, tmp_path_factory):
+    """The folder of a run to its end, for tests that look at it alone."""
+    out = tmp_path_factory.mktemp("whole")
+    run(model, sources, out)
+    return out
+
+
+@pytest.fixture
+def done(whole, tmp_path):
+    """A folder that such a run has written, for tests that go on in it."""
+    return shutil.copytree(whole, tmp_path / "done")
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -108,19 +123,19 @@ def test_windows_of_several_lengths_state_what_each_keeps(model, tmp_path):
         run(model, [TaskSource("perplexity-9999", TEXT * 20, "d")], tmp_path / "long")
 
 
-def test_two_runs_write_the_same_files_and_a_third_does_nothing(model, sources, tmp_path):
-    first, second, again = Prepared(), Prepared(), Prepared()
+def test_two_runs_write_the_same_files_and_a_third_does_nothing(model, sources, whole, tmp_path):
+    first, again = Prepared(), Prepared()
     run(model, sources, tmp_path / "a", first)
-    run(model, sources, tmp_path / "b", second)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a") == files(whole)
     run(model, sources, tmp_path / "a", again)
     assert (first.asked, again.asked) == ([("mha", "own", "clustered")], [])
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a") == files(whole)
 
 
 @pytest.mark.parametrize("forwards", [0, 3, 9, 14, 40])
-def test_a_run_stopped_anywhere_goes_on_to_the_same_files(model, sources, tmp_path, forwards):
-    run(model, sources, tmp_path / "whole")
+def test_a_run_stopped_anywhere_goes_on_to_the_same_files(
+    model, sources, whole, tmp_path, forwards
+):
     left = [forwards]
 
     def stop(module, args):
@@ -138,21 +153,20 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_files(model, sources, tmp_pa
     assert "results.json" not in files(tmp_path / "stopped")
     _, redone = run(model, sources, tmp_path / "stopped")
     assert not redone
-    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert files(tmp_path / "stopped") == files(whole)
 
 
-def test_damaged_and_foreign_files_are_measured_anew(model, sources, tmp_path):
-    run(model, sources, tmp_path)
-    want = files(tmp_path)
-    damaged = tmp_path / "own" / "arc_easy.json"
+def test_damaged_and_foreign_files_are_measured_anew(model, sources, done):
+    want = files(done)
+    damaged = done / "own" / "arc_easy.json"
     damaged.write_bytes(damaged.read_bytes()[:-40])
-    other = tmp_path / "clustered" / "last_word.json"
-    other.write_bytes((tmp_path / "own" / "last_word.json").read_bytes())
+    other = done / "clustered" / "last_word.json"
+    other.write_bytes((done / "own" / "last_word.json").read_bytes())
     prepare = Prepared()
-    _, redone = run(model, sources, tmp_path, prepare)
+    _, redone = run(model, sources, done, prepare)
     assert sorted(redone) == ["arc_easy.json", "last_word.json"]
     assert prepare.asked == [("own", "clustered")]
-    assert files(tmp_path) == want
+    assert files(done) == want
 
 
 def test_other_settings_are_measured_anew_and_mha_is_kept(model, sources, tmp_path):
@@ -175,13 +189,12 @@ def test_another_seed_into_the_same_folder_destroys_nothing(model, sources, tmp_
         assert files(tmp_path) == before
 
 
-def test_a_comparator_that_came_out_otherwise_is_measured_whole(model, sources, tmp_path):
-    run(model, sources, tmp_path)
-    (tmp_path / "clustered" / "last_word.json").unlink()
+def test_a_comparator_that_came_out_otherwise_is_measured_whole(model, sources, done):
+    (done / "clustered" / "last_word.json").unlink()
     wider = Prepared({**MADE, "clustered": lambda name: Clustered(name, window=9)})
-    _, redone = run(model, sources, tmp_path, wider)
+    _, redone = run(model, sources, done, wider)
     assert sorted(redone) == ["arc_challenge.json", "arc_easy.json", "perplexity.json"]
-    found = json.loads((tmp_path / "clustered" / "arc_easy.json").read_text())
+    found = json.loads((done / "clustered" / "arc_easy.json").read_text())
     assert found["settings"]["comparator"]["settings"] == {"window": 9}
 
 
