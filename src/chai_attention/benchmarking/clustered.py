@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -134,11 +135,18 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     stored = Inputs(inputs.query, key, value)
     windowed_too = bool(layout.recent) and not member.is_identity
     decode = inputs.query.shape[2] == 1
+    offset = windowed.head_offsets(None, member) if windowed_too else None
+    asked = AttentionCall(member, inputs.scale, offset=offset)
     if layout.page is not None:
         near = near_pages(inputs, member, layout) if windowed_too else None
-        return (_paged if decode else _paged_prefill)(inputs, stored, member, layout, near)
+        return (_paged if decode else _paged_prefill)(stored, asked, layout, near)
+    if windowed_too and decode:
+        ring = near_ring(inputs.key, inputs.value, member, layout)
+        kv = DenseKV(key, value, _lengths(inputs))
+        return partial(decode_recent, inputs.query, kv, ring, asked)
     if windowed_too:
-        return (_ring if decode else _windowed)(inputs, stored, member, layout)
+        keys, tables = _near_keys(inputs, layout)
+        return partial(windowed_attention, inputs.query, DenseKV(key, value), keys, tables, asked)
     query = _pick(inputs.query, member.slot_heads)
 
     def call() -> Tensor:
@@ -167,34 +175,17 @@ def near_ring(key: Tensor, value: Tensor, member: Membership, layout: Layout) ->
     return NearRing(*memories(key, member.removed_key_heads), positions, layout.recent, 0, *values)
 
 
-def _ring(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
-    near, lengths = near_ring(inputs.key, inputs.value, member, layout), _lengths(inputs)
-    attention_call = AttentionCall(member, inputs.scale, offset=windowed.head_offsets(None, member))
-    kv = DenseKV(stored.key, stored.value, lengths)
-
-    def call() -> Tensor:
-        return decode_recent(stored.query, kv, near, attention_call)
-
-    return call
-
-
-def _windowed(inputs: Inputs, stored: Inputs, member: Membership, layout: Layout) -> Attend:
+def _near_keys(inputs: Inputs, layout: Layout) -> tuple[NearKeys, windowed.WindowTables]:
+    """First and last K and V of all heads, and the tables of where they are."""
     queries, size = inputs.query.shape[2], inputs.key.shape[2]
     sinks = min(layout.sinks, size)
     first = max(0, size - queries - layout.recent + 1)
     near = NearKeys(
         *(torch.cat([x[:, :, :sinks], x[:, :, first:]], 2) for x in (inputs.key, inputs.value))
     )
-    tables = windowed.window_tables(
+    return near, windowed.window_tables(
         size, queries, layout.recent, layout.sinks, None, inputs.query.device
     )
-    attention_call = AttentionCall(member, inputs.scale, offset=windowed.head_offsets(None, member))
-    kv = DenseKV(stored.key, stored.value)
-
-    def call() -> Tensor:
-        return windowed_attention(stored.query, kv, near, tables, attention_call)
-
-    return call
 
 
 def near_page_of(page: int, member: Membership) -> int:
@@ -229,71 +220,51 @@ def near_pages(inputs: Inputs, member: Membership, layout: Layout) -> NearPages:
     return NearPages(key, value, table, layout.recent, layout.sinks)
 
 
-def _paged(
-    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, near: NearPages | None
-) -> Attend:
-    pages, lengths = _pages(stored, layout), _lengths(inputs)
-    query = inputs.query[:, :, 0].contiguous()
-    offset = None if near is None else windowed.head_offsets(None, member)
-    attention_call = AttentionCall(member, inputs.scale, offset=offset)
-    kv = PagedKV(*pages, lengths, near)
-
-    def call() -> Tensor:
-        return paged_decode(query, kv, attention_call)[0][:, None]
-
-    return call
+def _paged(stored: Inputs, asked: AttentionCall, layout: Layout, near: NearPages | None) -> Attend:
+    kv = PagedKV(*_pages(stored, layout), _lengths(stored), near)
+    query = stored.query[:, :, 0].contiguous()
+    return lambda: paged_decode(query, kv, asked)[0][:, None]
 
 
 def _paged_prefill(
-    inputs: Inputs, stored: Inputs, member: Membership, layout: Layout, near: NearPages | None
+    stored: Inputs, asked: AttentionCall, layout: Layout, near: NearPages | None
 ) -> Attend:
-    batch, heads, queries, dim = inputs.query.shape
-    (keys, values, table), lengths = _pages(stored, layout), _lengths(inputs)
-    packed = inputs.query.transpose(1, 2).reshape(batch * queries, heads, dim)
+    batch, heads, queries, dim = stored.query.shape
+    kv = PagedKV(*_pages(stored, layout), _lengths(stored), near)
+    packed = stored.query.transpose(1, 2).reshape(batch * queries, heads, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
-    offset = None if near is None else windowed.head_offsets(None, member)
-    call = AttentionCall(member, inputs.scale, offset=offset)
     new = PackedQueries(packed, starts, queries)
-
-    def attend(keys: Tensor, values: Tensor, table: Tensor, near: NearPages | None) -> Tensor:
-        out, _ = paged_prefill(new, PagedKV(keys, values, table, lengths, near), call)
-        return out.view(batch, queries, heads, -1)
-
-    if not layout.narrow:
-        return lambda: attend(keys, values, table, near)
-    # prompts read copies, as in a server
-    far = _Copies((keys, values), table, packed.dtype)
-    own = None if near is None else _Copies((near.key, near.value), near.block_table, packed.dtype)
-
-    def copy_and_attend() -> Tensor:
-        near_copies = None
-        if near is not None and own is not None:
-            key, value = own.made()
-            near_copies = replace(near, key=key, value=value, block_table=own.table)
-        return attend(*far.made(), far.table, near_copies)
-
-    return copy_and_attend
+    # prompts read copies of 8-bit pages, as in a server
+    copied = _copied(kv, packed.dtype) if layout.narrow else lambda: kv
+    return lambda: paged_prefill(new, copied(), asked)[0].view(batch, queries, heads, -1)
 
 
-class _Copies:
-    """Room for copies of 8-bit pages of K and V in a wider dtype, in the order of their table."""
+def _copied(kv: PagedKV, dtype: torch.dtype) -> Callable[[], PagedKV]:
+    """Return a call that copies 8-bit pages to a wider dtype, near ones too."""
+    fill, near = _copies(kv, dtype), kv.window
+    if near is None:
+        return lambda: replace(kv, **fill())
+    fill_near = _copies(near, dtype)
+    return lambda: replace(kv, window=replace(near, **fill_near()), **fill())
 
-    def __init__(self, pages: tuple[Tensor, Tensor], table: Tensor, dtype: torch.dtype):
-        self._pages = pages
-        self._used = table[table >= 0].long()
-        self._copies = [
-            torch.empty(len(self._used), *x.shape[1:], dtype=dtype, device=x.device) for x in pages
-        ]
-        self.table = torch.full_like(table, -1)
-        self.table[table >= 0] = torch.arange(
-            len(self._used), dtype=torch.int32, device=table.device
-        )
 
-    def made(self) -> tuple[Tensor, Tensor]:
-        """Copy, and return the copies."""
-        for pages, copies in zip(self._pages, self._copies, strict=True):
-            widen_pages(pages, self._used, copies)
-        return self._copies[0], self._copies[1]
+def _copies(pages: PagedKV | NearPages, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
+    """Make room for copies of the pages in use, and return the call that fills it."""
+    is_used = pages.block_table >= 0
+    used = pages.block_table[is_used].long()
+    table = torch.full_like(pages.block_table, -1)
+    table[is_used] = torch.arange(len(used), dtype=table.dtype, device=table.device)
+    room = {
+        name: torch.empty(len(used), *x.shape[1:], dtype=dtype, device=x.device)
+        for name, x in (("key", pages.key), ("value", pages.value))
+    }
+
+    def fill() -> dict[str, Tensor]:
+        for name, copies in room.items():
+            widen_pages(getattr(pages, name), used, copies)
+        return {**room, "block_table": table}
+
+    return fill
 
 
 def _pages(stored: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
