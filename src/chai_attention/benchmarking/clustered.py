@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -248,7 +248,7 @@ def _copied(kv: PagedKV, dtype: torch.dtype) -> Callable[[], PagedKV]:
     return lambda: replace(kv, window=replace(near, **fill_near()), **fill())
 
 
-def _copies(pages: PagedKV | NearPages, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
+def _copies(pages: PagedKV | NearPages, dtype: torch.dtype) -> Callable[[], dict[str, Any]]:
     """Make room for copies of the pages in use, and return the call that fills it."""
     is_used = pages.block_table >= 0
     used = pages.block_table[is_used].long()
@@ -259,7 +259,7 @@ def _copies(pages: PagedKV | NearPages, dtype: torch.dtype) -> Callable[[], dict
         for name, x in (("key", pages.key), ("value", pages.value))
     }
 
-    def fill() -> dict[str, Tensor]:
+    def fill() -> dict[str, Any]:
         for name, copies in room.items():
             widen_pages(getattr(pages, name), used, copies)
         return {**room, "block_table": table}
