@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plain_flash import Planner, plain_flash
+
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -72,7 +74,8 @@ def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
 
     Args:
         job: ``model``, ``profile`` (path, or None for vLLM as it is), ``own`` (layers without
-            clusters run our attention too), ``scales`` of K and V in 8-bit pages as of a
+            clusters run our attention too), ``flash`` (kept heads of layers in which none shares
+            run a stand-in for FlashAttention), ``scales`` of K and V in 8-bit pages as of a
             checkpoint, or None, ``options`` of the engine, ``parts``.
         log: a file.
 
@@ -119,10 +122,14 @@ def _engine(job: dict[str, Any]) -> Any:
     if job["profile"] is not None:
         options["additional_config"] = {"chai": {"profile": job["profile"]}}
         from chai_attention.integrations.vllm import impl, memberships
+        from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
 
         memberships.memory_left = lambda config, device: 2**26  # as on a GPU
         if job["own"]:
             impl.native_backend = lambda *args: None
+        if job["flash"]:
+            impl.flash_kernels = lambda *args: plain_flash
+            FlashSchedules.for_model = _planned
         if job["scales"] is not None:
             _set_scales(*job["scales"])
     if any(part["do"] == "score" for part in job["parts"]):
@@ -135,6 +142,14 @@ def _engine(job: dict[str, Any]) -> Any:
         job["model"], skip_tokenizer_init=not needs_tokenizer, dtype="float32",
         disable_log_stats=False, **options,
     )  # fmt: skip
+
+
+def _planned(config: Any, rows: int, softcap: bool) -> Any:
+    from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
+
+    model = config.model_config
+    size = model.get_head_size()
+    return FlashSchedules(config, Planner(), rows, model.dtype, size, softcap)
 
 
 def _set_scales(key: float, value: float) -> None:
@@ -171,6 +186,7 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         "block_size": config.block_size,
         "preemptions": sum(counted),
         "counted": any(impl.model_state._planned for impl in impls if hasattr(impl, "model_state")),
+        "flash": sum(impl._flash is not None for impl in impls if hasattr(impl, "_flash")),
         "held": any(getattr(impl, "_held", None) is not None for impl in impls),
     }
 

@@ -27,6 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
         parts: list[vllm_job.Part],
         profile: ClusterProfile | Path | None = None,
         own: bool = False,
+        flash: bool = False,
         scales: tuple[float, float] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
             profile = folder / "profile.json"
         job = {
             "model": str(model), "profile": None if profile is None else str(profile), "own": own,
-            "scales": scales, "parts": parts, "options": options,
+            "flash": flash, "scales": scales, "parts": parts, "options": options,
         }  # fmt: skip
         return vllm_job.run(job, folder / "engine.log")
 

@@ -156,3 +156,16 @@ def test_near_pages_replay_in_a_cuda_graph(clusters, streaming):
             case.keys[row][:, n - 1], case.values[row][:, n - 1] = key[row].cpu(), value[row].cpu()
         want = case_definition(case, query, member, 0.2, None)
         assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 128), (3, 3, 40)])
+def test_heads_that_all_stream_see_windows_longer_than_a_step(heads, kv_heads, dim):
+    """A program takes 256 keys of 128 numbers at a time, and writes its output itself."""
+    member = random_membership(heads, 0, 3, kv_heads, heads)
+    case = written(
+        member, [700, 300, 0], torch.float32, page=16, near_page=48, recent=290, sinks=4, dim=dim,
+        value_dim=24,
+    )  # fmt: skip
+    query = torch.randn(3, heads, dim)
+    got = attend(case, query, member, scale=0.2, most_keys=700)
+    assert_close(got, case_definition(case, query, member, 0.2, None), atol=2e-5, rtol=0)

@@ -41,6 +41,8 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         self._decides = model.needs_probe  # else no layer needs the lengths of prompts
         self._requests = RequestTable.of_caller() if self._decides else None
         self._near = model.near
+        self._flash = model.flash
+        self._page: int = kv_cache_spec.block_size
         self._prepared: Tensor | None = None
 
     def build(
@@ -77,6 +79,8 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         step: ChaiMetadata | None = getattr(common, _STASH, None)
         if step is None or step.is_capture != is_capture:
             step = self._describe(common, is_capture)
+            if self._flash is not None:
+                self._flash.describe(step, self._page)
             setattr(common, _STASH, step)
             if self._near is not None:
                 self._near.step = step  # vLLM asks `NearMetadataBuilder` after all others

@@ -22,6 +22,7 @@ from chai_attention.integrations.vllm.backend import (
     run_natively,
     with_prefixes,
 )
+from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds, flash_kernels
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
 from chai_attention.integrations.vllm.metadata import ChaiMetadata
@@ -117,6 +118,14 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             self._workspace = self.model_state.workspace(device)
             self._workspace.reserve(self.layout.numbers_per_token)
         self._held = self.model_state.hold(self.layer, device)
+        self._kinds = None if self.is_narrow else HeadKinds.of(self.layer)
+        self._flash = None
+        if self._kinds is not None:
+            dtype = config.model_config.dtype
+            self._flash = flash_kernels(device, dtype, self.head_size, module.head_size_v)
+            if self._flash is not None:
+                counts = len(self._kinds.kept), self._kinds.kv_heads
+                self.model_state.schedules(self.softcap is not None).add(*counts)
         self.near_layout = self.layer.near_layout(self.head_size, module.head_size_v)
 
     def _weights_changed(self) -> None:
@@ -150,14 +159,22 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             if plan.needs_probe
             else FixedMembership(self.layer, self.model_state.max_requests, device)
         )
-        self._attention = StepAttention(
-            plan, self._memberships, self.scale * self._scales[0], self.softcap, self._workspace
-        )
+        if self._kinds is not None and self._flash is not None:
+            assert isinstance(self._memberships, FixedMembership)
+            self._attention: StepAttention = FlashStepAttention(
+                self.layer, self._kinds, self._flash, self._memberships,
+                self.model_state.max_requests, self.scale, self.softcap, device,
+            )  # fmt: skip
+        else:
+            self._attention = StepAttention(
+                plan, self._memberships, self.scale * self._scales[0], self.softcap, self._workspace
+            )
         if cache.is_cuda:
             # whatever kernels derive from a membership is made when they first need it
             self._run(cache, next(warm_up.decodes(self.model_state, cache, [1])))
-            if self.layer.kind not in self.model_state.warmed:
-                self.model_state.warmed.add(self.layer.kind)
+            kind = type(self._attention), self.layer.kind
+            if kind not in self.model_state.warmed:
+                self.model_state.warmed.add(kind)
                 for step in warm_up.steps(self.model_state, cache):
                     self._run(cache, step)
 

@@ -213,6 +213,7 @@ class ChaiMetadata:
         max_seq_len: no request has more tokens.
         is_capture: whether this is a dummy for a CUDA graph.
         near: the near pages, which vLLM describes after all else; None without any.
+        schedules: FlashAttention's, by the numbers of kept query and K/V heads (`FlashSchedules`).
     """
 
     requests: RequestSpans
@@ -228,6 +229,7 @@ class ChaiMetadata:
     max_seq_len: int
     is_capture: bool
     near: NearTables | None = None
+    schedules: dict[tuple[int, int], Any] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @cached_property

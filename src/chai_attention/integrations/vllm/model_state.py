@@ -12,6 +12,7 @@ import torch
 
 from chai_attention.integrations.vllm import memberships
 from chai_attention.integrations.vllm.attend import DequantisationWorkspace, workspace_tokens
+from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
 from chai_attention.integrations.vllm.layers import (
     PAGE,
     PAGE_MULTIPLE,
@@ -76,6 +77,7 @@ class ModelState:
         )
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
         self.near: NearLayer | None = None  # of this rank, once its layers' weights are loaded
+        self.flash: FlashSchedules | None = None  # of layers that run vLLM's FlashAttention
         self._first_pages: torch.Tensor | None = None
         self._planned: int | None = None  # pages at most, before vLLM plans them
         self._workspace: DequantisationWorkspace | None = None
@@ -132,6 +134,12 @@ class ModelState:
             tokens = workspace_tokens(batch_tokens, model.max_model_len)
             self._workspace = DequantisationWorkspace(tokens, model.dtype, device)
         return self._workspace
+
+    def schedules(self, softcap: bool) -> FlashSchedules:
+        """FlashAttention's schedules, which all layers of a rank share."""
+        if self.flash is None:
+            self.flash = FlashSchedules.for_model(self.config, self.max_requests, softcap)
+        return self.flash
 
     def hold(self, layer: LayerShard, device: torch.device) -> torch.Tensor | None:
         """Take memory for the tables of a layer's pages; None where it need not be held.

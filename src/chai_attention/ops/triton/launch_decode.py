@@ -24,6 +24,7 @@ from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.near_decode import near_block
+from chai_attention.ops.triton.near_only import decode_near_only, sees_near_only
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 logger = logging.getLogger("chai_attention")
@@ -90,6 +91,11 @@ def _run(
 ) -> Tensor | None:
     """Choose tiles and splits and launch, into ``out [B, H, Dv]``; return the lse ``[B, k]``."""
     member = call.membership
+    if isinstance(kv, PagedKV) and isinstance(near, NearPages) and sees_near_only(member, near):
+        decode_near_only(
+            query, near, out, lengths=kv.seq_lens, scale=call.scale, softcap=call.softcap
+        )
+        return None
     lse = None
     if call.return_lse:
         shape = (query.shape[0], member.clusters)

@@ -1,0 +1,226 @@
+"""Layers in which no head shares: vLLM's FlashAttention for kept heads, ours for streaming ones.
+
+A head that keeps its far keys sees all its keys in far pages, so it attends as in any model. With
+grouped queries FlashAttention reads K and V once for all query heads of a K/V head, where our
+kernels do so for heads that share scores only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chai_attention.index_tables import table_of
+from chai_attention.integrations.vllm.attend import StepAttention
+from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
+from chai_attention.integrations.vllm.layers import LayerShard, Pages
+from chai_attention.integrations.vllm.memberships import FixedMembership
+from chai_attention.integrations.vllm.metadata import ChaiMetadata
+
+VERSION = 3  # of FlashAttention, for Hopper GPUs: no other was tried in these layers
+
+
+@dataclass(frozen=True)
+class HeadKinds:
+    """The heads of a layer in which every K/V head keeps all far keys or none.
+
+    Attributes:
+        kept: query heads that keep them, ascending.
+        streaming: the others.
+        kv_heads: K/V heads of the first.
+        streaming_kv_heads: those of the others, ascending.
+    """
+
+    kept: tuple[int, ...]
+    streaming: tuple[int, ...]
+    kv_heads: int
+    streaming_kv_heads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: LayerShard) -> HeadKinds | None:
+        """Tell the heads of a layer; None if some share, all or none stream, or pages hold more."""
+        plan, group = layer.plan, layer.plan.heads // layer.plan.kv_heads
+        streaming = layer.streaming
+        kept = tuple(head for head in range(plan.heads) if head not in streaming)
+        near, far = (tuple(dict.fromkeys(h // group for h in x)) for x in (streaming, kept))
+        if (
+            not near
+            or not far
+            or set(near) & set(far)
+            or plan.shares
+            or not plan.has_recent_window
+            or (layer.kept, layer.kept_values) != (len(far), len(far))
+        ):
+            return None
+        return cls(kept, streaming, len(far), near)
+
+
+def flash_kernels(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> Callable[..., Any] | None:
+    """Look for vLLM's FlashAttention 3; None where our kernels attend to pages of this kind.
+
+    Args:
+        device: of the cache.
+        dtype: of Q, K and V. Pages of 8 bits are none of these: FlashAttention would round Q to 8
+            bits too.
+        head_dim: D.
+        value_dim: Dv.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or head_dim != value_dim:
+        return None
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
+        return None
+    from vllm.v1.attention.backends import fa_utils
+
+    if fa_utils.get_flash_attn_version(head_size=head_dim) != VERSION:
+        return None
+    found: Callable[..., Any] = fa_utils.flash_attn_varlen_func
+    return found
+
+
+class _Heads:
+    """Brings the heads of both kinds side by side: views where they stand so, else copies.
+
+    Args:
+        kinds: of the layer.
+        device: of the cache.
+    """
+
+    def __init__(self, kinds: HeadKinds, device: torch.device):
+        heads, number = (*kinds.kept, *kinds.streaming), len(kinds.kept)
+        self._order = self._back = None
+        spans = _span(kinds.kept), _span(kinds.streaming)
+        if spans[0] is None or spans[1] is None:
+            self._order = table_of(heads, device)
+            self._back = table_of(tuple(heads.index(head) for head in range(len(heads))), device)
+            spans = slice(number), slice(number, None)
+        self._kept, self._streaming = spans
+        self._groups = _span(kinds.streaming_kv_heads)
+        self._group_table = table_of(kinds.streaming_kv_heads, device)
+
+    def of_query(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[T, H, D]`` of the kept and of the streaming heads."""
+        if self._order is not None:
+            query = query.index_select(1, self._order)
+        return query[:, self._kept], query[:, self._streaming]
+
+    def streaming_states(self, states: Tensor) -> Tensor:
+        """K or V ``[T, G, D]`` of the K/V heads that stream."""
+        if self._groups is not None:
+            return states[:, self._groups]
+        return states.index_select(1, self._group_table)
+
+    def room(self, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where outputs go before `finish`, whole and those of both kinds."""
+        room = out if self._order is None else torch.empty_like(out)
+        return room, room[:, self._kept], room[:, self._streaming]
+
+    def finish(self, room: Tensor, out: Tensor) -> None:
+        """Bring all outputs to their heads."""
+        if self._back is not None:
+            torch.index_select(room, 1, self._back, out=out)
+
+
+class FlashStepAttention(StepAttention):
+    """`StepAttention` of a layer of `HeadKinds`.
+
+    Args:
+        layer: the layer.
+        kinds: its heads.
+        attend: vLLM's ``flash_attn_varlen_func``.
+        memberships: of the layer.
+        rows: most requests of a step.
+        scale: factor on the scores.
+        softcap: as in `ops.reference.attention`.
+        device: of the cache.
+    """
+
+    def __init__(
+        self,
+        layer: LayerShard,
+        kinds: HeadKinds,
+        attend: Callable[..., Any],
+        memberships: FixedMembership,
+        rows: int,
+        scale: float,
+        softcap: float | None,
+        device: torch.device,
+    ):
+        super().__init__(layer.plan, memberships, scale, softcap)
+        self.kinds = kinds
+        self._flash = attend
+        self._heads = _Heads(kinds, device)
+        # a layer of their own, whose near pages are those of the whole one
+        every = tuple(range(len(kinds.streaming)))
+        plan = replace(
+            layer.plan, heads=len(every), kv_heads=len(kinds.streaming_kv_heads), clusters=0,
+            representatives=every, streaming=every, offsets=None,
+        )  # fmt: skip
+        own = FixedMembership(LayerShard(plan, 0, every), rows, device)
+        self._near = StepAttention(plan, own, scale, softcap)
+
+    def run(
+        self,
+        step: ChaiMetadata,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pages: Pages,
+        out: Tensor,
+    ) -> None:
+        """As `StepAttention.run`; in a CUDA graph both kinds of heads attend side by side."""
+        kept, streaming = self._heads.of_query(query)
+        room, out_kept, out_streaming = self._heads.room(out)
+        own = Pages(pages.key[:, :, :0], pages.value[:, :, :0], pages.near_key, pages.near_value)
+        if step.prefills:  # decodes read pages only
+            key, value = (self._heads.streaming_states(x) for x in (key, value))
+        if out.is_cuda and torch.cuda.is_current_stream_capturing():
+            here, beside = torch.cuda.current_stream(), _side_stream(out.device)
+            beside.wait_stream(here)
+            with torch.cuda.stream(beside):
+                self._near.run(step, streaming, key, value, own, out_streaming)
+            self._far(step, kept, pages, out_kept)
+            here.wait_stream(beside)
+        else:
+            self._near.run(step, streaming, key, value, own, out_streaming)
+            self._far(step, kept, pages, out_kept)
+        self._heads.finish(room, out)
+
+    def _far(self, step: ChaiMetadata, query: Tensor, pages: Pages, out: Tensor) -> None:
+        """Attend with the kept heads of all requests, as vLLM does in any layer."""
+        schedule = FlashSchedules.of(step, len(self.kinds.kept), self.kinds.kv_heads)
+        self._flash(
+            q=query,
+            k=pages.key,
+            v=pages.value,
+            out=out,
+            cu_seqlens_q=step.query_start_loc,
+            max_seqlen_q=step.max_query_len,
+            seqused_k=step.seq_lens,
+            max_seqlen_k=step.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=step.block_table,
+            softcap=self.softcap or 0.0,
+            scheduler_metadata=schedule.metadata,
+            num_splits=schedule.splits,
+            fa_version=VERSION,
+        )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of streaming heads in CUDA graphs; of all layers, which come one by one."""
+    return torch.cuda.Stream(device)
+
+
+def _span(heads: tuple[int, ...]) -> slice | None:
+    """Neighbouring heads as a slice; None if they are none."""
+    first, stop = heads[0], heads[-1] + 1
+    return slice(first, stop) if stop - first == len(heads) else None

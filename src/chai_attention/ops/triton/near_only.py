@@ -1,0 +1,120 @@
+"""One query's attention to its nearest keys in pages, where they are all that its head sees.
+
+Layers, or parts of one, whose heads all stream have no far keys: nothing is left to merge, and a
+program writes its head's output itself.
+"""
+
+from __future__ import annotations
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chai_attention.membership import Membership
+from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.decode import _scores_base2, padded
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
+
+# numbers of K that a thread holds at a time: all keys of a window of 128 are asked for at once
+NUMBERS = 128
+WARPS = 8
+
+
+@triton.jit(
+    do_not_specialize=["heads", "recent", "stride_table"],
+    do_not_specialize_on_alignment=["length_ptr", "table_ptr"],
+)
+def _near_only(
+    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, out_ptr, scale, softcap, heads, recent,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_table, stride_ob, stride_oh,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GROUP: tl.constexpr,
+    NEAR: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The sinks and the last ``recent`` keys of one head, NEAR of them at a time."""
+    head, row = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
+    place = (head // GROUP).to(tl.int64)
+    length = tl.load(length_ptr + row).to(tl.int32)
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    q = tl.load(q_ptr + row * stride_qb + head * stride_qh + d, mask=d < D, other=0.0)
+    q = q.to(tl.float32) * scale
+    best = float("-inf")
+    weight = 0.0
+    acc = tl.zeros([DVP], dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=1):
+        j = step * NEAR + tl.arange(0, NEAR)
+        position = length - recent + j - SINKS
+        inside = (j >= SINKS) & (position >= 0) & (position < length)
+        if SINKS > 0:
+            # a sink among the last keys counts once, there
+            inside = inside | ((j < SINKS) & (j < length - recent))
+            position = tl.where(j < SINKS, j, position)
+        page = tl.load(table_ptr + row * stride_table + position // PAGE, mask=inside, other=0)
+        page, at = page.to(tl.int64), (position % PAGE).to(tl.int64)
+        k = tl.load(
+            k_ptr + place * stride_kh + (page * stride_kb + at * stride_ks)[:, None] + d[None, :],
+            mask=inside[:, None] & (d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_ptr + place * stride_vh + (page * stride_vb + at * stride_vs)[:, None] + dv[None, :],
+            mask=inside[:, None] & (dv < DV)[None, :], other=0.0,
+        )  # fmt: skip
+        s = _scores_base2(tl.sum(k.to(tl.float32) * q[None, :], axis=1), softcap, HAS_SOFTCAP)
+        s = tl.where(inside, s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, axis=0))
+        base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
+        p = tl.exp2(s - base)
+        old = tl.exp2(best - base)
+        weight = weight * old + tl.sum(p, axis=0)
+        acc = acc * old + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        best = new
+    out = tl.where(weight > 0, acc / tl.where(weight > 0, weight, 1.0), 0.0)
+    target = out_ptr + row * stride_ob + head * stride_oh + dv
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
+
+
+def sees_near_only(membership: Membership, near: NearPages) -> bool:
+    """Whether all heads stream and near pages hold all their K and V, in their natural order."""
+    held = {near.key.shape[2], near.value.shape[2]}
+    return membership.far is None and held == {membership.kv_heads}
+
+
+def decode_near_only(
+    query: Tensor,
+    near: NearPages,
+    out: Tensor,
+    *,
+    lengths: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> None:
+    """Write ``out [B, H, Dv]`` of heads that see near keys only, in one launch.
+
+    Args:
+        query: ``[B, H, D]``.
+        near: pages of all their K/V heads.
+        out: any strides but the last.
+        lengths: ``[B]`` int32, keys of each sequence, the new one included; 0 gives zeros.
+        scale: factor on the scores.
+        softcap: as in the reference.
+    """
+    batch, heads, dim = query.shape
+    value_dim = near.value.shape[3]
+    wide = max(padded(dim), padded(value_dim))
+    keys = near.recent + near.sinks
+    block = min(power_of_2(keys), max(16, NUMBERS * WARPS * 32 // wide))
+    lengths, table = by_line(lengths), by_line(near.block_table)
+    _near_only[(batch * heads,)](
+        query, near.key, near.value, lengths, table, out, scale, softcap or 1.0, heads,
+        near.recent, *query.stride()[:2],
+        *(x.stride(axis) for x in (near.key, near.value) for axis in (0, 2, 1)),
+        table.stride(0), *out.stride()[:2],
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
+        GROUP=heads // near.key.shape[2], NEAR=block, STEPS=cdiv(keys, block), PAGE=near.page,
+        SINKS=near.sinks, HAS_SOFTCAP=softcap is not None, num_warps=WARPS,
+    )  # fmt: skip
