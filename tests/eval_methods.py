@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.profile import ClusterProfile
 from tiny_models import COMMON, CONFIGS
 from tiny_tokenizer import tiny_tokenizer

@@ -10,7 +10,7 @@ from chai_attention.benchmarking import split_steps
 from chai_attention.benchmarking.split_steps import SplitRunner, runs_of
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import decoder_layers
+from chai_attention.integrations.transformers.modules import decoder_layers
 from chai_attention.profile import ClusterProfile
 from recorded_graph import played
 from tiny_models import tiny_model

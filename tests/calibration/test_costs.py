@@ -11,7 +11,7 @@ from chai_attention.calibration.costs import Near, OffsetStatistics, collect_cos
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.intervene import capture
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from tiny_models import tiny_model
 
 SIZE, HEADS = 20, 6

@@ -7,7 +7,7 @@ from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.refit import refit
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers import enabled
-from chai_attention.integrations.transformers.support import (
+from chai_attention.integrations.transformers.modules import (
     attention_modules,
     output_projection,
     output_weight,

@@ -21,7 +21,7 @@ from chai_attention.benchmarking.plain_steps import moved, rewind, step_mask
 from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import StaticClusteredCache
-from chai_attention.integrations.transformers.support import decoder_layers
+from chai_attention.integrations.transformers.modules import decoder_layers
 
 Forward = Callable[..., Any]
 

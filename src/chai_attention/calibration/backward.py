@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers.devices import has_offloaded_weights
-from chai_attention.integrations.transformers.room import ACTIVATIONS
-from chai_attention.integrations.transformers.support import (
+from chai_attention.integrations.transformers.modules import (
     attention_modules,
     decoder_layers,
     output_projection,
 )
+from chai_attention.integrations.transformers.room import ACTIVATIONS
 
 KEEP_BYTES = 3e9  # activations of a batch that are kept rather than computed twice
 

@@ -31,7 +31,7 @@ from chai_attention.calibration.steps import Steps, steps_of
 from chai_attention.calibration.texts import as_tokens, beginning, windows_of
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import describe, unwrapped

@@ -28,7 +28,7 @@ from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.intervene import LayerCall, capture
 from chai_attention.integrations.transformers.logits import rows_at_once, summed_loss
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.integrations.transformers.modules import attention_modules, output_weight
 from chai_attention.progress import Report, silent
 from chai_attention.runtime.shape import describe
 

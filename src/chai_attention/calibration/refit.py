@@ -24,7 +24,7 @@ from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.enable import enabled
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.support import (
+from chai_attention.integrations.transformers.modules import (
     attention_modules,
     decoder_layers,
     output_projection,

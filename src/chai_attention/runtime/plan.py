@@ -146,7 +146,7 @@ class LayerPlan:
     @property
     def clustered(self) -> tuple[int, ...] | None:
         """Heads that an online membership is found for; None for all."""
-        return tuple(self._far_heads) if self.streaming else None
+        return self._far_heads if self.streaming else None
 
     def packed_representatives(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, count: Tensor,
@@ -171,7 +171,7 @@ class LayerPlan:
             UnsupportedModelError: NaN or infinity in the window (found on the CPU).
         """
         far = self._far if self.streaming else self
-        heads = table_of(tuple(self._far_heads), query.device) if self.streaming else None
+        heads = table_of(self._far_heads, query.device) if self.streaming else None
         found = fused_representatives(
             query, key,
             self._far_values(value[tokens].transpose(1, 2)) if far._by_value else None,
@@ -188,9 +188,9 @@ class LayerPlan:
         return far.online_membership(q, k, v, scale, softcap).representatives
 
     @cached_property
-    def _far_heads(self) -> list[int]:
+    def _far_heads(self) -> tuple[int, ...]:
         """Heads that do not stream; with grouped queries K/V heads stream whole."""
-        return [head for head in range(self.heads) if head not in self.streaming]
+        return tuple(head for head in range(self.heads) if head not in self.streaming)
 
     @cached_property
     def _far(self) -> LayerPlan:
@@ -206,7 +206,7 @@ class LayerPlan:
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Q, K and V of the heads that do not stream."""
-        heads = table_of(tuple(self._far_heads), query.device)
+        heads = table_of(self._far_heads, query.device)
         return query[:, heads], self._far_values(key), self._far_values(value)
 
     def _far_values(self, states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import disable, enable, enabled
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.support import (
+from chai_attention.integrations.transformers.modules import (
     attention_modules,
     is_transposed,
     output_projection,

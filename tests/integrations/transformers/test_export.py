@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.export import export
-from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.integrations.transformers.modules import attention_modules, output_weight
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from chai_attention import ClusteredCache
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import disable, enable, enabled
-from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.integrations.transformers.modules import attention_modules, output_weight
 from chai_attention.profile import ClusterProfile
 from lora import add_lora, remove_lora
 from tiny_models import tiny_model

@@ -26,8 +26,8 @@ from chai_attention.integrations.transformers.devices import (
     has_offloaded_weights,
     input_device,
 )
+from chai_attention.integrations.transformers.modules import decoder_layers
 from chai_attention.integrations.transformers.placement import drop_inner_hooks
-from chai_attention.integrations.transformers.support import decoder_layers
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 

@@ -7,7 +7,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import enable, enabled, trial
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 from tiny_models import ATTENTION, COMMON, CONFIGS, GROUPED, SLIDING, by_definition, tiny_model

@@ -12,7 +12,7 @@ from chai_attention.evaluation.comparators.chai import stacked
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.intervene import edited_heads
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.support import attention_modules, output_weight
+from chai_attention.integrations.transformers.modules import attention_modules, output_weight
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import describe
 

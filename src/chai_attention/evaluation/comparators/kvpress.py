@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chai_attention.errors import EvaluationError, UnsupportedModelError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.progress import Progress, quiet
 from chai_attention.runtime.shape import describe
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.transformers.support import (
+from chai_attention.integrations.transformers.modules import (
     PLAIN,
     is_transposed,
     output_projection,

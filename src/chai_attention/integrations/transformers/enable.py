@@ -19,8 +19,8 @@ from chai_attention.integrations.transformers import attention, forwards, graphs
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.devices import hook_masks, on_several_devices
 from chai_attention.integrations.transformers.modes import lasting
+from chai_attention.integrations.transformers.modules import attention_modules, decoder_layers
 from chai_attention.integrations.transformers.seal import Seal
-from chai_attention.integrations.transformers.support import attention_modules, decoder_layers
 from chai_attention.integrations.transformers.switch import Switch, register, unregister
 from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.corrections import Corrections
-from chai_attention.integrations.transformers.support import attention_modules, output_projection
+from chai_attention.integrations.transformers.modules import attention_modules, output_projection
 from chai_attention.profile import EXPORTED, ClusterProfile
 from chai_attention.runtime.shape import describe
 from chai_attention.whole_files import require_folder

@@ -14,8 +14,8 @@ from transformers.masking_utils import sdpa_mask
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
+from chai_attention.integrations.transformers.modules import attention_modules, output_projection
 from chai_attention.integrations.transformers.plain import plain_attention
-from chai_attention.integrations.transformers.support import attention_modules, output_projection
 from chai_attention.integrations.transformers.switch import switched
 from chai_attention.runtime.shape import describe
 

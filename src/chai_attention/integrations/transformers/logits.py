@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.integrations.transformers.switch import containing
 from chai_attention.runtime.shape import decoder_config
 

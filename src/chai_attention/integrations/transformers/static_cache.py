@@ -13,9 +13,9 @@ from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.cache import CacheMemory, memory_of
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.memory import tokens_kept
+from chai_attention.integrations.transformers.modules import decoder_layers
 from chai_attention.integrations.transformers.static_layer import StaticClusteredLayer
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
-from chai_attention.integrations.transformers.support import decoder_layers
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan, layer_plans
 from chai_attention.runtime.shape import ModelShape, decoder_config, describe, unwrapped

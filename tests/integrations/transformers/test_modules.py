@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.support import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.runtime.shape import describe
 from chai_attention.runtime.skeleton import empty_model
 from tiny_models import COMMON, CONFIGS, GROUPED, SIZES, tiny_model
