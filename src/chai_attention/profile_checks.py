@@ -1,4 +1,4 @@
-"""What can be wrong inside a profile, said so that a person can mend it."""
+"""Validation of profiles, with errors that say how to fix them."""
 
 from __future__ import annotations
 

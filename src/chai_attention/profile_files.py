@@ -1,4 +1,4 @@
-"""The tensors of a refit, in a file beside the JSON of their profile."""
+"""The weights of a refit, in a safetensors file beside the JSON of its profile."""
 
 from __future__ import annotations
 

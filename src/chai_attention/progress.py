@@ -1,4 +1,4 @@
-"""How far long work is: told by calling one of these functions."""
+"""Progress callbacks: functions called with (name of the step, units done, units in all)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tensor parallelism deals the heads of a layer to ranks, as vLLM does it.
+"""How tensor parallelism divides the heads of a layer among ranks, as in vLLM.
 
 Every rank holds H / N neighbouring query heads and the K/V heads that they read: G / N of them, or
 one where there are fewer K/V heads than ranks, of which several ranks then hold the same.

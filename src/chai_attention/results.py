@@ -1,4 +1,4 @@
-"""Result files of every command: JSON with a schema version and a checksum, and runs that go on.
+"""Result files of all commands: JSON with schema version and checksum; interrupted runs resume.
 
 A file is ``{"checksum": SHA-256 of the canonical JSON of all the rest, "schema_version": ...}`` and
 more. Files of earlier releases that have no checksum are read as they are. What tells two inputs

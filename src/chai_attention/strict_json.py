@@ -1,4 +1,4 @@
-"""JSON as everything here reads it: finite numbers, each key once, a bounded size and depth."""
+"""Strict JSON: finite numbers, unique keys, bounded size and depth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are read whole, and files that are written whole or not at all."""
+"""Reading files whole, and writing them atomically."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Speed and memory, beside baselines and the ideal; nothing is reported that is not checked."""
+"""Speed and memory, compared with baselines and the ideal; results are checked first."""

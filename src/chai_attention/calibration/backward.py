@@ -1,4 +1,4 @@
-"""Gradients of a model's attention outputs, whose activations may be computed twice."""
+"""Gradients of a model's attention outputs, with activations recomputed where memory is short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest saving whose measured loss keeps a promise."""
+"""Search for the largest saving whose measured loss keeps a promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of text drawn over the whole of a file, of which a bounded part is ever in memory."""
+"""Random samples of a long text file, in bounded memory."""
 
 from __future__ import annotations
 

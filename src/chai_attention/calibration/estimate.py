@@ -1,4 +1,4 @@
-"""How long a calibration will take and how much memory, from a batch of each of its steps."""
+"""Estimate of a calibration's time and memory (``--dry-run``), from one batch of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration learns from text about a model, whatever budget it is then used for."""
+"""Evidence: what a calibration measures of a model on text, independent of the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evidence of a calibration that was interrupted, in a file until its profile is written."""
+"""The file that keeps the evidence of an interrupted calibration, until its profile is written."""
 
 from __future__ import annotations
 

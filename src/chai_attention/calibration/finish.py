@@ -1,4 +1,4 @@
-"""From candidates to the profile that is written: refit, measured, searched."""
+"""From candidates to the final profile: refit, measurement, search."""
 
 from __future__ import annotations
 

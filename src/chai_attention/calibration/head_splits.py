@@ -1,4 +1,4 @@
-"""From costs to what every head of a model does, for any number of saved bytes."""
+"""From costs to the kind of every head (keep, share, stream), for any number of saved bytes."""
 
 from __future__ import annotations
 

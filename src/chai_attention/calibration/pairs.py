@@ -1,4 +1,4 @@
-"""What it costs one head to use another's attention map, or to see near keys only.
+"""The cost of a head using another head's attention map, or attending to near keys only.
 
 Numbers of one layer and sequence. With an exact recent window a head keeps its own scores for near
 keys, the last w and the first s, and uses the other head's only for far ones; the two parts are

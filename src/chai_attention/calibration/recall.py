@@ -1,4 +1,4 @@
-"""Text in which something has to be recalled: facts hidden in other text, asked for at its end.
+"""Text with facts to recall: hidden in other text, and asked for at its end.
 
 Perplexity hardly notices heads that look far back for one thing. Here only the answers' loss
 counts. Everything is drawn at random by a seed; nothing has to be downloaded.

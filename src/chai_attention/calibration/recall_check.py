@@ -1,4 +1,4 @@
-"""How many facts a model still recalls, asked about held-out text in words of its own."""
+"""Measures how many facts hidden in held-out text a model recalls, in other words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions about a text, scored: is the whole answer right, and how likely is it."""
+"""Scores of questions about a text: whether the whole answer is right, and its likelihood."""
 
 from __future__ import annotations
 

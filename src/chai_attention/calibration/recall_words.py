@@ -1,4 +1,4 @@
-"""What facts to recall are made of.
+"""Words and phrasings of the facts to recall.
 
 What is learnt from, what a calibration measures its promise on, and evaluation share no name and
 no phrasing.

@@ -1,4 +1,4 @@
-"""Calibration as the command line asks for it: from named sources of text."""
+"""Calibration on named sources of text, as on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration is asked for: recipes, their options, and which of them contradict."""
+"""Settings of a calibration: recipes, their options, and combinations that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accumulated statistics of attention maps: bounded memory, whatever the amount of text."""
+"""Statistics of attention maps, accumulated in memory that does not grow with the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step of how many a calibration is at."""
+"""The numbered steps of a calibration, for its progress."""
 
 from __future__ import annotations
 

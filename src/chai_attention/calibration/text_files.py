@@ -1,4 +1,4 @@
-"""Files of text, read as far as they are needed: plain text, JSON, CSV and Parquet."""
+"""Reads text files piece by piece: plain text, JSON, CSV and Parquet."""
 
 from __future__ import annotations
 

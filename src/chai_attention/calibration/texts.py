@@ -1,4 +1,4 @@
-"""Sample text for calibration: files, data sets of the hub, or what the model writes itself."""
+"""Sample text for calibration: files, data sets of the hub, or text that the model generates."""
 
 from __future__ import annotations
 

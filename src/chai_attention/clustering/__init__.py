@@ -1,1 +1,1 @@
-"""Clustering of heads: tensors in, tensors out; knows no model."""
+"""Clustering of heads: functions on tensors, independent of any model."""

@@ -1,4 +1,4 @@
-"""From the Gram matrix of heads to a membership: what the online phase and calibration share."""
+"""From a Gram matrix of heads to a membership, for calibration and online requests."""
 
 from __future__ import annotations
 

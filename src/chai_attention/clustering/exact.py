@@ -1,4 +1,4 @@
-"""k-medoids to the proven optimum, for the offline phase, where a millisecond does not matter."""
+"""Exact k-medoids, for calibration, where a millisecond does not matter."""
 
 from __future__ import annotations
 

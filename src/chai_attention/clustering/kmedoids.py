@@ -1,4 +1,4 @@
-"""Which heads keep their scores, from what it costs one head to use another's: k-medoids.
+"""k-medoids: which heads keep their scores, given the cost of using another head's.
 
 The cost need not be symmetric. In grouped-query attention whole groups are chosen: clustering
 query heads frees K only when no query head of a K/V head is a representative, which plain k-means

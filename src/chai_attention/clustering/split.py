@@ -1,4 +1,4 @@
-"""The best split of a layer's heads into kept, shared and streaming, for every saving.
+"""The best split of a layer's heads into kept, shared and streaming ones, for every saving.
 
 A K/V head that keeps its K saves nothing. One that gives up K saves a *unit*: each of its query
 heads uses the scores of the cheapest head whose K is kept, or streams (sees near keys only) where

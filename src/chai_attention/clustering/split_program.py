@@ -1,4 +1,4 @@
-"""Who keeps K for the cheapest split of a layer's heads, as a linear or integer program.
+"""Which heads keep K in the cheapest split of a layer, by a linear or integer program.
 
 The p-median problem with a third choice for every head. Its linear relaxation is nearly always
 integral, and costs less to solve than the integer program; what costs more than an answer that is

@@ -1,4 +1,4 @@
-"""What a redundancy study found, and the JSON file that keeps it."""
+"""The results of a redundancy study, and their JSON file."""
 
 from __future__ import annotations
 

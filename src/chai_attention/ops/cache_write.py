@@ -1,4 +1,4 @@
-"""Writing new tokens into caches: K and V of the kept heads, those of others near the end."""
+"""Writes new tokens into caches: K and V of kept heads, and of other heads into their window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Online memberships by the GPU's kernels, where they take the shape.
+"""Online memberships by GPU kernels, for shapes that they support.
 
 `clustering` defines what they compute, `runtime.plan` chooses; both functions return None where
 there is no kernel, and the same is then done in PyTorch, in hundreds of launches.

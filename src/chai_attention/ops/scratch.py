@@ -1,4 +1,4 @@
-"""Memory for what a CPU operation needs for a moment, kept from call to call.
+"""Buffers for temporary tensors of CPU operations, kept from call to call.
 
 The system hands out large pieces of memory page by page as they are first touched, which in a
 decode step can take longer than the arithmetic.

@@ -1,4 +1,4 @@
-"""SpAtten: tokens and heads that little attention goes to are gone from all deeper layers.
+"""SpAtten: tokens and heads with little attention are pruned from all deeper layers.
 
 Importance, as published: of a token, the attention probabilities that it has received, summed over
 heads, queries and layers so far; of a head, the absolute values of its outputs, summed over tokens

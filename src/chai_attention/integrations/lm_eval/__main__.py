@@ -1,4 +1,4 @@
-"""lm-eval's own command line with the model "chai", for releases that look for no plugins.
+"""lm-eval's command line with the model "chai", for releases without plugins.
 
 ``python -m chai_attention.integrations.lm_eval --model chai --model_args
 pretrained=MODEL,profile=FILE --tasks piqa``

@@ -1,4 +1,4 @@
-"""Attention as a model computes it without clusters, softcap included."""
+"""A model's attention without clusters, softcap included."""
 
 from __future__ import annotations
 

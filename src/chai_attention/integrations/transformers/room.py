@@ -1,4 +1,4 @@
-"""Does a model fit the device that it is meant for? Asked before anything of it is loaded."""
+"""Estimates whether a model fits its device, before anything is loaded."""
 
 from __future__ import annotations
 

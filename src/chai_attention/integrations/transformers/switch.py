@@ -1,4 +1,4 @@
-"""Which attention function a decoder asks transformers for, told to its own modules alone.
+"""Sets the attention function of a decoder's own modules, though configs are shared.
 
 Transformers reads the name of the function from a config, and configs are shared: by several
 models, and by a decoder with whatever stands beside it (a vision tower). So the modules that lead

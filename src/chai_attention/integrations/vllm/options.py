@@ -1,4 +1,4 @@
-"""What vLLM was asked for, against what clustered heads can do."""
+"""Refuses options of vLLM that clustered heads do not support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a profile's layers are dealt to ranks, and what each rank saves.
+"""How the heads of a profile's layers are divided among ranks, and what each rank saves.
 
 With tensor parallelism every rank holds some of the heads (see `chai_attention.ranks`).
 Probabilities never cross ranks, and pages have one size on all of them. A rank that could hold less

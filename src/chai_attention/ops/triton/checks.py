@@ -1,4 +1,4 @@
-"""What the kernels refuse."""
+"""Checks of what the kernels do not support."""
 
 from __future__ import annotations
 

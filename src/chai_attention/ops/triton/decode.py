@@ -1,4 +1,4 @@
-"""What decode kernels share: scores, rows of tables, sizes of tiles."""
+"""Parts common to all decode kernels: scores, rows of tables, sizes of tiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the device is, as far as the choice of kernels and grids depends on it."""
+"""Properties of the device on which the choice of kernels and grids depends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe window on the GPU: all heads' attention maps, and what exchanging them would change."""
+"""The probe window on the GPU: attention maps of all heads, and the effect of exchanging them."""
 
 from __future__ import annotations
 
