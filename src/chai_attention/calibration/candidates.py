@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -63,16 +63,18 @@ class Candidates:
     def _assignments(self) -> list[list[Tensor]]:
         """Per layer and entry of ``counts``, the best membership ``[H]`` by the costs."""
         assert self.evidence.costs is not None
-        ranks, kv_heads = self._ranks, self.shape.kv_heads // self._ranks
+        return [
+            [self._on_ranks(cost, k, best_assignment) for k in self.counts]
+            for cost in self.evidence.costs
+        ]
 
-        def best(cost: Tensor, k: int) -> Tensor:
-            return on_ranks(
-                cost,
-                ranks,
-                lambda part: best_assignment(part, k // ranks, kv_heads, self.settings.target),
-            )
-
-        return [[best(cost, k) for k in self.counts] for cost in self.evidence.costs]
+    def _on_ranks(
+        self, table: Tensor, k: int, choose: Callable[[Tensor, int, int, str], Tensor]
+    ) -> Tensor:
+        """A membership ``[H]`` of k clusters, of which every rank chooses its own."""
+        ranks, target = self._ranks, self.settings.target
+        own = k // ranks, self.shape.kv_heads // ranks, target
+        return on_ranks(table, ranks, lambda part: choose(part, *own))
 
     @cached_property
     def _costs(self) -> list[list[float]]:
@@ -214,17 +216,9 @@ class Candidates:
             index = [self.counts.index(k) for k in clusters]
             found = [layer[i] for layer, i in zip(self._assignments, index, strict=True)]
         else:
-            ranks, kv_heads = self._ranks, self.shape.kv_heads // self._ranks
-
-            def nearest(gram: Tensor, k: int) -> Tensor:
-                return on_ranks(
-                    gram,
-                    ranks,
-                    lambda part: assign(part[None], k // ranks, kv_heads, self.settings.target)[0],
-                )
-
             found = [
-                nearest(gram, k) for gram, k in zip(self.evidence.grams, clusters, strict=True)
+                self._on_ranks(gram, k, lambda part, *own: assign(part[None], *own)[0])
+                for gram, k in zip(self.evidence.grams, clusters, strict=True)
             ]
         return tuple(tuple(rep.tolist()) for rep in found)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +91,9 @@ def recall_sequences(
         draw = random.Random(f"recall window {seed} {number}")
         facts = draw.randint(2, MOST_FACTS)
         row = text[number % len(text)].tolist()
-        parts = writer.parts(draw, row, length, facts, facts, fewer=True)
-        tokens[number] = torch.tensor([token for part in parts for token in part.tokens])
-        counted[number] = torch.tensor([part.answer for part in parts for _ in part.tokens])
+        written = writer.write(draw, row, length, facts, facts, fewer=True)
+        tokens[number] = torch.tensor([token for token, _ in written])
+        counted[number] = torch.tensor([answer for _, answer in written])
     return RecallSequences(tokens, counted)
 
 
@@ -121,22 +120,14 @@ def recall_cases(
     for number in range(cases):
         draw = random.Random(f"recall case {seed} {number}")
         row = text[number % len(text)].tolist()
-        *prompt, answer = writer.parts(draw, row, length, facts, 1, fewer=False)
-        found.append(
-            RecallCase(
-                torch.tensor([token for part in prompt for token in part.tokens]),
-                torch.tensor(answer.tokens),
-            )
-        )
+        written = writer.write(draw, row, length, facts, 1, fewer=False)
+        prompt = [token for token, answer in written if not answer]
+        answer = [token for token, _ in written[len(prompt) :]]
+        found.append(RecallCase(torch.tensor(prompt), torch.tensor(answer)))
     return found
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Tokens that are answers, or that are none."""
-
-    tokens: Sequence[int]
-    answer: bool = False
+_Written = list[tuple[int, bool]]  # tokens, and whether they are an answer's
 
 
 class _Writer:
@@ -154,7 +145,7 @@ class _Writer:
         self._begin = [] if chat else self._begins  # a chat template writes it out
         self._head, self._to_answer, self._to_question = frame
 
-    def parts(
+    def write(
         self,
         draw: random.Random,
         text: list[int],
@@ -163,8 +154,8 @@ class _Writer:
         asked: int,
         *,
         fewer: bool,
-    ) -> list[_Part]:
-        """Parts of ``length`` tokens in all; the last one is an answer.
+    ) -> _Written:
+        """Write ``length`` tokens, of which the last ones are an answer.
 
         With ``fewer``, there may be fewer facts if the sequence is too short for as many.
         """
@@ -183,11 +174,11 @@ class _Writer:
                 for name, value in zip(names, values, strict=True)
             ]
             before = self._begin + self._tokens(f"{self._head}{wording.instruction}\n\n")
-            after: list[_Part] = []
+            after: _Written = []
             for fact in [fact for fact in order if fact < len(names)][:asked]:
                 lead = self._to_question if after else "\n\n"
                 after += self._question(lead, phrasing, names[fact], values[fact])
-            size = len(before) + sum(map(len, told)) + sum(len(part.tokens) for part in after)
+            size = len(before) + sum(map(len, told)) + len(after)
             if size <= MOST_SHARE * length:
                 break
             if not fewer or len(names) == 1:
@@ -200,15 +191,14 @@ class _Writer:
         room = length - size
         first = int(start * (len(text) - room + 1))
         rest = text[first : first + room]
-        parts = [_Part(before)]
-        done = 0
+        tokens, done = before, 0
         for place, fact_tokens in sorted(zip(places, told, strict=True)):
             at = int(place * (room + 1))
-            parts += [_Part(rest[done:at]), _Part(fact_tokens)]
+            tokens = [*tokens, *rest[done:at], *fact_tokens]
             done = at
-        return [*parts, _Part(rest[done:]), *after]
+        return [(token, False) for token in [*tokens, *rest[done:]]] + after
 
-    def _question(self, lead: str, phrasing: Phrasing, name: str, value: str) -> list[_Part]:
+    def _question(self, lead: str, phrasing: Phrasing, name: str, value: str) -> _Written:
         """A question with the opening of its answer, and the answer."""
         question = phrasing.question.format(name=name)
         asked = f"{lead}{question}{self._to_answer}{phrasing.opening.format(name=name)}"
@@ -218,7 +208,7 @@ class _Writer:
             (i for i, pair in enumerate(zip(bare, whole, strict=False)) if pair[0] != pair[1]),
             min(len(bare), len(whole)),
         )
-        return [_Part(whole[:same]), _Part(whole[same:], answer=True)]
+        return [(token, place >= same) for place, token in enumerate(whole)]
 
     def _values(self, draw: random.Random, count: int) -> list[str]:
         """Answers, all different."""
