@@ -1,11 +1,10 @@
 """Tables of profiles, beside what they are made of."""
 
 import json
-from types import SimpleNamespace
 
 from chai_attention.cli.records import profile_record
 from chai_attention.cli.tables import profile_table, summary_line
-from chai_attention.profile import ClusterProfile
+from chai_attention.profile import ClusterProfile, ModelShape
 
 
 def test_inspect_says_which_heads_stream_and_what_k_and_v_is_kept(tmp_path):
@@ -16,10 +15,7 @@ def test_inspect_says_which_heads_stream_and_what_k_and_v_is_kept(tmp_path):
     }  # fmt: skip
     file = tmp_path / "p.json"
     file.write_text(json.dumps(profile))
-    shape = SimpleNamespace(
-        architecture="x", layers=2, heads=6, kv_heads=6, head_dim=4, clusterable=(True, True),
-        hidden_size=None, sliding_window=None,
-    )  # fmt: skip
+    shape = ModelShape("x", layers=2, heads=6, kv_heads=6, head_dim=4, clusterable=(True, True))
     found = ClusterProfile.load(file)
     text = profile_table(found, shape)
     assert "3-5" in text
