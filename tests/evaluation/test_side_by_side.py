@@ -64,8 +64,8 @@ def test_processes_write_what_one_writes_also_after_an_interrupt(tmp_path):
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("refuses", EvaluationError, "not this model"),
-        ("breaks", RuntimeError, "KeyError: 'broken'"),
+        pytest.param("refuses", EvaluationError, "not this model", marks=pytest.mark.exhaustive),
+        pytest.param("breaks", RuntimeError, "KeyError: 'broken'", marks=pytest.mark.exhaustive),
         ("dies", EvaluationError, "killed during bad: .*--jobs"),
     ],
 )
