@@ -29,7 +29,7 @@ from chai_attention.benchmarking.clustered import (
     random_inputs,
     with_streaming,
 )
-from chai_attention.benchmarking.correctness import accuracy, require_right
+from chai_attention.benchmarking.correctness import accuracy, require_correct
 from chai_attention.benchmarking.timing import machine
 from chai_attention.errors import ChaiError
 from chai_attention.membership import Membership
@@ -93,7 +93,7 @@ def measure(
         for code in CODES:
             call = by(code, clustered_call(inputs, member, layout))
             found = accuracy(call(), inputs, member, layout)
-            errors[name, code] = require_right(f"{name}, {code}, {case}", found).error
+            errors[name, code] = require_correct(f"{name}, {code}, {case}", found).error
             calls[name, code] = call
     times = in_turns(calls, rounds, clock)
     medians = {key: statistics.median(found) for key, found in times.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 from chai_attention.errors import ChaiError
 from chai_attention.membership import Membership
 from chai_attention.ops import online
-from chai_attention.ops.triton import launch_decode, prefill
+from chai_attention.ops.triton import launch_decode, launch_prefill
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import head_tiles_of, heads_per_tile
 from chai_attention.results import write_result
@@ -56,7 +56,7 @@ def plan_of(method: str, clusters: int, window: int) -> LayerPlan:
 def cluster(plan: LayerPlan, layer: Layer) -> Membership:
     """Membership of one layer, with the tables that prefill and decode read."""
     member = plan.online_membership(*layer, DIM**-0.5, None)
-    for columns in (launch_decode.COLUMNS, prefill.COLUMNS):
+    for columns in (launch_decode.COLUMNS, launch_prefill.COLUMNS):
         chunks = head_tiles_of(member, heads_per_tile(HEADS, plan.clusters, columns // DIM))
     if capability(layer[0].device)[0] == 9:  # Hopper's prefill
         assert chunks.used is not None

@@ -28,7 +28,7 @@ def in_the_page(page: int, far: int, near: int, recent: int, length: int) -> flo
 
 def near_pages(page: int, far: int, near: int, recent: int, length: int) -> float:
     """The same with near pages."""
-    tokens = near_page(page, far, near)
+    tokens = near_page(page, far, near, recent)
     blocks = Blocks(page, tokens, page * far, tokens * near, recent, SINKS)
     return blocks.of_request(length) * blocks.block_bytes / length
 
@@ -49,7 +49,7 @@ def main() -> None:
             for page in PAGES[:2]:
                 shares = (near_pages(page, far, near, recent, n) / full for n in LENGTHS)
                 cells = " | ".join(f"{share:.1%}" for share in shares)
-                tokens = near_page(page, far, near)
+                tokens = near_page(page, far, near, recent)
                 print(f"| {recent} | near pages of {tokens} beside {page} | {cells} |")
         print(f"| any | nothing for the window | {' | '.join([f'{far / full:.1%}'] * 4)} |")
         print()
