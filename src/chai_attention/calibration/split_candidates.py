@@ -27,8 +27,8 @@ class SplitCandidates:
     """Profiles of one model, recipe and text, by the number of units saved.
 
     A unit is K or V of the far keys of one K/V head, on each rank if the profile is to be served
-    on several. With several windows the one is taken that
-    serves the budget best by what the costs predict (`best_recent`).
+    on several. Of several exact windows the one is taken that costs predict to serve the budget
+    best (`best_recent`).
 
     Attributes:
         shape: of the model.

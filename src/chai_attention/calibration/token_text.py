@@ -13,9 +13,9 @@ from chai_attention.calibration.drawing import Run
 from chai_attention.calibration.text_files import pieces_of
 from chai_attention.errors import CalibrationError
 
-PIECE = 1 << 20  # characters that are turned into tokens at a time: each takes a hundred bytes,
-FEW = 4  # and a third of them is not given back. Behind so many pieces they are smaller by
-SMALLER = 8
+PIECE = 1 << 20  # characters that are turned into tokens at a time: a hundred bytes for each, of
+# which a third is not given back. After FEW pieces they are smaller by a factor of SMALLER
+FEW, SMALLER = 4, 8
 
 
 class TokenText:
