@@ -47,6 +47,7 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("least", [0, 10, 1000], ids=lambda least: f"from {least} tokens on")
 @pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(
     ("heads", "groups", "streaming", "softcap"),
@@ -54,8 +55,7 @@ STEPS = {
         (8, 4, (4, 5, 6, 7), None),  # slices of the query
         (8, 4, (0, 1), 4.0),
         (8, 4, (0, 1, 4, 5), None),  # gathered
-        (5, 5, (1, 4), 4.0),
-        (4, 4, (0, 1), None),
+        (10, 5, (2, 3, 8, 9), 4.0),
         (9, 3, (3, 4, 5), None),
     ],
 )
@@ -65,8 +65,11 @@ def test_both_kinds_of_heads_attend_as_defined(
     streaming: tuple[int, ...],
     softcap: float | None,
     requests: list[tuple[int, int]],
+    least: int,
+    monkeypatch,
 ) -> None:
     """Near pages before the window of a request's first new token are somebody else's."""
+    monkeypatch.setattr(flash, "LEAST_TOKENS", least)
     layer = served(heads, groups, streaming)
     member, kinds = layer.membership(), HeadKinds.of(layer)
     assert kinds is not None
@@ -91,8 +94,10 @@ def test_both_kinds_of_heads_attend_as_defined(
         .contiguous()
         for states in (case.keys, case.values)
     )
+    calls = []
     attention = FlashStepAttention(
-        layer, kinds, plain_flash, FixedMembership(layer, len(requests), CPU), len(requests), 0.3,
+        layer, kinds, lambda **given: calls.append(plain_flash(**given)),
+        FixedMembership(layer, len(requests), CPU), len(requests), 0.3,
         softcap, CPU,
     )  # fmt: skip
     pages = Pages(*case.pages, case.near.key, case.near.value)
@@ -108,6 +113,7 @@ def test_both_kinds_of_heads_attend_as_defined(
             softcap=softcap, streaming=streaming,
         )[0]  # fmt: skip
         assert_close(out[tokens].double(), wanted[-count:], atol=2e-5, rtol=2e-5)
+    assert len(calls) == (max(new) == 1 or sum(new) >= least)
 
 
 def test_slices_where_heads_stand_together_and_copies_where_not() -> None:
@@ -133,7 +139,8 @@ def test_layers_that_share_or_split_a_kv_head_keep_our_kernels() -> None:
     assert HeadKinds.of(served(8, 4, ())) is None  # vLLM's own attention runs it as a whole
     assert HeadKinds.of(served(8, 4, tuple(range(8)))) is None
     assert HeadKinds.of(served(8, 4, (2,))) is None  # its K/V head is kept for head 3
-    assert HeadKinds.of(served(8, 8, (6, 7), rep=(0, 0, 2, 3, 4, 5, 6, 7))) is None
+    assert HeadKinds.of(served(8, 8, (6, 7))) is None  # no query heads have one in common
+    assert HeadKinds.of(served(8, 4, (6, 7), rep=(0, 1, 0, 1, 4, 5, 6, 7))) is None
     layer = served(8, 4, (2, 3))
     assert HeadKinds.of(replace(layer, kept=4)) is None  # pages hold a spare head
     online = replace(layer.plan, representatives=None, clusters=4)

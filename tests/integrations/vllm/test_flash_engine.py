@@ -21,21 +21,14 @@ RANKED = ClusterProfile(
     (4, 8, 4), "static", representatives=(EVERY,) * 3, streaming=((2, 3, 4, 5), (), (0, 1, 6, 7)),
     recent=20, sinks=3,
 )  # fmt: skip
-WHOLE = ClusterProfile(
-    (4, 5, 8), "static", representatives=(EVERY,) * 3, streaming=((0, 2, 5, 7), (0, 1, 2), ()),
-    recent=20, sinks=3,
-)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "profile", "ranks"), [("tiny_grouped", GROUPED, 1), ("tiny", WHOLE, 1),
-                                   ("tiny_grouped", RANKED, 2)],
-)  # fmt: skip
+@pytest.mark.parametrize(("profile", "ranks"), [(GROUPED, 1), (RANKED, 2)])
 def test_tokens_are_those_of_the_transformers_runtime(
-    name: str, profile: ClusterProfile, ranks: int, engine, request
+    profile: ClusterProfile, ranks: int, engine, tiny_grouped
 ) -> None:
     """Through chunks, preemptions, prefix hits and requests that are dropped."""
-    model = request.getfixturevalue(name)
+    model = tiny_grouped
     options = {"tensor_parallel_size": 2} if ranks == 2 else {"num_gpu_blocks_override": 24}
     found = engine(
         model,
