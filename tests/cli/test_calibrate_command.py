@@ -29,7 +29,7 @@ def test_what_a_saving_costs_is_measured_and_shown(chai, tmp_path, option):
     )
     assert code == 0
     assert ClusterProfile.load(out).promise["windows"] == 16
-    assert "perplexity on 16 held-out windows" in text
+    assert "perplexity on 16 held-out sequences" in text
     assert "(asked: 10.0% of the" in text
 
 
@@ -211,7 +211,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(chai, tmp_path, op
     options = (*options, "--recipe", "share")
     code, text, err = chai("calibrate", "llama", "--out", out, *options, *ASKED, "--dry-run")
     assert (code, err) == (0, "")
-    assert "24 windows of 24 tokens to learn from, 16 to measure on" in text
+    assert "24 sequences of 24 tokens to learn from, 16 to measure on" in text
     assert ("text that the model writes" in text) == ("text.txt" not in options)
     for part in ("attention maps: ", "gradient costs: ", "profiles measured: at most 8", "GiB"):
         assert part in text

@@ -45,7 +45,7 @@ def test_help_shows_every_word_default_and_bracket(chai, monkeypatch, path):
 def test_defaults_that_a_profile_or_a_model_decides_are_shown(chai, monkeypatch):
     monkeypatch.setattr(rich_utils, "MAX_WIDTH", 400)
     shown = _words(chai("calibrate", "--help")[1])
-    samples = "Windows of text to use. [default: (64 with streaming heads, 256 with cost "
+    samples = "Sequences of text to use. [default: (64 with streaming heads, 256 with cost "
     assert f"{samples}gradient, else 1024)]" in shown
     assert "such as 1%. [default: (1% with recipes default, share and stream)]" in shown
 

@@ -20,7 +20,7 @@ def test_calibrate_writes_a_profile_and_a_table(chai, tmp_path):
     profile = ClusterProfile.load(out)
     assert profile.provenance["text"] == "text.txt"
     assert profile.promise["max_loss"] == 0.5
-    assert "held-out windows" in text
+    assert "held-out sequences" in text
     values = sum(6 - len(streaming) for streaming in profile.streaming)
     full, kept = 2 * 3 * 6 * 8 * 4, (sum(profile.clusters) + values) * 8 * 4
     assert f"{full:,} bytes per token, {kept:,} with clusters" in text
@@ -121,14 +121,14 @@ CALIBRATE = ("calibrate", "llama", *OUT, *TEXT_FILE)
         ((*CALIBRATE, "--samples", "0"), "at least 1 sample"),
         ((*CALIBRATE, "--samples", "many"), "--samples"),
         ((*CALIBRATE, "--length", "1000"), "at most 256"),
-        ((*CALIBRATE, "--window", "0"), "at least 1 token"),
+        ((*CALIBRATE, "--window", "0"), "window 0 is not a whole number of 1 to"),
         ((*CALIBRATE, "--clusters", "some"), "--clusters is elbow"),
         ((*CALIBRATE, "--clusters", "9"), "cannot have 9 clusters"),
         ((*CALIBRATE, "--clusters", "2,2"), "2 numbers of clusters for 3 layers"),
-        ((*CALIBRATE, "--membership", "both"), "unknown membership"),
+        ((*CALIBRATE, "--membership", "both"), "is none of online, static, blend"),
         ((*CALIBRATE, "--target", "k-bytes"), "grouped-query"),
         ((*CALIBRATE, "--max-error", "2"), "not 2.0"),
-        ((*CALIBRATE, "--recipe", "mine"), "unknown recipe"),
+        ((*CALIBRATE, "--recipe", "mine"), "is none of default, share, stream"),
         ((*CALIBRATE, "--dtype", "int8"), "not 'int8'"),
         ((*CALIBRATE, "--device", "abacus"), "abacus"),
         ((*CALIBRATE, "--speed", "9"), "--speed"),

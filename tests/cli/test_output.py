@@ -32,7 +32,7 @@ def test_inspect_shows_the_promise_and_markup_of_others_as_it_is(chai, promised)
     code, out, err = chai("inspect", promised)
     assert (code, err) == (0, "")
     out = " ".join(out.split())
-    assert "perplexity on 64 held-out windows: +0.42% ±0.10% (asked: at most 1.00%)" in out
+    assert "perplexity on 64 held-out sequences: +0.42% ±0.10% (asked: at most 1.00%)" in out
     assert "18.7% of the K,V bytes saved at 256 tokens" in out
     assert "calibrated on [red]chats[/] :smile:" in out
     assert "no loss was measured" in chai("inspect", "counts.json")[1]

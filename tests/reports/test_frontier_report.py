@@ -89,7 +89,7 @@ def test_the_table_has_a_row_per_point():
     assert rows[5][:2] == ["p.json", "-"]
     assert rows[5][4:6] == ["≥ 30.0%", "+240% ±31%"]
     flat = " ".join(text.split())
-    assert "28.70 on 16 windows of 256 tokens of t.txt" in flat
+    assert "28.70 on 16 sequences of 256 tokens of t.txt" in flat
     assert "a share of the K,V bytes" in flat
 
 

@@ -51,7 +51,7 @@ def test_what_was_run_on_what_with_baselines_errors_and_ideals(page_file):
         "some.txt:1: 3 requests of 20 tokens, seed 0",
         "Some GPU",
         "torch 2.99.0",
-        "16 windows of 256 tokens of t.txt (perplexity without clusters 28.70)",
+        "16 sequences of 256 tokens of t.txt (perplexity without clusters 28.70)",
         "+1.23% ±1.10%",
         "(ideal 10 ms)",
         "SDPA cuDNN",
@@ -78,7 +78,9 @@ def test_the_page_opens_with_what_was_saved_what_it_costs_and_gains(runs, tmp_pa
     saves, costs, gains = (part.split("</div>")[0] for part in short.split("<dt>")[1:])
     assert "13.2% of the K,V cache at 1,024 tokens" in saves
     assert "23.3% of the K,V cache at 4,096 tokens" in saves
-    assert "perplexity +0.40% ±0.10%, 64 windows of 1,024 tokens of held-out text of c.txt" in costs
+    assert (
+        "perplexity +0.40% ±0.10%, 64 sequences of 1,024 tokens of held-out text of c.txt" in costs
+    )
     assert "1.0 ±0.8 points fewer facts recalled" in costs
     assert "-2.00 ±0.50 points in average of piqa (chai; 10.0% of K,V saved" in costs
     assert "perplexity rises by more than 1% on 256 tokens of t.txt" in costs

@@ -30,30 +30,29 @@ def calibrate_command(
         _data(
             help="Sample text: a text file, records or chats (.jsonl, .json, .csv, .parquet), a "
             "data set of the hub (name or name:config), or self: the model writes it. Again for a "
-            "mixture, with weights if you like: "
-            "--text a.txt:0.7 --text b.jsonl:0.3. recall:weight hides facts to recall in windows "
-            "of the other text; its weight is relative to all of that (with streaming heads 0.25; "
-            "recall:0 for none).",
+            "mixture, with weights if you like: --text a.txt:0.7 --text b.jsonl:0.3. recall:weight "
+            "hides facts to recall in sequences of the other text; its weight is relative to all "
+            "of that (with streaming heads 0.25; recall:0 for none).",
             show_default="self",
         ),
     ] = None,
     samples: Annotated[
         int | None,
         _data(
-            help="Windows of text to use.",
+            help="Sequences of text to use.",
             show_default="64 with streaming heads, 256 with cost gradient, else 1024",
         ),
     ] = None,
-    held_out: Annotated[int, _data(help="Further windows, to measure the loss on.", min=2)] = 64,
+    held_out: Annotated[int, _data(help="Further sequences, to measure the loss on.", min=2)] = 64,
     length: Annotated[
         int | None,
         _data(
-            help="Tokens per window.",
+            help="Tokens per sequence.",
             show_default="1024 with streaming heads, else 256, or the model's maximum",
         ),
     ] = None,
     seed: Annotated[
-        int, _data(help="Which windows of the text are used.", min=0, max=options.LARGEST_SEED)
+        int, _data(help="Which sequences of the text are used.", min=0, max=options.LARGEST_SEED)
     ] = 0,
     max_loss: Annotated[
         str | None,
@@ -146,7 +145,7 @@ def calibrate_command(
     ] = None,
     probe_from: Annotated[
         str,
-        _recipe(help="Where the window begins: start, or content (after the chat template)."),
+        _recipe(help="Where --window begins: start, or content (after the chat template)."),
     ] = "start",
     blend: Annotated[
         float | None,
@@ -158,7 +157,7 @@ def calibrate_command(
     ] = None,
     features: Annotated[
         str | None,
-        _recipe(help="What a blended membership compares in the window: scores or value."),
+        _recipe(help="What a blended membership compares in --window: scores or value."),
     ] = None,
     tensor_parallel: Annotated[
         int,

@@ -37,7 +37,7 @@ def eval_command(
         typer.Option(
             help="paper (piqa, hellaswag, arc_challenge, arc_easy, boolq), lambada, names of "
             "lm-eval's tasks, recall (facts hidden in text, asked for at its end), or last_word "
-            "and perplexity (perplexity-2048: in windows of so many tokens), which need --text; "
+            "and perplexity (perplexity-2048: in sequences of so many tokens), which need --text; "
             "separated by commas."
         ),
     ] = "paper",
@@ -100,9 +100,9 @@ def eval_command(
             help="Text that methods learn from, as --text of chai calibrate.", show_default="self"
         ),
     ] = None,
-    samples: Annotated[int, _fit(help="Windows of that text.", min=4)] = 128,
+    samples: Annotated[int, _fit(help="Sequences of that text.", min=4)] = 128,
     length: Annotated[
-        int | None, _fit(help="Tokens per window.", show_default="256, or the model's maximum")
+        int | None, _fit(help="Tokens per sequence.", show_default="256, or the model's maximum")
     ] = None,
     engine: Annotated[
         str,

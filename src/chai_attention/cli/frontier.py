@@ -56,7 +56,7 @@ def frontier_command(
             "profiles (.json)."
         ),
     ] = "all",
-    contexts: Annotated[str, typer.Option(help="Tokens per test window.")] = "256,1024",
+    contexts: Annotated[str, typer.Option(help="Tokens per test sequence.")] = "256,1024",
     context: Annotated[
         int | None,
         typer.Option(
@@ -78,18 +78,19 @@ def frontier_command(
         ),
     ] = "1",
     samples: Annotated[
-        int, typer.Option(help="Windows of calibration text; a quarter more checks refits.", min=4)
+        int,
+        typer.Option(help="Sequences of calibration text; a quarter more checks refits.", min=4),
     ] = 128,
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per calibration window.", show_default="256, or the model's maximum"
+            help="Tokens per calibration sequence.", show_default="256, or the model's maximum"
         ),
     ] = None,
     windows: Annotated[
-        int, typer.Option(help="Windows of every test text, of the longest context.", min=1)
+        int, typer.Option(help="Sequences of every test text, of the longest context.", min=1)
     ] = 16,
-    seed: Annotated[int, options.seed("Which windows of the texts are used.")] = 0,
+    seed: Annotated[int, options.seed("Which sequences of the texts are used.")] = 0,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,

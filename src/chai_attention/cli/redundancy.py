@@ -55,7 +55,7 @@ def redundancy_command(
     cells: Annotated[
         int, _maps(help="Cells per side of a map; tokens of longer texts are pooled.", min=2)
     ] = 48,
-    seed: Annotated[int, options.seed("Which windows of the text are used.")] = 0,
+    seed: Annotated[int, options.seed("Which sequences of the text are used.")] = 0,
     batch_size: Annotated[
         int, typer.Option(help="Requests that run at once.", min=1, max=2**20)
     ] = 4,

@@ -88,7 +88,7 @@ def measured_lines(profile: ClusterProfile) -> list[str]:
 
 
 def _promise_line(found: Mapping[str, Any]) -> str:
-    line = f"perplexity on {_counted(found, 'windows')} held-out windows"
+    line = f"perplexity on {_counted(found, 'windows')} held-out sequences"
     line += f": {_percent(found, 'rise', '+')} ±{_percent(found, 'standard_error')}"
     if "max_loss" in found:
         line += f" (asked: at most {_percent(found, 'max_loss')})"
@@ -153,7 +153,7 @@ def _saved(found: Mapping[str, Any]) -> str:
 def estimate_lines(found: Estimate) -> str:
     """What a calibration will take."""
     lines = [
-        f"text: {found.windows} windows of {found.length} tokens to learn from, {found.held_out} "
+        f"text: {found.windows} sequences of {found.length} tokens to learn from, {found.held_out} "
         "to measure on"
     ]
     lines += [f"{name}: {_duration(seconds)}" for name, seconds in found.seconds.items()]
@@ -266,7 +266,7 @@ def demo_tables(result: DemoResult, prompt: str) -> str:
         render(texts),
         generation_table({"full model": result.plain, "CHAI": result.clustered}),
         "",
-        f"perplexity on held-out text ({len(result.plain_loss.per_sequence)} windows): "
+        f"perplexity on held-out text ({len(result.plain_loss.per_sequence)} sequences): "
         f"{result.plain_loss.perplexity:.2f} full, {result.clustered_loss.perplexity:.2f} with "
         f"CHAI, {result.rise}",
         f"K cache of the answer: {memory.key_bytes:,} of {memory.full_key_bytes:,} bytes; K and V "

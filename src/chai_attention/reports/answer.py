@@ -41,12 +41,12 @@ def profile_answer(profile: ClusterProfile) -> list[Answer]:
     on = "held-out text" + (f" of {text}" if text else "")
     answers = []
     for p in parts:  # a profile of another origin need not say all of it
-        windows = f"{p['windows']} windows of " if "windows" in p else ""
+        windows = f"{p['windows']} sequences of " if "windows" in p else ""
         tokens = f"{p['length']:,} tokens" if "length" in p else ""
         if "saved" in p:
             answers.append((SAVES, f"{p['saved']:.1%} of the K,V cache at {tokens}"))
         lost = rise(p["rise"], p.get("standard_error"))
-        answers.append((COSTS, f"perplexity {lost}, {windows}{tokens or 'windows'} of {on}"))
+        answers.append((COSTS, f"perplexity {lost}, {windows}{tokens or 'sequences'} of {on}"))
     recall = found.get("recall")
     if isinstance(recall, Mapping) and "fall" in recall:
         fall, error = 100 * recall["fall"], 100 * recall["standard_error"]

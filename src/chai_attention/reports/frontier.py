@@ -97,14 +97,15 @@ def _caption(points: Sequence[Point]) -> str:
     """What the numbers are relative to."""
     models = {(p.text, p.context): p for p in points}.values()
     baselines = ", ".join(
-        f"{p.baseline:.2f} on {p.windows} windows of {p.context} tokens of {p.text}" for p in models
+        f"{p.baseline:.2f} on {p.windows} sequences of {p.context} tokens of {p.text}"
+        for p in models
     )
     asked = {point.asked for point in points if point.asked is not None}
     of = {"save": "K,V bytes", "removed": "heads"}
     return (
         f"Perplexity without clusters: {baselines}. "
         + (f"Asked: a share of the {of[asked.pop()]}. " if len(asked) == 1 else "")
-        + "± is the standard error, paired by windows. / paper: the rise divided by that of the "
+        + "± is the standard error, paired by sequences. / paper: the rise divided by that of the "
         "recipe paper at the same K,V bytes saved, interpolated if need be; - where the paper has "
         "no points around these bytes, or none clear of its error. Made: time of calibration."
     )

@@ -25,13 +25,13 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
     model = str(about.get("model", "a model"))
     baselines = {(p.text, p.context): p for p in points}.values()
     workload = "; ".join(
-        f"{p.windows} windows of {p.context:,} tokens of {p.text} "
+        f"{p.windows} sequences of {p.context:,} tokens of {p.text} "
         f"(perplexity without clusters {p.baseline:.2f})"
         for p in baselines
     )
     summary = [
         "Lower and further right is better. 0 is the model without clusters; bars are one standard "
-        f"error, paired by windows; the axis is logarithmic above {LINEAR_BELOW:g}%.",
+        f"error, paired by sequences; the axis is logarithmic above {LINEAR_BELOW:g}%.",
     ]
     if any(point.at_least for point in points):
         summary.append(
