@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +15,13 @@ from chai_attention.ops.near import NearKeys
 from chai_attention.ops.near_pages import NearPages
 from chai_attention.ops.paged import rows_of
 
-
-class Window(NamedTuple):
-    """The exact window of one step.
-
-    Attributes:
-        recent: w.
-        sinks: s.
-        near: K and V of the near keys of each sequence, see `near.NearKeys`.
-    """
-
-    recent: int
-    sinks: int
-    near: list[NearKeys]
-
-
 States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, S, Dv]``
 
 
 def _of_pages(
     queries: PackedQueries, pages: PagedKV, call: AttentionCall
-) -> tuple[list[States], Window | None]:
-    """K and V of each sequence out of its pages, and its exact window."""
+) -> tuple[list[States], list[NearKeys] | None]:
+    """K and V of each sequence out of its pages, and near ones if there is a window."""
     dtype = queries.query.dtype
     states = [
         (
@@ -51,7 +35,7 @@ def _of_pages(
         return states, None
     counts = queries.query_start_loc.diff().tolist()
     members = rows_of(call.membership, call.membership_ids, len(counts))
-    return states, Window(near.recent, near.sinks, paged_near(near, states, members, counts))
+    return states, paged_near(near, states, members, counts)
 
 
 def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
@@ -64,7 +48,7 @@ def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
 
 def _of_packed(
     queries: PackedQueries, packed: PackedKV, call: AttentionCall
-) -> tuple[list[States], Window | None]:
+) -> tuple[list[States], list[NearKeys] | None]:
     """The same of prompts without context."""
     starts = queries.query_start_loc.tolist()
     key, value = packed.key, packed.value
@@ -79,8 +63,7 @@ def _of_packed(
         states.append((k, v))
     if not packed.recent:
         return states, None
-    near = _packed_near(key, value, starts, packed.sinks)
-    return states, Window(packed.recent, packed.sinks, near)
+    return states, _packed_near(key, value, starts, packed.sinks)
 
 
 def paged_near(
@@ -141,9 +124,10 @@ def attend(
         probe: tokens with full attention.
     """
     if isinstance(kv, PagedKV):
-        states, window = _of_pages(queries, kv, call)
+        states, near = _of_pages(queries, kv, call)
     else:
-        states, window = _of_packed(queries, kv, call)
+        states, near = _of_packed(queries, kv, call)
+    window = kv.window if isinstance(kv, PagedKV) else kv
     query, starts = queries.query, queries.query_start_loc.tolist()
     members = rows_of(call.membership, call.membership_ids, len(states))
     lse = torch.full((query.shape[0], members.clusters), -torch.inf, device=query.device)
@@ -158,13 +142,13 @@ def attend(
         whole = DenseKV(key[None], value[None])
         if not key.shape[1]:
             out[tokens] = 0
-        elif window is not None:
+        elif near is not None and window is not None:
             offset = None if call.offset is None else call.offset[b : b + 1]
             one = AttentionCall(member, call.scale, call.softcap, offset=offset)
             tables = windowed.window_tables(
                 key.shape[1], part.shape[2], window.recent, window.sinks, None, query.device
             )
-            out[tokens] = backend.attend_window(part, whole, window.near[b], tables, one)[0]
+            out[tokens] = backend.attend_window(part, whole, near[b], tables, one)[0]
         else:
             if part.shape[1] != member.clusters:
                 part = part[:, member.slot_heads[0]]

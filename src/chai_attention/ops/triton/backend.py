@@ -7,6 +7,7 @@ graphs (after one call outside, which makes the tables of the membership).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +17,7 @@ from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.near import NearKeys
 from chai_attention.ops.ring import NearRing
-from chai_attention.ops.triton import (
-    launch_decode,
-    launch_hopper,
-    launch_prefill,
-    launch_window,
-)
+from chai_attention.ops.triton import launch_decode, launch_hopper, launch_prefill
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, natural_head_tiles
@@ -59,20 +55,15 @@ class TritonBackend(AttentionBackend):
         head_tiles = head_tiles_of(
             member, launch_prefill.heads_per_tile_for(query, kv.value, member)
         )
-        self.dense_prefill(query, kv, call, head_tiles, out, lse)
+        launch = self.dense_launcher(query, kv, call, head_tiles.members)
+        launch(query, kv, call, head_tiles, out, lse)
         return out, lse
 
-    def dense_prefill(
-        self,
-        query: Tensor,
-        kv: DenseKV,
-        call: AttentionCall,
-        head_tiles: HeadTiles,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None:
-        """Write ``out`` and ``lse`` of several queries per sequence."""
-        launch_prefill.dense_prefill(query, kv, call, head_tiles, out, lse)
+    def dense_launcher(
+        self, query: Tensor, kv: DenseKV, call: AttentionCall, members: int
+    ) -> Callable[..., None]:
+        """What writes the output of several queries per sequence."""
+        return launch_prefill.dense_prefill
 
     def attend_window(
         self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
@@ -122,24 +113,19 @@ class TritonBackend(AttentionBackend):
             member = call.membership
             members = launch_prefill.heads_per_tile_for(query, kv.value, member)
             head_tiles = head_tiles_for(kv, member, members)
-            self.shared_prefill(queries, kv, call, head_tiles, out, lse)
+            launch = self.packed_launcher(queries, kv, call, members)
+            launch(queries, kv, call, head_tiles, out, lse)
         if probe is not None:
             lengths = kv.seq_lens if isinstance(kv, PagedKV) else None
             check(*probe[:3], out)
             launch_prefill.probe_prefill(probe, queries, lengths, call, out)
         return lse
 
-    def shared_prefill(
-        self,
-        queries: PackedQueries,
-        kv: PagedKV | PackedKV,
-        call: AttentionCall,
-        head_tiles: HeadTiles,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None:
-        """Write ``out`` and ``lse`` of packed sequences without a window."""
-        launch_prefill.packed_prefill(queries, kv, call, head_tiles, out, lse)
+    def packed_launcher(
+        self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, members: int
+    ) -> Callable[..., None]:
+        """What writes the output of packed sequences without a window."""
+        return launch_prefill.packed_prefill
 
     def window_prefill(
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
@@ -156,27 +142,20 @@ class HopperBackend(TritonBackend):
 
     name = "hopper"
 
-    def dense_prefill(
-        self,
-        query: Tensor,
-        kv: DenseKV,
-        call: AttentionCall,
-        head_tiles: HeadTiles,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None:
+    def dense_launcher(
+        self, query: Tensor, kv: DenseKV, call: AttentionCall, members: int
+    ) -> Callable[..., None]:
         """By two warpgroups that attend and one warp that fetches."""
         if (
             kv.lengths is None
             and kv.valid is None
             and call.softcap is None
             and launch_hopper.LEAST_QUERIES <= query.shape[2] <= kv.key.shape[2]
-            and launch_hopper.fits(query, kv.key, kv.value, head_tiles.members)
+            and launch_hopper.fits(query, kv.key, kv.value, members)
         ):
-            logger.debug("Hopper prefill kernel: %d members a program", head_tiles.members)
-            launch_hopper.prefill(query, kv, call, head_tiles, out, lse)
-        else:
-            super().dense_prefill(query, kv, call, head_tiles, out, lse)
+            logger.debug("Hopper prefill kernel: %d members a program", members)
+            return launch_hopper.prefill
+        return super().dense_launcher(query, kv, call, members)
 
     def attend_window(
         self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
@@ -202,25 +181,18 @@ class HopperBackend(TritonBackend):
                 return launch_hopper.prefill_window(query, far, near, tables, call, head_tiles)
         return super().attend_window(query, kv, near, tables, call)
 
-    def shared_prefill(
-        self,
-        queries: PackedQueries,
-        kv: PagedKV | PackedKV,
-        call: AttentionCall,
-        head_tiles: HeadTiles,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None:
-        """The same kernel as of `dense_prefill`."""
+    def packed_launcher(
+        self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, members: int
+    ) -> Callable[..., None]:
+        """The same kernel as of `dense_launcher`."""
         if (
             call.softcap is None
             and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
-            and launch_hopper.fits(queries.query, kv.key, kv.value, head_tiles.members)
+            and launch_hopper.fits(queries.query, kv.key, kv.value, members)
         ):
-            logger.debug("packed Hopper prefill kernel: %d members a program", head_tiles.members)
-            launch_hopper.prefill_packed(queries, kv, call, head_tiles, out, lse)
-        else:
-            super().shared_prefill(queries, kv, call, head_tiles, out, lse)
+            logger.debug("packed Hopper prefill kernel: %d members a program", members)
+            return launch_hopper.prefill_packed
+        return super().packed_launcher(queries, kv, call, members)
 
     def window_prefill(
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
@@ -231,10 +203,10 @@ class HopperBackend(TritonBackend):
             members = launch_hopper.window_members(query, kv.value, member)
             text = "packed Hopper prefill kernel with a window%s: %d members a program"
             if isinstance(kv, PagedKV):
-                if launch_window.fits_pages(query, kv, members):
+                if launch_hopper.fits_pages(query, kv, members):
                     logger.debug(text, ", paged", members)
                     head_tiles = head_tiles_of(member, members)
-                    launch_window.prefill_paged_window(queries, kv, call, head_tiles, out)
+                    launch_hopper.prefill_paged_window(queries, kv, call, head_tiles, out)
                     return
             elif kv.sinks <= launch_hopper.SINKS and launch_hopper.fits(
                 query, kv.key, kv.value, members

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from chai_attention.ops.narrow import FLOAT8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+Table = TypeVar("Table", Tensor, Tensor | None)
 
 
 def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
@@ -36,13 +37,7 @@ def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
         raise AttentionInputError("the numbers of a head must be consecutive in memory")
 
 
-@overload
-def by_line(table: Tensor) -> Tensor: ...
-@overload
-def by_line(table: None) -> None: ...
-@overload
-def by_line(table: Tensor | None) -> Tensor | None: ...
-def by_line(table: Tensor | None) -> Tensor | None:
+def by_line(table: Table) -> Table:
     """A table of lengths, places and the like, each line consecutive in memory."""
     if table is None or table.stride(-1) == 1:
         return table

@@ -46,22 +46,22 @@ class HeadTiles:
     exact: bool = False
     streaming: int = 0
 
-    @property
+    @cached_property
     def count(self) -> int:
         """N, the number of head tiles a row can have."""
         return self.slot.shape[1]
 
-    @property
+    @cached_property
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All five, in the order that kernels take them."""
         return self.slot, self.query, self.key, self.head, self.value
 
-    @property
+    @cached_property
     def members(self) -> int:
         """M, the most heads that a head tile can have."""
         return self.head.shape[2]
 
-    @property
+    @cached_property
     def stride(self) -> int:
         """From a sequence's row to the next one's: 0 if all share one."""
         return 0 if self.slot.shape[0] == 1 else 1
