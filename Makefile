@@ -6,16 +6,16 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-RIVALS := .rivals
-RIVALS_STAMP := $(RIVALS)/.installed
+EXTERNAL := .external-baselines
+EXTERNAL_STAMP := $(EXTERNAL)/.installed
 
-.PHONY: help demo test test-all test-rivals test-vllm lint release-check clean
+.PHONY: help demo test test-all test-baselines test-vllm lint release-check clean
 
 help:
 	@echo "make demo   calibrate SmolLM2-135M and generate with clustered heads, beside the full model"
 	@echo "make test   run the tests but the exhaustive ones"
 	@echo "make test-all   run the exhaustive tests, too, and measure coverage"
-	@echo "make test-rivals   run the tests of rivals by library, with the libraries in a folder of their own"
+	@echo "make test-baselines   run the tests of external baselines, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
 	@echo "make lint   ruff, mypy and the layers of docs/architecture.md"
 	@echo "make release-check   build, install the wheel in a fresh environment and use it"
@@ -36,11 +36,11 @@ $(VLLM_STAMP): pyproject.toml
 	touch $@
 
 # beside the environment, not in it: with hqq there, every import of transformers takes seconds
-$(RIVALS_STAMP): $(STAMP)
-	rm -rf $(RIVALS)
-	mkdir $(RIVALS)
-	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['rivals'], sep='\n')" > $(RIVALS)/requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --target $(RIVALS) -r $(RIVALS)/requirements.txt fire termcolor 'cachetools<6'
+$(EXTERNAL_STAMP): $(STAMP)
+	rm -rf $(EXTERNAL)
+	mkdir $(EXTERNAL)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['baselines'], sep='\n')" > $(EXTERNAL)/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(EXTERNAL) -r $(EXTERNAL)/requirements.txt fire termcolor 'cachetools<6'
 	touch $@
 
 demo: $(STAMP)
@@ -52,8 +52,8 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term --durations=20
 
-test-rivals: $(RIVALS_STAMP)
-	PYTHONPATH=$(RIVALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W ignore -n 2 $(addprefix tests/evaluation/comparators/test_,kvpress_comparators.py quantised.py comparator_registry.py whole_table.py)
+test-baselines: $(EXTERNAL_STAMP)
+	PYTHONPATH=$(EXTERNAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W ignore -n 2 $(addprefix tests/evaluation/comparators/test_,kvpress_comparators.py quantised.py comparator_registry.py whole_table.py)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest -W ignore tests/integrations/vllm
@@ -68,4 +68,4 @@ release-check:
 	PYTHON=$(PYTHON) DEMO=1 .ci/release-check
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(RIVALS) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output
+	rm -rf $(VENV) $(VLLM_VENV) $(EXTERNAL) .mypy_cache .ruff_cache .pytest_cache .coverage demo-output

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import ChaiError
 from chai_attention.results import write_result
@@ -36,10 +36,12 @@ SHAPES = {
 }
 
 
-def offsets_of(model: Any, windows: torch.Tensor, near: Near, batch_size: int) -> torch.Tensor:
+def offsets_of(
+    model: Any, windows: torch.Tensor, window: ExactWindow, batch_size: int
+) -> torch.Tensor:
     """Offsets of an exact recent window, one forward pass."""
     heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
-    statistics = OffsetStatistics(layers, heads, [near])
+    statistics = OffsetStatistics(layers, heads, [window])
     observe(model, windows, [statistics.add], batch_size=batch_size)
     return statistics.offsets[0]
 
@@ -64,14 +66,14 @@ def main() -> None:
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(default)
     windows = torch.randint(config.vocab_size, (options.samples, options.length))
-    near = Near(options.recent, options.sinks)
+    window = ExactWindow(options.recent, options.sinks)
     rows = []
     for name, work in (
-        ("offsets", lambda: offsets_of(model, windows, near, options.batch_size)),
+        ("offsets", lambda: offsets_of(model, windows, window, options.batch_size)),
         (
             "gradient",
             lambda: collect_costs(
-                model, windows, "gradient", nears=[near], batch_size=options.batch_size
+                model, windows, "gradient", exact=[window], batch_size=options.batch_size
             ),
         ),
     ):

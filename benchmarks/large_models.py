@@ -40,7 +40,7 @@ from chai_attention.benchmarking.model_checks import check_model
 from chai_attention.benchmarking.presets import PRESETS, cut_config
 from chai_attention.benchmarking.runners import make_runner
 from chai_attention.benchmarking.timing import machine
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.errors import ChaiError
@@ -131,12 +131,13 @@ def measure_evidence(
     """
     shape = describe(model)
     chosen = Settings(save=0.2).resolve(shape)
-    nears = [
-        Near(recent, chosen.sinks) for recent in options.recent or chosen.recents(options.length)
+    exact = [
+        ExactWindow(recent, chosen.sinks)
+        for recent in options.recent or chosen.recents(options.length)
     ]
     windows = torch.randint(model.config.vocab_size, (options.windows, options.length))
     grams = GramStatistics(shape.layers, shape.heads)
-    offsets = OffsetStatistics(shape.layers, shape.heads, nears)
+    offsets = OffsetStatistics(shape.layers, shape.heads, exact)
     middle = (time.perf_counter() + until) / 2
 
     def maps(told: Told) -> None:
@@ -145,16 +146,17 @@ def measure_evidence(
 
     def gradients(told: Told) -> None:
         learned = [
-            replace(near, offsets=table) for near, table in zip(nears, offsets.offsets, strict=True)
+            replace(window, offsets=table)
+            for window, table in zip(exact, offsets.offsets, strict=True)
         ]
         size = max(1, options.batch_size // 2)
-        collect_costs(model, windows, "gradient", nears=learned, batch_size=size, progress=told)
+        collect_costs(model, windows, "gradient", exact=learned, batch_size=size, progress=told)
 
     passes = {
         "attention maps": timed(maps, middle),
         "gradient costs": timed(gradients, until),
     }
-    result = {"recents": [near.recent for near in nears], "length": options.length}
+    result = {"recents": [window.recent for window in exact], "length": options.length}
     if any(found["windows"] < found["of"] for found in passes.values()):
         result["stopped"] = True
     return result | {"passes": passes}

@@ -14,7 +14,7 @@ from chai_attention.runtime.shape import ModelShape
 PUBLISHED, DEFAULT = "published", "default recipe"
 KINDS = (UNFUSED, FUSED, PUBLISHED, DEFAULT)
 WINDOW, SINKS = 128, 4
-OWN, STREAMING = 8 / 32, 12 / 32  # of the heads: far K kept, and near keys only; the others share
+OWN, STREAMING = 8 / 32, 12 / 32  # of the heads: far K kept, and local keys only; the others share
 
 
 def _llama() -> PreTrainedConfig:

@@ -32,7 +32,7 @@ from chai_attention.benchmarking.clustered import Layout
 from chai_attention.benchmarking.memory import peak_bytes, release, reset_peak
 from chai_attention.benchmarking.model import random_model
 from chai_attention.benchmarking.timing import machine
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.perplexity import token_loss
 from chai_attention.calibration.recall import RecallCase
 from chai_attention.calibration.recall_score import recall_score
@@ -44,7 +44,7 @@ from chai_attention.progress import quiet
 from parts import Parts
 
 RECENTS, SINKS = (32, 64, 128, 256, 512), 4
-NEAR = (256, 4)  # the exact window of evaluations and kernels
+LOCAL = (256, 4)  # the exact window of evaluations and kernels
 Step = Callable[[], Any]
 
 
@@ -55,7 +55,7 @@ class Sizes:
         self.lengths = (96, 130, 200) if tiny else (8192, 16_384, 32_768)
         self.kernels = (128, 300) if tiny else (32_768, 131_072)
         self.recents = (4, 16) if tiny else RECENTS
-        self.near = (16, 2) if tiny else NEAR
+        self.window = (16, 2) if tiny else LOCAL
         heads = 8 if tiny else 32
         self.shape = AttentionShape(
             "tiny" if tiny else "llama-7b", heads, heads, 32 if tiny else 128
@@ -80,8 +80,8 @@ class Sizes:
             membership="static",
             representatives=(rep,) * layers,
             streaming=(tuple(range(far, heads)),) * layers,
-            recent=self.near[0],
-            sinks=self.near[1],
+            recent=self.window[0],
+            sinks=self.window[1],
         )
 
 
@@ -140,26 +140,26 @@ def calibration(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
     """Both passes over one window of each length."""
     config = model.config
     shape = config.num_hidden_layers, config.num_attention_heads
-    nears = [Near(recent, SINKS) for recent in sizes.recents]
+    exact = [ExactWindow(recent, SINKS) for recent in sizes.recents]
     warm = windows(model, 64)
     for length in (None, *sizes.lengths):
         ids = warm if length is None else windows(model, length)
 
         def maps(ids: Tensor = ids) -> list[Tensor]:
-            grams, offsets = GramStatistics(*shape), OffsetStatistics(*shape, nears)
+            grams, offsets = GramStatistics(*shape), OffsetStatistics(*shape, exact)
             observe(model, ids, [grams.add, offsets.add], batch_size=1)
             return offsets.offsets
 
         def costs(ids: Tensor, offsets: list[Tensor]) -> None:
-            given = [Near(n.recent, n.sinks, o) for n, o in zip(nears, offsets, strict=True)]
-            found = collect_costs(model, ids, "gradient", nears=given, batch_size=1)
+            given = [ExactWindow(n.recent, n.sinks, o) for n, o in zip(exact, offsets, strict=True)]
+            found = collect_costs(model, ids, "gradient", exact=given, batch_size=1)
             assert all(one.sharing.isfinite().all() for one in found)
 
         if length is None:  # compiles, and fills caches of the libraries
             costs(ids, maps())
             continue
         about = {"part": "calibration", "length": length, "windows": len(ids)}
-        second = {**about, "pass": f"gradient costs, {len(nears)} exact windows"}
+        second = {**about, "pass": f"gradient costs, {len(exact)} exact windows"}
         if report.has(second):
             continue
         offsets = report.measure({**about, "pass": "maps and offsets"}, maps, again=True)
@@ -208,7 +208,7 @@ def kernels(sizes: Sizes, report: Report, device: str, seconds: float) -> None:
                 clusters=(heads // 4,),
                 dtypes=[torch.bfloat16 if device == "cuda" else torch.float32],
                 device=device,
-                layout=Layout(page, *sizes.near),
+                layout=Layout(page, *sizes.window),
                 seconds=seconds,
                 streaming=heads // 4,
             )

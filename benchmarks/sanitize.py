@@ -25,7 +25,7 @@ from chai_attention.clustering.kmeans import TIE, kmeans
 from chai_attention.clustering.kmedoids import choices
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write, window_gram
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.probe import HeadClustering, window_output_distances
 from chai_attention.ops.triton import online, write
 from chai_attention.runtime.plan import relative
@@ -56,16 +56,18 @@ ATTENTION = [
     (config("prefill", 9, 3, 4, 48, padded=True, spare=True), TOKENS),
     (config("prefill", 6, 6, 2, 128), 130),  # on Hopper, the kernel for it
     (config("prefill", 6, 6, 6, 64), 130),
-    (config("near", 8, 8, 3, 64, recent=5, sinks=2, spare=True), TOKENS),
-    (config("near", 9, 3, 2, 48, recent=32, sinks=4, spare=True, padded=True), TOKENS),
+    (config("local", 8, 8, 3, 64, recent=5, sinks=2, spare=True), TOKENS),
+    (config("local", 9, 3, 2, 48, recent=32, sinks=4, spare=True, padded=True), TOKENS),
     (config("paged", 8, 8, 3, 64), TOKENS),
     (config("paged", 9, 3, 4, 80, softcap=5.0, page=32), TOKENS),
-    (config("near", 8, 8, 3, 64, recent=5, sinks=2, streaming=3, spare=True), TOKENS),
-    (config("paged near", 8, 8, 2, 64, recent=5, sinks=2), TOKENS),
-    (config("paged near", 9, 3, 2, 48, recent=20, sinks=4, streaming=4, near_page=48), 130),
+    (config("local", 8, 8, 3, 64, recent=5, sinks=2, streaming=3, spare=True), TOKENS),
+    (config("paged local", 8, 8, 2, 64, recent=5, sinks=2), TOKENS),
+    (config("paged local", 9, 3, 2, 48, recent=20, sinks=4, streaming=4, local_page=48), 130),
     (config("paged", 12, 12, 4, 128, page=64), 200),  # on Hopper, the kernel for it
     (
-        config("paged near", 9, 9, 2, 128, recent=20, sinks=4, streaming=3, near_page=48, page=64),
+        config(
+            "paged local", 9, 9, 2, 128, recent=20, sinks=4, streaming=3, local_page=48, page=64
+        ),
         200,
     ),
     (config("paged prefill", 8, 8, 3, 64), TOKENS),
@@ -90,23 +92,23 @@ def writes_dense() -> None:
 
 
 def writes_paged() -> None:
-    """Cache write into far and near pages, some tokens left out."""
+    """Cache write into far and local pages, some tokens left out."""
     member = random_membership(9, 3, 1, streaming=4)
     key, value = (torch.randn(7, 9, 48) for _ in "kv")
     slots = torch.tensor([3, 40, -1, 17, 0, 31, 47])
-    near_slots = torch.tensor([3, -1, 8, 17, 0, 31, 15])
+    local_slots = torch.tensor([3, -1, 8, 17, 0, 31, 15])
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
-        keys, values, near_keys, near_values = (
+        keys, values, local_keys, local_values = (
             torch.zeros(count, 16, heads, 48, device=device)
             for count, heads in ((3, 3), (3, 5), (2, 6), (2, 4))
         )
-        near = NearPages(near_keys, near_values, torch.zeros(1, 1, dtype=torch.int32), 4, 1)
+        local = LocalPages(local_keys, local_values, torch.zeros(1, 1, dtype=torch.int32), 4, 1)
         function(
             key.to(device), value.to(device), keys, values, slots.to(device), member.to(device),
-            near=near, near_slot_mapping=near_slots.to(device),
+            local=local, local_slot_mapping=local_slots.to(device),
         )  # fmt: skip
-        results.append([x.cpu() for x in (keys, values, near_keys, near_values)])
+        results.append([x.cpu() for x in (keys, values, local_keys, local_values)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.calibration import costs, load_texts, windows_of
-from chai_attention.calibration.costs import GRADIENT, Costs, Near, collect_costs
+from chai_attention.calibration.costs import GRADIENT, Costs, ExactWindow, collect_costs
 from chai_attention.calibration.perplexity import paired_rise, token_loss
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.transformers import enabled
@@ -77,12 +77,13 @@ class Passes:
 
     def second(self, profile: ClusterProfile) -> Costs:
         """Costs per head on the model that the profile makes."""
-        near = (profile.recent, profile.sinks)
-        offsets = self.bench.store._offsets.get(near)
+        window = (profile.recent, profile.sinks)
+        offsets = self.bench.store._offsets.get(window)
         around = reduced(layer_plans(self.bench.shape, profile))
         with mock.patch.object(costs, "capture", around):
             (found,) = collect_costs(
-                self.bench.model, self.bench.windows, GRADIENT, nears=[Near(*near, offsets)],
+                self.bench.model, self.bench.windows, GRADIENT,
+                exact=[ExactWindow(*window, offsets)],
                 batch_size=4,
             )  # fmt: skip
         return found

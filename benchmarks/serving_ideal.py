@@ -50,8 +50,8 @@ class Ideal:
     def cache_bytes(self, length: int) -> float:
         """K and V of one request."""
         far, others = self._numbers
-        near = min(length, self.kind.recent + self.kind.sinks)
-        return self.shape.head_dim * self._element * (far * length + others * near)
+        local = min(length, self.kind.recent + self.kind.sinks)
+        return self.shape.head_dim * self._element * (far * length + others * local)
 
     @property
     def weights(self) -> float:
@@ -66,12 +66,12 @@ class Ideal:
     def attention(self, tokens: int, context: int = 0) -> float:
         """Operations of the attention of ``tokens`` behind ``context`` others."""
         pairs = tokens * (context + tokens / 2)
-        near = min(pairs, tokens * (self.kind.recent + self.kind.sinks))
+        local = min(pairs, tokens * (self.kind.recent + self.kind.sinks))
         found = 0.0
         for (own, streaming), count in self._layers.items():
             shared = self.shape.heads - own - streaming
-            # own scores of near keys for those that share; scores and V for those that stream
-            each = (own + own + shared) * pairs + (shared + 2 * streaming) * near
+            # own scores of local keys for those that share; scores and V for those that stream
+            each = (own + own + shared) * pairs + (shared + 2 * streaming) * local
             found += count * each
         return 2 * self.shape.head_dim * found
 

@@ -61,7 +61,7 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
     """The K,V cache in blocks, and how many tokens of requests of ``length`` it holds.
 
     Where there are several groups of pages all take theirs from the same blocks: a request has far
-    pages for all its tokens and near pages for its window and its first tokens.
+    pages for all its tokens and local pages for its window and its first tokens.
     """
     core = llm.llm_engine.engine_core.engine_core  # which is in this process
     cache = core.scheduler.kv_cache_config
@@ -72,9 +72,9 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
         window, sinks = getattr(spec, "sliding_window", None), getattr(spec, "sinks", 0)
         pages = -(-length // spec.block_size)
         if window:
-            from chai_attention.integrations.vllm.layers import near_pages_of
+            from chai_attention.integrations.vllm.layers import local_pages_of
 
-            pages = near_pages_of(length, spec.block_size, window, sinks)
+            pages = local_pages_of(length, spec.block_size, window, sinks)
         groups.append({"page": spec.block_size, "window": window, "pages": pages})
         taken += pages
     requests = (cache.num_blocks - 1) / taken  # one block is nobody's

@@ -82,7 +82,7 @@ class Kind:
         model: name of its shape.
         own: query heads of a layer that keep their scores for far keys, or from the first layer to
             the last (layers, such heads); None for vLLM as it is.
-        streaming: query heads of a layer that see near keys only; the others share scores.
+        streaming: query heads of a layer that see local keys only; the others share scores.
         membership: "static" or "online".
         recent: w; with it there are 4 sinks.
         cache_dtype: of K and V.
@@ -141,11 +141,11 @@ class Kind:
 def roles(shape: Shape, own: int, streaming: int, ranks: int) -> tuple[list[int], list[int]]:
     """Each head's representative, and the heads that stream; as many on each rank."""
     here = shape.heads // ranks
-    own, near = own // ranks, streaming // ranks
+    own, local = own // ranks, streaming // ranks
     representatives, streams = [], []
     for start in range(0, shape.heads, here):
         for head in range(here):
-            is_far = head < here - near
+            is_far = head < here - local
             representatives.append(start + (head % own if is_far else head))
             if not is_far:
                 streams.append(start + head)

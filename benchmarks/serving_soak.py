@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "LICENSE"  # of the prompts: a text that does not change
 PAGE = 32  # tokens
 EVERY = 8  # requests between wrong bodies
-NEAR = 1e-3  # nats between two tokens that rounding may tip
+LOCAL = 1e-3  # nats between two tokens that rounding may tip
 QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -382,7 +382,7 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if options.out is not None:
         write_result(options.out, report, ChaiError)
-    far = [each for each in report["different"] if min(each["gaps"], default=9.0) > NEAR]
+    far = [each for each in report["different"] if min(each["gaps"], default=9.0) > LOCAL]
     sys.exit(1 if far or report["problems"] or any(report["in_use_after"].values()) else 0)
 
 

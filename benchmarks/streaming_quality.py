@@ -47,7 +47,7 @@ from chai_attention.runtime.shape import describe
 from parts import Parts
 
 NAMES = ("default", "share", "stream")
-RIVALS = ("snapkv", "think")
+EXTERNAL = ("snapkv", "think")
 PARTS = ("frontier", "promise", "recall")
 LEARNT, HELD_OUT, LENGTH = 64, 64, 1024
 FULL = "full model"
@@ -227,17 +227,19 @@ class Bench:
         budget = f"{self.options.max_loss:.0%} promised"
         for recipe in ("default", "share"):
             rows.row(f"{recipe}, {budget}", partial(self.promised, recipe))
-        for rival in self.options.rivals:
+        for external in self.options.external:
             rows.row(
-                f"{rival}, bytes of default, {budget}", partial(self.promised, "default"), rival
+                f"{external}, bytes of default, {budget}",
+                partial(self.promised, "default"),
+                external,
             )
         for save in self.options.curve:
             for name in self.options.curve_methods:
-                recipe = "default" if name in RIVALS else name
+                recipe = "default" if name in EXTERNAL else name
                 rows.row(
                     f"{name}, {save:.0%} saved",
                     partial(self.calibrated, recipe=recipe, save=save, measure=False),
-                    name if name in RIVALS else None,
+                    name if name in EXTERNAL else None,
                 )
             for weight in self.options.curve_weights:
                 rows.row(
@@ -260,9 +262,9 @@ class Recall:
         self.rows: list[dict[str, Any]] = self.file.found.get("rows", [])
 
     def row(
-        self, name: str, make: Callable[[], ClusterProfile | None], rival: str | None = None
+        self, name: str, make: Callable[[], ClusterProfile | None], external: str | None = None
     ) -> None:
-        """Measure a method at every task that is missing; a rival at the bytes of the profile."""
+        """Measure a method at every missing task; another library's at the profile's bytes."""
         done = {row["task"] for row in self.rows if row["method"] == name}
         missing = [source for source in self.sources if source.name not in done]
         if not missing:
@@ -273,7 +275,7 @@ class Recall:
         try:
             profile = make()
             for source in missing:
-                self.rows.append(self.measured(name, source, profile, rival))
+                self.rows.append(self.measured(name, source, profile, external))
                 self.file.add("rows", self.rows)
         except (ChaiError, ImportError) as error:
             self.bench.say(f"left out: recall of {name}: {error}")
@@ -281,7 +283,7 @@ class Recall:
         self.bench.say(f"recall of {name}")
 
     def measured(
-        self, name: str, source: TaskSource, profile: ClusterProfile | None, rival: str | None
+        self, name: str, source: TaskSource, profile: ClusterProfile | None, external: str | None
     ) -> dict[str, Any]:
         """One method at one task; differences are to the full model, paired by cases."""
         bench, start = self.bench, time.perf_counter()
@@ -290,10 +292,10 @@ class Recall:
         saved = 0.0 if profile is None else profile.saved(bench.shape, length)
         context: AbstractContextManager[None] = nullcontext()
         method: Comparator | None = None
-        if rival is not None:
+        if external is not None:
             from chai_attention.evaluation.comparators.kvpress import kvpress_comparator
 
-            method = kvpress_comparator(rival, saved)
+            method = kvpress_comparator(external, saved)
             method.prepare(model, ())
             saved = 1 - method.kv_share(model, length)
             context = method.attached(model)
@@ -371,9 +373,9 @@ def main() -> None:
     add("--recall", type=_numbers, default=[1024, 2048, 4096], help="lengths")
     add("--cases", type=int, default=100)
     add("--rows", type=int, default=16, help="cases of a forward, at most")
-    add("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
+    add("--external", nargs="*", choices=EXTERNAL, default=EXTERNAL)
     add("--curve", type=_shares, default=[0.2, 0.3, 0.4, 0.5])
-    add("--curve-methods", nargs="*", choices=(*NAMES, *RIVALS), default=["default"])
+    add("--curve-methods", nargs="*", choices=(*NAMES, *EXTERNAL), default=["default"])
     add("--curve-weights", nargs="*", type=float, default=[], help="of recall, to compare")
     add("--seconds", type=float, default=float("inf"))
     bench = Bench(parser.parse_args())

@@ -85,7 +85,7 @@ def recent_definition(
     """Attention with an exact recent window, head by head in float64: ``[B, Q, H, Dv]``.
 
     The two partial attentions are computed by themselves and merged by their log-sum-exps.
-    Streaming heads have the near one only.
+    Streaming heads have the local one only.
     """
     batch, heads, queries, _ = query.shape
     groups, size = key.shape[1], key.shape[2]
@@ -107,9 +107,9 @@ def recent_definition(
             for i in range(queries):
                 last = size - queries + i
                 seen = [j for j in real if j <= last]
-                near = [j for j in seen if j > last - recent or j in real[:sinks]]
-                far = [j for j in seen if j not in near]
-                parts = [part(i, h, near)] if near else []
+                local = [j for j in seen if j > last - recent or j in real[:sinks]]
+                far = [j for j in seen if j not in local]
+                parts = [part(i, h, local)] if local else []
                 if far and h not in streaming:
                     result, lse = part(i, r, far)
                     parts.append((result, lse + shift))

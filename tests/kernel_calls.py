@@ -12,10 +12,10 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops import Probe, windowed
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
-from near_cases import near_pages
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
+from local_cases import local_pages
 from op_calls import dispatched, kernels
 from paged_caches import PagedCaches
 
@@ -41,7 +41,7 @@ class Config:
     sinks: int = 0
     probe_end: int = 0
     streaming: int = 0
-    near_page: int = 16
+    local_page: int = 16
     token_major: bool = True  # V of dense sequences
     one_buffer: bool = False  # a page of K and V is one run of memory
     stored: torch.dtype | None = None  # what pages hold, if not ``dtype``
@@ -165,7 +165,7 @@ def _dense(case):
     )  # fmt: skip
 
 
-def _near_of(case: Case) -> NearRing:
+def _local_of(case: Case) -> RollingBuffer:
     """K and V of removed heads as a cache remembers them behind these tokens."""
     config, member, sequences = case.config, case.member, case.sequences
     batch, room = len(sequences), config.recent + config.ring_spare
@@ -189,15 +189,15 @@ def _near_of(case: Case) -> NearRing:
     keys = memories([one.key for one in sequences], member.removed_key_heads)
     values = [one.value for one in sequences]
     streams = memories(values, member.removed_value_heads) if member.streaming else (None, None)
-    return NearRing(*keys, positions.to(DEVICE), config.recent, 0, *streams)
+    return RollingBuffer(*keys, positions.to(DEVICE), config.recent, 0, *streams)
 
 
-def _near(case):
-    run = dispatched if case.config.kind == "near op" else kernels
+def _local(case):
+    run = dispatched if case.config.kind == "local op" else kernels
     size = max(one.key.shape[1] for one in case.sequences) + 3
     out = run.decode_recent(
         torch.stack([one.query for one in case.sequences]), *case.dense(size), case.member,
-        _near_of(case), lengths=case.lengths, offset=case.offsets[1], valid=case.valid(size),
+        _local_of(case), lengths=case.lengths, offset=case.offsets[1], valid=case.valid(size),
         **case.options,
     )  # fmt: skip
     return out, None
@@ -217,12 +217,12 @@ def _window(case):
     first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, : tables.sinks]
     band = slice(max(0, size - queries - config.recent + 1), size)
 
-    def near_of(states: Tensor) -> Tensor:
+    def local_of(states: Tensor) -> Tensor:
         index = first[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
         return torch.cat([states.gather(2, index), states[:, :, band]], 2)
 
     out = kernels.windowed(
-        query, *case.dense(size), case.member, NearKeys(near_of(key), near_of(value)), tables,
+        query, *case.dense(size), case.member, LocalKeys(local_of(key), local_of(value)), tables,
         offset=case.offsets[1], **case.options,
     )  # fmt: skip
     return out, None
@@ -256,25 +256,25 @@ def _paged_caches(case):
     return *pages, tables
 
 
-def _near_pages_of(case: Case, caches: tuple[Tensor, ...]) -> NearPages:
-    """Near pages beside the pages ``caches``."""
+def _local_pages_of(case: Case, caches: tuple[Tensor, ...]) -> LocalPages:
+    """Local pages beside the pages ``caches``."""
     config, sequences = case.config, case.sequences
     states = ([getattr(one, name).cpu() for one in sequences] for name in ("key", "value"))
     counts = [one.query.shape[1] for one in sequences]
     far = PagedCaches(*caches, case.lengths, *states)
-    return near_pages(case.member, far, counts, config.near_page, config.recent, config.sinks)
+    return local_pages(case.member, far, counts, config.local_page, config.recent, config.sinks)
 
 
 def _paged(case):
     config, sequences = case.config, case.sequences
     caches = _paged_caches(case)
-    near = _near_pages_of(case, caches) if config.recent else None
+    local = _local_pages_of(case, caches) if config.recent else None
     query = torch.stack([one.query[:, 0] for one in sequences])
     if config.representatives:
         query = torch.stack([x[h] for x, h in zip(query, case.member.slot_heads, strict=True)])
     out, lse = kernels.paged_decode(
-        query, *caches, case.tables, lengths=case.lengths, rows=case.rows, near=near,
-        offset=None if near is None else case.offsets[1], return_lse=near is None,
+        query, *caches, case.tables, lengths=case.lengths, rows=case.rows, local=local,
+        offset=None if local is None else case.offsets[1], return_lse=local is None,
         out=case.strided(len(sequences)),
         most_keys=None if config.tables == "each" else int(case.lengths.max()), **case.options,
     )  # fmt: skip
@@ -317,7 +317,7 @@ def _paged_prefill(case):
             slots = case.member.slot_heads[F.pad(line, (0, case.config.tail))]
             query = query.gather(1, slots[:, :, None].expand(-1, -1, query.shape[2]))
         if case.config.recent:
-            options |= {"near": _near_pages_of(case, caches), "offset": case.offsets[1]}
+            options |= {"local": _local_pages_of(case, caches), "offset": case.offsets[1]}
         return kernels.paged_prefill(
             query, *caches, case.tables, out, lengths=case.lengths, **options
         )[1]
@@ -351,11 +351,11 @@ def _varlen(case):
 RUN = {
     "decode": _dense,
     "prefill": _dense,
-    "near": _near,
-    "near op": _near,
+    "local": _local,
+    "local op": _local,
     "window": _window,
     "paged": _paged,
-    "paged near": _paged,
+    "paged local": _paged,
     "paged prefill": _paged_prefill,
     "varlen": _varlen,
     "paged window": _paged_prefill,

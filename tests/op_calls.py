@@ -29,21 +29,21 @@ class Operations:
         return attend_by(self.backend.attend, *states, **options)
 
     def decode_recent(
-        self, query, key, value, member, near, *, lengths=None, valid=None, **options
+        self, query, key, value, member, local, *, lengths=None, valid=None, **options
     ):
         run = ops.decode_recent if self.backend is None else self.backend.decode_recent
         kv = DenseKV(key, value, lengths, valid)
-        return run(query, kv, near, AttentionCall(member, **options))
+        return run(query, kv, local, AttentionCall(member, **options))
 
-    def windowed(self, query, key, value, member, near, tables, **options):
+    def windowed(self, query, key, value, member, local, tables, **options):
         run = ops.windowed_attention if self.backend is None else self.backend.attend_window
-        return run(query, DenseKV(key, value), near, tables, AttentionCall(member, **options))
+        return run(query, DenseKV(key, value), local, tables, AttentionCall(member, **options))
 
     def paged_decode(
-        self, query, keys, values, table, member, *, lengths, near=None, rows=None, out=None,
+        self, query, keys, values, table, member, *, lengths, local=None, rows=None, out=None,
         most_keys=None, **options,
     ):  # fmt: skip
-        pages = PagedKV(keys, values, table, lengths, near, most_keys)
+        pages = PagedKV(keys, values, table, lengths, local, most_keys)
         call = AttentionCall(member, membership_ids=rows, **options)
         if self.backend is None:
             return ops.paged_decode(query, pages, call, out)
@@ -53,9 +53,9 @@ class Operations:
 
     def paged_prefill(
         self, query, keys, values, table, member, out=None, *, query_starts, lengths,
-        most_queries, rows=None, near=None, probe=None, **options,
+        most_queries, rows=None, local=None, probe=None, **options,
     ):  # fmt: skip
-        pages = PagedKV(keys, values, table, lengths, near)
+        pages = PagedKV(keys, values, table, lengths, local)
         queries = PackedQueries(query, query_starts, most_queries)
         call = AttentionCall(member, membership_ids=rows, **options)
         if self.backend is None:

@@ -22,10 +22,10 @@ from kernel_calls import DEVICE, RUN, Case, Config, Sequence
 Size = tuple[int, int] | tuple[int, int, int]  # queries, keys, and how many of them are padding
 
 CONFIGURATIONS = 48
-KINDS = ("decode", "prefill", "near", "paged", "paged near", "paged prefill", "varlen", "prefill")
+KINDS = ("decode", "prefill", "local", "paged", "paged local", "paged prefill", "varlen", "prefill")
 # with CHAI_RANDOM_STREAMING=1: an exact window alone, and heads that stream
 STREAMING = os.environ.get("CHAI_RANDOM_STREAMING") == "1"
-STREAMING_KINDS = ("near", "window", "paged near", "paged window", "varlen window")
+STREAMING_KINDS = ("local", "window", "paged local", "paged window", "varlen window")
 PROBED = ("paged prefill", "varlen", "paged window", "varlen window")
 
 
@@ -40,10 +40,10 @@ def config_of(number: int) -> Config:
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     if DEVICE == "cpu":
         dtypes = [torch.float16, torch.float32]  # the interpreter multiplies bfloat16 wrongly
-    dense = kind in ("decode", "prefill", "near")
+    dense = kind in ("decode", "prefill", "local")
     plain = kind == "prefill" and draw.random() < 0.5  # as the kernel for Hopper takes it
     clusters = draw.choice([1, max(1, heads // 8), heads // 2, heads - 1, heads])
-    if "near" in kind:
+    if "local" in kind:
         clusters = min(clusters, heads - 1)
     return Config(
         kind, heads, kv_heads, clusters, dim,
@@ -51,11 +51,11 @@ def config_of(number: int) -> Config:
         dtype=draw.choice(dtypes),
         softcap=None if plain else draw.choice([None, None, 5.0]),
         padded=dense and not plain and draw.random() < 0.4,
-        spare=kind == "near" or (dense and not plain and draw.random() < 0.5),
+        spare=kind == "local" or (dense and not plain and draw.random() < 0.5),
         page=draw.choice([16, 32, 48, 64]),
-        recent=draw.choice([1, 5, 32]) if "near" in kind else 0,
+        recent=draw.choice([1, 5, 32]) if "local" in kind else 0,
         sinks=draw.choice([0, 1, 4]),
-        near_page=draw.choice([16, 48, 64]),
+        local_page=draw.choice([16, 48, 64]),
         probe_end=draw.choice([0, 5, 32]) if kind in PROBED else 0,
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ def _streaming_config(number: int) -> Config:
     kind = STREAMING_KINDS[number % len(STREAMING_KINDS)]
     heads, kv_heads = draw.choice([(8, 8), (9, 9), (12, 12), (32, 32), (9, 3), (12, 4), (8, 1)])
     # as the kernel for Hopper takes it
-    hopper = kind in ("window", "varlen window", "paged near", "paged window")
+    hopper = kind in ("window", "varlen window", "paged local", "paged window")
     hopper = hopper and draw.random() < 0.7
     dim = draw.choice([64, 128, 128]) if hopper else draw.choice([48, 64, 80, 96, 128, 256])
     dtypes = [torch.bfloat16, torch.float16] + [torch.float32] * (not hopper)
@@ -80,14 +80,14 @@ def _streaming_config(number: int) -> Config:
         value_dim=dim if hopper else draw.choice([dim, dim, 40]),
         dtype=draw.choice(dtypes),
         softcap=None if hopper else draw.choice([None, 5.0]),
-        padded=kind in ("near", "window") and not hopper and draw.random() < 0.4,
-        spare=kind == "near",
+        padded=kind in ("local", "window") and not hopper and draw.random() < 0.4,
+        spare=kind == "local",
         page=draw.choice([16, 48, 64]) if kind.startswith("paged") else 16,
         recent=draw.choice([1, 5, 32, 128, 200]),
         sinks=draw.choice([0, 1, 4, 16]),
         probe_end=draw.choice([0, 5, 32]) if kind in PROBED and not streaming else 0,
         streaming=streaming,
-        near_page=draw.choice([16, 32, 48, 64]),
+        local_page=draw.choice([16, 32, 48, 64]),
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def _sizes(config: Config, batch: int, draw: random.Random, most: int, full: boo
     """Random sizes; dense ones have equally many queries, without spare room equal sizes."""
     sizes = [n for n in (1, 2, 63, 64, 65, 129, 130, 257) if n <= most] + [draw.randint(1, most)]
     sizes = [most] if full else sizes
-    decode = config.kind in ("decode", "near", "paged", "paged near")
+    decode = config.kind in ("decode", "local", "paged", "paged local")
     packed = config.kind in ("paged prefill", "varlen", "paged window", "varlen window")
     queries = 1 if decode else draw.choice(sizes)
     size = max(queries, draw.choice(sizes))

@@ -42,7 +42,7 @@ class RecordedGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
-def write_one(key, value, keys, values, membership, start, near=None):
+def write_one(key, value, keys, values, membership, start, local=None):
     """`ops.cache_write.write_dense` of one token, without a look at the host."""
     batch = key.shape[0]
     row = torch.arange(batch)
@@ -53,14 +53,14 @@ def write_one(key, value, keys, values, membership, start, near=None):
 
     keys[row, :, at] = pick(key, membership.key_heads)
     values[row, :, at] = pick(value, membership.value_heads)
-    if near is None:
+    if local is None:
         return
     heads_of = (key, membership.removed_key_heads), (value, membership.removed_value_heads)
-    for (states, heads), (ring, sinks) in zip(heads_of, near.memories, strict=False):
+    for (states, heads), (ring, sinks) in zip(heads_of, local.memories, strict=False):
         removed = pick(states, heads)
         ring[row, :, at % ring.shape[2]] = removed
         for column in range(sinks.shape[2]):
-            here = near.sink_positions[:, column].long() == at
+            here = local.sink_positions[:, column].long() == at
             old = sinks[:, :, column]
             sinks[:, :, column] = torch.where(here[:, None, None], removed, old)
 

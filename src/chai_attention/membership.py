@@ -2,7 +2,7 @@
 
 Words: *H* query heads, *G* K/V heads (``G == H`` in multi-head attention), *k* clusters. A
 *slot* is a cluster's place in the K cache; slots are ordered by their representative. A
-*streaming head* sees near keys only (the exact window): far ones weigh nothing for it.
+*streaming head* sees local keys only (the exact window): far ones weigh nothing for it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Membership:
         kv_heads: G, the number of K/V heads; divides H.
         kept_keys: number of K heads a cache holds per row: k for multi-head attention, else the
             largest number of K/V heads that the representatives of any row read.
-        streaming: heads that see near keys only, ascending.
+        streaming: heads that see local keys only, ascending.
     """
 
     representatives: Tensor
@@ -74,7 +74,7 @@ class Membership:
             kv_heads: G; None for multi-head attention.
             kept_keys: K/V heads kept if the caller knows it (grouped-query attention only);
                 None counts them, which reads the tensor on the host.
-            streaming: heads that see near keys only; each represents itself alone.
+            streaming: heads that see local keys only; each represents itself alone.
 
         Raises:
             ValueError: a head out of range, a representative that is not its own
@@ -108,7 +108,7 @@ class Membership:
             far: of the query heads of all K/V heads that do not stream whole, in their order.
             heads: H.
             kv_heads: G.
-            streaming: heads that see near keys only.
+            streaming: heads that see local keys only.
         """
         streaming = tuple(sorted(set(streaming)))
         if not streaming:
@@ -225,7 +225,7 @@ class Membership:
 
     @cached_property
     def streams(self) -> Tensor:
-        """``[H]`` bool: whether a head sees near keys only."""
+        """``[H]`` bool: whether a head sees local keys only."""
         flags = tuple(int(head in self.streaming) for head in range(self.heads))
         return table_of(flags, self.device).bool()
 

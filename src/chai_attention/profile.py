@@ -10,11 +10,11 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_attention.atomic_write import write_whole
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import misfits, problems_of, tuples
 from chai_attention.profile_files import load_corrections, save_corrections
 from chai_attention.strict_json import load_json
-from chai_attention.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ class ClusterProfile:
             heads represent themselves, so that k is a multiple of H / G.
         representatives: per layer, the head whose scores each head uses; static profiles only.
             A streaming head's entry is itself.
-        streaming: per layer, the heads that see near keys only: the exact recent window and the
+        streaming: per layer, the heads that see local keys only: the exact recent window and the
             sinks (schema 2). None if all see far keys.
         recent: w, the last keys that every head attends to with its own scores; 0 for none.
         sinks: s, the first keys that it does; only with a recent window.
@@ -290,7 +290,7 @@ class ClusterProfile:
             raise ProfileError("profile does not fit the model: " + "; ".join(problems))
 
     def streaming_heads(self, layer: int) -> tuple[int, ...]:
-        """Heads of a layer that see near keys only."""
+        """Heads of a layer that see local keys only."""
         return () if self.streaming is None else self.streaming[layer]
 
     def far_representatives(self, layer: int) -> set[int]:
@@ -335,7 +335,7 @@ class ClusterProfile:
         return full, kept * head
 
     def window_bytes(self, shape: ModelShape, element_size: int) -> int:
-        """Bytes per sequence of the near keys of heads whose K, or V, is dropped."""
+        """Bytes per sequence of the local keys of heads whose K, or V, is dropped."""
         dropped = sum(
             2 * shape.kv_heads - self.kept_keys(layer, shape) - self.kept_values(layer, shape)
             for layer in range(shape.layers)

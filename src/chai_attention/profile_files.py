@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chai_attention.atomic_write import place_of, read_whole, write_whole
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import tensor_problems
 from chai_attention.results import digest as digest_of
-from chai_attention.whole_files import place_of, read_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,15 +35,15 @@ def spare(
 
     Args:
         representatives: ``[H]``; a streaming head's entry is itself.
-        streaming: heads that see near keys only.
+        streaming: heads that see local keys only.
         kv_heads: G.
         ranks: to which the heads can be dealt.
     """
     heads = len(representatives)
-    own, group, near = heads // ranks, heads // kv_heads, set(streaming)
+    own, group, local = heads // ranks, heads // kv_heads, set(streaming)
     held = []
     for rank in range(ranks):
-        far = [h for h in range(rank * own, (rank + 1) * own) if h not in near]
+        far = [h for h in range(rank * own, (rank + 1) * own) if h not in local]
         for head in far:
             chosen = representatives[head]
             if chosen // own != rank:

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_type_hints
 
+from chai_attention.atomic_write import write_whole
 from chai_attention.errors import ChaiError
 from chai_attention.strict_json import load_json
-from chai_attention.whole_files import write_whole
 
 Row = TypeVar("Row")
 _CHECKSUM = "checksum"

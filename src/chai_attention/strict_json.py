@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from chai_attention.whole_files import read_whole
+from chai_attention.atomic_write import read_whole
 
 MOST_BYTES = 2**28  # of a file; profiles and results of the largest models have a tenth of that
 MOST_DEPTH = 32

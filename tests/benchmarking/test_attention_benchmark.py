@@ -152,12 +152,12 @@ def test_a_ring_remembers_what_decode_needs():
         shape = AttentionShape("", 8, 8, 16)
         inputs = random_inputs(Case("decode", 2, size), shape, torch.float32, "cpu")
         member = even_membership(8, 3, 2)
-        near = clustered.near_ring(inputs.key, inputs.value, member, layout)
+        local = clustered.rolling_buffer(inputs.key, inputs.value, member, layout)
         index = member.key_heads[:, :, None, None].expand(-1, -1, size, 16)
         value = member.value_heads[:, :, None, None].expand(-1, -1, size, 16)
         out = dispatched.decode_recent(
             inputs.query, inputs.key.gather(1, index), inputs.value.gather(1, value), member,
-            near, lengths=torch.tensor([size, size]), scale=inputs.scale,
+            local, lengths=torch.tensor([size, size]), scale=inputs.scale,
         )  # fmt: skip
         assert accuracy(out, inputs, member, layout).is_correct
 
@@ -350,18 +350,18 @@ def test_work_by_counting():
     assert decode.flops == 2 * 3 * 10 * 8 * (1 + 4)
     prefill = attention_work(Case("prefill", 1, 10), shape, 1, 1, 2)
     assert prefill.flops == 2 * sum(range(1, 11)) * 8 * (1 + 4)
-    near = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4)
-    assert near.bytes - decode.bytes == 2 * 3 * 8 * 4 * 3
-    narrow = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, near=4, stored_size=1)
-    pages = near.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
-    assert narrow == Work(near.bytes - pages / 2, near.flops)
-    # of 4 heads 2 stream: K of one and V of two are held whole, of the others 4 near keys
+    local = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, local=4)
+    assert local.bytes - decode.bytes == 2 * 3 * 8 * 4 * 3
+    narrow = attention_work(Case("decode", 3, 10), shape, 1, 1, 2, local=4, stored_size=1)
+    pages = local.bytes - attention_work(Case("decode", 3, 0), shape, 1, 1, 2).bytes
+    assert narrow == Work(local.bytes - pages / 2, local.flops)
+    # of 4 heads 2 stream: K of one and V of two are held whole, of the others 4 local keys
     streams = attention_work(
-        Case("decode", 3, 10), shape, 1, 1, 2, near=4, streaming=2, kept_values=2
+        Case("decode", 3, 10), shape, 1, 1, 2, local=4, streaming=2, kept_values=2
     )
     assert streams.bytes == 2 * 3 * 8 * (10 * (1 + 2) + 4 * (3 + 2) + 1 + 4)
     assert streams.flops == 2 * 3 * 8 * (10 * (1 + 2) + 4 * 1 + 4 * 2 * 2)
-    whole = attention_work(Case("decode", 3, 10), shape, 4, 4, 2, near=4)
+    whole = attention_work(Case("decode", 3, 10), shape, 4, 4, 2, local=4)
     assert whole == attention_work(Case("decode", 3, 10), shape, 4, 4, 2)
 
 

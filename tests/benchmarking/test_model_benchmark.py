@@ -175,21 +175,21 @@ def test_the_work_of_sliding_windows_is_on_the_keys_that_they_see():
     assert prompt.bytes == 4 * 16 * 50 * 3 * (4 + 2 * 6)
 
 
-def test_the_work_of_streaming_heads_is_near_k_and_v_only():
+def test_the_work_of_streaming_heads_is_local_k_and_v_only():
     shape = describe(tiny_model("llama"))
     profile = ClusterProfile(
         (3, 6, 0), membership="static", recent=4, sinks=1, streaming=((1, 4), (), tuple(range(6))),
         representatives=((0, 1, 2, 0, 4, 5), *[tuple(range(6))] * 2),
     )  # fmt: skip
-    tokens, near = 50, 5
+    tokens, local = 50, 5
     full = model_work(Case("decode", 2, tokens), shape, (0, 0), 4, None)
     found = model_work(Case("decode", 2, tokens), shape, (0, 0), 4, profile)
     gone = (3 + 2) + (6 + 6)  # K and V heads of far keys that are not read
     queries = (6 - 3) + 6
-    assert full.bytes - found.bytes == 4 * 2 * 8 * (gone * (tokens - near) + queries)
+    assert full.bytes - found.bytes == 4 * 2 * 8 * (gone * (tokens - local) + queries)
     far = (3 + 4) + (6 + 6) + 0  # heads with scores, and with a product with V
-    # near: scores of the head that shares, scores and products of those that stream
-    assert found.flops == 2 * 2 * 8 * (far * tokens + near * ((1 + 2 * 2) + 2 * 6))
+    # local: scores of the head that shares, scores and products of those that stream
+    assert found.flops == 2 * 2 * 8 * (far * tokens + local * ((1 + 2 * 2) + 2 * 6))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt", "gpt2"])

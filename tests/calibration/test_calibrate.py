@@ -21,7 +21,7 @@ TOKENIZER = tiny_tokenizer()
 TEXT = "".join(f"Line {i} of some text, {i * i} and so on.\n" for i in range(200))
 SMALL = {"samples": 6, "length": 24, "window": 8}
 ELBOW = {**SMALL, "recipe": "elbow"}
-NEAR = {**SMALL, "recent": 4, "sinks": 1}
+LOCAL = {**SMALL, "recent": 4, "sinks": 1}
 
 
 def grams_of(model, windows):
@@ -227,7 +227,7 @@ def test_options_that_make_no_sense_are_refused(family, options, message):
 @pytest.mark.parametrize("texts", ["", "too short", [], ["a", "b"]])
 def test_too_little_text_is_refused(texts):
     with pytest.raises(CalibrationError, match="at least 24 tokens"):
-        calibrate(tiny_model("llama"), TOKENIZER, texts, **NEAR)
+        calibrate(tiny_model("llama"), TOKENIZER, texts, **LOCAL)
 
 
 def test_one_kv_head_cannot_give_up_its_keys():
@@ -250,7 +250,7 @@ def test_a_model_with_clustered_heads_is_not_calibrated():
         enabled(model, ClusterProfile((2, 2, 2))),
         pytest.raises(UnsupportedModelError, match="disable"),
     ):
-        calibrate(model, TOKENIZER, TEXT, **NEAR)
+        calibrate(model, TOKENIZER, TEXT, **LOCAL)
 
 
 def test_a_real_model_without_redundancy_keeps_most_heads(shared):
@@ -295,9 +295,9 @@ def test_the_default_keeps_its_promise_on_the_windows_it_was_measured_on():
 def test_a_loss_that_cannot_be_kept_is_refused():
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="cannot be met: already the cheapest of all heads"):
-        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, recipe="share", **NEAR)
+        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, recipe="share", **LOCAL)
     with pytest.raises(CalibrationError, match="cannot be met: already the cheapest of all units"):
-        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, **NEAR)
+        calibrate(model, TOKENIZER, TEXT, max_loss=1e-9, **LOCAL)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "gemma2"])
@@ -305,7 +305,7 @@ def test_a_loss_that_cannot_be_kept_is_refused():
 def test_the_bytes_asked_for_are_saved(family, share):
     model = tiny_model(family)
     shape = describe(model)
-    profile = calibrate(model, TOKENIZER, TEXT, save=share, **NEAR)
+    profile = calibrate(model, TOKENIZER, TEXT, save=share, **LOCAL)
     full, kept = profile.bytes_per_token(shape, 2)
     saved = 1 - kept / full
     one_more = 1 / (2 * sum(shape.clusterable) * shape.kv_heads)
@@ -323,7 +323,7 @@ def test_a_blended_membership_carries_its_costs():
         blend=0.5,
         features="value",
         removed=0.3,
-        **NEAR,
+        **LOCAL,
     )
     assert profile.blend == 0.5
     costs = torch.tensor(profile.costs)
@@ -359,7 +359,7 @@ def test_unknown_options_are_refused():
 def test_as_many_windows_are_learnt_from_and_held_out_as_asked():
     """24 and 16 of a long text became 27 and 13."""
     profile = calibrate(
-        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.9, **{**NEAR, "samples": 24}, held_out=16
+        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.9, **{**LOCAL, "samples": 24}, held_out=16
     )
     assert (profile.provenance["samples"], profile.promise["windows"]) == (24, 16)
 
@@ -373,7 +373,7 @@ def test_a_text_too_short_for_both_is_divided_aloud():
             TOKENIZER,
             TEXT[: 12 * 24],
             max_loss=0.9,
-            **{**NEAR, "samples": 24},
+            **{**LOCAL, "samples": 24},
             held_out=16,
         )
     assert (profile.provenance["samples"], profile.promise["windows"]) == (8, 4)
@@ -383,7 +383,7 @@ def test_a_text_too_short_for_both_is_divided_aloud():
 def test_what_a_saving_costs_is_measured(asked):
     model = tiny_model("llama")
     windows = torch.randint(3, 82, (30, 24))
-    profile = calibrate(model, TOKENIZER, windows, **NEAR | {"samples": 20}, held_out=10, **asked)
+    profile = calibrate(model, TOKENIZER, windows, **LOCAL | {"samples": 20}, held_out=10, **asked)
     promise = profile.promise
     assert asked.items() <= promise.items()
     assert "max_loss" not in promise
@@ -393,14 +393,14 @@ def test_what_a_saving_costs_is_measured(asked):
         rise = paired_rise(baseline, token_loss(model, held))
     assert promise["rise"] == pytest.approx(rise.rise, abs=1e-5)
     assert promise["windows"] == 10
-    unmeasured = calibrate(model, TOKENIZER, windows, measure=False, **NEAR, **asked)
+    unmeasured = calibrate(model, TOKENIZER, windows, measure=False, **LOCAL, **asked)
     assert unmeasured.promise is None
 
 
 def test_the_promise_of_a_model_in_training_is_that_without_dropout():
     model = tiny_model("gpt2")
     windows = torch.randint(3, 82, (30, 24))
-    options = {"max_loss": 0.9, "held_out": 10, **NEAR, "samples": 20}
+    options = {"max_loss": 0.9, "held_out": 10, **LOCAL, "samples": 20}
     want = calibrate(model, TOKENIZER, windows, **options)
     model.train()
     assert calibrate(model, TOKENIZER, windows, **options) == want
@@ -409,19 +409,19 @@ def test_the_promise_of_a_model_in_training_is_that_without_dropout():
 
 def test_calibration_works_inside_inference_mode():
     model = tiny_model("llama")
-    want = calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+    want = calibrate(model, TOKENIZER, TEXT, removed=0.3, **LOCAL)
     with torch.inference_mode():
-        assert calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR) == want
+        assert calibrate(model, TOKENIZER, TEXT, removed=0.3, **LOCAL) == want
         windows = torch.randint(3, 82, (12, 24))
-        calibrate(model, TOKENIZER, windows, removed=0.3, **NEAR, held_out=4)
+        calibrate(model, TOKENIZER, windows, removed=0.3, **LOCAL, held_out=4)
 
 
 def test_weights_made_in_inference_mode_have_no_gradients():
     with torch.inference_mode():
         model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="load the model outside of it"):
-        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
-    assert calibrate(model, TOKENIZER, TEXT, removed=0.3, cost="value", **NEAR).promise
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **LOCAL)
+    assert calibrate(model, TOKENIZER, TEXT, removed=0.3, cost="value", **LOCAL).promise
 
 
 @pytest.mark.parametrize("options", [{"recipe": "elbow"}, {"removed": 0.3, "recent": 4}])
@@ -439,27 +439,27 @@ def test_a_dtype_that_overflows_is_named():
         model.model.norm.weight.fill_(6e4)
         model.lm_head.weight.fill_(6e4)
     with pytest.raises(CalibrationError, match="float16 overflows, load it in bfloat16 or float32"):
-        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **LOCAL)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused():
     model = tiny_model("llama")
     model.resize_token_embeddings(30)
     with pytest.raises(CalibrationError, match="embeds ids 0 to 29"):
-        calibrate(model, TOKENIZER, TEXT, removed=0.3, **NEAR)
+        calibrate(model, TOKENIZER, TEXT, removed=0.3, **LOCAL)
 
 
 def test_one_head_has_nothing_to_share_with():
     model = tiny_model("llama")
     model.config.num_attention_heads = model.config.num_key_value_heads = 1
     with pytest.raises(CalibrationError, match="one head a layer"):
-        calibrate(model, TOKENIZER, TEXT, **NEAR)
+        calibrate(model, TOKENIZER, TEXT, **LOCAL)
 
 
 @pytest.mark.parametrize("blend", [float("nan"), float("inf"), -1.0])
 def test_a_weight_that_is_none_is_refused(blend):
     with pytest.raises(CalibrationError, match="blend is a weight"):
-        calibrate(tiny_model("llama"), TOKENIZER, TEXT, membership="blend", blend=blend, **NEAR)
+        calibrate(tiny_model("llama"), TOKENIZER, TEXT, membership="blend", blend=blend, **LOCAL)
 
 
 def test_steps_are_numbered_and_their_number_is_known():
@@ -468,7 +468,7 @@ def test_steps_are_numbered_and_their_number_is_known():
     def tell(what, done, total):
         told.append(what)
 
-    calibrate(tiny_model("llama"), TOKENIZER, TEXT, save=0.1, progress=tell, **NEAR)
+    calibrate(tiny_model("llama"), TOKENIZER, TEXT, save=0.1, progress=tell, **LOCAL)
     assert list(dict.fromkeys(told)) == [
         "step 1 of 4: attention maps",
         "step 2 of 4: gradient costs",
@@ -477,12 +477,12 @@ def test_steps_are_numbered_and_their_number_is_known():
     ]
     told.clear()
     calibrate(
-        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, recipe="share", progress=tell, **NEAR
+        tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, recipe="share", progress=tell, **LOCAL
     )
     # of 15 heads: 1, 2, 4, 8, 15 and three more between
     assert told[0].startswith("step 1 of at most 11: ")
     assert all(int(what.split()[1]) <= 11 for what in told)
     told.clear()
-    calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **NEAR)
+    calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **LOCAL)
     most = int(told[0].split()[5].rstrip(":"))
     assert all(int(what.split()[1]) <= most for what in told)

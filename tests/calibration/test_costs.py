@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chai_attention.calibration import backward, calibrate, costs, pairs
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import observe
 from chai_attention.errors import CalibrationError
 from chai_attention.integrations.transformers.intervene import capture
@@ -52,18 +52,18 @@ def output_columns(module, head, dim):
     return projection.weight.double()[:, head * dim : (head + 1) * dim]
 
 
-@pytest.mark.parametrize("near", ["no window", "window"])
+@pytest.mark.parametrize("local", ["no window", "window"])
 @pytest.mark.parametrize("kind", ["value", "gradient"])
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt", "gemma2", "gpt2"])
-def test_costs_are_their_definition(family, kind, near):
+def test_costs_are_their_definition(family, kind, window):
     model = tiny_model(family)
     ids = torch.randint(3, 97, (3, SIZE))
     offsets = torch.randn(3, HEADS, HEADS) / 2
-    window = Near() if near == "no window" else Near(WINDOW, SINKS, offsets)
-    (got,) = collect_costs(model, ids, kind, nears=[window], batch_size=2)
+    window = ExactWindow() if window == "no window" else ExactWindow(WINDOW, SINKS, offsets)
+    (got,) = collect_costs(model, ids, kind, exact=[window], batch_size=2)
     position = torch.arange(SIZE)
     behind = position[:, None] - position
-    is_near = (behind < WINDOW) | (position < SINKS)
+    is_local = (behind < WINDOW) | (position < SINKS)
     modules = attention_modules(model)
     assert (got.streaming is None) == (not window.recent)
     for layer, (call, gradient) in observed(model, ids).items():
@@ -76,9 +76,9 @@ def test_costs_are_their_definition(family, kind, near):
                 if h == r:
                     continue
                 if r == HEADS:
-                    used = scores[:, h].masked_fill(~is_near, -torch.inf)
+                    used = scores[:, h].masked_fill(~is_local, -torch.inf)
                 elif window.recent:
-                    used = torch.where(is_near, scores[:, h], scores[:, r] + offsets[layer, h, r])
+                    used = torch.where(is_local, scores[:, h], scores[:, r] + offsets[layer, h, r])
                 else:
                     used = scores[:, r]
                 change = (used.softmax(-1) - own[:, h]) @ value[:, h]  # [B, S, D]
@@ -112,22 +112,22 @@ def test_windows_told_together_cost_what_each_costs_alone(kind, sinks, rows, mon
     monkeypatch.setattr(pairs, "ROWS", rows)
     model = tiny_model("llama-grouped")
     ids = torch.randint(3, 97, (3, SIZE))
-    nears = [Near(w, sinks, torch.randn(3, HEADS, HEADS)) for w in (4, 1, 19, 9, 40)]
+    exact = [ExactWindow(w, sinks, torch.randn(3, HEADS, HEADS)) for w in (4, 1, 19, 9, 40)]
     runs = Runs(model)
-    together = collect_costs(model, ids, kind, nears=nears, batch_size=2)
+    together = collect_costs(model, ids, kind, exact=exact, batch_size=2)
     assert runs.count == 2
-    for near, got in zip(nears, together, strict=True):
-        (alone,) = collect_costs(model, ids, kind, nears=[near])
+    for window, got in zip(exact, together, strict=True):
+        (alone,) = collect_costs(model, ids, kind, exact=[window])
         torch.testing.assert_close(got.sharing, alone.sharing, rtol=1e-4, atol=1e-10)
         torch.testing.assert_close(got.streaming, alone.streaming, rtol=1e-4, atol=1e-10)
-    assert together[-1].streaming.abs().max() < 1e-10  # everything is near
+    assert together[-1].streaming.abs().max() < 1e-10  # everything is window
     assert together[-1].sharing.abs().max() < 1e-10
 
 
 def test_far_keys_of_other_heads_cost_more_the_narrower_the_window():
     model = tiny_model("llama")
     ids = torch.randint(3, 97, (3, SIZE))
-    found = collect_costs(model, ids, "gradient", nears=[Near(w) for w in (2, 5, 18)])
+    found = collect_costs(model, ids, "gradient", exact=[ExactWindow(w) for w in (2, 5, 18)])
     costs = [entry.streaming.sum().item() for entry in found]
     assert costs == sorted(costs, reverse=True)
 
@@ -138,7 +138,9 @@ def test_only_tokens_that_count_have_a_loss():
     ids = torch.randint(3, 97, (2, SIZE))
     counted = torch.zeros(2, SIZE, dtype=torch.bool)
     counted[0, 5], counted[1, 11:15] = True, True
-    (got,) = collect_costs(model, ids, "gradient", nears=[Near(WINDOW, SINKS)], counted=counted)
+    (got,) = collect_costs(
+        model, ids, "gradient", exact=[ExactWindow(WINDOW, SINKS)], counted=counted
+    )
     want = []
     for row in range(2):
         calls, outs = {}, {}
@@ -152,13 +154,13 @@ def test_only_tokens_that_count_have_a_loss():
             loss = -logits.log_softmax(-1)
             sum(loss[t - 1, ids[row, t]] for t in counted[row].nonzero()[:, 0]).backward()
         behind = torch.arange(SIZE)[:, None] - torch.arange(SIZE)
-        is_near = (behind < WINDOW) | (torch.arange(SIZE) < SINKS)
+        is_local = (behind < WINDOW) | (torch.arange(SIZE) < SINKS)
         layers = []
         for layer in sorted(calls):
             scores, value = scores_of(calls[layer])
             scores = scores.masked_fill(behind < 0, -torch.inf)
-            near = scores.masked_fill(~is_near, -torch.inf)
-            change = ((near.softmax(-1) - scores.softmax(-1)) @ value)[0].transpose(0, 1)
+            window = scores.masked_fill(~is_local, -torch.inf)
+            change = ((window.softmax(-1) - scores.softmax(-1)) @ value)[0].transpose(0, 1)
             slope = outs[layer].grad[0].double()
             layers.append((slope * change).sum(-1).square().sum(0) / counted[row].sum())
         want.append(torch.stack(layers))
@@ -190,26 +192,32 @@ def test_value_costs_know_no_loss():
 
 
 @pytest.mark.parametrize(
-    "nears", [[Near(4, 2), Near(8, 4)], [Near(), Near(4)], [Near(4), Near(4)], []]
+    "exact",
+    [
+        [ExactWindow(4, 2), ExactWindow(8, 4)],
+        [ExactWindow(), ExactWindow(4)],
+        [ExactWindow(4), ExactWindow(4)],
+        [],
+    ],
 )
-def test_windows_that_cannot_be_told_together_are_refused(nears):
+def test_windows_that_cannot_be_told_together_are_refused(exact):
     with pytest.raises(ValueError, match="equal sinks"):
-        collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", nears=nears)
+        collect_costs(tiny_model("llama"), torch.ones(1, 5).long(), "value", exact=exact)
 
 
 def test_offsets_are_the_weighted_mean_difference():
     model = tiny_model("llama")
     ids = torch.randint(3, 97, (2, SIZE))
-    wider = Near(WINDOW + 5, SINKS)
-    statistics = OffsetStatistics(3, HEADS, [wider, Near(WINDOW, SINKS)])
+    wider = ExactWindow(WINDOW + 5, SINKS)
+    statistics = OffsetStatistics(3, HEADS, [wider, ExactWindow(WINDOW, SINKS)])
     observe(model, ids, [statistics.add], batch_size=1)
     got = statistics.offsets[1]
     position = torch.arange(SIZE)
     behind = position[:, None] - position
-    is_near = (behind < WINDOW) | (position < SINKS)
+    is_local = (behind < WINDOW) | (position < SINKS)
     for layer, (call, _) in observed(model, ids).items():
         scores = scores_of(call)[0].masked_fill(behind < 0, -torch.inf)
-        far = scores.masked_fill(is_near, -torch.inf).logsumexp(-1)  # [B, H, S]
+        far = scores.masked_fill(is_local, -torch.inf).logsumexp(-1)  # [B, H, S]
         share = (far - scores.logsumexp(-1)).exp()
         seen = far.isfinite()[:, 0]
         for h in range(HEADS):
@@ -324,7 +332,7 @@ def test_what_a_quantised_model_is_advised_to_do_works():
 
 def test_sums_go_on_where_they_stopped():
     model, ids = tiny_model("llama"), torch.randint(3, 97, (6, 9))
-    options = {"batch_size": 2, "nears": [Near(6), Near(2)]}
+    options = {"batch_size": 2, "exact": [ExactWindow(6), ExactWindow(2)]}
     want = collect_costs(model, ids, "gradient", **options)
     sums = torch.zeros(2, 3, 6, 7, dtype=torch.float64)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chai_attention.calibration import backward, pairs
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.pairs import bands_of, gradient_costs, value_costs
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.evaluation.head_sums import HeadSums
@@ -69,7 +69,7 @@ def test_costs_of_blocks_are_those_of_all_queries_at_once(
 @pytest.mark.parametrize("sinks", [0, 3, 40])
 @pytest.mark.parametrize("scores", [1, 900, 1 << 27])
 def test_bands_divide_the_keys_a_query_sees(scores, sinks, monkeypatch):
-    """Each key in one band of each query, near and far by its distance; all weigh what they do."""
+    """Each key in one band of each query, local and far by its distance; all weigh what they do."""
     monkeypatch.setattr(pairs, "SCORES", scores)
     query, key, _, _ = states(2, 2, 45)
     recents = [1, 7, 46, 60]
@@ -86,15 +86,15 @@ def test_bands_divide_the_keys_a_query_sees(scores, sinks, monkeypatch):
                 want = logits[:, position, keys].logsumexp(-1)
                 torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
             assert sorted(seen) == list(range(position + 1))
-            for w, count in zip(recents, bands.near, strict=True):
-                near = [
+            for w, count in zip(recents, bands.window, strict=True):
+                window = [
                     key
                     for band in bands.bands[:count]
                     for key in torch.arange(band.keys.start, band.keys.stop)[
                         band.weights[0, row] > 0
                     ].tolist()
                 ]
-                assert sorted(near) == [
+                assert sorted(window) == [
                     n for n in range(position + 1) if n < sinks or n > position - w
                 ]
 
@@ -110,7 +110,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(evidence, size, monkeypat
         if evidence == "maps":
             GramStatistics(1, 4).add(call)
         elif evidence == "offsets":
-            OffsetStatistics(1, 4, [Near(4, 2), Near(64, 2)]).add(call)
+            OffsetStatistics(1, 4, [ExactWindow(4, 2), ExactWindow(64, 2)]).add(call)
         elif evidence == "redundancy":
             HeadSums([0], 4, [5, 300, size])(call, query)
         elif evidence == "pictures":
@@ -126,10 +126,10 @@ def test_no_tensor_grows_with_the_square_of_the_length(evidence, size, monkeypat
 @pytest.mark.parametrize("kind", ["gradient", "value"])
 def test_the_size_of_blocks_changes_no_cost_of_a_model(kind, scores, monkeypatch):
     model, ids = tiny_model("gemma2"), torch.randint(3, 97, (2, 33))
-    nears = [Near(5, 2), Near(12, 2)]
-    want = collect_costs(model, ids, kind, nears=nears)
+    exact = [ExactWindow(5, 2), ExactWindow(12, 2)]
+    want = collect_costs(model, ids, kind, exact=exact)
     monkeypatch.setattr(pairs, "SCORES", scores)
-    for got, one in zip(collect_costs(model, ids, kind, nears=nears), want, strict=True):
+    for got, one in zip(collect_costs(model, ids, kind, exact=exact), want, strict=True):
         torch.testing.assert_close(got.sharing, one.sharing, rtol=1e-4, atol=1e-10)
         torch.testing.assert_close(got.streaming, one.streaming, rtol=1e-4, atol=1e-10)
 
@@ -140,17 +140,17 @@ def test_a_models_evidence_makes_nothing_that_grows_with_the_square_of_the_lengt
     family, keep, monkeypatch
 ):
     """Forward and backward, loss included; of Gemma 2's sliding layers a mask for all heads."""
-    size, nears = 900, [Near(4, 2), Near(64, 2)]
+    size, exact = 900, [ExactWindow(4, 2), ExactWindow(64, 2)]
     monkeypatch.setattr(pairs, "SCORES", 60_000)
     monkeypatch.setattr(plain, "SCORES", 60_000)
     monkeypatch.setattr(logits, "LOGITS", 60_000)
     monkeypatch.setattr(backward, "KEEP_BYTES", keep)
     model, ids = tiny_model(family), torch.randint(3, 97, (1, size))
     model.config.max_position_embeddings = size
-    grams, offsets = GramStatistics(3, 6), OffsetStatistics(3, 6, nears)
+    grams, offsets = GramStatistics(3, 6), OffsetStatistics(3, 6, exact)
     with largest_tensor() as made:
         observe(model, ids, [grams.add, offsets.add], batch_size=1)
-        collect_costs(model, ids, "gradient", nears=nears)
+        collect_costs(model, ids, "gradient", exact=exact)
     mask = size * size if family == "gemma2" else 0
     assert made.numbers <= max(60_000, 2 * 48 * size, mask)
     assert max(60_000, 2 * 48 * size) < size * size / 8

@@ -16,7 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "".join(f"Line {i} of some text, {i * i} and so on.\n" for i in range(400))
-NEAR = {"samples": 6, "length": 24, "recent": 4, "sinks": 1, "context": 40}
+LOCAL = {"samples": 6, "length": 24, "recent": 4, "sinks": 1, "context": 40}
 
 
 @lru_cache
@@ -36,9 +36,9 @@ def test_ranks_serve_what_was_chosen_for_them_and_keep_nothing_to_spare(kv_heads
     options = {"save": 0.15}
     if recipe == "elbow":
         options = {"membership": "static", "max_error": 0.6}
-    near = {**NEAR, "context": NEAR["context"] if recipe in ("default", "stream") else None}
+    local = {**LOCAL, "context": LOCAL["context"] if recipe in ("default", "stream") else None}
     made = {
-        n: calibrate(model, TOKENIZER, TEXT, recipe=recipe, tensor_parallel=n, **options, **near)
+        n: calibrate(model, TOKENIZER, TEXT, recipe=recipe, tensor_parallel=n, **options, **local)
         for n in (1, ranks)
     }
     profile = made[ranks]
@@ -47,7 +47,7 @@ def test_ranks_serve_what_was_chosen_for_them_and_keep_nothing_to_spare(kv_heads
     found = savings(shape, profile, ranks)
     assert found.lost == 0
     if recipe != "elbow":
-        assert profile.saved(shape, near["context"] or FOR_EVER) >= 0.15 - 1e-6
+        assert profile.saved(shape, local["context"] or FOR_EVER) >= 0.15 - 1e-6
         assert found.share == pytest.approx(profile.saved(shape, FOR_EVER))
         predicted = profile.provenance
         assert predicted["predicted_rise"] >= predicted["predicted_rise_one_rank"] > 0
@@ -58,20 +58,20 @@ def test_ranks_serve_what_was_chosen_for_them_and_keep_nothing_to_spare(kv_heads
 def test_a_profile_for_four_ranks_serves_two_and_one():
     model = model_of(8)
     shape = describe(model)
-    profile = calibrate(model, TOKENIZER, TEXT, tensor_parallel=4, save=0.3, **NEAR)
+    profile = calibrate(model, TOKENIZER, TEXT, tensor_parallel=4, save=0.3, **LOCAL)
     assert any(map(any, profile.streaming))
     for ranks in (1, 2, 4):
         found = savings(shape, profile, ranks)
         assert found.lost == 0
         assert found.share == pytest.approx(profile.saved(shape, FOR_EVER))
     assert savings(shape, profile, 8).lost > 0
-    alone = calibrate(model, TOKENIZER, TEXT, save=0.3, **NEAR)
+    alone = calibrate(model, TOKENIZER, TEXT, save=0.3, **LOCAL)
     assert savings(shape, alone, 4).lost > 0
 
 
 def test_the_promise_of_ranks_is_searched_in_steps_of_all_of_them():
     model = model_of(8)
-    options = {**NEAR, "samples": 24, "max_loss": 0.4, "held_out": 32, "tensor_parallel": 4}
+    options = {**LOCAL, "samples": 24, "max_loss": 0.4, "held_out": 32, "tensor_parallel": 4}
     profile = calibrate(model, TOKENIZER, TEXT, **options)
     assert profile.promise["rise"] + 1.645 * profile.promise["standard_error"] <= 0.4 + 1e-6
     assert savings(describe(model), profile, 4).lost == 0

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from chai_attention.calibration.costs import Near, collect_costs
+from chai_attention.calibration.costs import ExactWindow, collect_costs
 from chai_attention.calibration.recall import recall_cases, recall_sequences
 from chai_attention.calibration.recall_words import CALIBRATION, EVALUATION, HELD_OUT
 from chai_attention.errors import CalibrationError
@@ -225,10 +225,10 @@ def test_gradient_costs_of_answers():
     text = torch.randint(4, 90, (1, 400))
     windows = recall_sequences(toy(), text, 2, 400)
     model = tiny_model("llama")
-    near = Near(16, 2)
+    window = ExactWindow(16, 2)
     (some,) = collect_costs(
-        model, windows.tokens, "gradient", nears=[near], counted=windows.counted
+        model, windows.tokens, "gradient", exact=[window], counted=windows.counted
     )
-    (whole,) = collect_costs(model, windows.tokens, "gradient", nears=[near])
+    (whole,) = collect_costs(model, windows.tokens, "gradient", exact=[window])
     assert (some.streaming > 0).all()
     assert not torch.allclose(some.streaming, whole.streaming, rtol=0.01)

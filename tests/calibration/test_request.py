@@ -13,7 +13,7 @@ from chai_attention.calibration.token_text import TokenText
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
-NEAR = {"recent": 4, "sinks": 1, "context": 40, "save": 0.2}
+LOCAL = {"recent": 4, "sinks": 1, "context": 40, "save": 0.2}
 
 
 class Counting:
@@ -31,7 +31,7 @@ class Counting:
 
 def read(request, tokenizer):
     model = tiny_model("llama")
-    return request.read(model, tokenizer, request.settle(Settings(**NEAR), model, tokenizer))
+    return request.read(model, tokenizer, request.settle(Settings(**LOCAL), model, tokenizer))
 
 
 def lines(count):
@@ -74,7 +74,7 @@ def test_a_text_in_memory_is_turned_into_tokens_once(monkeypatch):
 
     monkeypatch.setattr(texts, "TokenText", Counted)
     options = {"samples": 8, "held_out": 4, "length": 24, "measure": False}
-    calibrate(tiny_model("llama"), tiny_tokenizer(), text, **options, **NEAR)
+    calibrate(tiny_model("llama"), tiny_tokenizer(), text, **options, **LOCAL)
     assert made.count([text]) == 1
 
 

@@ -16,7 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXT = "".join(f"Line {i} of some text, {i * i} and so on.\n" for i in range(400))
-NEAR = {"samples": 6, "length": 24, "recent": 4, "sinks": 1, "context": 40}
+LOCAL = {"samples": 6, "length": 24, "recent": 4, "sinks": 1, "context": 40}
 
 
 def shares(profile):
@@ -27,7 +27,7 @@ def shares(profile):
 def test_recipes_share_or_stream_or_both(family):
     model = tiny_model(family)
     made = {
-        recipe: calibrate(model, TOKENIZER, TEXT, recipe=recipe, save=0.3, **NEAR)
+        recipe: calibrate(model, TOKENIZER, TEXT, recipe=recipe, save=0.3, **LOCAL)
         for recipe in ("default", "stream")
     }
     assert not shares(made["stream"])
@@ -35,8 +35,8 @@ def test_recipes_share_or_stream_or_both(family):
         assert any(profile.streaming)
         profile.check(describe(model))
         assert profile.saved(describe(model), 40) >= 0.3 - 1e-9
-    near = {**NEAR, "context": None}
-    shared = calibrate(model, TOKENIZER, TEXT, recipe="share", save=0.15, **near)
+    local = {**LOCAL, "context": None}
+    shared = calibrate(model, TOKENIZER, TEXT, recipe="share", save=0.15, **local)
     assert shared.streaming is None
     assert shares(shared)
     # both together cost no more than either, as far as costs tell
@@ -46,7 +46,7 @@ def test_recipes_share_or_stream_or_both(family):
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_every_family_streams(family):
     model = tiny_model(family)
-    profile = calibrate(model, TOKENIZER, TEXT, save=0.2, measure=False, **NEAR)
+    profile = calibrate(model, TOKENIZER, TEXT, save=0.2, measure=False, **LOCAL)
     for layer, free in enumerate(describe(model).clusterable):
         assert free or not profile.streaming_heads(layer)
     with enabled(model, profile), torch.no_grad():
@@ -58,7 +58,7 @@ def test_no_smaller_profile_of_the_same_kind_saves_as_much():
     model = tiny_model("llama")
     shape = describe(model)
     for save in (0.1, 0.35, 0.6):
-        profile = calibrate(model, TOKENIZER, TEXT, save=save, **NEAR)
+        profile = calibrate(model, TOKENIZER, TEXT, save=save, **LOCAL)
         unit = (1 - 5 / 40) / 36
         assert save - 1e-9 <= profile.saved(shape, 40)
         assert profile.saved(shape, 40) < save + 2 * unit
@@ -66,7 +66,7 @@ def test_no_smaller_profile_of_the_same_kind_saves_as_much():
 
 def test_the_share_of_the_heads_that_was_asked_for_gives_up_far_keys():
     model = tiny_model("llama")
-    profile = calibrate(model, TOKENIZER, TEXT, removed=0.5, **NEAR)
+    profile = calibrate(model, TOKENIZER, TEXT, removed=0.5, **LOCAL)
     assert 9 <= 18 - sum(profile.clusters) <= 10
     assert profile.promise["removed"] == 0.5
 
@@ -74,15 +74,15 @@ def test_the_share_of_the_heads_that_was_asked_for_gives_up_far_keys():
 def test_the_same_arguments_give_the_same_file():
     model = tiny_model("llama")
     first, second = (
-        calibrate(model, TOKENIZER, TEXT, max_loss=0.5, **NEAR).to_json() for _ in range(2)
+        calibrate(model, TOKENIZER, TEXT, max_loss=0.5, **LOCAL).to_json() for _ in range(2)
     )
     assert first == second
 
 
 def test_the_promise_holds_at_two_lengths_of_unseen_text():
     model = tiny_model("llama")
-    near = {**NEAR, "samples": 24}
-    profile = calibrate(model, TOKENIZER, TEXT, max_loss=0.5, held_out=32, **near)
+    local = {**LOCAL, "samples": 24}
+    profile = calibrate(model, TOKENIZER, TEXT, max_loss=0.5, held_out=32, **local)
     promise = profile.promise
     longer = promise["longer"]
     assert (promise["length"], longer["length"]) == (24, 96)
@@ -101,7 +101,7 @@ def test_the_promise_holds_at_two_lengths_of_unseen_text():
 
 def test_a_text_with_few_long_windows_is_measured_at_one_length():
     model = tiny_model("llama")
-    profile = calibrate(model, TOKENIZER, TEXT[:400], max_loss=0.9, held_out=4, **NEAR)
+    profile = calibrate(model, TOKENIZER, TEXT[:400], max_loss=0.9, held_out=4, **LOCAL)
     assert "longer" not in profile.promise
 
 
@@ -137,7 +137,7 @@ def test_which_windows_are_tried():
 
 
 def test_a_profile_with_streaming_heads_comes_back_from_its_file(tmp_path):
-    profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, save=0.3, **NEAR)
+    profile = calibrate(tiny_model("llama"), TOKENIZER, TEXT, save=0.3, **LOCAL)
     profile.save(tmp_path / "p.json")
     assert ClusterProfile.load(tmp_path / "p.json") == profile
     assert profile.provenance["context"] == 40

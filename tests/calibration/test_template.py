@@ -4,7 +4,7 @@ import pytest
 
 from chai_attention.calibration.template import template_tokens
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.writing import encode_prompt
+from chai_attention.integrations.transformers.timed_generation import encode_prompt
 from tiny_tokenizer import tiny_tokenizer
 
 USER = "{% for m in messages %}user: {{ m['content'] }}</s>{% endfor %}"

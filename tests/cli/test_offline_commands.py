@@ -10,12 +10,12 @@ import torch
 from chai_attention.profile import ClusterProfile
 
 SMALL = ("--samples", 6, "--length", 24)
-NEAR = (*SMALL, "--recent", 4, "--max-loss", "50%")
+LOCAL = (*SMALL, "--recent", 4, "--max-loss", "50%")
 
 
 def test_calibrate_writes_a_profile_and_a_table(chai, tmp_path):
     out = tmp_path / "p.json"
-    code, text, _ = chai("calibrate", "llama", "--out", out, "--text", "text.txt", *NEAR)
+    code, text, _ = chai("calibrate", "llama", "--out", out, "--text", "text.txt", *LOCAL)
     assert code == 0
     profile = ClusterProfile.load(out)
     assert profile.provenance["text"] == "text.txt"
@@ -62,7 +62,7 @@ def test_the_papers_recipe_and_the_bound(chai, tmp_path):
 def test_a_model_can_write_its_own_text_and_the_file_repeats(chai, tmp_path):
     for name in ("a", "b"):
         torch.manual_seed(len(tmp_path.name) + ord(name))
-        code, *_ = chai("calibrate", "llama", "--out", tmp_path / name, "--text", "self", *NEAR)
+        code, *_ = chai("calibrate", "llama", "--out", tmp_path / name, "--text", "self", *LOCAL)
         assert code == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert ClusterProfile.load(tmp_path / "a").provenance["text"] == "self"
@@ -89,7 +89,7 @@ def test_inspect_a_published_schedule(chai, name, saved):
 
 
 def test_inspect_plots(chai, tmp_path):
-    chai("calibrate", "llama", "--out", tmp_path / "p.json", "--text", "text.txt", *NEAR)
+    chai("calibrate", "llama", "--out", tmp_path / "p.json", "--text", "text.txt", *LOCAL)
     code, text, _ = chai("inspect", tmp_path / "p.json", "--plot", tmp_path / "plots")
     assert code == 0
     assert (tmp_path / "plots" / "elbow.png").exists()
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_old_profile(chai, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        code, _, err = chai("calibrate", "llama", "--out", out, *TEXT_FILE, *NEAR)
+        code, _, err = chai("calibrate", "llama", "--out", out, *TEXT_FILE, *LOCAL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2

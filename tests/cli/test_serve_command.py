@@ -88,7 +88,7 @@ def test_estimate_of_so_many_requests_of_a_context(chai, seven, folder) -> None:
     code, out, _ = chai(*options, "--context", "300", "--json")
     found = json.loads(out)["contexts"]
     assert [row["context"] for row in found] == [300, 8192]
-    assert [row["near_pages"] for row in found] == [5, 5]
+    assert [row["local_pages"] for row in found] == [5, 5]
     code, _, err = chai("serve", seven, "--profile", "default.json", "--context", "8192")
     assert code == 2
     assert "--context and --requests go with --estimate" in err

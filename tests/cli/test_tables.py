@@ -24,7 +24,7 @@ def test_inspect_says_which_heads_stream_and_what_k_and_v_is_kept(tmp_path):
     rows = [line.split() for line in text.splitlines() if line.startswith("│")]
     assert rows[0][-8:] == ["2", "of", "6", "│", "3", "of", "6", "│"]
     assert rows[1][-8:] == ["0", "of", "6", "│", "0", "of", "6", "│"]
-    assert "bytes of near K and V" in summary_line(found, shape, 2)
+    assert "bytes of local K and V" in summary_line(found, shape, 2)
     record = profile_record(found, shape)["layers"]
     assert [row["streaming"] for row in record] == [[3, 4, 5], [0, 1, 2, 3, 4, 5]]
     assert [(row["kept_k_heads"], row["kept_v_heads"]) for row in record] == [(2, 3), (0, 0)]

@@ -234,7 +234,7 @@ def test_shown_prompts():
             shown_prompts(tokenizer, windows, 1, [text], most=200)
 
 
-def test_bytes_of_maps_are_near_the_maps():
+def test_bytes_of_maps_are_local_the_maps():
     maps = torch.rand(3, 5, 5).tril()
     back = decode(encode(maps), 3, 5)
     torch.testing.assert_close(back.sqrt(), maps.sqrt(), atol=0.5 / 255 + 1e-6, rtol=0)

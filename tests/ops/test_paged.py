@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from chai_attention.errors import AttentionInputError
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 from helpers import definition, random_membership
 from op_calls import dispatched
 from paged_caches import paged_caches
@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused():
     member = random_membership(6, 2, 2)
     case = paged_caches(member, [5, 9], 8, 16, 16, torch.float32, "cpu")
     query = torch.randn(2, 6, 16)
-    near = NearPages(
+    local = LocalPages(
         torch.zeros(2, 16, 4, 16), torch.zeros(2, 16, 0, 16), torch.tensor([[0], [1]]).int(), 3, 1
     )
 
@@ -48,11 +48,11 @@ def test_what_does_not_fit_is_refused():
         options = {"lengths": case.lengths, "scale": 0.3, **options}
         dispatched.paged_decode(query, keys, case.values, table, member, **options)
 
-    call(near=near)
+    call(local=local)
     for error, options in {
         "neither of all 6 nor of the 2": {"query": query[:, :3]},
-        "needs the query of all heads": {"query": query[:, :2], "near": near},
-        "has no log-sum-exp": {"near": near, "return_lse": True},
+        "needs the query of all heads": {"query": query[:, :2], "local": local},
+        "has no log-sum-exp": {"local": local, "return_lse": True},
         "offset belongs to a recent window": {"offset": torch.zeros(2, 6)},
         "need membership_ids": {"member": random_membership(6, 2, 3)},
         "key_pages has shape": {"keys": case.keys[:, :, :1]},

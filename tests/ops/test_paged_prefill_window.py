@@ -6,11 +6,11 @@ from torch.testing import assert_close
 
 from chai_attention.membership import Membership
 from chai_attention.ops import Probe
-from chai_attention.ops.narrow import FLOAT8
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.fp8 import FLOAT8
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
-from near_cases import near_pages, packed_recent_definition
+from local_cases import local_pages, packed_recent_definition
 from op_calls import dispatched
 from packed_cases import packed_case
 
@@ -20,20 +20,20 @@ QUERIES, CONTEXTS = [5, 1, 0, 9, 3, 1], [0, 20, 0, 17, 40, 3]
 
 
 def run(
-    member, queries, contexts, *, recent=6, sinks=2, near_page=16, page=16, probe_end=0,
+    member, queries, contexts, *, recent=6, sinks=2, local_page=16, page=16, probe_end=0,
     softcap=None, rows=None, tables=None, dtype=torch.float64, stored=None,
 ):  # fmt: skip
     """What `paged_prefill` gives and what it should; ``tables[rows]`` is ``member``, if given."""
     case = packed_case(
         member, queries, contexts, page, 8, 12, dtype, "cpu", tail=2, stored_dtype=stored
     )
-    near = near_pages(member, case.caches, queries, near_page, recent, sinks)
+    local = local_pages(member, case.caches, queries, local_page, recent, sinks)
     table = torch.randn(member.heads, member.heads)
     probe = Probe(case.query, case.key, case.value, probe_end) if probe_end else None
     got, lse = dispatched.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, tables or member,
         query_starts=case.starts, lengths=case.caches.lengths, most_queries=max(queries),
-        scale=0.3, softcap=softcap, probe=probe, rows=rows, near=near,
+        scale=0.3, softcap=softcap, probe=probe, rows=rows, local=local,
         offset=head_offsets(table, member),
     )  # fmt: skip
     assert lse is None
@@ -42,10 +42,10 @@ def run(
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "clusters", "streaming"), SHAPES)
-@pytest.mark.parametrize("near_page", [1, 5, 16, 48])
-def test_pages_are_the_definition(heads, kv_heads, clusters, streaming, near_page):
+@pytest.mark.parametrize("local_page", [1, 5, 16, 48])
+def test_pages_are_the_definition(heads, kv_heads, clusters, streaming, local_page):
     member = random_membership(heads, clusters, len(QUERIES), kv_heads, streaming)
-    assert_close(*run(member, QUERIES, CONTEXTS, near_page=near_page, softcap=5.0))
+    assert_close(*run(member, QUERIES, CONTEXTS, local_page=local_page, softcap=5.0))
 
 
 @pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (1, 4), (30, 4), (100, 1), (7, 9)])
@@ -98,12 +98,12 @@ def test_sequences_without_tokens_get_zeros():
     """Rows of padding in a batch of fixed size: no pages, length 0."""
     member = random_membership(4, 2, 2, streaming=1)
     case = packed_case(member, [1, 3], [20, 0], 16, 8, 8, torch.float64, "cpu")
-    near = near_pages(member, case.caches, [1, 3], 16, 4, 1)
+    local = local_pages(member, case.caches, [1, 3], 16, 4, 1)
     lengths = case.caches.lengths.clone()
     lengths[0] = 0
     got, _ = dispatched.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, member,
-        query_starts=case.starts, lengths=lengths, most_queries=3, scale=0.3, near=near,
+        query_starts=case.starts, lengths=lengths, most_queries=3, scale=0.3, local=local,
         offset=head_offsets(None, member),
     )  # fmt: skip
     assert torch.equal(got[0], torch.zeros(4, 8, dtype=torch.float64))
@@ -113,20 +113,20 @@ def test_sequences_without_tokens_get_zeros():
 def test_a_window_that_does_not_fit_is_refused():
     member = random_membership(4, 2, 1, streaming=1)
     case = packed_case(member, [3], [5], 16, 8, 8, torch.float32, "cpu")
-    caches, near = case.caches, near_pages(member, case.caches, [3], 16, 4, 1)
+    caches, local = case.caches, local_pages(member, case.caches, [3], 16, 4, 1)
     offset = head_offsets(None, member)
     options = {
         "query_starts": case.starts, "lengths": caches.lengths, "most_queries": 3, "scale": 1.0,
     }  # fmt: skip
 
-    def call(query=case.query, near=near, offset=offset, member=member, **more):
+    def call(query=case.query, local=local, offset=offset, member=member, **more):
         dispatched.paged_prefill(
-            query, caches.keys, caches.values, caches.table, member, near=near, offset=offset,
+            query, caches.keys, caches.values, caches.table, member, local=local, offset=offset,
             **options, **more,
         )  # fmt: skip
 
     with pytest.raises(ValueError, match="stream need a recent window"):
-        call(near=None)
+        call(local=None)
     with pytest.raises(ValueError, match="stream need an offset"):
         call(offset=None)
     with pytest.raises(ValueError, match="query of all heads"):
@@ -136,11 +136,15 @@ def test_a_window_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"offset has shape \[4\]"):
         call(offset=offset[0])
     for name in ("key", "value"):
-        wrong = {**vars(near), name: getattr(near, name)[:, :, :0]}
+        wrong = {**vars(local), name: getattr(local, name)[:, :, :0]}
         with pytest.raises(ValueError, match=f"window.{name} has shape"):
-            call(near=NearPages(**wrong))
-    with pytest.raises(ValueError, match="near pages are of"):
-        call(near=NearPages(**{**vars(near), "key": near.key.half(), "value": near.value.half()}))
+            call(local=LocalPages(**wrong))
+    with pytest.raises(ValueError, match="local pages are of"):
+        call(
+            local=LocalPages(
+                **{**vars(local), "key": local.key.half(), "value": local.value.half()}
+            )
+        )
     plain = Membership.identity(4)
     with pytest.raises(ValueError, match="offset belongs"):
         dispatched.varlen_prefill(

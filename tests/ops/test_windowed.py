@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chai_attention.membership import Membership
-from chai_attention.ops import cpu_attention, near, reference, windowed
+from chai_attention.ops import cpu_attention, local, reference, windowed
 from helpers import clustered_inputs, definition, random_membership, recent_definition
 from op_calls import dispatched
 
@@ -21,7 +21,7 @@ def run(member, query, key, value, *, recent, sinks, scale, offsets=None, valid=
     sinks_of = [
         torch.stack([row[:, at] for row, at in zip(x, first, strict=True)]) for x in (key, value)
     ]
-    keys = near.NearKeys(
+    keys = local.LocalKeys(
         torch.cat([sinks_of[0], key[:, :, band]], 2), torch.cat([sinks_of[1], value[:, :, band]], 2)
     )
     _, stored_key, stored_value = clustered_inputs(member, query, key, value)
@@ -111,7 +111,7 @@ def test_many_blocks_are_worked_on_in_parts(monkeypatch):
     key, value = (torch.randn(2, 3, 210, 8) for _ in "kv")
     options = {"recent": 4, "sinks": 2, "scale": 0.4}
     want = run(member, query, key, value, **options)
-    monkeypatch.setattr(near, "SCORES", 40_000)
+    monkeypatch.setattr(local, "SCORES", 40_000)
     torch.testing.assert_close(run(member, query, key, value, **options), want)
 
 

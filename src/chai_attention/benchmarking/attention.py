@@ -35,7 +35,7 @@ from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
 from chai_attention.errors import first_line
 from chai_attention.membership import Membership
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.progress import Progress
 
 SCHEMA_VERSION = 1
@@ -57,7 +57,7 @@ class AttentionRequest:
         seconds: time for each timing; more is less noise.
         seed: of inputs and memberships.
         representatives: ``[H]`` for some numbers of clusters; others are of equal sizes.
-        streaming: heads that see near keys only, beside clusters; whole K/V heads.
+        streaming: heads that see local keys only, beside clusters; whole K/V heads.
     """
 
     shape: AttentionShape
@@ -195,7 +195,7 @@ def _measure(
     # without a GPU's memory to fill, what holds its probabilities may be the fastest
     counted = [row for row in others if "us" in row and (row["fused"] or request.device == "cpu")]
     best = min(counted, key=lambda row: row["us"], default=None)
-    near = request.layout.recent + request.layout.sinks if request.layout.recent else 0
+    local = request.layout.recent + request.layout.sinks if request.layout.recent else 0
     whole = attention_work(case, shape, shape.heads, shape.kv_heads, dtype.itemsize)
     rows = []
     for clusters in request.clusters:
@@ -209,7 +209,7 @@ def _measure(
         time = time_calls(calls, request.device, request.seconds)
         stored = FLOAT8.itemsize if request.layout.narrow else None
         work = attention_work(
-            case, shape, clusters, member.kept_keys, dtype.itemsize, near, stored,
+            case, shape, clusters, member.kept_keys, dtype.itemsize, local, stored,
             len(member.streaming), member.kept_values,
         )  # fmt: skip
         ideal = work.ideal_us(ceilings)

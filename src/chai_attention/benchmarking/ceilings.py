@@ -77,7 +77,7 @@ def attention_work(
     clusters: int,
     kept_keys: int,
     element_size: int,
-    near: int = 0,
+    local: int = 0,
     stored_size: int | None = None,
     streaming: int = 0,
     kept_values: int | None = None,
@@ -85,9 +85,9 @@ def attention_work(
 ) -> Work:
     """Least work of causal attention with clusters.
 
-    Decode reads K and V of the kept heads, and near ones of the others. Prefill computes scores of
+    Decode reads K and V of the kept heads, and local ones of the others. Prefill computes scores of
     the representatives and the product with V of all heads that do not stream, each for half of
-    the pairs of tokens (CHAI, section 3.1), and what is near: scores of heads that share, scores
+    the pairs of tokens (CHAI, section 3.1), and what is local: scores of heads that share, scores
     and product of heads that stream.
 
     Args:
@@ -96,22 +96,22 @@ def attention_work(
         clusters: k.
         kept_keys: K heads that are held.
         element_size: bytes of a number.
-        near: keys that every head sees with its own scores, recent and first ones together.
+        local: keys that every head sees with its own scores, recent and first ones together.
         stored_size: bytes of a number of K and V that are held; None for ``element_size``.
-        streaming: heads that see near keys only.
+        streaming: heads that see local keys only.
         kept_values: V heads that are held; None for all.
         sliding: last keys that a query sees; None for all.
     """
     tokens, heads, dim = case.tokens, shape.heads, shape.head_dim
     seen = tokens if sliding is None else min(tokens, sliding)
-    near = min(near, tokens) if clusters < heads else 0
+    local = min(local, tokens) if clusters < heads else 0
     groups, kept_values = shape.kv_heads, shape.kv_heads if kept_values is None else kept_values
     whole = case.kind == DECODE
     pairs = case.batch * (seen if whole else seen * (seen + 1) / 2 + seen * (tokens - seen))
     flops = 2 * pairs * dim * (clusters + heads - streaming)
-    flops += 2 * case.batch * case.queries * near * dim * (heads - clusters + streaming)
+    flops += 2 * case.batch * case.queries * local * dim * (heads - clusters + streaming)
     stored = (seen if whole else tokens) * (kept_keys + kept_values)
-    stored += near * (2 * groups - kept_keys - kept_values)
+    stored += local * (2 * groups - kept_keys - kept_values)
     others = case.queries * (clusters + heads)
     size = stored * (stored_size or element_size) + others * element_size
     return Work(float(case.batch * dim * size), float(flops))

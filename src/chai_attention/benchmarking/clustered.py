@@ -24,10 +24,10 @@ from chai_attention.ops import (
     windowed,
     windowed_attention,
 )
-from chai_attention.ops.narrow import as_stored, narrow, widen_pages
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.fp8 import as_stored, narrow, widen_pages
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
 
 Attend = Callable[[], Tensor]
 
@@ -56,7 +56,7 @@ class Layout:
     """How K and V lie in memory and what is exact.
 
     Attributes:
-        page: tokens of a page; None for dense caches. Near pages hold what `near_page_of` says.
+        page: tokens of a page; None for dense caches. Local pages hold what `local_page_of` says.
         recent: w, last keys that every head sees with its own scores; 0 for none.
         sinks: s, first keys that it does.
         narrow: whether pages hold 8-bit floats.
@@ -138,14 +138,14 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     offset = windowed.head_offsets(None, member) if windowed_too else None
     asked = AttentionCall(member, inputs.scale, offset=offset)
     if layout.page is not None:
-        near = near_pages(inputs, member, layout) if windowed_too else None
-        return (_paged if decode else _paged_prefill)(stored, asked, layout, near)
+        local = local_pages(inputs, member, layout) if windowed_too else None
+        return (_paged if decode else _paged_prefill)(stored, asked, layout, local)
     if windowed_too and decode:
-        ring = near_ring(inputs.key, inputs.value, member, layout)
+        ring = rolling_buffer(inputs.key, inputs.value, member, layout)
         kv = DenseKV(key, value, _lengths(inputs))
         return partial(decode_recent, inputs.query, kv, ring, asked)
     if windowed_too:
-        keys, tables = _near_keys(inputs, layout)
+        keys, tables = _local_keys(inputs, layout)
         return partial(windowed_attention, inputs.query, DenseKV(key, value), keys, tables, asked)
     query = _pick(inputs.query, member.slot_heads)
 
@@ -155,7 +155,7 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     return call
 
 
-def near_ring(key: Tensor, value: Tensor, member: Membership, layout: Layout) -> NearRing:
+def rolling_buffer(key: Tensor, value: Tensor, member: Membership, layout: Layout) -> RollingBuffer:
     """Return the memories of K, V ``[B, G, S, D]`` of removed heads behind S tokens."""
     batch, size = key.shape[0], key.shape[2]
     count = min(layout.sinks, size)
@@ -172,34 +172,36 @@ def near_ring(key: Tensor, value: Tensor, member: Membership, layout: Layout) ->
     positions = torch.arange(layout.sinks, device=key.device, dtype=torch.int32)
     positions = torch.where(positions < count, positions, -1).expand(batch, -1).contiguous()
     values = memories(value, member.removed_value_heads) if member.streaming else (None, None)
-    return NearRing(*memories(key, member.removed_key_heads), positions, layout.recent, 0, *values)
+    return RollingBuffer(
+        *memories(key, member.removed_key_heads), positions, layout.recent, 0, *values
+    )
 
 
-def _near_keys(inputs: Inputs, layout: Layout) -> tuple[NearKeys, windowed.WindowTables]:
+def _local_keys(inputs: Inputs, layout: Layout) -> tuple[LocalKeys, windowed.WindowTables]:
     """First and last K and V of all heads, and the tables of where they are."""
     queries, size = inputs.query.shape[2], inputs.key.shape[2]
     sinks = min(layout.sinks, size)
     first = max(0, size - queries - layout.recent + 1)
-    near = NearKeys(
+    local = LocalKeys(
         *(torch.cat([x[:, :, :sinks], x[:, :, first:]], 2) for x in (inputs.key, inputs.value))
     )
-    return near, windowed.window_tables(
+    return local, windowed.window_tables(
         size, queries, layout.recent, layout.sinks, None, inputs.query.device
     )
 
 
-def near_page_of(page: int, member: Membership) -> int:
-    """Tokens of a near page, which is to take no more memory than a far one of ``page`` tokens."""
+def local_page_of(page: int, member: Membership) -> int:
+    """Tokens of a local page, which is to take no more memory than a far one of ``page`` tokens."""
     kept = member.kept_keys + member.kept_values
     removed = 2 * member.kv_heads - kept
     return max(16, page * kept // max(1, removed) // 16 * 16)
 
 
-def near_pages(inputs: Inputs, member: Membership, layout: Layout) -> NearPages:
-    """Return pages with K and V of removed heads that the queries see near, and no others."""
+def local_pages(inputs: Inputs, member: Membership, layout: Layout) -> LocalPages:
+    """Return pages with K and V of removed heads that the queries see local, and no others."""
     assert layout.page is not None
     batch, size, device = inputs.key.shape[0], inputs.key.shape[2], inputs.key.device
-    page = near_page_of(layout.page, member)
+    page = local_page_of(layout.page, member)
     first = max(0, size - inputs.query.shape[2] - layout.recent + 1) // page  # of the band
     count = -(-size // page)
     used = [n for n in range(count) if n * page < layout.sinks or n >= first]
@@ -217,20 +219,22 @@ def near_pages(inputs: Inputs, member: Membership, layout: Layout) -> NearPages:
     )
     if layout.narrow:
         key, value = narrow(key), narrow(value)
-    return NearPages(key, value, table, layout.recent, layout.sinks)
+    return LocalPages(key, value, table, layout.recent, layout.sinks)
 
 
-def _paged(stored: Inputs, asked: AttentionCall, layout: Layout, near: NearPages | None) -> Attend:
-    kv = PagedKV(*_pages(stored, layout), _lengths(stored), near)
+def _paged(
+    stored: Inputs, asked: AttentionCall, layout: Layout, local: LocalPages | None
+) -> Attend:
+    kv = PagedKV(*_pages(stored, layout), _lengths(stored), local)
     query = stored.query[:, :, 0].contiguous()
     return lambda: paged_decode(query, kv, asked)[0][:, None]
 
 
 def _paged_prefill(
-    stored: Inputs, asked: AttentionCall, layout: Layout, near: NearPages | None
+    stored: Inputs, asked: AttentionCall, layout: Layout, local: LocalPages | None
 ) -> Attend:
     batch, heads, queries, dim = stored.query.shape
-    kv = PagedKV(*_pages(stored, layout), _lengths(stored), near)
+    kv = PagedKV(*_pages(stored, layout), _lengths(stored), local)
     packed = stored.query.transpose(1, 2).reshape(batch * queries, heads, dim)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=packed.device) * queries
     new = PackedQueries(packed, starts, queries)
@@ -240,15 +244,15 @@ def _paged_prefill(
 
 
 def _copied(kv: PagedKV, dtype: torch.dtype) -> Callable[[], PagedKV]:
-    """Return a call that copies 8-bit pages to a wider dtype, near ones too."""
-    fill, near = _copies(kv, dtype), kv.window
-    if near is None:
+    """Return a call that copies 8-bit pages to a wider dtype, local ones too."""
+    fill, local = _copies(kv, dtype), kv.window
+    if local is None:
         return lambda: replace(kv, **fill())
-    fill_near = _copies(near, dtype)
-    return lambda: replace(kv, window=replace(near, **fill_near()), **fill())
+    fill_local = _copies(local, dtype)
+    return lambda: replace(kv, window=replace(local, **fill_local()), **fill())
 
 
-def _copies(pages: PagedKV | NearPages, dtype: torch.dtype) -> Callable[[], dict[str, Any]]:
+def _copies(pages: PagedKV | LocalPages, dtype: torch.dtype) -> Callable[[], dict[str, Any]]:
     """Make room for copies of the pages in use, and return the call that fills it."""
     is_used = pages.block_table >= 0
     used = pages.block_table[is_used].long()

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chai_attention.atomic_write import require_file, require_other
 from chai_attention.benchmarking.cases import BenchmarkError
 from chai_attention.results import write_result
-from chai_attention.whole_files import require_file, require_other
 
 
 def require_writable(out: Path | None, plot: Path | None) -> None:

@@ -47,15 +47,15 @@ def model_work(
     moved = float(total)
     one = AttentionShape("", shape.heads, shape.kv_heads, shape.head_dim)
     for layer, full in enumerate(shape.clusterable):
-        clusters, kept, near = shape.heads, shape.kv_heads, 0
+        clusters, kept, local = shape.heads, shape.kv_heads, 0
         streaming, values = 0, shape.kv_heads
         if profile is not None:
             clusters, kept = profile.clusters[layer], profile.kept_keys(layer, shape)
-            near = profile.recent + profile.sinks if profile.recent else 0
+            local = profile.recent + profile.sinks if profile.recent else 0
             streaming = len(profile.streaming_heads(layer))
             values = profile.kept_values(layer, shape)
         part = attention_work(
-            case, one, clusters, kept, element_size, near, streaming=streaming, kept_values=values,
+            case, one, clusters, kept, element_size, local, streaming=streaming, kept_values=values,
             sliding=None if full else shape.sliding_window,
         )  # fmt: skip
         flops, moved = flops + part.flops, moved + part.bytes

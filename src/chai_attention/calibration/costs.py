@@ -37,7 +37,7 @@ COSTS = (SCORES, VALUE, GRADIENT)
 
 
 @dataclass(frozen=True)
-class Near:
+class ExactWindow:
     """The exact recent window that costs are meant for; none by default.
 
     Attributes:
@@ -58,7 +58,7 @@ class Costs:
     Attributes:
         sharing: ``[L, H, H]`` float64, head h (row) uses the scores of head r (column); zeros on
             the diagonal.
-        streaming: ``[L, H]`` float64, head h sees near keys only; None without a window.
+        streaming: ``[L, H]`` float64, head h sees local keys only; None without a window.
     """
 
     sharing: Tensor
@@ -77,7 +77,7 @@ def collect_costs(
     sequences: Tensor,
     kind: str,
     *,
-    nears: Sequence[Near] = (Near(),),
+    exact: Sequence[ExactWindow] = (ExactWindow(),),
     counted: Tensor | None = None,
     batch_size: int = 4,
     sums: Tensor | None = None,
@@ -96,18 +96,18 @@ def collect_costs(
             costs are computed in float32.
         sequences: ``[N, S]`` tokens.
         kind: "value" or "gradient".
-        nears: the exact recent windows to tell costs for, of different w and equal sinks; or one
+        exact: the exact recent windows to tell costs for, of different w and equal sinks; or one
             without.
         counted: ``[N, S]`` bool, tokens whose loss counts, by gradient costs only; None for all.
             Every sequence weighs the same, however few of its tokens count.
         batch_size: sequences per forward; fewer where they are long.
-        sums: ``[len(nears), L, H, H + 1]`` float64 (see `empty_sums`), costs of the first
+        sums: ``[len(exact), L, H, H + 1]`` float64 (see `empty_sums`), costs of the first
             ``start`` sequences, to be added to in place; None for zeros.
         start: sequences that ``sums`` holds already.
         progress: called with (sequences done, sequences in all) after every batch.
 
     Returns:
-        Costs for each of ``nears``, in their order.
+        Costs for each of ``exact``, in their order.
 
     Raises:
         CalibrationError: a gradient cost asked of a model that has no gradients, such as a
@@ -119,10 +119,10 @@ def collect_costs(
         raise ValueError(f"kind is value or gradient, not {kind!r}")
     differentiate = kind == GRADIENT
     weights = _weights(sequences, counted, differentiate)
-    recents, sinks = _recents(nears)
-    places = sorted(range(len(nears)), key=lambda place: nears[place].recent)
+    recents, sinks = _recents(exact)
+    places = sorted(range(len(exact)), key=lambda place: exact[place].recent)
     shape = describe(model)
-    total = empty_sums(len(nears), shape.layers, shape.heads) if sums is None else sums
+    total = empty_sums(len(exact), shape.layers, shape.heads) if sums is None else sums
     roots = {} if differentiate else _output_roots(model)
 
     tables: dict[int, list[Tensor]] = {}  # offsets of a layer, where it is
@@ -133,7 +133,7 @@ def collect_costs(
         group, device = call.query.shape[1] // call.value.shape[1], call.query.device
         if call.layer not in tables:
             tables[call.layer] = [
-                _offset(nears[place], call.layer, shape.heads, device) for place in places
+                _offset(exact[place], call.layer, shape.heads, device) for place in places
             ]
         offsets = tables[call.layer][: len(recents)]
         cost = torch.zeros(*total.shape[::2], total.shape[3], device=device, dtype=total.dtype)
@@ -204,14 +204,14 @@ def collect_costs(
     mean = total / sequences.numel()
     mean.diagonal(dim1=2, dim2=3).zero_()
     return [
-        Costs(table[..., :-1].clone(), table[..., -1].clone() if near.recent else None)
-        for table, near in zip(mean, nears, strict=True)
+        Costs(table[..., :-1].clone(), table[..., -1].clone() if window.recent else None)
+        for table, window in zip(mean, exact, strict=True)
     ]
 
 
-def empty_sums(nears: int, layers: int, heads: int) -> Tensor:
+def empty_sums(exact: int, layers: int, heads: int) -> Tensor:
     """Zeros for the sums of `collect_costs`: sharing, and streaming in the last column."""
-    return torch.zeros(nears, layers, heads, heads + 1, dtype=torch.float64)
+    return torch.zeros(exact, layers, heads, heads + 1, dtype=torch.float64)
 
 
 def _add(total: Tensor, costs: PairCosts, weight: float) -> None:
@@ -230,12 +230,12 @@ class OffsetStatistics:
     Args:
         layers: L.
         heads: H.
-        nears: the exact recent windows to tell offsets for, of equal sinks.
+        exact: the exact recent windows to tell offsets for, of equal sinks.
     """
 
-    def __init__(self, layers: int, heads: int, nears: Sequence[Near]):
-        self._order = [near.recent for near in nears]
-        self._recents, self._sinks = _recents(nears)
+    def __init__(self, layers: int, heads: int, exact: Sequence[ExactWindow]):
+        self._order = [window.recent for window in exact]
+        self._recents, self._sinks = _recents(exact)
         shape = (len(self._recents), layers, heads)
         self._weighted = torch.zeros(*shape, heads, dtype=torch.float64)
         self._weights = torch.zeros(*shape, 1, dtype=torch.float64)
@@ -248,8 +248,8 @@ class OffsetStatistics:
         )
         for query, key in zip(call.query, call.key, strict=True):
             for bands in bands_of(query, key, call.scale, call.softcap, self._recents, self._sinks):
-                for number, (near_lse, far_lse) in enumerate(bands.near_and_far_lse()):
-                    share = torch.sigmoid(far_lse - near_lse)
+                for number, (local_lse, far_lse) in enumerate(bands.local_and_far_lse()):
+                    share = torch.sigmoid(far_lse - local_lse)
                     weight = (share * (1 - share)).double()  # [H, R]
                     far = far_lse.double().masked_fill(weight == 0, 0.0)
                     own = (weight * far).sum(-1, keepdim=True)
@@ -280,24 +280,24 @@ class OffsetStatistics:
         return [found[self._recents.index(recent)] for recent in self._order]
 
 
-def _recents(nears: Sequence[Near]) -> tuple[list[int], int]:
-    """Every w, ascending, and the sinks of all; no w for a single `Near` without a window."""
-    recents = sorted(near.recent for near in nears)
+def _recents(exact: Sequence[ExactWindow]) -> tuple[list[int], int]:
+    """Every w, ascending, and the sinks of all; no w for a single empty `ExactWindow`."""
+    recents = sorted(window.recent for window in exact)
     if recents == [0]:
         return [], 0
-    different = len(set(recents)) == len(recents) and len({near.sinks for near in nears}) == 1
+    different = len(set(recents)) == len(recents) and len({window.sinks for window in exact}) == 1
     if not recents or recents[0] < 1 or not different:
         raise ValueError(
             "recent windows that are told together need at least 1 token, no other of their size, "
             "and equal sinks"
         )
-    return recents, nears[0].sinks
+    return recents, exact[0].sinks
 
 
-def _offset(near: Near, layer: int, heads: int, device: torch.device) -> Tensor:
-    if near.offsets is None:
+def _offset(window: ExactWindow, layer: int, heads: int, device: torch.device) -> Tensor:
+    if window.offsets is None:
         return torch.zeros(heads, heads, device=device)
-    return near.offsets[layer].float().to(device)
+    return window.offsets[layer].float().to(device)
 
 
 def _weights(sequences: Tensor, counted: Tensor | None, differentiate: bool) -> list[float]:

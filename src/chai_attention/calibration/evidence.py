@@ -14,7 +14,7 @@ from chai_attention.calibration.costs import (
     GRADIENT,
     SCORES,
     Costs,
-    Near,
+    ExactWindow,
     OffsetStatistics,
     collect_costs,
     empty_sums,
@@ -43,7 +43,7 @@ class Evidence:
             distance of maps is the cost. With text to recall from, what the text says plus what
             recalling says, weighted (`Costs.plus`).
         offsets: ``[L, H, H]`` float32 of an exact recent window, else None.
-        streaming: ``[L, H]`` float64, what head h pays for seeing near keys only; None without
+        streaming: ``[L, H]`` float64, what head h pays for seeing local keys only; None without
             costs or without an exact recent window.
     """
 
@@ -90,9 +90,9 @@ class EvidenceStore:
 
     def missing(self, settings: Resolved, recents: Sequence[int] | None = None) -> list[str]:
         """Name the passes over the text that `get_all` needs and that were not made yet."""
-        nears = self._nears(settings, recents)
-        passes = [MAPS] if self._grams is None or self._without_offsets(nears) else []
-        return passes + [what for what in self._kinds(settings) if self._without(what, nears)]
+        exact = self._exact_windows(settings, recents)
+        passes = [MAPS] if self._grams is None or self._without_offsets(exact) else []
+        return passes + [what for what in self._kinds(settings) if self._without(what, exact)]
 
     def get(self, settings: Resolved, steps: Steps | None = None) -> Evidence:
         """Return what settings with a single exact window need, as `get_all`."""
@@ -118,32 +118,34 @@ class EvidenceStore:
         Raises:
             CalibrationError: the model's loss is no number, or it has no gradients.
         """
-        nears, missing = self._nears(settings, recents), self.missing(settings, recents)
+        exact, missing = self._exact_windows(settings, recents), self.missing(settings, recents)
         steps = steps or Steps(quiet, len(missing))
         if missing:
             require_finite(self.model, self.sequences[:1])
         for what in missing:
             if what == MAPS:
-                self._observe(self._without_offsets(nears), steps.begin(what))
+                self._observe(self._without_offsets(exact), steps.begin(what))
             else:
-                self._collect(what, self._without(what, nears), steps.begin(what))
+                self._collect(what, self._without(what, exact), steps.begin(what))
         assert self._grams is not None
         found = {}
-        for near in nears:
+        for window in exact:
             costs, recall = (
-                [self._costs[what, *near] for what in self._kinds(settings)] + [None, None]
+                [self._costs[what, *window] for what in self._kinds(settings)] + [None, None]
             )[:2]
             if costs is not None and recall is not None:
                 costs = costs.plus(recall, settings.recall)
-            found[near[0]] = Evidence(
+            found[window[0]] = Evidence(
                 self._grams,
                 None if costs is None else costs.sharing,
-                self._offsets.get(near),
+                self._offsets.get(window),
                 None if costs is None else costs.streaming,
             )
         return found
 
-    def _nears(self, settings: Resolved, recents: Sequence[int] | None) -> list[tuple[int, int]]:
+    def _exact_windows(
+        self, settings: Resolved, recents: Sequence[int] | None
+    ) -> list[tuple[int, int]]:
         """Every exact window, w and s."""
         recents = settings.recents(self.sequences.shape[1]) if recents is None else recents
         return [(recent, settings.sinks) for recent in dict.fromkeys(recents)]
@@ -155,23 +157,23 @@ class EvidenceStore:
         recalls = settings.recall and settings.cost == GRADIENT and self._recall is not None
         return [f"{settings.cost} costs", *([RECALL_COSTS] if recalls else [])]
 
-    def _without_offsets(self, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [near for near in nears if near[0] and near not in self._offsets]
+    def _without_offsets(self, exact: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [window for window in exact if window[0] and window not in self._offsets]
 
-    def _without(self, what: str, nears: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [near for near in nears if (what, *near) not in self._costs]
+    def _without(self, what: str, exact: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [window for window in exact if (what, *window) not in self._costs]
 
-    def _observe(self, nears: Sequence[tuple[int, int]], report: Report) -> None:
+    def _observe(self, exact: Sequence[tuple[int, int]], report: Report) -> None:
         """Collect maps, if they are missing, and offsets of these exact windows, in one pass."""
         shape = describe(self.model)
         found: list[GramStatistics | OffsetStatistics] = []
         if self._grams is None:
             found.append(GramStatistics(shape.layers, shape.heads))
-        if nears:
-            exact = [Near(*near) for near in nears]
-            found.append(OffsetStatistics(shape.layers, shape.heads, exact))
+        if exact:
+            windows = [ExactWindow(*window) for window in exact]
+            found.append(OffsetStatistics(shape.layers, shape.heads, windows))
         sums = {name: tensor for one in found for name, tensor in one.sums.items()}
-        start, keep = self._kept(f"maps {nears}", sums, self.sequences)
+        start, keep = self._kept(f"maps {exact}", sums, self.sequences)
         observe(
             self.model,
             self.sequences,
@@ -186,9 +188,9 @@ class EvidenceStore:
             if isinstance(one, GramStatistics):
                 self._grams = one.grams
             else:
-                self._offsets |= dict(zip(nears, one.offsets, strict=True))
+                self._offsets |= dict(zip(exact, one.offsets, strict=True))
 
-    def _collect(self, what: str, nears: Sequence[tuple[int, int]], report: Report) -> None:
+    def _collect(self, what: str, exact: Sequence[tuple[int, int]], report: Report) -> None:
         """Collect costs of these exact windows, in one pass."""
         kind, tokens, counted = what.split()[0], self.sequences, self.counted
         if what == RECALL_COSTS:
@@ -197,20 +199,20 @@ class EvidenceStore:
         elif kind != GRADIENT:
             counted = None
         shape = describe(self.model)
-        sums = empty_sums(len(nears), shape.layers, shape.heads)
-        start, keep = self._kept(f"{kind} {nears}", {"costs": sums}, tokens, counted)
+        sums = empty_sums(len(exact), shape.layers, shape.heads)
+        start, keep = self._kept(f"{kind} {exact}", {"costs": sums}, tokens, counted)
         found = collect_costs(
             self.model,
             tokens,
             kind,
-            nears=[Near(*near, self._offsets.get(near)) for near in nears],
+            exact=[ExactWindow(*window, self._offsets.get(window)) for window in exact],
             counted=counted,
             batch_size=max(1, self.batch_size // 2),
             sums=sums,
             start=start,
             progress=_both(keep, report),
         )
-        self._costs |= {(what, *near): costs for near, costs in zip(nears, found, strict=True)}
+        self._costs |= {(what, *window): costs for window, costs in zip(exact, found, strict=True)}
 
     def _kept(
         self,

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from chai_attention.atomic_write import write_whole
 from chai_attention.errors import CalibrationError, ChaiWarning
-from chai_attention.whole_files import write_whole
 
 FORMAT = "chai-attention evidence 1"
 EVERY = 30.0  # seconds between two writes; of less work than that nothing is kept

@@ -31,7 +31,7 @@ class HeadSplits:
         recent: w, at least 1.
         sinks: s.
         share: whether heads may use each other's scores of far keys.
-        stream: whether heads may see near keys only.
+        stream: whether heads may see local keys only.
         ranks: that hold different K/V heads, and share and save by themselves (see `best_splits`).
     """
 

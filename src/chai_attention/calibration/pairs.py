@@ -1,12 +1,12 @@
-"""The cost of a head using another head's attention map, or attending to near keys only.
+"""The cost of a head using another head's attention map, or attending to local keys only.
 
-Numbers of one layer and sequence. With an exact recent window a head keeps its own scores for near
+Numbers of one layer and sequence. With an exact recent window a head keeps its own scores for local
 keys, the last w and the first s, and uses the other head's only for far ones; the two parts are
 weighed by their log-sum-exp, the far one's shifted by an offset (see `ops.windowed`). A streaming
 head has no far part.
 
 Windows of several w are told from one set of maps: keys are cut into bands by their distance, so
-that what is near and what is far to each w are runs of bands, merged by their log-sum-exp.
+that what is local and what is far to each w are runs of bands, merged by their log-sum-exp.
 
 Everything goes by blocks of queries: the more keys they see, the fewer queries, so that the memory
 does not depend on how long the text is.
@@ -89,17 +89,17 @@ class Bands:
     Attributes:
         rows: which queries.
         bands: the first keys if there are sinks, then from the nearest to the farthest.
-        near: for every w, ascending, how many bands at the beginning are near.
+        local: for every w, ascending, how many bands at the beginning are local.
     """
 
     rows: slice
     bands: tuple[Band, ...]
-    near: tuple[int, ...]
+    local: tuple[int, ...]
 
-    def near_and_far_lse(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For every w, log-sum-exp of near and of far scores, ``[H, R]`` each."""
+    def local_and_far_lse(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every w, log-sum-exp of local and of far scores, ``[H, R]`` each."""
         lse = torch.stack([band.lse for band in self.bands])
-        for count in self.near:
+        for count in self.local:
             yield lse[:count].logsumexp(0), lse[count:].logsumexp(0)
 
 
@@ -109,7 +109,7 @@ class PairCosts:
 
     Attributes:
         sharing: ``[H (h), H (r)]``, of head h using head r's scores.
-        streaming: ``[H]``, of a head seeing near keys only; None without a window.
+        streaming: ``[H]``, of a head seeing local keys only; None without a window.
     """
 
     sharing: Tensor
@@ -143,9 +143,9 @@ def bands_of(
         sinks: s, of all of them.
     """
     bounds = [0, *recents, query.shape[1] + 1] if recents else []
-    near = tuple(range(1 + bool(sinks), 1 + bool(sinks) + len(recents)))
+    local = tuple(range(1 + bool(sinks), 1 + bool(sinks) + len(recents)))
     for rows, scores, left in _scores(query, key, scale, softcap):
-        made = [Bands(rows, _cut(scores, rows, bounds, sinks, left), near)]
+        made = [Bands(rows, _cut(scores, rows, bounds, sinks, left), local)]
         del scores
         yield made.pop()
 
@@ -253,7 +253,7 @@ def gradient_costs(
 ) -> list[PairCosts]:
     """Sums over queries of ``(g_h . (O_hr - O_h))^2``, for every w; one entry without a window.
 
-    O_hr is what head h puts out with r's scores, or with near keys only. The square of the
+    O_hr is what head h puts out with r's scores, or with local keys only. The square of the
     first-order change of the loss, summed over tokens, is twice the rise that a quadratic model
     of the loss predicts where its curvature is the (empirical) Fisher information.
 
@@ -272,18 +272,18 @@ def gradient_costs(
         used.append(found.div_(band.total.T[:, :, None]))  # [R, r, h]
     own = [part.diagonal(dim1=1, dim2=2) for part in used]  # [R, h]
     lse = [band.lse.T for band in bands.bands]  # [R, H]
-    if not bands.near:
+    if not bands.local:
         return [PairCosts((used[0] - own[0][:, None, :]).square().sum(0).T, None)]
-    near = _merged(own, lse)
+    local = _merged(own, lse)
     far = _merged(used[::-1], lse[::-1])[::-1]
-    whole = near[-1][0]  # [R, h]
+    whole = local[-1][0]  # [R, h]
     costs = []
-    for count, offset in zip(bands.near, offsets, strict=True):
-        (at_near, near_lse), (at_far, far_lse) = near[count - 1], far[count]
-        share = _far_share(near_lse, far_lse, offset)  # [R, r, h]
-        kept = at_near[:, None, :]
+    for count, offset in zip(bands.local, offsets, strict=True):
+        (at_local, local_lse), (at_far, far_lse) = local[count - 1], far[count]
+        share = _far_share(local_lse, far_lse, offset)  # [R, r, h]
+        kept = at_local[:, None, :]
         change = kept + share * (at_far - kept) - whole[:, None, :]
-        costs.append(PairCosts(change.square().sum(0).T, (at_near - whole).square().sum(0)))
+        costs.append(PairCosts(change.square().sum(0).T, (at_local - whole).square().sum(0)))
     return costs
 
 
@@ -302,12 +302,12 @@ def value_costs(bands: Bands, value: Tensor, offsets: Sequence[Tensor]) -> list[
         for band in bands.bands
     ]  # [R, h, E]
     lse = [band.lse.T for band in bands.bands]  # [R, H]
-    near = _merged(own, lse)
-    whole = near[-1][0]
+    local = _merged(own, lse)
+    whole = local[-1][0]
     shares = [
-        _far_share(near[count - 1][1], far_lse.T, offset)
+        _far_share(local[count - 1][1], far_lse.T, offset)
         for count, (_, far_lse), offset in zip(
-            bands.near, bands.near_and_far_lse(), offsets, strict=True
+            bands.local, bands.local_and_far_lse(), offsets, strict=True
         )
     ]
     columns = [
@@ -324,27 +324,27 @@ def value_costs(bands: Bands, value: Tensor, offsets: Sequence[Tensor]) -> list[
             sharing[0].append((used[0] - whole).square().sum((0, 2)))
             continue
         far = _merged(used[::-1], [part[:, other] for part in lse[::-1]])[::-1]
-        for number, count in enumerate(bands.near):
-            kept = near[count - 1][0]
+        for number, count in enumerate(bands.local):
+            kept = local[count - 1][0]
             output = kept + shares[number][:, other, :, None] * (far[count][0] - kept)
             sharing[number].append((output - whole).square().sum((0, 2)))
-    if not bands.near:
+    if not bands.local:
         return [PairCosts(torch.stack(sharing[0], dim=1), None)]
     return [
-        PairCosts(torch.stack(part, dim=1), (near[count - 1][0] - whole).square().sum((0, 2)))
-        for part, count in zip(sharing, bands.near, strict=True)
+        PairCosts(torch.stack(part, dim=1), (local[count - 1][0] - whole).square().sum((0, 2)))
+        for part, count in zip(sharing, bands.local, strict=True)
     ]
 
 
-def _far_share(near_lse: Tensor, far_lse: Tensor, offset: Tensor) -> Tensor:
+def _far_share(local_lse: Tensor, far_lse: Tensor, offset: Tensor) -> Tensor:
     """``[R, r, h]``: weight of head r's far part in head h's output.
 
     Args:
-        near_lse: ``[R, h]``.
+        local_lse: ``[R, h]``.
         far_lse: ``[R, r]``.
         offset: ``[H (h), H (r)]``.
     """
-    return torch.sigmoid(far_lse[:, :, None] + offset.T - near_lse[:, None, :])
+    return torch.sigmoid(far_lse[:, :, None] + offset.T - local_lse[:, None, :])
 
 
 def _merged(parts: Sequence[Tensor], lse: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.atomic_write import place_of
 from chai_attention.calibration.checks import require_tokens
 from chai_attention.calibration.data import apportion
 from chai_attention.calibration.evidence_file import EvidenceFile
@@ -31,7 +32,6 @@ from chai_attention.calibration.texts import (
 from chai_attention.calibration.token_text import TokenText
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.progress import Progress, quiet
-from chai_attention.whole_files import place_of
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 MOST_WEIGHT = 1e9  # and its inverse the least: shares of them stay numbers

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
+from chai_attention.atomic_write import require_file
 from chai_attention.cli import options, tables
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
 from chai_attention.cli.records import profile_record
 from chai_attention.errors import CalibrationError, FileError
-from chai_attention.whole_files import require_file
 
 EVIDENCE = ".evidence"  # beside the profile: what an interrupted calibration has found
 _budget = partial(typer.Option, rich_help_panel="Budget (one of these)")

@@ -10,13 +10,13 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from chai_attention.atomic_write import place_of, write_whole
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
 from chai_attention.cli.tables import render
 from chai_attention.errors import CalibrationError
 from chai_attention.evaluation.points import FrontierError
-from chai_attention.whole_files import place_of, write_whole
 
 _FILES = ("frontier.json", "frontier.txt", "frontier.png")
 Number = TypeVar("Number", int, float)

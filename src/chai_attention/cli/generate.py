@@ -17,7 +17,7 @@ from chai_attention.errors import LoadError, ProfileError
 from chai_attention.profile import EXPORTED, ClusterProfile
 
 if TYPE_CHECKING:
-    from chai_attention.integrations.transformers.writing import Written
+    from chai_attention.integrations.transformers.timed_generation import Written
 
 _PLAIN, _CLUSTERED = "full model", "CHAI"
 
@@ -66,7 +66,7 @@ def generate_command(
         from chai_attention.integrations.transformers.devices import input_device
         from chai_attention.integrations.transformers.loading import load_model
         from chai_attention.integrations.transformers.placement import parse_placement
-        from chai_attention.integrations.transformers.writing import encode_prompt, write
+        from chai_attention.integrations.transformers.timed_generation import encode_prompt, write
         from chai_attention.runtime.shape import describe
 
         placement = parse_placement(device_map, max_memory)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from chai_attention.atomic_write import require_file, require_folder, require_other
 from chai_attention.errors import CalibrationError, ChaiError, FileError
 from chai_attention.profile import EXPORTED
-from chai_attention.whole_files import require_file, require_folder, require_other
 
 LARGEST_SEED = 2**64 - 1  # that torch takes
 

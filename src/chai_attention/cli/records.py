@@ -10,7 +10,7 @@ from chai_attention.profile import ClusterProfile, ModelShape, sliding_bytes
 
 if TYPE_CHECKING:
     from chai_attention.evaluation.demo import DemoResult
-    from chai_attention.integrations.transformers.writing import Written
+    from chai_attention.integrations.transformers.timed_generation import Written
 
 _FACTS = ("membership", "window", "probe_start", "target", "recent", "sinks", "tensor_parallel")
 

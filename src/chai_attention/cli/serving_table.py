@@ -33,12 +33,12 @@ def serving_table(
         f"K,V bytes per token: {full:,}, with clusters {kept:,} ({1 - kept / full:.1%} saved)",
         *([found.savings.line] if ranks > 1 else []),
     ]
-    if found.clustered.per.near_page is not None:
+    if found.clustered.per.local_page is not None:
         lines += _window(found.clustered.per)
     if found.budget.tables:
         lines.append(f"tables of online memberships: {found.budget.tables / 1e9:.2f} GB")
     context = contexts[len(contexts) // 2]
-    named = f" in requests of {context:,}" if found.clustered.per.near_page else ""
+    named = f" in requests of {context:,}" if found.clustered.per.local_page else ""
     lines.append(
         f"tokens that fit{named}: {found.full.tokens(context):,}, with clusters "
         f"{found.clustered.tokens(context):,} ({found.capacity_gain(context):.2f}x)"
@@ -58,14 +58,14 @@ def serving_table(
 
 def _window(per: Blocks) -> list[str]:
     """What the exact recent window takes."""
-    held = per.near_pages(10**9)
+    held = per.local_pages(10**9)
     return [
         f"exact window of {per.recent} + {per.sinks} tokens: {held} blocks "
         f"({held * per.block_bytes:,} bytes) a request at most, as much as "
         f"{held * per.page:,} tokens take",
-        f"pages of {per.page} tokens, and of {per.near_page} for the window, which leave "
+        f"pages of {per.page} tokens, and of {per.local_page} for the window, which leave "
         f"{per.wasted:.1%} of "
-        f"{'their' if per.near_bytes <= per.far_bytes else 'the other'} blocks empty",
+        f"{'their' if per.local_bytes <= per.far_bytes else 'the other'} blocks empty",
     ]
 
 
@@ -92,7 +92,7 @@ def serving_record(
                 "context": context,
                 "tokens": [held.tokens(context) for held in (found.full, found.clustered)],
                 "requests": [held.requests(context) for held in (found.full, found.clustered)],
-                "near_pages": found.clustered.per.near_pages(context),
+                "local_pages": found.clustered.per.local_pages(context),
                 "capacity_gain": found.capacity_gain(context),
                 "batch": batch,
                 "decode_gain_at_most": found.decode_gain(batch, context),

@@ -13,7 +13,7 @@ from chai_attention.profile import ClusterProfile, ModelShape, sliding_bytes
 if TYPE_CHECKING:  # they import torch, which chai inspect does without
     from chai_attention.calibration.estimate import Estimate
     from chai_attention.evaluation.demo import DemoResult
-    from chai_attention.integrations.transformers.writing import Written
+    from chai_attention.integrations.transformers.timed_generation import Written
 
 
 def render(table: Table, width: int = 100) -> str:
@@ -73,7 +73,7 @@ def summary_line(profile: ClusterProfile, shape: ModelShape, element_size: int) 
     )
     window = profile.window_bytes(shape, element_size)
     if window:
-        what = "near K and V" if any(profile.streaming or ()) else "near K"
+        what = "local K and V" if any(profile.streaming or ()) else "local K"
         line += f"; and once per sequence {window:,} bytes of {what}"
     if not all(shape.clusterable) and shape.sliding_window:
         sliding = sliding_bytes(shape, element_size)
@@ -222,8 +222,8 @@ def _title(profile: ClusterProfile) -> str:
 def generation_table(runs: dict[str, Written]) -> str:
     """Tokens, times and K,V bytes of one or several generations."""
     table = Table()
-    near = any(run.memory.recent_bytes for run in runs.values())
-    held = ["K bytes", "V bytes", *(["near K,V bytes"] if near else [])]
+    local = any(run.memory.recent_bytes for run in runs.values())
+    held = ["K bytes", "V bytes", *(["local K,V bytes"] if local else [])]
     for name in ("", "tokens", "TTFT", "per token", *held, "of a full cache"):
         table.add_column(name, justify="right" if name else "left")
     for name, run in runs.items():
@@ -235,7 +235,7 @@ def generation_table(runs: dict[str, Written]) -> str:
             "-" if run.tpot is None else f"{run.tpot * 1e3:.1f} ms",
             f"{memory.key_bytes:,}",
             f"{memory.value_bytes:,}",
-            *([f"{memory.recent_bytes:,}"] if near else []),
+            *([f"{memory.recent_bytes:,}"] if local else []),
             f"{memory.total_bytes / memory.full_bytes:.1%}",
         )
     return render(table)

@@ -65,9 +65,9 @@ def lowest_argmin(cost: Tensor, tie: Tensor) -> Tensor:
 
     ``tie`` broadcasts against ``cost`` without its last axis.
     """
-    near = cost <= cost.amin(-1, keepdim=True) + tie[..., None]
+    local = cost <= cost.amin(-1, keepdim=True) + tie[..., None]
     index = torch.arange(cost.shape[-1], device=cost.device)
-    return torch.where(near, index, cost.shape[-1]).amin(-1)
+    return torch.where(local, index, cost.shape[-1]).amin(-1)
 
 
 def nearest_seed(gram: Tensor, clusters: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The best split of a layer's heads into kept, shared and streaming ones, for every saving.
 
 A K/V head that keeps its K saves nothing. One that gives up K saves a *unit*: each of its query
-heads uses the scores of the cheapest head whose K is kept, or streams (sees near keys only) where
+heads uses the scores of the cheapest head whose K is kept, or streams (sees local keys only) where
 that costs less. One whose query heads all stream needs no V of far keys either and saves two
 units. In multi-head attention every head is a K/V head of its own.
 
@@ -33,7 +33,7 @@ class Split:
     Attributes:
         representatives: H entries, the head whose scores each head uses; a streaming head's is
             itself.
-        streaming: heads that see near keys only, ascending.
+        streaming: heads that see local keys only, ascending.
         saved: units, of 2 G / ranks in the layer.
         cost: summed over heads.
     """
@@ -60,7 +60,7 @@ def best_splits(
     Args:
         sharing: ``[H, H]``, what head h (row) pays for the scores of head r (column), at least 0;
             None if no head may share.
-        streaming: ``[H]``, what head h pays for seeing near keys only, at least 0; None if no
+        streaming: ``[H]``, what head h pays for seeing local keys only, at least 0; None if no
             head may stream.
         kv_heads: G.
         heads: H, where neither cost is given.

@@ -25,7 +25,7 @@ class Program:
 
     Attributes:
         nearest: ``[H, G]``, what head h pays for the cheapest scores of K/V head g.
-        stream: ``[H]``, what head h pays for seeing near keys only; infinite if none may.
+        stream: ``[H]``, what head h pays for seeing local keys only; infinite if none may.
         own: ``[H]``, the K/V head of each head.
         ranks: that hold G / ranks neighbouring K/V heads each and give up as many K, and V heads,
             as each other; costs of scores of another rank are infinite.

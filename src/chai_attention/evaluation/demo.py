@@ -15,7 +15,7 @@ from chai_attention.calibration.sizes import longest_text
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.modes import evaluating
-from chai_attention.integrations.transformers.writing import Written, encode_prompt, write
+from chai_attention.integrations.transformers.timed_generation import Written, encode_prompt, write
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
 

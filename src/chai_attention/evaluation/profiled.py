@@ -53,7 +53,7 @@ class Profiled(Comparator):
         return enabled(model, self.profile_for(model))
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of the K,V bytes at ``length`` tokens, near K and V included."""
+        """Share of the K,V bytes at ``length`` tokens, local K and V included."""
         return 1 - self.profile_for(model).saved(describe(model), length)
 
     def settings(self) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ class Profiled(Comparator):
 class LowBitCache(Comparator):
     """K and V in numbers of fewer bits: of all heads, or what clustered heads keep.
 
-    Near K and V of heads that share or stream stay in 16 bits.
+    Local K and V of heads that share or stream stay in 16 bits.
 
     Args:
         name: of the method; clusters are told in front of it.
@@ -111,7 +111,7 @@ def low_bit_share(
 ) -> float:
     """Share of MHA's K,V bytes where what clustered heads keep takes ``share`` of its bytes.
 
-    But for near K and V of heads that share or stream, which stay as they are.
+    But for local K and V of heads that share or stream, which stay as they are.
     """
     shape = describe(model)
     full, kept = profile.bytes_per_token(shape, 1)

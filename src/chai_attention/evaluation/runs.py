@@ -41,11 +41,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chai_attention.atomic_write import require_folder
 from chai_attention.errors import EvaluationError
 from chai_attention.integrations.lm_eval.items import KINDS, Item
 from chai_attention.results import as_json, from_json, require_same, verified, write_result
 from chai_attention.strict_json import load_json
-from chai_attention.whole_files import require_folder
 
 SCHEMA_VERSION = 1
 TABLES = ("results.json", "table.md")

@@ -85,13 +85,13 @@ class ServedProfile(Profiled):
         self._ranks = ranks
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of the K,V bytes at ``length`` tokens, near K and V included."""
+        """Share of the K,V bytes at ``length`` tokens, local K and V included."""
         profile = self.profile
         layers = layers_of(model.config.model_type, model.config, profile, self._ranks)
         full = 2 * describe(model).kv_heads * len(layers)
         far = self._ranks * sum(layer.kept + layer.kept_values for layer in layers)
-        near = min(length, (profile.recent or 0) + (profile.sinks or 0))
-        return (far * length + (full - far) * near) / (full * length)
+        local = min(length, (profile.recent or 0) + (profile.sinks or 0))
+        return (far * length + (full - far) * local) / (full * length)
 
 
 @dataclass

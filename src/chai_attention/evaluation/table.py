@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from chai_attention.atomic_write import write_whole
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.runs import SCHEMA_VERSION, TRANSFORMERS, Result
 from chai_attention.evaluation.scores import Mean, average, mean_of, paired
 from chai_attention.evaluation.tasks import PAPER, facts_and_length
 from chai_attention.integrations.lm_eval.items import RECALLED, TEXT
 from chai_attention.results import write_result
-from chai_attention.whole_files import write_whole
 
 MEASURES = ("acc", "acc_norm", "nll")  # fields of `Item`
 ENDS = ("", "_se", "_diff", "_diff_se")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chai_attention.atomic_write import read_whole
 from chai_attention.calibration.texts import load_texts
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.passages import last_word_items
 from chai_attention.results import digest
 from chai_attention.strict_json import MOST_BYTES, parse_json
-from chai_attention.whole_files import read_whole
 
 if TYPE_CHECKING:
     from chai_attention.calibration.recall import RecallCase

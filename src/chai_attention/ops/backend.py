@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.windowed import WindowTables
 
 
@@ -34,13 +34,18 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend_window(
-        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        local: LocalKeys,
+        tables: WindowTables,
+        call: AttentionCall,
     ) -> Tensor:
         """Attend with an exact window; see `dispatch.windowed_attention`."""
 
     @abstractmethod
     def decode_recent(
-        self, query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall
+        self, query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall
     ) -> Tensor:
         """Decode with an exact window in fixed memory; see `dispatch.decode_recent`."""
 
@@ -69,7 +74,7 @@ class AttentionBackend(ABC):
     ) -> tuple[Tensor, Tensor] | None:
         """Clustered attention of the last queries to the far keys alone.
 
-        Without its last w keys, the causal rule of clustered attention hides just what is near.
+        Without its last w keys, the causal rule of clustered attention hides just what is local.
 
         Args:
             query: ``[B, H, Q, D]``, all heads.

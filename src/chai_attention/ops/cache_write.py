@@ -7,9 +7,9 @@ from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops.narrow import FLOAT8, narrow
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.fp8 import FLOAT8, narrow
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
 
 
 def write_dense(
@@ -19,7 +19,7 @@ def write_dense(
     values: Tensor,
     membership: Membership,
     start: Tensor,
-    near: NearRing | None = None,
+    local: RollingBuffer | None = None,
 ) -> None:
     """Write Q new tokens of every sequence into caches of fixed capacity.
 
@@ -31,7 +31,7 @@ def write_dense(
         membership: tables of B rows, or of one for all.
         start: ``[B]`` integer on the caches' device, position of each sequence's first new token.
             Tokens that would stand outside S are not written.
-        near: takes K and V of the removed heads.
+        local: takes K and V of the removed heads.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -50,7 +50,7 @@ def write_dense(
     if keys.device.type == "cuda":
         from chai_attention.ops.triton import write
 
-        write.write_dense(key, value, keys, values, membership, start, near)
+        write.write_dense(key, value, keys, values, membership, start, local)
         return
     member = membership if membership.batch == batch else membership.expand(batch)
     position = start.long()[:, None] + torch.arange(tokens, device=key.device)  # [B, Q]
@@ -62,18 +62,18 @@ def write_dense(
     at = position[row, token]
     keys[row, :, at] = keys_of[row, :, token]
     values[row, :, at] = values_of[row, :, token]
-    if near is None:
+    if local is None:
         return
-    latest = token >= tokens - near.size
+    latest = token >= tokens - local.size
     new_row, new_token, new_at = row[latest], token[latest], at[latest]
     heads_of = (key, member.removed_key_heads), (value, member.removed_value_heads)
-    for (states, heads), (ring, sinks) in zip(heads_of, near.memories, strict=False):
+    for (states, heads), (ring, sinks) in zip(heads_of, local.memories, strict=False):
         removed = states[pick, heads]  # [B, removed heads, Q, D]
         for index in range(sinks.shape[2]):
-            here = inside & (position == near.sink_positions[:, index, None])
+            here = inside & (position == local.sink_positions[:, index, None])
             r, t = here.nonzero(as_tuple=True)
             sinks[r, :, index] = removed[r, :, t]
-        ring[new_row, :, (new_at + near.shift) % near.size] = removed[new_row, :, new_token]
+        ring[new_row, :, (new_at + local.shift) % local.size] = removed[new_row, :, new_token]
 
 
 def write_paged(
@@ -84,8 +84,8 @@ def write_paged(
     slot_mapping: Tensor,
     membership: Membership,
     rows: Tensor | None = None,
-    near: NearPages | None = None,
-    near_slot_mapping: Tensor | None = None,
+    local: LocalPages | None = None,
+    local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Write T tokens of any sequences into pages.
@@ -94,14 +94,14 @@ def write_paged(
         key: ``[T, G, D]``, all K/V heads in their natural order.
         value: ``[T, G, Dv]``.
         key_pages: ``[P, N, kept_keys, D]``, any strides but the last; of K's dtype or
-            float8_e4m3fn (`ops.narrow`).
+            float8_e4m3fn (`ops.fp8`).
         value_pages: ``[P, N, kept_values, Dv]``, of the same.
         slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
         membership: tables of one row for all, or of any number with ``rows``.
         rows: ``[T]`` int32, each token's row of the membership's tables.
-        near: takes K, and V, of the heads that far pages do not hold; its block table is not used.
-        near_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the near pages.
-        scales: what K and V are divided by in 8-bit pages, far and near.
+        local: takes K, and V, of the heads that far pages do not hold; its block table is not used.
+        local_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the local pages.
+        scales: what K and V are divided by in 8-bit pages, far and local.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -109,7 +109,7 @@ def write_paged(
     tokens, groups, dim = key.shape
     pages, page = key_pages.shape[:2]
     kept, kept_values = membership.kept_keys, membership.kept_values
-    value_dim, is_narrow = value.shape[2], key_pages.dtype == value_pages.dtype == FLOAT8
+    value_dim, is_fp8 = value.shape[2], key_pages.dtype == value_pages.dtype == FLOAT8
     fits = (
         key_pages.shape == (pages, page, kept, dim)
         and value_pages.shape == (pages, page, kept_values, value_dim)
@@ -119,39 +119,39 @@ def write_paged(
         and (rows is None or rows.shape == (tokens,))
         and slot_mapping.shape == (tokens,)
     )
-    if near is not None:
-        count, size = near.key.shape[:2]
+    if local is not None:
+        count, size = local.key.shape[:2]
         fits = (
             fits
-            and near.key.shape == (count, size, groups - kept, dim)
-            and near.value.shape == (count, size, groups - kept_values, value_dim)
-            and {near.key.dtype, near.value.dtype} == {key_pages.dtype}
-            and near_slot_mapping is not None
-            and near_slot_mapping.shape == (tokens,)
+            and local.key.shape == (count, size, groups - kept, dim)
+            and local.value.shape == (count, size, groups - kept_values, value_dim)
+            and {local.key.dtype, local.value.dtype} == {key_pages.dtype}
+            and local_slot_mapping is not None
+            and local_slot_mapping.shape == (tokens,)
         )
     else:
         fits = fits and not membership.streaming
     _check(
-        fits and (is_narrow or scales == (1.0, 1.0)), key, value, key_pages, value_pages,
-        membership, is_narrow,
+        fits and (is_fp8 or scales == (1.0, 1.0)), key, value, key_pages, value_pages,
+        membership, is_fp8,
     )  # fmt: skip
     if key_pages.device.type == "cuda":
         from chai_attention.ops.triton import write
 
         write.write_paged(
             key, value, key_pages, value_pages, slot_mapping, membership, rows,
-            near, near_slot_mapping, scales,
+            local, local_slot_mapping, scales,
         )  # fmt: skip
         return
     new_key, new_value = key, value
-    if is_narrow:
+    if is_fp8:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
     line = torch.zeros(tokens, dtype=torch.long) if rows is None else rows.long()
     _put(new_key, key_pages, membership.key_heads[line], slot_mapping)
     _put(new_value, value_pages, membership.value_heads[line], slot_mapping)
-    if near is not None and near_slot_mapping is not None:
-        _put(new_key, near.key, membership.removed_key_heads[line], near_slot_mapping)
-        _put(new_value, near.value, membership.removed_value_heads[line], near_slot_mapping)
+    if local is not None and local_slot_mapping is not None:
+        _put(new_key, local.key, membership.removed_key_heads[line], local_slot_mapping)
+        _put(new_value, local.value, membership.removed_value_heads[line], local_slot_mapping)
 
 
 def _put(states: Tensor, pages: Tensor, heads: Tensor, slots: Tensor) -> None:
@@ -170,17 +170,17 @@ def _check(
     keys: Tensor,
     values: Tensor,
     membership: Membership,
-    is_narrow: bool = False,
+    is_fp8: bool = False,
 ) -> None:
     if not fits:
         raise AttentionInputError(
             f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
             f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
             f"with {membership.kept_keys} kept K heads and {membership.kept_values} V heads, "
-            "near pages or places of the other heads are missing or do not fit, or scales are "
+            "local pages or places of the other heads are missing or do not fit, or scales are "
             "given for pages that are not of 8 bits"
         )
-    if not is_narrow and (key.dtype != keys.dtype or value.dtype != values.dtype):
+    if not is_fp8 and (key.dtype != keys.dtype or value.dtype != values.dtype):
         raise AttentionInputError(
             f"caches of {keys.dtype} and {values.dtype} cannot take {key.dtype} and {value.dtype}"
         )

@@ -2,7 +2,7 @@
 
 An operation takes queries, the K and V that they attend to, which lie in one of three ways
 (`DenseKV`, `PagedKV`, `PackedKV`), and an `AttentionCall`, which says how. What an exact recent
-window needs beside them stands in `near_pages.NearPages`, `ring.NearRing` or `near.NearKeys`.
+window needs beside them stands in `local_pages.LocalPages`, `RollingBuffer` or `local.LocalKeys`.
 
 They stay as they were made. They are not frozen, though: each layer of each step makes some, and
 frozen ones take 15 times as long to make.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +70,7 @@ class PagedKV:
 
     Attributes:
         key: ``[P, N, kept_keys, D]`` in the order of ``membership.key_heads``; any strides but the
-            last; of the query's dtype or float8_e4m3fn (`ops.narrow`).
+            last; of the query's dtype or float8_e4m3fn (`ops.fp8`).
         value: ``[P, N, kept_values, Dv]`` in the order of ``membership.value_heads``, the same.
         block_table: ``[B, max_pages]`` int32, the pages of each sequence.
         seq_lens: ``[B]`` int32, keys of each sequence, new ones included; 0 gives zeros.
@@ -84,7 +84,7 @@ class PagedKV:
     value: Tensor
     block_table: Tensor
     seq_lens: Tensor
-    window: NearPages | None = None
+    window: LocalPages | None = None
     max_seqlen_k: int | None = None
 
 
@@ -100,7 +100,7 @@ class PackedKV:
             so that nothing has to be gathered.
         recent: w of the exact window, which needs ``natural_order`` and the query of all heads; 0
             for none.
-        sinks: s, the first tokens that are always near.
+        sinks: s, the first tokens that are always local.
     """
 
     key: Tensor

@@ -60,16 +60,16 @@ def check_paged_decode(
     query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor | None
 ) -> None:
     """Refuse what `dispatch.paged_decode` cannot take."""
-    member, near, offset = call.membership, pages.window, call.offset
+    member, local, offset = call.membership, pages.window, call.offset
     batch, count, dim = query.shape
     _check_heads(count, batch, call)
-    if near is not None and (call.return_lse or count != member.heads):
+    if local is not None and (call.return_lse or count != member.heads):
         raise AttentionInputError(
             "a recent window needs the query of all heads, and has no log-sum-exp"
         )
-    if near is None and offset is not None:
+    if local is None and offset is not None:
         raise AttentionInputError("offset belongs to a recent window: give pages of a window, too")
-    if member.streaming and (near is None or offset is None):
+    if member.streaming and (local is None or offset is None):
         raise AttentionInputError(
             "streaming heads need a recent window and an offset: windowed.head_offsets"
         )
@@ -84,22 +84,22 @@ def check_paged_decode(
         "out": (out, (batch, member.heads, value_dim)),
     }
     check_shapes(wanted, query.device)
-    _check_near_pages(pages, member, batch, query.device)
+    _check_local_pages(pages, member, batch, query.device)
 
 
 def check_paged_prefill(
     queries: PackedQueries, pages: PagedKV, call: AttentionCall, probe: Probe | None
 ) -> None:
     """Refuse what `dispatch.paged_prefill` cannot take."""
-    near = pages.window
+    local = pages.window
     _check_packed(queries, pages.value.shape[2], call.membership.kept_values, call, probe)
-    _check_window(queries, 0 if near is None else near.recent, call)
+    _check_window(queries, 0 if local is None else local.recent, call)
     if pages.key.shape[1] % 16 or pages.key.shape[:2] != pages.value.shape[:2]:
         raise AttentionInputError(
             f"pages hold a multiple of 16 tokens, K and V alike, not {pages.key.shape[1]} and "
             f"{pages.value.shape[1]}"
         )
-    _check_near_pages(
+    _check_local_pages(
         pages, call.membership, queries.query_start_loc.shape[0] - 1, queries.query.device
     )
 
@@ -134,22 +134,24 @@ def _check_heads(count: int, batch: int, call: AttentionCall) -> None:
         )
 
 
-def _check_near_pages(pages: PagedKV, member: Membership, batch: int, device: torch.device) -> None:
-    """Refuse near pages that are not those of the far ones."""
-    near = pages.window
-    if near is None:
+def _check_local_pages(
+    pages: PagedKV, member: Membership, batch: int, device: torch.device
+) -> None:
+    """Refuse local pages that are not those of the far ones."""
+    local = pages.window
+    if local is None:
         return
-    page, groups = near.key.shape[:2], member.kv_heads
+    page, groups = local.key.shape[:2], member.kv_heads
     wanted: Wanted = {
-        "window.key": (near.key, (*page, groups - member.kept_keys, pages.key.shape[3])),
-        "window.value": (near.value, (*page, groups - member.kept_values, pages.value.shape[3])),
-        "window.block_table": (near.block_table, (batch, *near.block_table.shape[1:2])),
+        "window.key": (local.key, (*page, groups - member.kept_keys, pages.key.shape[3])),
+        "window.value": (local.value, (*page, groups - member.kept_values, pages.value.shape[3])),
+        "window.block_table": (local.block_table, (batch, *local.block_table.shape[1:2])),
     }
     check_shapes(wanted, device)
-    if {near.key.dtype, near.value.dtype} != {pages.key.dtype} or near.recent < 1:
+    if {local.key.dtype, local.value.dtype} != {pages.key.dtype} or local.recent < 1:
         raise AttentionInputError(
-            f"near pages are of {near.key.dtype} and far ones of {pages.key.dtype}, which need "
-            f"one dtype, or a window of {near.recent} tokens"
+            f"local pages are of {local.key.dtype} and far ones of {pages.key.dtype}, which need "
+            f"one dtype, or a window of {local.recent} tokens"
         )
 
 

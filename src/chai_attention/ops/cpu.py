@@ -7,10 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
-from chai_attention.ops import choice, near_decode, packed
+from chai_attention.ops import choice, local_decode, packed
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedQueries, PagedKV
 from chai_attention.ops.reference_backend import ReferenceBackend
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 
 logger = logging.getLogger("chai_attention")
 
@@ -29,10 +29,10 @@ class CpuBackend(ReferenceBackend):
         return attend(query, kv, call)
 
     def decode_recent(
-        self, query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall
+        self, query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall
     ) -> Tensor:
-        """`near_decode`: one softmax over far and near scores."""
-        return near_decode.decode_recent(query, kv, ring, call)
+        """`local_decode`: one softmax over far and local scores."""
+        return local_decode.decode_recent(query, kv, ring, call)
 
     def paged_decode(
         self, query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor

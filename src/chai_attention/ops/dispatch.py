@@ -20,9 +20,9 @@ from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.choice import is_plain
 from chai_attention.ops.cpu import CpuBackend
-from chai_attention.ops.near import NearKeys
+from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.reference_backend import ReferenceBackend, TorchBackend
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.windowed import WindowTables
 
 logger = logging.getLogger("chai_attention")
@@ -78,7 +78,7 @@ def attention(
 
 
 def windowed_attention(
-    query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+    query: Tensor, kv: DenseKV, local: LocalKeys, tables: WindowTables, call: AttentionCall
 ) -> Tensor:
     """Clustered attention of the last Q tokens with an exact recent window (`windowed`).
 
@@ -87,17 +87,17 @@ def windowed_attention(
     Args:
         query: ``[B, H, Q, D]``, all heads in their natural order.
         kv: K and V that the cache holds, of all S tokens; neither lengths nor padding count.
-        near: K and V of the near keys, of all K/V heads.
+        local: K and V of the local keys, of all K/V heads.
         tables: of these S tokens and Q queries, their padding included.
         call: of a membership of B rows.
 
     Returns:
         ``[B, Q, H, Dv]`` in the dtype of V.
     """
-    return backend_of(query.device).attend_window(query, kv, near, tables, call)
+    return backend_of(query.device).attend_window(query, kv, local, tables, call)
 
 
-def decode_recent(query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall) -> Tensor:
+def decode_recent(query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall) -> Tensor:
     """Attend with one query per sequence and an exact recent window over fixed memory.
 
     Args:

@@ -11,8 +11,8 @@ from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.paged import rows_of
 
 States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, S, Dv]``
@@ -20,8 +20,8 @@ States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, 
 
 def _of_pages(
     queries: PackedQueries, pages: PagedKV, call: AttentionCall
-) -> tuple[list[States], list[NearKeys] | None]:
-    """K and V of each sequence out of its pages, and near ones if there is a window."""
+) -> tuple[list[States], list[LocalKeys] | None]:
+    """K and V of each sequence out of its pages, and local ones if there is a window."""
     dtype = queries.query.dtype
     states = [
         (
@@ -30,12 +30,12 @@ def _of_pages(
         )
         for table, length in zip(pages.block_table, pages.seq_lens.tolist(), strict=True)
     ]
-    near = pages.window
-    if near is None:
+    local = pages.window
+    if local is None:
         return states, None
     counts = queries.query_start_loc.diff().tolist()
     members = rows_of(call.membership, call.membership_ids, len(counts))
-    return states, paged_near(near, states, members, counts)
+    return states, paged_local(local, states, members, counts)
 
 
 def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
@@ -48,7 +48,7 @@ def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
 
 def _of_packed(
     queries: PackedQueries, packed: PackedKV, call: AttentionCall
-) -> tuple[list[States], list[NearKeys] | None]:
+) -> tuple[list[States], list[LocalKeys] | None]:
     """The same of prompts without context."""
     starts = queries.query_start_loc.tolist()
     key, value = packed.key, packed.value
@@ -63,46 +63,46 @@ def _of_packed(
         states.append((k, v))
     if not packed.recent:
         return states, None
-    return states, _packed_near(key, value, starts, packed.sinks)
+    return states, _packed_local(key, value, starts, packed.sinks)
 
 
-def paged_near(
-    pages: NearPages, states: list[States], members: Membership, queries: list[int]
-) -> list[NearKeys]:
-    """The near keys of each sequence: kept heads' out of ``states``, the others' of near pages."""
-    near = []
+def paged_local(
+    pages: LocalPages, states: list[States], members: Membership, queries: list[int]
+) -> list[LocalKeys]:
+    """The local keys of each sequence: kept heads' of ``states``, the others' of local pages."""
+    local = []
     for b, (key, value) in enumerate(states):
         size, page = key.shape[1], pages.key.shape[1]
         band = max(0, size - queries[b] - pages.recent + 1)
         seen = torch.tensor([*range(min(pages.sinks, size)), *range(band, size)], dtype=torch.long)
         # pages that lie before the window and behind the sinks are not looked up
         at = pages.block_table[b, seen // page].long(), seen % page
-        near.append(
-            NearKeys(
+        local.append(
+            LocalKeys(
                 torch.cat([key[:, seen], _own(pages.key, at, key)])[members.key_place[b]][None],
                 torch.cat([value[:, seen], _own(pages.value, at, value)])[members.value_place[b]][
                     None
                 ],
             )
         )
-    return near
+    return local
 
 
 def _own(pages: Tensor, at: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
-    """``[removed heads, tokens, D]`` out of near pages."""
+    """``[removed heads, tokens, D]`` out of local pages."""
     return pages[at].transpose(0, 1).to(like.dtype)
 
 
-def _packed_near(key: Tensor, value: Tensor, starts: list[int], sinks: int) -> list[NearKeys]:
-    """The near keys of prompts without context out of K and V ``[T, G, D]`` of all heads."""
-    near = []
+def _packed_local(key: Tensor, value: Tensor, starts: list[int], sinks: int) -> list[LocalKeys]:
+    """The local keys of prompts without context out of K and V ``[T, G, D]`` of all heads."""
+    local = []
     for start, stop in pairwise(starts):
         parts = (
             torch.cat([x[start : min(start + sinks, stop)], x[start:stop]]).transpose(0, 1)[None]
             for x in (key, value)
         )
-        near.append(NearKeys(*parts))
-    return near
+        local.append(LocalKeys(*parts))
+    return local
 
 
 def attend(
@@ -124,9 +124,9 @@ def attend(
         probe: tokens with full attention.
     """
     if isinstance(kv, PagedKV):
-        states, near = _of_pages(queries, kv, call)
+        states, local = _of_pages(queries, kv, call)
     else:
-        states, near = _of_packed(queries, kv, call)
+        states, local = _of_packed(queries, kv, call)
     window = kv.window if isinstance(kv, PagedKV) else kv
     query, starts = queries.query, queries.query_start_loc.tolist()
     members = rows_of(call.membership, call.membership_ids, len(states))
@@ -142,13 +142,13 @@ def attend(
         whole = DenseKV(key[None], value[None])
         if not key.shape[1]:
             out[tokens] = 0
-        elif near is not None and window is not None:
+        elif local is not None and window is not None:
             offset = None if call.offset is None else call.offset[b : b + 1]
             one = AttentionCall(member, call.scale, call.softcap, offset=offset)
             tables = windowed.window_tables(
                 key.shape[1], part.shape[2], window.recent, window.sinks, None, query.device
             )
-            out[tokens] = backend.attend_window(part, whole, near[b], tables, one)[0]
+            out[tokens] = backend.attend_window(part, whole, local[b], tables, one)[0]
         else:
             if part.shape[1] != member.clusters:
                 part = part[:, member.slot_heads[0]]

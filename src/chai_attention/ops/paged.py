@@ -8,7 +8,7 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.call import AttentionCall, PagedKV
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 
 
 def paged_decode(query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor) -> Tensor | None:
@@ -39,35 +39,35 @@ def _with_window(
     key: Tensor,
     value: Tensor,
     member: Membership,
-    near: NearPages,
+    local: LocalPages,
     lengths: Tensor,
     call: AttentionCall,
 ) -> Tensor:
-    """``[B, H, Dv]`` from K and V of the far pages, ``[B, heads, S, D]``, and the near ones."""
+    """``[B, H, Dv]`` from K and V of the far pages, ``[B, heads, S, D]``, and the local ones."""
     position = torch.arange(key.shape[2], device=key.device)
     last = lengths.long()[:, None]
     real = position < last  # [B, S]
-    is_near = real & ((position >= last - near.recent) | (position < near.sinks))
+    is_local = real & ((position >= last - local.recent) | (position < local.sinks))
     states = []
     for kept, own, place in (
-        (key, near.key, member.key_place),
-        (value, near.value, member.value_place),
+        (key, local.key, member.key_place),
+        (value, local.value, member.value_place),
     ):
-        every = torch.cat([kept, _near_states(own, near, is_near, kept.dtype)], 1)
+        every = torch.cat([kept, _local_states(own, local, is_local, kept.dtype)], 1)
         states.append(every.gather(1, place[:, :, None, None].expand_as(every)))
-    return reference.near_and_far(
-        query[:, :, None], states[0], states[1], member, is_near[:, None, None],
+    return reference.local_and_far(
+        query[:, :, None], states[0], states[1], member, is_local[:, None, None],
         real[:, None, None], scale=call.scale, offset=call.offset, softcap=call.softcap,
     )[:, 0]  # fmt: skip
 
 
-def _near_states(pages: Tensor, near: NearPages, is_near: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, heads, S, D]`` out of ``pages``, near K or V; zeros where no near key stands."""
-    row, position = is_near.nonzero(as_tuple=True)
-    page = near.block_table[row, position // near.page].long()
-    states = torch.zeros(*is_near.shape, *pages.shape[2:], dtype=dtype, device=pages.device)
+def _local_states(pages: Tensor, local: LocalPages, is_local: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, heads, S, D]`` out of ``pages``, local K or V; zeros where no local key stands."""
+    row, position = is_local.nonzero(as_tuple=True)
+    page = local.block_table[row, position // local.page].long()
+    states = torch.zeros(*is_local.shape, *pages.shape[2:], dtype=dtype, device=pages.device)
     if pages.shape[2]:
-        states[row, position] = pages[page, position % near.page].to(dtype)
+        states[row, position] = pages[page, position % local.page].to(dtype)
     return states.transpose(1, 2)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 
 
 def clustered_attention(
@@ -84,11 +84,11 @@ def recent_attention(
 ) -> Tensor:
     """Clustered attention with an exact recent window, from Q, K and V of all heads.
 
-    To query i, the keys ``i - recent < j <= i`` and the first ``sinks`` real ones are near: head
+    To query i, the keys ``i - recent < j <= i`` and the first ``sinks`` real ones are local: head
     h uses its own scores for them. For all other keys it uses those of its representative r, plus
-    ``offsets[h, r]``. Of the near ones with log-sum-exp n and output a, and the others with
+    ``offsets[h, r]``. Of the local ones with log-sum-exp n and output a, and the others with
     log-sum-exp f (offset included) and output b, it returns ``(e^n a + e^f b) / (e^n + e^f)``.
-    A streaming head sees near keys only: it returns a (its f is minus infinity).
+    A streaming head sees local keys only: it returns a (its f is minus infinity).
 
     Args:
         query: ``[B, H, Q, D]`` of the last Q tokens.
@@ -113,34 +113,34 @@ def recent_attention(
         offset = torch.where(rep == each, 0.0, offsets[each, rep])  # [B, H]
     real = torch.ones(batch, size, dtype=torch.bool, device=device) if valid is None else valid
     position = torch.arange(size - queries, size, device=device)[:, None]
-    near = torch.arange(size, device=device) > position - recent  # [Q, S]
-    near = near | (real.cumsum(1) <= sinks)[:, None, None]  # [B, 1, Q, S]
+    local = torch.arange(size, device=device) > position - recent  # [Q, S]
+    local = local | (real.cumsum(1) <= sinks)[:, None, None]  # [B, 1, Q, S]
     seen = visible(batch, queries, size, None, valid, device)
-    return near_and_far(
-        query, key, value, membership, near, seen, scale=scale, offset=offset, softcap=softcap
+    return local_and_far(
+        query, key, value, membership, local, seen, scale=scale, offset=offset, softcap=softcap
     )
 
 
-def near_and_far(
+def local_and_far(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     membership: Membership,
-    near: Tensor,
+    local: Tensor,
     seen: Tensor,
     *,
     scale: float,
     offset: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention by own scores of near keys, and by the representative's of all others.
+    """Attention by own scores of local keys, and by the representative's of all others.
 
     Args:
         query: ``[B, H, Q, D]``.
         key: ``[B, G, S, D]``; those that only stand far may be anything for removed heads.
         value: ``[B, G, S, Dv]``, finite; the same.
         membership: tables of B rows.
-        near: ``[B or 1, 1, Q, S]`` bool, which keys are near to each query.
+        local: ``[B or 1, 1, Q, S]`` bool, which keys are local to each query.
         seen: the same, which keys it sees at all.
         scale: factor on the scores.
         offset: ``[B, H]``, added to the scores of far keys; None for zeros.
@@ -159,13 +159,13 @@ def near_and_far(
         shared = shared + offset[:, :, None, None]
     if membership.streaming:
         shared = shared.masked_fill(membership.streams[:, None, None], -torch.inf)
-    scores = torch.where(near, own, shared).masked_fill(~seen, -torch.inf)
+    scores = torch.where(local, own, shared).masked_fill(~seen, -torch.inf)
     probs = torch.softmax(scores, dim=-1).nan_to_num(0.0)
     # one softmax over both kinds of scores is the merge by log-sum-exp
     return (probs @ value).transpose(1, 2).to(query.dtype)
 
 
-def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCall) -> Tensor:
+def decode_recent(query: Tensor, kv: DenseKV, local: RollingBuffer, call: AttentionCall) -> Tensor:
     """`dispatch.decode_recent`: puts K and V of all heads together, sequence by sequence."""
     key, value, lengths, membership = kv.key, kv.value, kv.lengths, call.membership
     if membership.batch != query.shape[0]:
@@ -179,16 +179,16 @@ def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCal
     if kv.valid is not None:
         real = real & kv.valid[:, :size]
     # K and V of removed heads at every position; what no memory holds is far: nobody asks for it
-    oldest = (last - 1 - (last - 1 - position) % near.size).clamp_min(0)
-    held = torch.where(position == oldest, (position + near.shift) % near.size, 0)  # [B, S]
+    oldest = (last - 1 - (last - 1 - position) % local.size).clamp_min(0)
+    held = torch.where(position == oldest, (position + local.shift) % local.size, 0)  # [B, S]
     is_sink = torch.zeros_like(real)
-    caches, memories = [key, value], near.memories
+    caches, memories = [key, value], local.memories
     for index, (ring, sinks) in enumerate(memories):
         removed = ring.gather(
             2, held[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
         )  # [B, removed heads, S, D]
         for column in range(sinks.shape[2]):
-            at = near.sink_positions[:, column].long()
+            at = local.sink_positions[:, column].long()
             here = (position == at[:, None]) & real
             is_sink |= here
             # inside the window the ring holds the same
@@ -198,9 +198,9 @@ def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCal
     every = every.gather(1, membership.key_place[:, :, None, None].expand(-1, -1, size, dim))
     place = membership.value_place[:, :, None, None].expand(-1, -1, size, value.shape[3])
     values = values.gather(1, place).masked_fill(~real[:, None, :, None], 0.0)
-    is_near = (position >= last - near.recent) | is_sink
-    return near_and_far(
-        query, every, values, membership, is_near[:, None, None], real[:, None, None],
+    is_local = (position >= last - local.recent) | is_sink
+    return local_and_far(
+        query, every, values, membership, is_local[:, None, None], real[:, None, None],
         scale=call.scale, offset=call.offset, softcap=call.softcap,
     ).to(value.dtype)  # fmt: skip
 

@@ -11,8 +11,8 @@ from chai_attention.ops import packed, paged, reference
 from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.dense import torch_attention
-from chai_attention.ops.near import Far, NearKeys, band_attention
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.local import Far, LocalKeys, band_attention
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.windowed import WindowTables
 
 SCORES = 1 << 28  # of all heads that exist at a time, unless one query has more: 1 GB
@@ -59,12 +59,17 @@ class ReferenceBackend(AttentionBackend):
         return torch.cat(outs, 1), torch.cat(known, 2) if known else None
 
     def attend_window(
-        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        local: LocalKeys,
+        tables: WindowTables,
+        call: AttentionCall,
     ) -> Tensor:
-        """Far keys by `attend`, which near ones join as `near.band_attention` says."""
+        """Far keys by `attend`, which local ones join as `local.band_attention` says."""
         member, offset = call.membership, call.offset
         if _only_streams(tables, call):
-            return self._beside_streaming(query, kv, near, tables, call)
+            return self._beside_streaming(query, kv, local, tables, call)
         far = None
         found = self.attend_far(query, kv, tables, call)
         if found is not None:
@@ -72,10 +77,15 @@ class ReferenceBackend(AttentionBackend):
             lse = lse.gather(1, member.slot[:, :, None].expand(-1, -1, lse.shape[2]))
             seers = list(member.far_heads) if member.streaming else None
             far = Far(out, lse if offset is None else lse + offset[:, :, None], seers)
-        return band_attention(query, near, tables, far, call)
+        return band_attention(query, local, tables, far, call)
 
     def _beside_streaming(
-        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        local: LocalKeys,
+        tables: WindowTables,
+        call: AttentionCall,
     ) -> Tensor:
         """`attend_window` where `_only_streams`: to all other heads there is no window."""
         member = call.membership
@@ -84,7 +94,7 @@ class ReferenceBackend(AttentionBackend):
         groups = member.removed_value_heads[0]
         far_call = AttentionCall(member.far, call.scale, call.softcap)
         whole, _ = self.attend(query[:, heads], DenseKV(kv.key, kv.value), far_call)
-        own = NearKeys(near.key[:, groups], near.value[:, groups])
+        own = LocalKeys(local.key[:, groups], local.value[:, groups])
         some = band_attention(query[:, streams], own, tables, None, call)
         out = whole.new_empty(*whole.shape[:2], member.heads, whole.shape[3])
         for part, numbers in ((whole, heads), (some, streams)):
@@ -92,7 +102,7 @@ class ReferenceBackend(AttentionBackend):
         return out
 
     def decode_recent(
-        self, query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall
+        self, query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall
     ) -> Tensor:
         """`reference.decode_recent`."""
         return reference.decode_recent(query, kv, ring, call)
@@ -133,7 +143,7 @@ def queries_at_once(batch: int, heads: int, size: int) -> int:
 
 
 def _only_streams(tables: WindowTables, call: AttentionCall) -> bool:
-    """Whether heads see all keys with their own scores, or near ones only, and none is padding."""
+    """Whether heads see all keys with their own scores, or local ones only, and none is padding."""
     member, far = call.membership, call.membership.far
     if not member.streaming or tables.padded or far is None or not far.is_identity:
         return False

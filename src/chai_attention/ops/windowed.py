@@ -1,4 +1,4 @@
-"""What an exact recent window is: near keys by own scores, far ones shared.
+"""What an exact recent window is: local keys by own scores, far ones shared.
 
 Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other
 keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset, or
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 
-LEAST_BLOCK = 64  # queries of a block of `near.band_attention` where the window is shorter
+LEAST_BLOCK = 64  # queries of a block of `local.band_attention` where the window is shorter
 
 
 class Blocks(NamedTuple):
@@ -47,10 +47,10 @@ class WindowTables:
     """Who sees what in one forward; the same for all layers. Made by `window_tables`.
 
     Attributes:
-        recent: w, cache positions that count as near; padding between tokens counts too.
+        recent: w, cache positions that count as local; padding between tokens counts too.
         queries: Q, the last tokens of the sequences.
         length: S, all tokens.
-        sinks: s, first real tokens that are always near; no more than the sequences' length.
+        sinks: s, first real tokens that are always local; no more than the sequences' length.
         sink_positions: ``[B or 1, s]`` int32, where they stand; S for those that a sequence lacks.
         ordinary: ``[B or 1, S]`` bool, False for padding and sinks.
         far: the stretch of keys that holds all far ones; None if there are none.
@@ -69,7 +69,7 @@ class WindowTables:
     padded: bool
 
     def bias(self, block: int) -> Tensor | None:
-        """What each query of a block of `near.band_attention` does not see; None if it sees all."""
+        """What each query of a block of `band_attention` does not see; None if it sees all."""
         blocks = blocks_of(self.queries, self.recent)
         start = blocks.rows(block, self.queries)[0]
         first = self.length - self.queries + start - self.recent + 1  # key of the first column
@@ -123,7 +123,7 @@ def window_tables(
         device: where to make them; nothing is read on the host.
     """
     sinks = min(sinks, length)
-    other = length - recent  # keys behind these are near to every query
+    other = length - recent  # keys behind these are local to every query
     if valid is None:
         far = slice(sinks, other) if other > sinks else None
         position = torch.arange(length, dtype=torch.int32, device=device)[None]

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from chai_attention.atomic_write import require_folder, write_whole
 from chai_attention.errors import ChaiError
-from chai_attention.whole_files import require_folder, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ KINDS = (KEEP, SHARE, FORGET)
 MEANING = {
     KEEP: "its own scores for all keys",
     SHARE: "another head's scores for far keys",
-    FORGET: "near keys only (streaming)",
+    FORGET: "local keys only (streaming)",
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
+from chai_attention.atomic_write import require_file, require_other, write_whole
 from chai_attention.reports.answer import MEASURED_BY
 from chai_attention.reports.drawing import require_matplotlib
 from chai_attention.reports.frontier import frontier_plot
@@ -20,7 +21,6 @@ from chai_attention.reports.result_files import (
     load_sections,
 )
 from chai_attention.reports.sections import ReportError, Section
-from chai_attention.whole_files import require_file, require_other, write_whole
 
 
 def render_page(sections: Sequence[Section], title: str) -> str:

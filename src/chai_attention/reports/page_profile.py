@@ -21,8 +21,8 @@ def profile_section(profile: ClusterProfile, source: str) -> Section:
     facts = [(str(name), words(value)) for name, value in about.items() if value is not None]
     facts.append(("membership", profile.membership))
     if profile.recent:
-        near = f"the last {profile.recent} and first {profile.sinks} keys"
-        facts.append(("exact for every head", near))
+        local = f"the last {profile.recent} and first {profile.sinks} keys"
+        facts.append(("exact for every head", local))
     if profile.tensor_parallel > 1:
         facts.append(("tensor-parallel ranks", str(profile.tensor_parallel)))
     summary, charts = [], []

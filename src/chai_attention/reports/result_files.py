@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.errors import ConsoleError
 
+from chai_attention.atomic_write import place_of
 from chai_attention.benchmarking.attention import SCHEMA_VERSION as BENCH_VERSION
 from chai_attention.errors import ChaiError
 from chai_attention.evaluation.points import Point, load_points
@@ -23,7 +24,6 @@ from chai_attention.reports.page_quality import FRONTIER_OF, eval_section, front
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
 from chai_attention.results import read_result, verified
-from chai_attention.whole_files import place_of
 
 _COMMANDS = "chai calibrate, chai eval, chai frontier, chai bench --out or chai redundancy"
 

@@ -33,7 +33,7 @@ class LayerPlan:
         heads: H.
         kv_heads: G.
         clusters: k; H means that the layer is left as it is.
-        streaming: heads that see near keys only, ascending.
+        streaming: heads that see local keys only, ascending.
         window: tokens of the probe window.
         target: "scores" or "k-bytes" (see `ClusterProfile`).
         representatives: ``[H]`` of a static membership, None for an online one.

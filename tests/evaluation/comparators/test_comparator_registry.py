@@ -12,7 +12,7 @@ from chai_attention.profile import ClusterProfile
 from comparator_cases import FAMILIES, batch, logits, text, traces
 from tiny_models import tiny_model
 
-OWN = tuple(name for name in registry.NAMES if name not in registry.RIVALS)
+OWN = tuple(name for name in registry.NAMES if name not in registry.EXTERNAL)
 
 
 @pytest.fixture(autouse=True)
@@ -117,14 +117,16 @@ def no_libraries(monkeypatch):
     monkeypatch.setattr(registry, "import_module", missing)
 
 
-def test_rivals_without_their_library_are_left_out_of_all_and_name_their_extra(no_libraries):
+def test_external_baselines_without_their_library_are_left_out_of_all_and_name_their_extra(
+    no_libraries,
+):
     names, messages = registry.available()
     assert names == OWN
-    assert len(messages) == len(registry.RIVALS)
+    assert len(messages) == len(registry.EXTERNAL)
     assert "think" in messages[0]
     assert registry.available(ClusterProfile((6, 4, 2)))[0] == ("profile", *OWN)
     model = tiny_model("llama")
-    with pytest.raises(EvaluationError, match=r"needs kvpress: .*chai-attention\[rivals\]"):
+    with pytest.raises(EvaluationError, match=r"needs kvpress: .*chai-attention\[baselines\]"):
         made(model, ["think"])
     assert tuple(made(model, ["all"])) == OWN
 
@@ -132,17 +134,19 @@ def test_rivals_without_their_library_are_left_out_of_all_and_name_their_extra(n
 def test_a_table_of_all_says_what_it_leaves_out_and_keeps_what_is_asked_for_by_name(no_libraries):
     told = []
     assert comparator_names("all", None, None, told.append) == OWN
-    assert [message.split(":")[0] for message in told] == [f"without {n}" for n in registry.RIVALS]
+    assert [message.split(":")[0] for message in told] == [
+        f"without {n}" for n in registry.EXTERNAL
+    ]
     assert comparator_names("quant4,chai", None, None, told.append) == ("mha", "quant4", "chai")
-    assert len(told) == len(registry.RIVALS)
+    assert len(told) == len(registry.EXTERNAL)
 
 
-def test_all_leaves_out_rivals_that_cannot_run_the_model(monkeypatch):
+def test_all_leaves_out_external_baselines_that_cannot_run_the_model(monkeypatch):
     class Refusing:
         def prepare(self, model, tokens, progress=None):
             raise UnsupportedModelError("not this one")
 
-    monkeypatch.setattr(registry, "_rival", lambda *arguments: Refusing())
+    monkeypatch.setattr(registry, "_external", lambda *arguments: Refusing())
     assert registry.available() == (registry.NAMES, ())
     names, messages = registry.available(None, tiny_model("opt"))
     assert names == OWN

@@ -27,7 +27,7 @@ from tiny_models import tiny_model
 @pytest.fixture
 def library():
     if find_spec("kvpress") is None:  # not imported here: that would change transformers
-        pytest.skip("needs the extra rivals")
+        pytest.skip("needs the extra baselines")
     return load_kvpress()
 
 

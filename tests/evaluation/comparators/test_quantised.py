@@ -24,7 +24,7 @@ WHOLE = ClusterProfile((6, 6, 6))
 
 @pytest.fixture
 def quantiser():
-    pytest.importorskip("hqq", reason="needs the extra rivals")
+    pytest.importorskip("hqq", reason="needs the extra baselines")
     from hqq.core.quantize import Quantizer
 
     def both_ways(states, bits, group):

@@ -22,7 +22,7 @@ from chai_attention.runtime.shape import ModelShape, describe
 from comparator_cases import batch, logits, text
 from tiny_models import tiny_model
 
-NEAR = (8, 2)
+LOCAL = (8, 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt"])
@@ -30,7 +30,7 @@ NEAR = (8, 2)
 def test_they_save_what_is_asked_as_whole_kv_heads_and_run_as_a_profile(family, made):
     model = tiny_model(family)
     shape = describe(model)
-    comparator = made(0.3, NEAR)
+    comparator = made(0.3, LOCAL)
     comparator.prepare(model, text())
     profile = comparator.profile
     heads = shape.layers * shape.kv_heads
@@ -53,7 +53,7 @@ def test_the_seed_decides_which_heads_stream_at_random():
     model = tiny_model("opt")
     profiles = []
     for seed in (1, 1, 2):
-        comparator = RandomStream(0.5, NEAR, seed)
+        comparator = RandomStream(0.5, LOCAL, seed)
         comparator.prepare(model, ())
         profiles.append(comparator.profile)
     assert profiles[0] == profiles[1]
@@ -65,8 +65,8 @@ def test_attention_mass_on_far_keys_is_what_its_definition_says(family):
     model = tiny_model(family)
     shape = describe(model)
     windows = text(windows=3)
-    needs, near = MassStream(0.5, NEAR).needs(model, windows, lambda *at: None)
-    assert near == NEAR
+    needs, local = MassStream(0.5, LOCAL).needs(model, windows, lambda *at: None)
+    assert local == LOCAL
     expected = torch.zeros(shape.layers, shape.heads, dtype=torch.float64)
     model.set_attn_implementation("eager")
     for window in windows:
@@ -74,7 +74,7 @@ def test_attention_mass_on_far_keys_is_what_its_definition_says(family):
             maps = model(window[None], output_attentions=True).attentions
         for layer, probabilities in enumerate(maps):
             for query in range(len(window)):
-                far = range(NEAR[1], query - NEAR[0] + 1)
+                far = range(LOCAL[1], query - LOCAL[0] + 1)
                 for key in far:
                     expected[layer] += probabilities[0, :, query, key].double()
     expected = expected.view(shape.layers, shape.kv_heads, -1).sum(-1)
@@ -97,10 +97,10 @@ def test_layers_with_sliding_windows_keep_their_heads():
     """A token adds nothing to what they hold: all that it adds can be saved."""
     shape = ModelShape("x", 2, 4, 2, 8, (False, True), sliding_window=8)
     needs = torch.tensor([[0.0, 0.0], [2.0, 1.0]])
-    profile = streaming_profile(shape, needs, 0.5, NEAR, "some")
+    profile = streaming_profile(shape, needs, 0.5, LOCAL, "some")
     assert profile.streaming == ((), (2, 3))
     assert profile.saved(shape, FOR_EVER) == pytest.approx(0.5)
-    assert streaming_profile(shape, needs, 0.6, NEAR, "some").streaming == ((), (0, 1, 2, 3))
+    assert streaming_profile(shape, needs, 0.6, LOCAL, "some").streaming == ((), (0, 1, 2, 3))
 
 
 def test_the_profile_gives_the_bytes_and_the_window():
@@ -144,7 +144,7 @@ def test_random_heads_of_grouped_queries_keep_the_bytes_of_a_profile_that_stream
     assert random.saved(shape, 1000) == profile.saved(shape, 1000)
 
 
-def test_shares_of_narrow_caches_count_near_k_and_v_whole():
+def test_shares_of_narrow_caches_count_local_k_and_v_whole():
     model = tiny_model("llama")
     profile = RandomStream(0.5, (8, 2))
     profile.prepare(model, ())

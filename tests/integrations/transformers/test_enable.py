@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from chai_attention.errors import CacheError, ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers import disable, enable, enabled
-from chai_attention.integrations.transformers.writing import PromptError, write
+from chai_attention.integrations.transformers.timed_generation import PromptError, write
 from chai_attention.profile import ClusterProfile
 from tiny_models import tiny_model
 

@@ -299,7 +299,7 @@ def test_small_models_are_loaded_without_a_look_at_their_config(folder, monkeypa
     assert loading.load_model(folder, device="cpu")[0] is not None
 
 
-def test_what_a_large_model_takes_is_near_what_was_measured():
+def test_what_a_large_model_takes_is_local_what_was_measured():
     """Calibrating LLaMA-7B's shape by gradients peaked at 16.5 GB on a GPU, 13.5 of weights."""
     from chai_attention.benchmarking.presets import PRESETS
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from chai_attention.calibration import backward
-from chai_attention.calibration.costs import Near, OffsetStatistics, collect_costs
+from chai_attention.calibration.costs import ExactWindow, OffsetStatistics, collect_costs
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.errors import CalibrationError, UnsupportedModelError
 from chai_attention.integrations.transformers import (
@@ -207,16 +207,17 @@ def test_a_graph_across_devices_is_refused_and_generation_does_without(caplog):
 def test_evidence_on_two_devices_is_that_of_one(keep, monkeypatch):
     monkeypatch.setattr(backward, "KEEP_BYTES", keep)
     windows = torch.randint(3, 97, (7, 40))
-    nears = [Near(4, 2), Near(8, 2)]
+    exact = [ExactWindow(4, 2), ExactWindow(8, 2)]
     found = []
     for model in divided("llama", 0, 1, 1):
-        grams, offsets = GramStatistics(3, 6), OffsetStatistics(3, 6, nears)
+        grams, offsets = GramStatistics(3, 6), OffsetStatistics(3, 6, exact)
         observe(model, windows, [grams.add, offsets.add], batch_size=2)
         learned = [
-            replace(near, offsets=table) for near, table in zip(nears, offsets.offsets, strict=True)
+            replace(window, offsets=table)
+            for window, table in zip(exact, offsets.offsets, strict=True)
         ]
         costs = [
-            collect_costs(model, windows, kind, nears=learned, batch_size=2)
+            collect_costs(model, windows, kind, exact=learned, batch_size=2)
             for kind in ("value", "gradient")
         ]
         found.append((grams.grams, offsets.offsets, costs))

@@ -240,8 +240,8 @@ def formula(clusters, batch, room, window, groups=6, dim=8, size=4):
     """Bytes of K and V, and of the recent window."""
     kept = [min(k, groups) for k in clusters]
     pairs = sum(batch * room * (k + groups) * dim * size for k in kept)
-    near = sum(batch * (groups - k) * (RECENT + SINKS) * dim * size for k in kept)
-    return pairs, near if window else 0
+    local = sum(batch * (groups - k) * (RECENT + SINKS) * dim * size for k in kept)
+    return pairs, local if window else 0
 
 
 @torch.no_grad()
@@ -250,17 +250,17 @@ def formula(clusters, batch, room, window, groups=6, dim=8, size=4):
 def test_bytes_are_those_of_the_formula(kind, window):
     model, profile = made("llama", kind, window)
     cache = StaticClusteredCache(model, profile, ROOM, batch_size=3)
-    pairs, near = formula((2, 6, 3), 3, ROOM, window)
+    pairs, local = formula((2, 6, 3), 3, ROOM, window)
     for _ in range(2):
         memory = cache.memory()
         assert memory.key_bytes + memory.value_bytes == pairs
-        assert memory.recent_bytes == near
+        assert memory.recent_bytes == local
         assert memory.probe_bytes == 0
         assert memory.full_bytes == 3 * ROOM * 2 * 18 * 8 * 4
         tensors = [t for layer in cache.layers for t in layer.tensors().values()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        assert sum(storages.values()) == pairs + near
-        assert memory.total_bytes == pairs + near + memory.table_bytes
+        assert sum(storages.values()) == pairs + local
+        assert memory.total_bytes == pairs + local + memory.table_bytes
         assert memory.table_bytes < 200
         cache.reset()
         model(prompt(50, batch=3), past_key_values=cache)
@@ -271,7 +271,7 @@ def test_bytes_are_those_of_the_formula(kind, window):
 @pytest.mark.parametrize("family", ["llama", "llama-grouped"])
 @pytest.mark.parametrize("kind", STREAMING)
 @pytest.mark.parametrize("kind_of_cache", [ClusteredCache, StaticClusteredCache])
-def test_streaming_heads_hold_their_near_tokens_and_no_more(family, kind, kind_of_cache):
+def test_streaming_heads_hold_their_local_tokens_and_no_more(family, kind, kind_of_cache):
     model, profile = made(family, kind, WINDOW)
     shape = describe(model)
     room = () if kind_of_cache is ClusteredCache else (ROOM,)
@@ -279,8 +279,8 @@ def test_streaming_heads_hold_their_near_tokens_and_no_more(family, kind, kind_o
     model(prompt(ROOM - 1, batch=2), past_key_values=cache)
     model(prompt(1, batch=2), past_key_values=cache)
     held = [layer.tensors() for layer in cache.layers]
-    near = {"recent", "sink", "recent value", "sink value"}
-    rings = sum(x[name].untyped_storage().nbytes() for x in held for name in near & x.keys())
+    local = {"recent", "sink", "recent value", "sink value"}
+    rings = sum(x[name].untyped_storage().nbytes() for x in held for name in local & x.keys())
     assert rings == 2 * profile.window_bytes(shape, 4)
     memory = cache.memory()
     assert memory.recent_bytes == rings

@@ -1,4 +1,4 @@
-"""HeadTiles of requests over far and near pages, against the definition; no vLLM needed."""
+"""HeadTiles of requests over far and local pages, against the definition; no vLLM needed."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.layers import LayerShard, PageLayout, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, NearTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.runtime.plan import LayerPlan
 
-DIM, PAGE, NEAR_PAGE = 16, 16, 8
-TABLE, NEAR_TABLE = torch.tensor([[5, 2, 7, 1]]), torch.tensor([[3, 11, 2, 9, 5]])
+DIM, PAGE, LOCAL_PAGE = 16, 16, 8
+TABLE, LOCAL_TABLE = torch.tensor([[5, 2, 7, 1]]), torch.tensor([[3, 11, 2, 9, 5]])
 
 
 def shard(rep: tuple[int, ...], groups: int, recent: int, sinks: int, offsets) -> LayerShard:
@@ -26,7 +26,7 @@ def shard(rep: tuple[int, ...], groups: int, recent: int, sinks: int, offsets) -
     return LayerShard(plan, kept, rep)
 
 
-def step_of(past: int, count: int, near_table: torch.Tensor) -> ChaiMetadata:
+def step_of(past: int, count: int, local_table: torch.Tensor) -> ChaiMetadata:
     """A step with ``count`` tokens of one request behind ``past`` others."""
     position = torch.arange(past, past + count)
     return ChaiMetadata(
@@ -35,9 +35,9 @@ def step_of(past: int, count: int, near_table: torch.Tensor) -> ChaiMetadata:
         torch.tensor([past + count], dtype=torch.int32), TABLE.int(),
         TABLE[0, position // PAGE] * PAGE + position % PAGE,
         TABLE[0, :1].int(), TABLE[0, :1].int().expand(count), count, past + count, False,
-        NearTables(
-            near_table.int(),
-            NEAR_TABLE[0, position // NEAR_PAGE] * NEAR_PAGE + position % NEAR_PAGE,
+        LocalTables(
+            local_table.int(),
+            LOCAL_TABLE[0, position // LOCAL_PAGE] * LOCAL_PAGE + position % LOCAL_PAGE,
         ),
     )  # fmt: skip
 
@@ -56,25 +56,25 @@ def test_window_does_not_depend_on_chunks(
     layer = shard(rep, groups, recent, sinks, offsets)
     layout, member = layer.layout(DIM, DIM), layer.membership()
     far = layout.split(torch.full((8, 1, PAGE, layout.numbers_per_token), torch.nan))
-    near_layout = layer.near_layout(DIM, DIM)
-    assert near_layout is not None
-    near_cache = torch.full((12, 1, NEAR_PAGE, near_layout.numbers_per_token), torch.nan)
-    pages = Pages(*far, *near_layout.split(near_cache))
+    local_layout = layer.local_layout(DIM, DIM)
+    assert local_layout is not None
+    local_cache = torch.full((12, 1, LOCAL_PAGE, local_layout.numbers_per_token), torch.nan)
+    pages = Pages(*far, *local_layout.split(local_cache))
     attention = StepAttention(layer.plan, FixedMembership(layer, 1, torch.device("cpu")), 0.3, None)
     length = sum(chunks)
     query, key, value = (torch.randn(length, n, DIM) for n in (heads, groups, groups))
-    out, past, near_table = torch.full_like(query, torch.nan), 0, NEAR_TABLE.clone()
+    out, past, local_table = torch.full_like(query, torch.nan), 0, LOCAL_TABLE.clone()
     for count in chunks:
-        new, step = slice(past, past + count), step_of(past, count, near_table)
+        new, step = slice(past, past + count), step_of(past, count, local_table)
         write_paged(
             key[new], value[new], *far, step.slot_mapping, member,
-            near=attention.near_pages(pages, step.near.block_table, step.block_table),
-            near_slot_mapping=attention.near_slots(step, pages),
+            local=attention.local_pages(pages, step.local.block_table, step.block_table),
+            local_slot_mapping=attention.local_slots(step, pages),
         )  # fmt: skip
         # what lies before the window but for the first page is given back, and is somebody else's
-        for index in range(1, (past - recent + 1) // NEAR_PAGE):
-            near_cache[NEAR_TABLE[0, index]] = torch.nan
-            near_table[0, index] = step.near.block_table[0, index] = 0
+        for index in range(1, (past - recent + 1) // LOCAL_PAGE):
+            local_cache[LOCAL_TABLE[0, index]] = torch.nan
+            local_table[0, index] = step.local.block_table[0, index] = 0
         attention.run(step, query[new], key[new], value[new], pages, out[new])
         past += count
     q, k, v = (x.double().transpose(0, 1)[None] for x in (query, key, value))

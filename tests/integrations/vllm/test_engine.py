@@ -28,7 +28,7 @@ MIXED = prompts_of([120, 10, 33, 64, 11, 90, 47, 80], seed=6)
 SHARED = [MIXED[0][: 70 + 9 * extra] for extra in range(4)]  # the first pages are the same
 LONG = [MIXED[5][:70]]
 TOKENS, FEW, BEAMS = 40, 8, 3
-NEAR = 0.03  # nats by which the last bit of K and V in 8 bits may shift a token
+LOCAL = 0.03  # nats by which the last bit of K and V in 8 bits may shift a token
 DROPPED = {1: 2, 3: 7, 0: 9, 6: 0}  # prompt: step in which its client goes
 
 
@@ -310,7 +310,7 @@ def test_pages_of_8_bits(kind, engine, tiny) -> None:
     assert found["preemptions"] >= 1
     assert found["parts"][1]["cached"][1:] == [64, 64, 64]
     for part, prompts in zip(found["parts"], (MIXED, SHARED), strict=True):
-        assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < NEAR
+        assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < LOCAL
 
 
 @pytest.mark.parametrize("kind", ["static", "static window", "online"])
@@ -322,7 +322,7 @@ def test_scales_of_8_bit_pages_change_no_token(kind, engine, tiny) -> None:
         scales=(0.5, 4.0), kv_cache_dtype="fp8", block_size=PAGE, enable_prefix_caching=False,
     )  # fmt: skip
     losses = narrow_losses(tiny, PROFILES[kind], prompts, found["parts"][0]["ids"])
-    assert max(losses) < NEAR
+    assert max(losses) < LOCAL
 
 
 def test_pages_of_8_bits_are_half_as_large(engine, tiny) -> None:

@@ -25,7 +25,7 @@ def test_pages_are_the_planners() -> None:
     layers = layer_shards(describe(LLAMA_7B), ClusterProfile.published("llama-7b"))
     found = Capacity(blocks_of(layers, 128), 100, 8192)
     assert found.per.block_bytes == 16 * 2 * 128 * (18 * 64 + 14 * 36)
-    assert found.per.near_page is None
+    assert found.per.local_page is None
     assert found.tokens(8192) == 16 * 100
     assert found.requests(160) == 9  # one block is nobody's
 
@@ -98,16 +98,16 @@ def windowed(recent: int, own: int = 8, streaming: int = 12) -> ClusterProfile:
     )  # fmt: skip
 
 
-def test_near_pages_are_taken_from_the_same_blocks() -> None:
+def test_local_pages_are_taken_from_the_same_blocks() -> None:
     layers = layer_shards(describe(LLAMA_7B), windowed(128))
     found = blocks_of(layers, 128, page=64)
     assert found.far_bytes == 64 * 32 * (8 + 20) * 128 * 2
-    assert (found.near_page, found.near_bytes) == (48, 48 * 32 * (24 + 12) * 128 * 2)
+    assert (found.local_page, found.local_bytes) == (48, 48 * 32 * (24 + 12) * 128 * 2)
     assert found.block_bytes == found.far_bytes
     assert found.wasted == pytest.approx(1 - 48 * 36 / (64 * 28))
     # 128 tokens lie in 4 pages of 48 at most, and the sinks in one more
-    assert found.near_pages(10_000) == 5
-    assert found.near_pages(100) == 3
+    assert found.local_pages(10_000) == 5
+    assert found.local_pages(100) == 3
     assert found.of_request(8192) == 128 + 5
     # a prompt of 8,192 that is read in one step has them all
     assert found.of_request(8192, 8192) == 128 + 171
@@ -117,10 +117,10 @@ def test_near_pages_are_taken_from_the_same_blocks() -> None:
     assert held.tokens(8192) == held.blocks * 8192 // 133
 
 
-def test_a_near_page_may_be_the_larger_one() -> None:
+def test_a_local_page_may_be_the_larger_one() -> None:
     found = blocks_of(layer_shards(describe(LLAMA_7B), windowed(128)), 128, page=16)
-    assert found.near_page == 16
-    assert found.block_bytes == found.near_bytes == 16 * 32 * 36 * 128 * 2
+    assert found.local_page == 16
+    assert found.block_bytes == found.local_bytes == 16 * 32 * 36 * 128 * 2
     assert found.wasted == pytest.approx(1 - 28 / 36)
 
 
@@ -173,9 +173,9 @@ def test_ranks_lose_what_has_to_be_of_one_size() -> None:
     assert four.line == "25.0% of the K,V bytes per token saved on each of 4 ranks, as on one GPU"
 
 
-def test_requests_without_near_pages() -> None:
+def test_requests_without_local_pages() -> None:
     found = Blocks(64, None, 1000, 0)
-    assert (found.near_pages(5000), found.wasted, found.block_bytes) == (0, 0.0, 1000)
+    assert (found.local_pages(5000), found.wasted, found.block_bytes) == (0, 0.0, 1000)
 
 
 def test_too_little_memory() -> None:

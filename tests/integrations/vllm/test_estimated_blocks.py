@@ -44,7 +44,7 @@ def test_the_planner_makes_the_blocks_of_the_estimate(kind, options, engine, tin
     ranks = options.get("tensor_parallel_size", 1)
     element = 1 if "kv_cache_dtype" in options else 4
     per = blocks_of(layer_shards(shape, PROFILES[kind], ranks), 64, element, PAGE)
-    assert (per.near_page is None) == (kind == "no window")
+    assert (per.local_page is None) == (kind == "no window")
     found = engine(tiny, [generate([EVERY], 2)], PROFILES[kind], block_size=PAGE, **options)
     assert found["blocks"] == MEMORY // per.block_bytes
 

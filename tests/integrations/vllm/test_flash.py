@@ -12,14 +12,14 @@ from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds
 from chai_attention.integrations.vllm.flash_schedules import FlashSchedules, Schedule
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, NearTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
 from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan
 from chai_attention.runtime.shape import ModelShape
 from helpers import recent_definition
-from near_pages_cases import near_case
+from local_pages_cases import local_case
 from plain_flash import Planner, plain_flash
 
 DIM, CPU = 16, torch.device("cpu")
@@ -68,14 +68,14 @@ def test_both_kinds_of_heads_attend_as_defined(
     least: int,
     monkeypatch,
 ) -> None:
-    """Near pages before the window of a request's first new token are somebody else's."""
+    """Local pages before the window of a request's first new token are somebody else's."""
     monkeypatch.setattr(flash, "LEAST_TOKENS", least)
     layer = served(heads, groups, streaming)
     member, kinds = layer.membership(), HeadKinds.of(layer)
     assert kinds is not None
     lengths, new = ([x[place] for x in requests] for place in (0, 1))
-    case = near_case(
-        member, lengths, write_paged, page=16, near_page=16, dim=DIM, value_dim=DIM,
+    case = local_case(
+        member, lengths, write_paged, page=16, local_page=16, dim=DIM, value_dim=DIM,
         dtype=torch.float32, recent=layer.plan.recent + max(new), sinks=layer.plan.sinks,
     )  # fmt: skip
     starts = torch.tensor([0, *new]).cumsum(0)
@@ -85,7 +85,7 @@ def test_both_kinds_of_heads_attend_as_defined(
         num_decodes=min(decodes, sum(new)), query_start_loc=starts.int(), seq_lens=case.lengths,
         block_table=case.table, slot_mapping=torch.zeros(0), first_pages=case.table[:, 0],
         token_pages=torch.zeros(0), max_query_len=max(new), max_seq_len=max(lengths),
-        is_capture=False, near=NearTables(case.near.block_table, torch.zeros(0)),
+        is_capture=False, local=LocalTables(case.local.block_table, torch.zeros(0)),
     )  # fmt: skip
     query = torch.randn(sum(new), heads, DIM)
     key, value = (
@@ -100,7 +100,7 @@ def test_both_kinds_of_heads_attend_as_defined(
         FixedMembership(layer, len(requests), CPU), len(requests), 0.3,
         softcap, CPU,
     )  # fmt: skip
-    pages = Pages(*case.pages, case.near.key, case.near.value)
+    pages = Pages(*case.pages, case.local.key, case.local.value)
     out = torch.full((sum(new), heads, DIM), torch.nan)
     attention.run(step, query, key, value, pages, out)
     for row, (length, count) in enumerate(requests):

@@ -177,7 +177,7 @@ def test_layers_that_are_not_plain(what: dict[str, Any], text: str) -> None:
     ("on_gpu", "asked", "page"), [(True, None, 64), (True, 16, 16), (False, None, 16)]
 )
 def test_plain_vllm_serve_takes_pages_of_64_tokens_on_a_gpu(on_gpu, asked, page) -> None:
-    """Near pages of 16 beside far pages of 16 would make all blocks larger than far pages."""
+    """Local pages of 16 beside far pages of 16 would make all blocks larger than far pages."""
     cache = SimpleNamespace(block_size=asked or 16, user_specified_block_size=asked is not None)
     assert choose_page(cache, on_gpu) == (page == 64)
     assert cache.block_size == page

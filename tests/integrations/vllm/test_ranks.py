@@ -13,7 +13,7 @@ from vllm_profiles import PAGE, prompts_of
 
 HEADS, LAYERS, TOKENS = 8, 4, 12
 EVERY = tuple(range(HEADS))
-NEAR = {"recent": 40, "sinks": 4}
+LOCAL = {"recent": 40, "sinks": 4}
 # each rank of four has two heads: the layers share, keep all, stream by half and stream wholly
 REPRESENTATIVES = ((1, 1, 2, 2, 5, 5, 6, 6), EVERY, EVERY, EVERY)
 PROFILES = {
@@ -24,14 +24,14 @@ PROFILES = {
     "online": ClusterProfile((4, 8, 4, 8), window=8),
     "window": ClusterProfile(
         (4, 8, 4, 8), "static", tensor_parallel=4,
-        representatives=(*REPRESENTATIVES[:2], (0, 0, 3, 3, 4, 4, 7, 7), EVERY), **NEAR,
+        representatives=(*REPRESENTATIVES[:2], (0, 0, 3, 3, 4, 4, 7, 7), EVERY), **LOCAL,
     ),
     "streaming": ClusterProfile(
         (4, 8, 4, 0), "static", tensor_parallel=4, representatives=REPRESENTATIVES,
-        streaming=((), (), (0, 3, 5, 6), EVERY), **NEAR,
+        streaming=((), (), (0, 3, 5, 6), EVERY), **LOCAL,
     ),
     "online streaming": ClusterProfile(
-        (4, 8, 4, 0), window=8, streaming=((), (), (0, 3, 5, 6), EVERY), **NEAR
+        (4, 8, 4, 0), window=8, streaming=((), (), (0, 3, 5, 6), EVERY), **LOCAL
     ),
 }  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_ranks_have_the_tokens_of_one(kind, ranks, engine, paired) -> None:
 def test_ranks_that_hold_the_same_kv_head_have_the_tokens_of_one(engine, tmp_path) -> None:
     model_of(2).save_pretrained(tmp_path)
     profile = ClusterProfile(
-        (4, 8, 0, 0), "static", tensor_parallel=4, streaming=((), (), EVERY, EVERY), **NEAR,
+        (4, 8, 0, 0), "static", tensor_parallel=4, streaming=((), (), EVERY, EVERY), **LOCAL,
         representatives=REPRESENTATIVES,
     )  # fmt: skip
     prompts = prompts_of([90, 9, 64])

@@ -10,8 +10,8 @@ from chai_attention.errors import ProfileError
 from chai_attention.integrations.vllm.layers import (
     LayerShard,
     PageLayout,
-    near_page,
-    near_page_tokens,
+    local_page,
+    local_page_tokens,
 )
 from chai_attention.integrations.vllm.shares import layer_shards, savings
 from chai_attention.profile import ClusterProfile
@@ -121,11 +121,11 @@ def test_ranks_hold_copies_of_kv_heads_where_there_are_fewer(heads, kv_heads, ra
     )  # fmt: skip
     shape = shape_of(heads, kv_heads, 3)
     for rank in range(ranks):
-        near, own, shared = layer_shards(shape, profile, ranks, rank)
-        assert [(x.plan.heads, x.plan.kv_heads) for x in (near, own, shared)] == [
+        local, own, shared = layer_shards(shape, profile, ranks, rank)
+        assert [(x.plan.heads, x.plan.kv_heads) for x in (local, own, shared)] == [
             (heads // ranks, 1)
         ] * 3
-        assert (near.kept, near.kept_values) == (0, 0)
+        assert (local.kept, local.kept_values) == (0, 0)
         assert (own.kept, own.plan.is_identity) == (1, True)
         assert (shared.kept, shared.kept_values) == (1, 1)  # who follows one head follows its own
     assert savings(shape, profile, ranks).share == pytest.approx(1 / 3)
@@ -159,7 +159,7 @@ def sees(layer: LayerShard) -> list[str]:
     """What each head does with far keys."""
     rep = layer.membership().representatives[0].tolist()
     return [
-        "near" if head in layer.streaming else "own" if rep[head] == head else "other's"
+        "local" if head in layer.streaming else "own" if rep[head] == head else "other's"
         for head in range(len(rep))
     ]
 
@@ -179,7 +179,7 @@ def test_streaming_heads_are_dealt_to_ranks_with_pages_of_one_size(
     whole = layer_shards(shape, profile)[0]
     shares = [layer_shards(shape, profile, ranks, rank)[0] for rank in range(ranks)]
     assert len({share.layout(64, 64) for share in shares}) == 1
-    assert len({share.near_layout(64, 64) for share in shares}) == 1
+    assert len({share.local_layout(64, 64) for share in shares}) == 1
     assert len({share.plan.is_identity for share in shares}) == 1
     before = sees(whole)
     for rank, share in enumerate(shares):
@@ -228,7 +228,7 @@ def test_streaming_heads_of_online_profiles_are_dealt_to_ranks(
     shape = shape_of(heads, kv_heads)
     shares = [layer_shards(shape, profile, ranks, rank)[0] for rank in range(ranks)]
     assert len({share.layout(64, 64) for share in shares}) == 1
-    assert len({share.near_layout(64, 64) for share in shares}) == 1
+    assert len({share.local_layout(64, 64) for share in shares}) == 1
     assert len({share.plan.is_identity for share in shares}) == 1
     whole = layer_shards(shape, profile)[0]
     assert whole.streaming == streaming
@@ -264,11 +264,11 @@ def test_heads_of_the_default_recipe_make_these_pages() -> None:
         recent=128, sinks=4,
     )  # fmt: skip
     layers = layer_shards(shape_of(32, 32, 32), profile)
-    far, near = layers[0].layout(128, 128), layers[0].near_layout(128, 128)
-    assert near is not None
+    far, local = layers[0].layout(128, 128), layers[0].local_layout(128, 128)
+    assert local is not None
     assert (far.key_heads, far.value_heads) == (8, 20)
-    assert (near.key_heads, near.value_heads) == (24, 12)
-    assert near_page_tokens(layers, 64, 128, 128) == 48
+    assert (local.key_heads, local.value_heads) == (24, 12)
+    assert local_page_tokens(layers, 64, 128, 128) == 48
 
 
 def test_a_layer_whose_heads_all_stream_has_pages_of_next_to_nothing() -> None:
@@ -279,25 +279,25 @@ def test_a_layer_whose_heads_all_stream_has_pages_of_next_to_nothing() -> None:
     for ranks in (1, 2):
         layer, plain = layer_shards(shape_of(8, 8, 2), profile, ranks)
         assert plain.plan.is_identity
-        assert plain.near_layout(64, 64) is None
+        assert plain.local_layout(64, 64) is None
         assert (layer.kept, layer.kept_values) == (0, 0)
         layout = layer.layout(64, 64)
         assert layout.page_bytes(16, 2) == 32
         key, value = layout.split(torch.zeros(3, 1, 16, layout.numbers_per_token))
         assert key.shape == value.shape == (3, 16, 0, 64)
-        assert layer.near_layout(64, 64) == PageLayout(8 // ranks, 8 // ranks, 64, 64)
+        assert layer.local_layout(64, 64) == PageLayout(8 // ranks, 8 // ranks, 64, 64)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("near", [1, 4, 20, 24, 36, 60])
+@pytest.mark.parametrize("local", [1, 4, 20, 24, 36, 60])
 @pytest.mark.parametrize("recent", [9, 128, 512])
-def test_near_pages_fill_a_block_and_prefixes_are_found_again(page, near, recent) -> None:
-    far = 64 - near
-    tokens = near_page(page, far, near, recent)
+def test_local_pages_fill_a_block_and_prefixes_are_found_again(page, local, recent) -> None:
+    far = 64 - local
+    tokens = local_page(page, far, local, recent)
     assert tokens % 16 == 0
     assert math.lcm(tokens, page) <= 4 * page
     if tokens > 16:
-        assert tokens * near <= page * far
+        assert tokens * local <= page * far
     longest = min(4 * page, max(2 * page, recent))
     larger = [n for n in range(tokens + 16, longest + 1, 16) if math.lcm(n, page) <= 4 * page]
-    assert all(n * near > page * far for n in larger)
+    assert all(n * local > page * far for n in larger)

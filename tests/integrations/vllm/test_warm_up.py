@@ -15,11 +15,11 @@ from chai_attention.runtime.plan import LayerPlan
 DIM, PAGE = 16, 16
 
 
-def model_of(requests: int, longest: int, near: torch.Tensor | None = None) -> SimpleNamespace:
+def model_of(requests: int, longest: int, local: torch.Tensor | None = None) -> SimpleNamespace:
     model = SimpleNamespace(max_model_len=longest)
-    layer = None if near is None else SimpleNamespace(kv_cache=near)
+    layer = None if local is None else SimpleNamespace(kv_cache=local)
     config = SimpleNamespace(model_config=model)
-    return SimpleNamespace(max_requests=requests, near=layer, config=config)
+    return SimpleNamespace(max_requests=requests, local=layer, config=config)
 
 
 def test_kinds_of_steps() -> None:
@@ -46,28 +46,28 @@ def test_nothing_is_written(longest: int, window: int) -> None:
     rep = (0, 0, 2, 2, 0)
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=window, sinks=1 if window else 0)
     layer = LayerShard(plan, 2, rep)
-    layout, near_layout = layer.layout(DIM, DIM), layer.near_layout(DIM, DIM)
+    layout, local_layout = layer.layout(DIM, DIM), layer.local_layout(DIM, DIM)
     cache = torch.randn(4, 1, PAGE, layout.numbers_per_token)
-    near_cache, near = None, None
-    if near_layout is not None:
-        near_cache = torch.randn(4, 1, 48, near_layout.numbers_per_token)
-        near = near_layout.split(near_cache)
-    before = cache.clone(), None if near_cache is None else near_cache.clone()
+    local_cache, local = None, None
+    if local_layout is not None:
+        local_cache = torch.randn(4, 1, 48, local_layout.numbers_per_token)
+        local = local_layout.split(local_cache)
+    before = cache.clone(), None if local_cache is None else local_cache.clone()
     memberships = FixedMembership(layer, 3, torch.device("cpu"))
     attention = StepAttention(plan, memberships, 0.3, None)
-    pages = Pages(*layout.split(cache), *(near or ()))
-    for step in warm_up.steps(model_of(3, longest, near_cache), cache):
+    pages = Pages(*layout.split(cache), *(local or ()))
+    for step in warm_up.steps(model_of(3, longest, local_cache), cache):
         query, key, value = torch.randn(3, step.num_actual_tokens, 5, DIM)
         out = torch.full_like(query, torch.nan)
-        near_table = None if step.near is None else step.near.block_table
+        local_table = None if step.local is None else step.local.block_table
         write_paged(
             key, value, pages.key, pages.value, step.slot_mapping,
             memberships.of(step.first_pages)[0],
-            near=attention.near_pages(pages, near_table, step.block_table),
-            near_slot_mapping=attention.near_slots(step, pages),
+            local=attention.local_pages(pages, local_table, step.block_table),
+            local_slot_mapping=attention.local_slots(step, pages),
         )  # fmt: skip
         attention.run(step, query, key, value, pages, out)
         assert out.isfinite().all()
-    assert (near is None) == (not window)
+    assert (local is None) == (not window)
     assert cache.equal(before[0])
-    assert near_cache is None or near_cache.equal(before[1])
+    assert local_cache is None or local_cache.equal(before[1])

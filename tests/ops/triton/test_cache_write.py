@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.ops import cache_write
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import write
 from helpers import clustered_inputs, random_membership
 
@@ -23,17 +23,17 @@ def ring(rows, removed, recent, sinks, dim, first, begin=0, removed_values=0, va
     def memories(heads, dim):
         return (torch.full((rows, heads, tokens, dim), torch.nan) for tokens in (recent, sinks))
 
-    return NearRing(
+    return RollingBuffer(
         *memories(removed, dim), (first[:, None] + torch.arange(sinks)).int(), recent, begin,
         *(memories(removed_values, value_dim) if removed_values else (None, None)),
     )  # fmt: skip
 
 
-def on_device(near):
-    return NearRing(
-        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent,
-        near.begin,
-        *(None if x is None else x.to(DEVICE) for x in (near.value_ring, near.value_sinks)),
+def on_device(local):
+    return RollingBuffer(
+        local.ring.to(DEVICE), local.sinks.to(DEVICE), local.sink_positions.to(DEVICE),
+        local.recent, local.begin,
+        *(None if x is None else x.to(DEVICE) for x in (local.value_ring, local.value_sinks)),
     )  # fmt: skip
 
 
@@ -53,14 +53,14 @@ def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, stream
         keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, device=device)
         shape = (batch, size, member.kept_values, 40)
         values = torch.full(shape, torch.nan, device=device).transpose(1, 2)
-        near = ring(
+        local = ring(
             batch, kv_heads - member.kept_keys, 8, 3, dim, first, 11,
             kv_heads - member.kept_values, 40,
         )  # fmt: skip
-        near = near if device == "cpu" else on_device(near)
+        local = local if device == "cpu" else on_device(local)
         function(
             new_key.to(device), new_value.to(device), keys, values, member.to(device),
-            start.to(device), near,
+            start.to(device), local,
         )  # fmt: skip
         for row, begin in enumerate(start.tolist()):
             for cache, want in ((keys[row], want_key[row]), (values[row], want_value[row])):
@@ -71,7 +71,7 @@ def test_new_tokens_go_to_their_places(tokens, heads, kv_heads, clusters, stream
                 new_key[row, member.removed_key_heads[row]],
                 new_value[row, member.removed_value_heads[row]],
             )
-            for removed, (held, firsts) in zip(absent, near.memories, strict=False):
+            for removed, (held, firsts) in zip(absent, local.memories, strict=False):
                 last = torch.full(held[row].shape, torch.nan)
                 for token in range(max(0, tokens - 8), tokens):
                     last[:, (begin + token - 11) % 8] = removed[:, token]

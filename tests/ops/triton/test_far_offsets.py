@@ -14,10 +14,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from chai_attention.ops import AttentionCall, windowed
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
-from chai_attention.ops.triton import near_prefill, probe
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
+from chai_attention.ops.triton import local_prefill, probe
 from helpers import random_membership
 from kernel_calls import DEVICE, Config
 from op_calls import Operations, kernels
@@ -27,10 +27,10 @@ BEYOND = 1 << 31
 CALLS = {
     "decode": "attention",
     "prefill": "attention",
-    "near": "decode_recent",
+    "local": "decode_recent",
     "window": "windowed",
     "paged": "paged_decode",
-    "paged near": "paged_decode",
+    "paged local": "paged_decode",
     "paged prefill": "paged_prefill",
     "paged window": "paged_prefill",
     "varlen": "varlen_prefill",
@@ -63,9 +63,9 @@ class Spreading:
         return self.function(*args, **kwargs)
 
     def changed(self, value):
-        if isinstance(value, NearKeys):
+        if isinstance(value, LocalKeys):
             return value._replace(key=self.changed(value.key), value=self.changed(value.value))
-        if isinstance(value, NearPages | NearRing):
+        if isinstance(value, LocalPages | RollingBuffer):
             held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             return dataclasses.replace(value, **{k: self.changed(x) for k, x in held.items()})
         if not isinstance(value, Tensor) or value.ndim < 3 or not value.is_floating_point():
@@ -88,15 +88,15 @@ class Spreading:
 )
 @pytest.mark.parametrize("kind", CALLS)
 def test_places_of_more_than_32_bits(kind, number, axis, monkeypatch):
-    if axis == 1 and number == 0 and kind in ("decode", "near", "paged", "paged near"):
+    if axis == 1 and number == 0 and kind in ("decode", "local", "paged", "paged local"):
         pytest.skip("the one query of a sequence is small")
     if number == 3 and CALLS[kind] in ("paged_prefill", "varlen_prefill"):
         pytest.skip("what is written to, which the caller has made")
-    window = kind in ("near", "window", "paged near", "paged window", "varlen window")
+    window = kind in ("local", "window", "paged local", "paged window", "varlen window")
     config = Config(
         kind, heads=4, kv_heads=4, clusters=2, dim=16, value_dim=16, dtype=torch.float16,
-        softcap=None, padded=False, spare=kind == "near", page=16, recent=5 if window else 0,
-        sinks=2 if window else 0, probe_end=0, streaming=1 if window else 0, near_page=16,
+        softcap=None, padded=False, spare=kind == "local", page=16, recent=5 if window else 0,
+        sinks=2 if window else 0, probe_end=0, streaming=1 if window else 0, local_page=16,
     )  # fmt: skip
     call = Spreading(getattr(kernels, CALLS[kind]), number, axis)
     monkeypatch.setattr(Operations, CALLS[kind], call)
@@ -107,7 +107,7 @@ def test_places_of_more_than_32_bits(kind, number, axis, monkeypatch):
 
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_near_keys_of_prompts(axis, which):
+def test_local_keys_of_prompts(axis, which):
     draw = torch.Generator().manual_seed(0)
     states = [
         torch.randn(2, 4, size, 16, generator=draw).to(DEVICE, torch.float16)
@@ -119,7 +119,7 @@ def test_near_keys_of_prompts(axis, which):
     def run():
         query, key, value = states
         call = AttentionCall(member, scale=0.25)
-        return near_prefill.merge_near(query, NearKeys(key, value), tables, None, call)
+        return local_prefill.merge_local(query, LocalKeys(key, value), tables, None, call)
 
     want = run()
     states[which] = spread(states[which], axis)

@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
 from chai_attention.ops import AttentionCall, PagedKV
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.triton import launch_decode, launch_hopper_decode, write
 from chai_attention.ops.windowed import head_offsets
 from helpers import TOLERANCE, random_membership
-from near_pages_cases import case_definition, near_case
+from local_pages_cases import case_definition, local_case
 from op_calls import dispatched, kernels
 from paged_caches import paged_caches
 
@@ -68,22 +68,22 @@ def test_pages_are_the_reference(heads, kv_heads, clusters, dim, page, dtype, de
 @hopper_only
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "clusters", "streaming", "dim", "near_page", "recent", "sinks"),
+    ("heads", "kv_heads", "clusters", "streaming", "dim", "local_page", "recent", "sinks"),
     [(9, 9, 4, 0, 128, 48, 32, 4), (12, 12, 3, 4, 128, 48, 128, 4), (9, 3, 2, 5, 64, 16, 40, 20),
      (12, 4, 2, 3, 128, 64, 1, 0), (6, 6, 1, 2, 64, 32, 33, 65), (32, 32, 8, 12, 128, 48, 128, 4)],
 )  # fmt: skip
-def test_far_and_near_pages_are_the_definition(
-    heads, kv_heads, clusters, streaming, dim, near_page, recent, sinks, dtype, decode
+def test_far_and_local_pages_are_the_definition(
+    heads, kv_heads, clusters, streaming, dim, local_page, recent, sinks, dtype, decode
 ):
     member = random_membership(heads, clusters, len(LENGTHS), kv_heads, streaming).to("cuda")
-    case = near_case(
-        member, LENGTHS, write.write_paged, page=64, near_page=near_page, recent=recent,
+    case = local_case(
+        member, LENGTHS, write.write_paged, page=64, local_page=local_page, recent=recent,
         sinks=sinks, dim=dim, value_dim=dim, dtype=dtype, device="cuda",
     )  # fmt: skip
     query, offsets = torch.randn(len(LENGTHS), heads, dim).to(dtype), torch.randn(heads, heads)
     softcap = 5.0 if heads == 9 else None
     got, _ = decode(
-        query.cuda(), *case.pages, case.table, member, lengths=case.lengths, near=case.near,
+        query.cuda(), *case.pages, case.table, member, lengths=case.lengths, local=case.local,
         offset=head_offsets(offsets.cuda(), member), scale=dim**-0.5, softcap=softcap,
     )  # fmt: skip
     want = case_definition(case, query, member.to("cpu"), dim**-0.5, offsets, softcap)
@@ -112,15 +112,15 @@ def test_rows_of_a_table_that_only_the_device_knows(monkeypatch, decode):
 def test_a_cuda_graph_sees_new_contents_and_repeats_itself():
     """A moving result would be a race."""
     member = random_membership(12, 3, 3, streaming=4).to("cuda")
-    case = near_case(
-        member, [700, 64, 300], write.write_paged, page=64, near_page=48, recent=32, sinks=4,
+    case = local_case(
+        member, [700, 64, 300], write.write_paged, page=64, local_page=48, recent=32, sinks=4,
         dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda",
     )  # fmt: skip
     query = torch.randn(3, 12, 128, dtype=torch.bfloat16, device="cuda")
 
     def step():
         return kernels.paged_decode(
-            query, *case.pages, case.table, member, lengths=case.lengths, near=case.near,
+            query, *case.pages, case.table, member, lengths=case.lengths, local=case.local,
             offset=head_offsets(None, member), scale=0.1,
         )[0]  # fmt: skip
 

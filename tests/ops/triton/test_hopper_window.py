@@ -10,7 +10,7 @@ from helpers import random_membership
 pytest.importorskip("triton")
 
 from chai_attention.ops import reference, windowed
-from chai_attention.ops.near import NearKeys
+from chai_attention.ops.local import LocalKeys
 from op_calls import dispatched
 
 pytestmark = [
@@ -39,7 +39,7 @@ def case(
     table = torch.randn(heads, heads, device="cuda") if offsets else None
     tables = windowed.window_tables(size, queries, recent, sinks, None, query.device)
     first = max(0, size - queries - recent + 1)
-    near = NearKeys(
+    local = LocalKeys(
         *(torch.cat([x[:, :, : tables.sinks], x[:, :, first:]], 2) for x in (key, value))
     )
     keys = take(key, member.key_heads)
@@ -48,7 +48,7 @@ def case(
 
     def call():
         return dispatched.windowed(
-            query, keys, values, member, near, tables, scale=dim**-0.5, offset=offset
+            query, keys, values, member, local, tables, scale=dim**-0.5, offset=offset
         )
 
     def want():

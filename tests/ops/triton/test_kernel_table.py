@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.fp8 import FLOAT8
 from kernel_calls import Config
 from random_cases import Size, check_sizes
 
@@ -118,8 +118,8 @@ NARROW = [
 ]  # fmt: skip
 
 
-def two(page: int, near_page: int, recent: int, sinks: int, **more: Any) -> dict[str, Any]:
-    return {"page": page, "near_page": near_page, "recent": recent, "sinks": sinks, **more}
+def two(page: int, local_page: int, recent: int, sinks: int, **more: Any) -> dict[str, Any]:
+    return {"page": page, "local_page": local_page, "recent": recent, "sinks": sinks, **more}
 
 
 BOTH_PAGES = [
@@ -142,17 +142,17 @@ WINDOWED_DENSE = [
     )
 ]  # fmt: skip
 STEPS = [
-    *cases("near", RINGS, PADDED_STEPS, dtype=FLOATS, value_dim=40, spare=True, padded=FLAG),
-    *cases("near op", RINGS, PADDED_STEPS, dtype=FLOATS, value_dim=40, spare=True, padded=FLAG),
-    *cases("near", [(6, 6, 2, 0, 32), (6, 6, 2, 3, 32)], [[(1, 600), (1, 515, 3)]], recent=512,
+    *cases("local", RINGS, PADDED_STEPS, dtype=FLOATS, value_dim=40, spare=True, padded=FLAG),
+    *cases("local op", RINGS, PADDED_STEPS, dtype=FLOATS, value_dim=40, spare=True, padded=FLAG),
+    *cases("local", [(6, 6, 2, 0, 32), (6, 6, 2, 3, 32)], [[(1, 600), (1, 515, 3)]], recent=512,
            sinks=4, ring_spare=1, spare=True, padded=True, offsets=False),
     *cases("paged", PAGES, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40, one_buffer=FLAG,
            representatives=FLAG),
     *cases("paged", NARROW, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40, stored=FLOAT8),
     *cases("paged", [(6, 6, 2, 0, 32)], [steps(40, 7, 90)], tables=("shared",)),
     *cases("paged", [(6, 6, 2, 0, 32)], [steps(40, 7, 90)], tables="rows", softcap=3.0),
-    *cases("paged near", BOTH_PAGES, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40),
-    *cases("paged near", [(6, 6, 2, 2, 64), (6, 2, 1, 2, 64), (4, 4, 0, 4, 64)],
+    *cases("paged local", BOTH_PAGES, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40),
+    *cases("paged local", [(6, 6, 2, 2, 64), (6, 2, 1, 2, 64), (4, 4, 0, 4, 64)],
            [steps(70, 5, 100)], stored=FLOAT8, **two(64, 48, 20, 4), offsets=False),
 ]  # fmt: skip
 
@@ -212,7 +212,7 @@ BASE = {"recent": 32, "sinks": 4, "tables": "rows", "tail": 3}
 PREFILL_WINDOW = [
     *cases("paged window", WINDOWED, [behind([5, 1, 63, 0, 2], [0, 70, 30, 0, 129])],
            dtype=PRODUCTS, one_buffer=FLAG, **BASE),
-    *cases("paged window", [(6, 6, 2, 2, 32, two(far, near, 17, 4)) for far, near in
+    *cases("paged window", [(6, 6, 2, 2, 32, two(far, local, 17, 4)) for far, local in
                             ((16, 48), (64, 16), (64, 48), (48, 32), (16, 64))],
            [behind([40, 1, 3], [0, 100, 77])], tables="rows", tail=3),
     *cases("paged window", WINDOWS, [behind([130, 20, 35], [0, 150, 10])], tables="shared", tail=3),
@@ -268,7 +268,7 @@ LARGE_WINDOWS = [
         )
     ),
     # chunks of one and of two members and streaming ones, tiles with and without far keys
-    *cases("paged window", [(12, 12, 5, 3, 128, two(far, near, recent, sinks)) for far, near in
+    *cases("paged window", [(12, 12, 5, 3, 128, two(far, local, recent, sinks)) for far, local in
                             ((64, 48), (16, 16), (48, 64), (128, 32)) for recent, sinks in
                             ((1, 0), (1, 1), (32, 4), (100, 16), (128, 4), (512, 0), (512, 4))],
            [behind([130, 1, 64, 0, 300, 65], [0, 900, 129, 0, 17, 500])], [needs_hopper],

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from chai_attention.evaluation.profiled import LowBitCache
 from chai_attention.integrations.transformers import ClusteredCache
-from chai_attention.ops.narrow import as_stored
+from chai_attention.ops.fp8 import as_stored
 from chai_attention.profile import ClusterProfile
 
 SHARE = 8 / 16  # of a server's bytes for a number in K and V

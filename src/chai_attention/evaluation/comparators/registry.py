@@ -33,14 +33,14 @@ _KVPRESS, _DUO = ("think", "snapkv"), "duo"
 _QUANTISED = ("quant8", "quant4", "chai+quant8", "chai+quant4")
 _PACKAGE = "chai_attention.evaluation.comparators"
 
-RIVALS: tuple[str, ...] = (*_KVPRESS, _DUO, *_QUANTISED)
-"""Comparators by libraries of the extra ``rivals``."""
+EXTERNAL: tuple[str, ...] = (*_KVPRESS, _DUO, *_QUANTISED)
+"""Comparators by libraries of the extra ``baselines``."""
 
 _FLOAT8 = ("float8", "chai+float8")
 
 NAMES: tuple[str, ...] = (
     *("mha", *RECIPES, "random", *_STREAM, *_DEJAVU, *_ORACLE, *VARIANTS, *_FLOAT8),
-    *RIVALS,
+    *EXTERNAL,
 )
 """Comparators that need nothing but a model and text; "profile" is one more, given a profile."""
 
@@ -50,7 +50,7 @@ def available(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what "all" stands for here, and one message for each comparator left out.
 
-    Left out are those of the extra ``rivals`` whose library is missing, or cannot run ``model``.
+    Left out are those of the extra ``baselines`` whose library is missing, or cannot run ``model``.
 
     Args:
         profile: with one, "profile" is among them.
@@ -60,10 +60,10 @@ def available(
     left_out = []
     for name in NAMES:
         try:
-            if name in RIVALS:
-                rival = _rival(name, None, None)
+            if name in EXTERNAL:
+                found = _external(name, None, None)
                 if model is not None:
-                    rival.prepare(model, ())
+                    found.prepare(model, ())
         except (EvaluationError, UnsupportedModelError) as error:
             left_out.append(f"without {name}: {error}")
         else:
@@ -163,7 +163,7 @@ class _Factory:
         clusters = self._profile if name.startswith("chai+") else None
         if name in _FLOAT8:
             return Float8(clusters)
-        return _rival(name, self.save, clusters)
+        return _external(name, self.save, clusters)
 
     def _streaming(self, name: str) -> Comparator:
         """Streaming heads at the bytes and with the window of the profile, where there is one."""
@@ -171,10 +171,10 @@ class _Factory:
         save = self.save or (profile and profile.saved(describe(self.model), 10**9))
         if not save:
             raise EvaluationError(f"{name} takes what the profile saves, which is nothing: --save")
-        near = (profile.recent, profile.sinks) if profile and profile.recent else None
+        local = (profile.recent, profile.sinks) if profile and profile.recent else None
         if name == "mass-stream":
-            return MassStream(save, near)
-        return RandomStream(save, near, self.seed)
+            return MassStream(save, local)
+        return RandomStream(save, local, self.seed)
 
     @cached_property
     def _predictors(self) -> HeadPredictors:
@@ -191,8 +191,8 @@ class _Factory:
         return self._default.profile if self.given is None else self.given
 
 
-def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Comparator:
-    """Make a comparator of the extra ``rivals``, whose libraries are loaded only here.
+def _external(name: str, save: float | None, profile: ClusterProfile | None) -> Comparator:
+    """Make a comparator of the extra ``baselines``, whose libraries are loaded only here.
 
     Raises:
         EvaluationError: its library is not installed.
@@ -207,6 +207,6 @@ def _rival(name: str, save: float | None, profile: ClusterProfile | None) -> Com
             made = import_module(f"{_PACKAGE}.quantised").quantised_comparator(name, profile)
     except ImportError as error:
         raise EvaluationError(
-            f"{name} needs {error.name}: pip install 'chai-attention[rivals]'"
+            f"{name} needs {error.name}: pip install 'chai-attention[baselines]'"
         ) from error
     return made

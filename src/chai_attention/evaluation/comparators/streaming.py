@@ -26,21 +26,21 @@ RECENT, SINKS = 128, 4  # without a profile that has an exact window
 
 
 class StreamingHeads(Profiled):
-    """K/V heads whose query heads see near keys only; all others stay as they are.
+    """K/V heads whose query heads see local keys only; all others stay as they are.
 
     Run by the library itself, as a profile. K and V of a streaming K/V head go together, so that
     its bytes may be by up to one head more than what is asked for.
 
     Args:
         save: share of the K,V bytes per token to save.
-        near: last and first keys that streaming heads see; None for those of the method.
+        local: last and first keys that streaming heads see; None for those of the method.
     """
 
-    def __init__(self, save: float, near: tuple[int, int] | None = None):
+    def __init__(self, save: float, local: tuple[int, int] | None = None):
         if not 0 < save <= 1:
             raise EvaluationError(f"save is a share above 0 and at most 1, not {save:g}")
         super().__init__()
-        self._save, self._near = save, near
+        self._save, self._local = save, local
 
     def prepare(
         self, model: PreTrainedModel, tokens: Sequence[Tensor], progress: Progress = quiet
@@ -50,8 +50,8 @@ class StreamingHeads(Profiled):
         Raises:
             EvaluationError: fewer heads than are to go can stream, or no text to learn from.
         """
-        needs, near = self.needs(model, tokens, progress)
-        self._profile = streaming_profile(describe(model), needs, self._save, near, self.name)
+        needs, local = self.needs(model, tokens, progress)
+        self._profile = streaming_profile(describe(model), needs, self._save, local, self.name)
 
     @abstractmethod
     def needs(
@@ -65,8 +65,8 @@ class StreamingHeads(Profiled):
 
     def settings(self) -> Mapping[str, Any]:
         """The budget, the window, and the profile that came of them."""
-        near = [self.profile.recent, self.profile.sinks]
-        return {"save": self._save, "near": near, "profile": profile_digest(self.profile)}
+        local = [self.profile.recent, self.profile.sinks]
+        return {"save": self._save, "near": local, "profile": profile_digest(self.profile)}
 
 
 class RandomStream(StreamingHeads):
@@ -74,15 +74,15 @@ class RandomStream(StreamingHeads):
 
     Args:
         save: share of the K,V bytes per token to save.
-        near: last and first keys that streaming heads see.
+        local: last and first keys that streaming heads see.
         seed: of the choice.
     """
 
     name = "random-stream"
     source = "control for Xiao et al., ICLR 2025 (DuoAttention): a random choice of streaming heads"
 
-    def __init__(self, save: float, near: tuple[int, int] | None = None, seed: int = 0):
-        super().__init__(save, near)
+    def __init__(self, save: float, local: tuple[int, int] | None = None, seed: int = 0):
+        super().__init__(save, local)
         self._seed = seed
 
     def needs(
@@ -92,7 +92,7 @@ class RandomStream(StreamingHeads):
         shape = describe(model)
         draw = torch.Generator().manual_seed(self._seed)
         needs = torch.rand(shape.layers, shape.kv_heads, generator=draw)
-        return needs, self._near or (RECENT, SINKS)
+        return needs, self._local or (RECENT, SINKS)
 
     def settings(self) -> Mapping[str, Any]:
         """The seed too."""
@@ -103,7 +103,7 @@ class MassStream(StreamingHeads):
     """The heads that give least of their attention to far keys stream.
 
     Its mean over the queries of calibration text that have far keys, and over the query heads of a
-    K/V head. Without a window of a profile's the last 128 keys are near, or half of a calibration
+    K/V head. Without a window of a profile's the last 128 keys are local, or half of a calibration
     window if that is less.
     """
 
@@ -116,7 +116,7 @@ class MassStream(StreamingHeads):
         """Mean probability on far keys."""
         windows, shape = stacked(tokens), describe(model)
         length = windows.shape[1]
-        recent, sinks = self._near or (max(1, min(RECENT, length // 2)), SINKS)
+        recent, sinks = self._local or (max(1, min(RECENT, length // 2)), SINKS)
         if length <= recent + sinks:
             raise EvaluationError(
                 f"{self.name} needs calibration windows of more than {recent + sinks} tokens, "
@@ -140,8 +140,8 @@ def far_mass(maps: Tensor, rows: slice, recent: int, sinks: int) -> Tensor:
     Args:
         maps: ``[H, R, S]`` probabilities of the queries ``rows`` over the first S keys.
         rows: which queries.
-        recent: last keys of a query that are near.
-        sinks: first keys that are near.
+        recent: last keys of a query that are local.
+        sinks: first keys that are local.
     """
     queries = torch.arange(rows.start, rows.start + maps.shape[1], device=maps.device)[:, None]
     keys = torch.arange(maps.shape[2], device=maps.device)
@@ -150,7 +150,7 @@ def far_mass(maps: Tensor, rows: slice, recent: int, sinks: int) -> Tensor:
 
 
 def streaming_profile(
-    shape: ModelShape, needs: Tensor, save: float, near: tuple[int, int], method: str
+    shape: ModelShape, needs: Tensor, save: float, local: tuple[int, int], method: str
 ) -> ClusterProfile:
     """A static profile in which the K/V heads with the smallest ``needs [L, G]`` stream.
 
@@ -161,7 +161,7 @@ def streaming_profile(
         shape: of the model.
         needs: how much each K/V head needs its far keys.
         save: share of the K,V bytes per token, above 0 and at most 1.
-        near: last and first keys that streaming heads see.
+        local: last and first keys that streaming heads see.
         method: what the profile is called.
     """
     group = shape.heads // shape.kv_heads
@@ -177,7 +177,7 @@ def streaming_profile(
         membership=STATIC,
         representatives=(everyone,) * shape.layers,
         streaming=tuple(tuple(row.nonzero().flatten().tolist()) for row in streams),
-        recent=near[0],
-        sinks=near[1],
+        recent=local[0],
+        sinks=local[1],
         provenance={"method": method},
     )

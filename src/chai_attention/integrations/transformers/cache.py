@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.memory import STOPPED, tokens_kept
-from chai_attention.integrations.transformers.recent import NEAR
+from chai_attention.integrations.transformers.recent import LOCAL
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan, layer_plans
 from chai_attention.runtime.shape import decoder_config, describe
@@ -178,7 +178,7 @@ def memory_of(cache: Cache) -> CacheMemory:
         key, value = held.pop("key", 0), held.pop("value", 0)
         full_key, full_value = layer.full_bytes() if clustered else (key, value)
         total.update(key=key, value=value, full_key=full_key, full_value=full_value)
-        total.update(recent=sum(held.pop(name, 0) for name in NEAR))
+        total.update(recent=sum(held.pop(name, 0) for name in LOCAL))
         total.update(probe=sum(held.values()))
         sequences = max(sequences, *(tensor.shape[0] for tensor in tensors.values()))
     kinds = ("key", "value", "probe", "recent", "full_key", "full_value")

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from chai_attention.atomic_write import require_folder
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.modules import attention_modules, output_projection
 from chai_attention.profile import EXPORTED, ClusterProfile
 from chai_attention.runtime.shape import describe
-from chai_attention.whole_files import require_folder
 
 # families whose config can ask for biases of all four projections
 _OPTIONAL_BIAS = ("llama",)

@@ -32,9 +32,9 @@ from chai_attention.ops import (
     decode_recent,
     windowed_attention,
 )
-from chai_attention.ops.near import NearKeys
+from chai_attention.ops.local import LocalKeys
 
-WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put near keys together
+WITH_RINGS = ("cpu", "cuda")  # devices that decode over rings; others put local keys together
 
 
 class ClusteredLayer(LayerMemory):
@@ -103,23 +103,23 @@ class ClusteredLayer(LayerMemory):
             ring = self._recent.step((key, value), member, padding, self.record_past)
             call = AttentionCall(member, offset=self._offset, **options)
             return decode_recent(query, DenseKV(keys, values, valid=padding.valid), ring, call)
-        near, held = None, (keys, values)
+        local, held = None, (keys, values)
         if self.plan.has_recent_window:
-            near = self._recent.extend((key, value), held, member, padding, self.record_past)
-        return self._attend_held(query, held, near, member, padding, options)
+            local = self._recent.extend((key, value), held, member, padding, self.record_past)
+        return self._attend_held(query, held, local, member, padding, options)
 
     def _attend_held(
-        self, query: Tensor, held: Pair, near: NearKeys | None, member: Membership,
+        self, query: Tensor, held: Pair, local: LocalKeys | None, member: Membership,
         padding: Padding, options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """Attention over K and V as the cache holds them; of near keys with all heads' own K, V."""
-        if near is None:
+        """Attention over K and V as the cache holds them; local keys are all heads' own."""
+        if local is None:
             query = slot_queries(member, query)
             return attention(query, *held, member, valid=padding.valid, **options)[0]
         tables = padding.window_tables(query.shape[2], self.plan.recent, self.plan.sinks)
         offset = self._offset if member is self.membership else self._offset_of(member)
         call = AttentionCall(member, offset=offset, **options)
-        return windowed_attention(query, DenseKV(*held), near, tables, call)
+        return windowed_attention(query, DenseKV(*held), local, tables, call)
 
     def _attend_probing(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, options: dict[str, Any]
@@ -174,10 +174,10 @@ class ClusteredLayer(LayerMemory):
         index = torch.tensor(rows, device=query.device)
         query, keys, values = query[index], keys[index], values[index]
         member = self._membership_of(index, keys, values, part, options)
-        held, near = stored_states(member, keys, values), None
+        held, local = stored_states(member, keys, values), None
         if plan.has_recent_window:
-            near = self._recent.near_keys((keys, values), part, queries)
-        clustered = self._attend_held(query, held, near, member, part, options)
+            local = self._recent.local_keys((keys, values), part, queries)
+        clustered = self._attend_held(query, held, local, member, part, options)
         behind = part.token_index(queries) >= plan.probe_end  # [rows, Q]
         out[index] = torch.where(behind[:, :, None, None], clustered, out[index])
 

@@ -236,11 +236,11 @@ class LayerMemory(CacheLayerMixin):
         held, groups = self.tensors(), self.plan.kv_heads
         counted = []
         for name, axis in (("key", 1), ("value", self.value_axis)):
-            cache, near = held.get(name), held.get("recent" if name == "key" else "recent value")
+            cache, local = held.get(name), held.get("recent" if name == "key" else "recent value")
             if cache is not None and cache.shape[axis]:
                 counted.append(cache.untyped_storage().nbytes() // cache.shape[axis] * groups)
-            elif near is not None:  # all heads stream
-                head = near.shape[0] * near.shape[3] * near.element_size()
+            elif local is not None:  # all heads stream
+                head = local.shape[0] * local.shape[3] * local.element_size()
                 counted.append(groups * head * self.get_seq_length())
             else:
                 counted.append(0)

@@ -14,12 +14,12 @@ from chai_attention.integrations.transformers.buffers import pick_heads, pick_to
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.membership import Membership
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.rolling_buffer import RollingBuffer
 
 Pair = tuple[Tensor, Tensor]  # K and V, ``[B, heads, tokens, D]`` and ``[.., Dv]``
-# a layer's near memories: of K, of V
-NEAR = ("recent", "sink", "recent value", "sink value")
+# a layer's local memories: of K, of V
+LOCAL = ("recent", "sink", "recent value", "sink value")
 
 
 class RecentStates:
@@ -159,7 +159,7 @@ class RecentWindow:
 
     def extend(
         self, new: Pair, held: Pair, membership: Membership, padding: Padding, record: bool
-    ) -> NearKeys:
+    ) -> LocalKeys:
         """Take new tokens and return what their queries see with their own scores.
 
         Args:
@@ -172,7 +172,7 @@ class RecentWindow:
         queries = new[0].shape[2]
         past = padding.length - queries
         reach = min(past, self.recent - 1)  # old tokens that the first new one sees
-        near = []
+        local = []
         places = (membership.key_place, membership.value_place)
         for recent, states, cache, removed, place in zip(
             self.kinds, new, held, _removed(membership), places, strict=True
@@ -182,17 +182,19 @@ class RecentWindow:
                 picked = pick_heads(states, removed)
                 last = recent.extend(picked, reach, padding, record)
             if not past:
-                near.append(_with_first(states, self.sinks, padding))
+                local.append(_with_first(states, self.sinks, padding))
                 continue
             stored = _with_first(cache, self.sinks, padding, slice(past - reach, None))
             if last is not None:
                 assert recent.first is not None
                 own = torch.cat([recent.first, last[:, :, -(reach + queries) :]], 2)
                 stored = torch.cat([stored, own], 1)
-            near.append(pick_heads(stored, place))
-        return NearKeys(*near)
+            local.append(pick_heads(stored, place))
+        return LocalKeys(*local)
 
-    def step(self, new: Pair, membership: Membership, padding: Padding, record: bool) -> NearRing:
+    def step(
+        self, new: Pair, membership: Membership, padding: Padding, record: bool
+    ) -> RollingBuffer:
         """Append one token for decoding, which reads K and V in place.
 
         Args:
@@ -215,16 +217,16 @@ class RecentWindow:
             memories.append((last, recent.first))
             begin = padding.length - last.shape[2] - recent.begin  # the same for K and V
         (last, first), (value_last, value_first) = memories
-        ring = NearRing(last, first, positions, self.recent, begin)
+        ring = RollingBuffer(last, first, positions, self.recent, begin)
         if not value_last.shape[1]:
             return ring
         return replace(ring, value_ring=value_last, value_sinks=value_first)
 
-    def near_keys(self, whole: Pair, padding: Padding, queries: int) -> NearKeys:
+    def local_keys(self, whole: Pair, padding: Padding, queries: int) -> LocalKeys:
         """What the last Q tokens see with their own scores, from K and V of all heads."""
         length = whole[0].shape[2]
         band = slice(max(0, length - queries - self.recent + 1), length)
-        return NearKeys(*(_with_first(states, self.sinks, padding, band) for states in whole))
+        return LocalKeys(*(_with_first(states, self.sinks, padding, band) for states in whole))
 
     def cut(self, whole: Pair, membership: Membership, padding: Padding, record: bool) -> None:
         """Start from K and V of all heads; ``padding`` may know later tokens."""
@@ -266,9 +268,9 @@ class RecentWindow:
             recent.change(change)
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """What is held, by the names of `NEAR`."""
+        """What is held, by the names of `LOCAL`."""
         held = (states for recent in self.kinds for states in (recent.last, recent.first))
-        return dict(zip(NEAR, held, strict=True))
+        return dict(zip(LOCAL, held, strict=True))
 
 
 def _removed(membership: Membership) -> Pair:

@@ -21,7 +21,7 @@ from chai_attention.integrations.transformers.layer import ClusteredLayer, slot_
 from chai_attention.integrations.transformers.memory import STOPPED, Probe
 from chai_attention.integrations.transformers.modes import lasting
 from chai_attention.integrations.transformers.padding import Padding
-from chai_attention.integrations.transformers.recent import NEAR, RecentWindow
+from chai_attention.integrations.transformers.recent import LOCAL, RecentWindow
 from chai_attention.integrations.transformers.static_tokens import StaticTokens
 from chai_attention.membership import Membership
 from chai_attention.ops import (
@@ -31,7 +31,7 @@ from chai_attention.ops import (
     decode_recent,
 )
 from chai_attention.ops.cache_write import write_dense
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.runtime.plan import LayerPlan
 
 
@@ -51,7 +51,7 @@ class StaticClusteredLayer(ClusteredLayer):
     def __init__(self, plan: LayerPlan, tokens: StaticTokens):
         self.tokens = tokens
         self._seen = 0  # tokens that this layer has taken
-        self._near: NearRing | None = None
+        self._local: RollingBuffer | None = None
         self._one_row: Membership | None = None  # of a fixed membership, for writing
         super().__init__(plan)
 
@@ -80,13 +80,13 @@ class StaticClusteredLayer(ClusteredLayer):
                 ring, first = states.new_zeros(shape).split([size, sinks], 2)
                 return ring.contiguous(), first.contiguous()
 
-            self._near = NearRing(
+            self._local = RollingBuffer(
                 *memories(key_states, plan.kv_heads - kept),
                 self.tokens.sink_positions, plan.recent,
             )  # fmt: skip
             if kept_values < plan.kv_heads:
                 ring, first = memories(value_states, plan.kv_heads - kept_values)
-                self._near = replace(self._near, value_ring=ring, value_sinks=first)
+                self._local = replace(self._local, value_ring=ring, value_sinks=first)
 
     def begin(self, queries: int) -> Padding:
         """Join a forward of ``queries`` new tokens; the padding of all tokens.
@@ -151,14 +151,14 @@ class StaticClusteredLayer(ClusteredLayer):
         waiting = {f"waiting {name}": held for name, held in super().tensors().items()}
         if not self.is_initialized:
             return waiting
-        near = dict(zip(NEAR, chain(*self._rings), strict=False))
-        return {"key": self._key, "value": self._value, **near, **waiting}
+        local = dict(zip(LOCAL, chain(*self._rings), strict=False))
+        return {"key": self._key, "value": self._value, **local, **waiting}
 
     @property
     def _rings(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Ring and sinks of K, and of V where V heads stream; none where no K is removed."""
-        near = self._near
-        return () if near is None or not near.ring.shape[1] else near.memories
+        local = self._local
+        return () if local is None or not local.ring.shape[1] else local.memories
 
     def get_seq_length(self) -> int:
         """Tokens held, padding included."""
@@ -266,22 +266,22 @@ class StaticClusteredLayer(ClusteredLayer):
         if queries == 1:
             return self._step(query, key, value, options)
         past = self.tokens.count - queries
-        recent = self._recent_before(past) if self._near is not None else None
+        recent = self._recent_before(past) if self._local is not None else None
         self._write(key, value)
         keys, values = self._key[:, :, : past + queries], self._value[:, :, : past + queries]
-        near, held = None, (keys, values)
+        local, held = None, (keys, values)
         if recent is not None:
-            near = recent.extend((key, value), held, member, padding, record=False)
-        return self._attend_held(query, held, near, member, padding, options)
+            local = recent.extend((key, value), held, member, padding, record=False)
+        return self._attend_held(query, held, local, member, padding, options)
 
     def _step(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         """One new token: shapes never change, and nothing is read on the host."""
         assert self.membership is not None
         self._write(key, value)
         kv = DenseKV(self._key, self._value, self.tokens.lengths, self.tokens.valid)
-        if self._near is not None:
+        if self._local is not None:
             call = AttentionCall(self.membership, offset=self._offset, **options)
-            return decode_recent(query, kv, self._near, call)
+            return decode_recent(query, kv, self._local, call)
         query = slot_queries(self.membership, query)
         options = {"lengths": kv.lengths, "valid": kv.valid, **options}
         return attention(query, kv.key, kv.value, self.membership, **options)[0]
@@ -291,7 +291,7 @@ class StaticClusteredLayer(ClusteredLayer):
         member = self._one_row or self.membership
         assert member is not None
         write_dense(
-            key, value, self._key, self._value, member, self.tokens.start, self._near,
+            key, value, self._key, self._value, member, self.tokens.start, self._local,
         )  # fmt: skip
 
     def _recent_before(self, past: int) -> RecentWindow:

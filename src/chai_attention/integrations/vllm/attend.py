@@ -23,8 +23,8 @@ from chai_attention.ops import (
     paged_prefill,
     varlen_prefill,
 )
-from chai_attention.ops.narrow import FLOAT8, widen_pages
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.fp8 import FLOAT8, widen_pages
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.runtime.plan import LayerPlan
 
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
@@ -120,35 +120,37 @@ class StepAttention:
             self.plan.needs_probe or any(part.is_new for part in self._prefills(step, True))
         )
 
-    def _prefills(self, step: ChaiMetadata, is_narrow: bool) -> list[SubBatch]:
+    def _prefills(self, step: ChaiMetadata, is_fp8: bool) -> list[SubBatch]:
         """The requests behind the decodes, by the operation that they need."""
         # prompts read 8-bit pages as copies, which windows have none of
         return step.prefill_batches(
-            None if is_narrow and not self.plan.has_recent_window else LEAST_VARLEN
+            None if is_fp8 and not self.plan.has_recent_window else LEAST_VARLEN
         )
 
-    def near_pages(self, pages: Pages, table: Tensor | None, far_table: Tensor) -> NearPages | None:
+    def local_pages(
+        self, pages: Pages, table: Tensor | None, far_table: Tensor
+    ) -> LocalPages | None:
         """The exact window of some requests of a step; None without one.
 
         Args:
             pages: the layer's.
-            table: the requests' block table of near pages, None if there are none.
+            table: the requests' block table of local pages, None if there are none.
             far_table: that of far pages.
         """
         if not self.plan.has_recent_window:
             return None
-        keys, values = pages.near_key, pages.near_value
+        keys, values = pages.local_key, pages.local_value
         if keys is None or values is None or table is None:  # far pages hold all heads
             keys, values, table = pages.key[:, :, :0], pages.value[:, :, :0], far_table
-        return NearPages(keys, values, table, self.plan.recent, self.plan.sinks)
+        return LocalPages(keys, values, table, self.plan.recent, self.plan.sinks)
 
-    def near_slots(self, step: ChaiMetadata, pages: Pages) -> Tensor | None:
-        """``[T]`` int64, where new tokens go in `near_pages`; None without an exact window."""
+    def local_slots(self, step: ChaiMetadata, pages: Pages) -> Tensor | None:
+        """``[T]`` int64, where new tokens go in `local_pages`; None without an exact window."""
         if not self.plan.has_recent_window:
             return None
-        if pages.near_key is None or step.near is None:
+        if pages.local_key is None or step.local is None:
             return step.slot_mapping
-        return step.near.slot_mapping
+        return step.local.slot_mapping
 
     def run(
         self,
@@ -173,13 +175,13 @@ class StepAttention:
     ) -> None:
         """Attend with one token of each of the first requests."""
         member, rows = self.memberships.of(part.first_pages)
-        near = offset = None
+        local = offset = None
         if self.plan.has_recent_window:
-            near = self.near_pages(pages, part.near_table, part.block_table)
+            local = self.local_pages(pages, part.local_table, part.block_table)
             offset = self.memberships.offsets(part.first_pages)
         call = AttentionCall(member, self.scale, self.softcap, rows, offset)
         kv = PagedKV(
-            pages.key, pages.value, part.block_table, part.seq_lens, near, step.max_seq_len
+            pages.key, pages.value, part.block_table, part.seq_lens, local, step.max_seq_len
         )
         paged_decode(query[part.tokens], kv, call, out[part.tokens])
 
@@ -206,14 +208,14 @@ class StepAttention:
         if part.is_new:
             varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
             return
-        near = self.near_pages(pages, part.near_table, part.block_table)
+        local = self.local_pages(pages, part.local_table, part.block_table)
         far, table = (pages.key, pages.value), part.block_table
         if pages.key.dtype == FLOAT8 and self.workspace is not None:
             used, places = step.prefill_pages(pages.key.shape[1])
             widened = self.workspace.widen(far, used)
             if widened is not None:
                 far, table = widened, places
-        kv = PagedKV(*far, table, part.seq_lens, near)
+        kv = PagedKV(*far, table, part.seq_lens, local)
         paged_prefill(queries, kv, call, out[part.tokens], probe)
 
     def _new(self, key: Tensor, value: Tensor) -> PackedKV:

@@ -122,23 +122,23 @@ def backend_of(
     return type(f"ChaiBackend{layout.key_heads}", (ChaiBackend,), known)
 
 
-class NearBackend(ChaiBackend):
-    """What vLLM asks about near pages."""
+class LocalBackend(ChaiBackend):
+    """What vLLM asks about local pages."""
 
     layouts: ClassVar[tuple[KVCacheLayout, ...]] = PACKED_LAYOUTS
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """The class that adds near pages to a step."""
-        from chai_attention.integrations.vllm.builder import NearMetadataBuilder
+        """The class that adds local pages to a step."""
+        from chai_attention.integrations.vllm.builder import LocalMetadataBuilder
 
-        return NearMetadataBuilder
+        return LocalMetadataBuilder
 
 
 @cache
-def near_backend(layouts: tuple[KVCacheLayout, ...]) -> type[NearBackend]:
-    """The backend class of near pages, with these layouts of the cache."""
-    return type("NearBackend", (NearBackend,), {"layouts": layouts})
+def local_backend(layouts: tuple[KVCacheLayout, ...]) -> type[LocalBackend]:
+    """The backend class of local pages, with these layouts of the cache."""
+    return type("LocalBackend", (LocalBackend,), {"layouts": layouts})
 
 
 def native_backend(config: Any, layer: Any, dtype: torch.dtype) -> type[Any] | None:

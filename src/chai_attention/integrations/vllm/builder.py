@@ -13,9 +13,9 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from chai_attention.integrations.vllm.kv_cache import NearLayer
+from chai_attention.integrations.vllm.kv_cache import LocalLayer
 from chai_attention.integrations.vllm.memberships import RequestTable
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, NearTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
 from chai_attention.integrations.vllm.model_state import ModelState
 
 _STASH = "_chai_metadata"
@@ -40,7 +40,7 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         self._first_pages = model.first_pages(device)
         self._decides = model.needs_probe  # else no layer needs the lengths of prompts
         self._requests = RequestTable.of_caller() if self._decides else None
-        self._near = model.near
+        self._local = model.local
         self._flash = model.flash
         self._page: int = kv_cache_spec.block_size
         self._prepared: Tensor | None = None
@@ -82,8 +82,8 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
             if self._flash is not None:
                 self._flash.describe(step, self._page)
             setattr(common, _STASH, step)
-            if self._near is not None:
-                self._near.step = step  # vLLM asks `NearMetadataBuilder` after all others
+            if self._local is not None:
+                self._local.step = step  # vLLM asks `LocalMetadataBuilder` after all others
         return step
 
     def _describe(self, common: CommonAttentionMetadata, is_capture: bool) -> ChaiMetadata:
@@ -120,8 +120,8 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         )
 
 
-class NearMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
-    """Adds the near pages to the `ChaiMetadata` that the other layers' builder has made."""
+class LocalMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
+    """Adds the local pages to the `ChaiMetadata` that the other layers' builder has made."""
 
     _cudagraph_support = ChaiMetadataBuilder._cudagraph_support
 
@@ -131,7 +131,7 @@ class NearMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
-        self._layer: NearLayer = context[layer_names[0]]
+        self._layer: LocalLayer = context[layer_names[0]]
 
     def build(
         self,
@@ -144,10 +144,10 @@ class NearMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         tokens = common_attn_metadata.num_actual_tokens
         if step is None or step.num_actual_tokens != tokens:
             raise RuntimeError(
-                "near pages were described before the layers that need them; please report this, "
+                "local pages were described before the layers that need them; please report this, "
                 "with the version of vLLM"
             )
-        step.near = NearTables(
+        step.local = LocalTables(
             common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs],
             common_attn_metadata.slot_mapping[:tokens],
         )

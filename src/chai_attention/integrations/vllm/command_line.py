@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chai_attention.atomic_write import read_whole
 from chai_attention.errors import ProfileError
-from chai_attention.whole_files import read_whole
 
 # what is looked at: by its long name, with the short one that it may have
 KNOWN = {

@@ -17,8 +17,8 @@ from chai_attention.integrations.vllm.command_line import OptionError, Options
 from chai_attention.integrations.vllm.layers import (
     PAGE,
     LayerShard,
-    near_page_tokens,
-    near_pages_of,
+    local_page_tokens,
+    local_pages_of,
 )
 from chai_attention.integrations.vllm.memberships import row_bytes
 from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
@@ -35,47 +35,47 @@ _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a model's K,V cache: a page of every layer, or near pages of all layers.
+    """Blocks of a model's K,V cache: a page of every layer, or local pages of all layers.
 
     vLLM hands both out from one store, so a block is as large as the larger of the two.
 
     Attributes:
         page: tokens of a far page.
-        near_page: tokens of a near page; None if there are none.
+        local_page: tokens of a local page; None if there are none.
         far_bytes: of a far page in all layers.
-        near_bytes: of a near page in all layers.
+        local_bytes: of a local page in all layers.
         recent: w.
         sinks: s.
     """
 
     page: int
-    near_page: int | None
+    local_page: int | None
     far_bytes: int
-    near_bytes: int
+    local_bytes: int
     recent: int = 0
     sinks: int = 0
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block."""
-        return max(self.far_bytes, self.near_bytes)
+        return max(self.far_bytes, self.local_bytes)
 
     @property
     def wasted(self) -> float:
         """Share of a block's bytes that the smaller kind of page leaves empty."""
-        if self.near_page is None:
+        if self.local_page is None:
             return 0.0
-        return 1 - min(self.far_bytes, self.near_bytes) / self.block_bytes
+        return 1 - min(self.far_bytes, self.local_bytes) / self.block_bytes
 
-    def near_pages(self, tokens: int, new: int = 1) -> int:
-        """Near pages of a request, while ``new`` of its ``tokens`` are being read."""
-        if self.near_page is None:
+    def local_pages(self, tokens: int, new: int = 1) -> int:
+        """Local pages of a request, while ``new`` of its ``tokens`` are being read."""
+        if self.local_page is None:
             return 0
-        return near_pages_of(tokens, self.near_page, self.recent, self.sinks, new)
+        return local_pages_of(tokens, self.local_page, self.recent, self.sinks, new)
 
     def of_request(self, tokens: int, new: int = 1) -> int:
         """Blocks of a request, while ``new`` of its ``tokens`` are being read."""
-        return -(-tokens // self.page) + self.near_pages(tokens, new)
+        return -(-tokens // self.page) + self.local_pages(tokens, new)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Capacity:
     Attributes:
         per: what a block holds.
         blocks: that fit, vLLM's ``num_gpu_blocks``.
-        batch_tokens: most tokens of a step, all of whose near pages are there while it runs.
+        batch_tokens: most tokens of a step, all of whose local pages are there while it runs.
     """
 
     per: Blocks
@@ -175,14 +175,14 @@ def blocks_of(
         page: tokens of a far page.
     """
     far = sum(layer.layout(head_dim, head_dim).page_bytes(page, element_size) for layer in layers)
-    held = [layer.near_layout(head_dim, head_dim) for layer in layers]
+    held = [layer.local_layout(head_dim, head_dim) for layer in layers]
     found = [layout for layout in held if layout is not None]
     if not found:
         return Blocks(page, None, far, 0)
-    tokens = near_page_tokens(layers, page, head_dim, head_dim)
-    near = sum(layout.page_bytes(tokens, element_size) for layout in found)
+    tokens = local_page_tokens(layers, page, head_dim, head_dim)
+    local = sum(layout.page_bytes(tokens, element_size) for layout in found)
     plan = next(layer.plan for layer in layers if layer.plan.has_recent_window)
-    return Blocks(page, tokens, far, near, plan.recent, plan.sinks)
+    return Blocks(page, tokens, far, local, plan.recent, plan.sinks)
 
 
 def estimate(
@@ -246,13 +246,13 @@ def estimate(
         )
     row = sum(row_bytes(layer, size) for layer in layers)
     blocks = (left - copies) // (kept.block_bytes + row)
-    near_numbers = kept.near_bytes // (kept.near_page or 1)
+    local_numbers = kept.local_bytes // (kept.local_page or 1)
     return Estimate(
         Capacity(full, left // full.block_bytes, batch_tokens),
         Capacity(kept, blocks, batch_tokens),
         Budget(total, weights, activations, copies, blocks * row),
         (full.far_bytes // full.page, kept.far_bytes // kept.page),
-        near_numbers * (kept.recent + kept.sinks),
+        local_numbers * (kept.recent + kept.sinks),
         requests,
         savings(shape, profile, ranks, layers),
     )

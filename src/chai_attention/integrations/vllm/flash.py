@@ -54,18 +54,18 @@ class HeadKinds:
         plan, group = layer.plan, layer.plan.heads // layer.plan.kv_heads
         streaming = layer.streaming
         kept = tuple(head for head in range(plan.heads) if head not in streaming)
-        near, far = (tuple(dict.fromkeys(h // group for h in x)) for x in (streaming, kept))
+        local, far = (tuple(dict.fromkeys(h // group for h in x)) for x in (streaming, kept))
         if (
             group == 1
-            or not near
+            or not local
             or not far
-            or set(near) & set(far)
+            or set(local) & set(far)
             or plan.shares
             or not plan.has_recent_window
             or (layer.kept, layer.kept_values) != (len(far), len(far))
         ):
             return None
-        return cls(kept, streaming, len(far), near)
+        return cls(kept, streaming, len(far), local)
 
 
 def flash_kernels(
@@ -164,14 +164,14 @@ class FlashStepAttention(StepAttention):
         self.kinds = kinds
         self._flash = attend
         self._heads = _Heads(kinds, device)
-        # a layer of their own, whose near pages are those of the whole one
+        # a layer of their own, whose local pages are those of the whole one
         every = tuple(range(len(kinds.streaming)))
         plan = replace(
             layer.plan, heads=len(every), kv_heads=len(kinds.streaming_kv_heads), clusters=0,
             representatives=every, streaming=every, offsets=None,
         )  # fmt: skip
         own = FixedMembership(LayerShard(plan, 0, every), rows, device)
-        self._near = StepAttention(plan, own, scale, softcap)
+        self._local = StepAttention(plan, own, scale, softcap)
 
     def run(
         self,
@@ -188,18 +188,18 @@ class FlashStepAttention(StepAttention):
             return
         kept, streaming = self._heads.of_query(query)
         room, out_kept, out_streaming = self._heads.room(out)
-        own = Pages(pages.key[:, :, :0], pages.value[:, :, :0], pages.near_key, pages.near_value)
+        own = Pages(pages.key[:, :, :0], pages.value[:, :, :0], pages.local_key, pages.local_value)
         if step.prefills:  # decodes read pages only
             key, value = (self._heads.streaming_states(x) for x in (key, value))
         if out.is_cuda and torch.cuda.is_current_stream_capturing():
             here, beside = torch.cuda.current_stream(), _side_stream(out.device)
             beside.wait_stream(here)
             with torch.cuda.stream(beside):
-                self._near.run(step, streaming, key, value, own, out_streaming)
+                self._local.run(step, streaming, key, value, own, out_streaming)
             self._far(step, kept, pages, out_kept)
             here.wait_stream(beside)
         else:
-            self._near.run(step, streaming, key, value, own, out_streaming)
+            self._local.run(step, streaming, key, value, own, out_streaming)
             self._far(step, kept, pages, out_kept)
         self._heads.finish(room, out)
 

@@ -29,7 +29,7 @@ from chai_attention.integrations.vllm.metadata import ChaiMetadata
 from chai_attention.integrations.vllm.model_state import ModelState
 from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
 from chai_attention.ops.cache_write import write_paged
-from chai_attention.ops.narrow import FLOAT8, as_stored
+from chai_attention.ops.fp8 import FLOAT8, as_stored
 
 
 class ChaiAttention(AttentionImpl[ChaiMetadata]):
@@ -62,7 +62,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.is_narrow = kv_cache_dtype in EIGHT_BITS
+        self.is_fp8 = kv_cache_dtype in EIGHT_BITS
         self._scales = (1.0, 1.0)  # K and V in pages are divided by these
         self.softcap = logits_soft_cap or None
         self.model_state = ModelState.of(get_current_vllm_config())
@@ -98,13 +98,16 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             )
         native = native_backend(config, module, config.model_config.dtype)
         some = any(each.plan.is_identity for each in self.model_state.layers)
-        own = PACKED_LAYOUTS if self.model_state.has_near_pages else ChaiBackend.layouts
+        own = PACKED_LAYOUTS if self.model_state.has_local_pages else ChaiBackend.layouts
         layouts = common_layouts(own, native if some else None)
-        self.model_state.add_near_layer(module, layouts)
+        self.model_state.add_local_layer(module, layouts)
         probe_end = self.model_state.prefix_probe
         if plan.is_identity and native is not None:
-            # near pages are kept in layouts that vLLM's attention reads but does not name
-            if config.parallel_config.pipeline_parallel_size > 1 or self.model_state.has_near_pages:
+            # local pages are kept in layouts that vLLM's attention reads but does not name
+            if (
+                config.parallel_config.pipeline_parallel_size > 1
+                or self.model_state.has_local_pages
+            ):
                 native = limited_to(native, layouts)
             if probe_end:
                 native = with_prefixes(native, probe_end)
@@ -114,11 +117,11 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         module.attn_backend = backend_of(self.layout, layouts, probe_end)
         device = torch.device(current_platform.device_type)
         self._workspace: DequantisationWorkspace | None = None
-        if self.is_narrow and self.layer.needs_workspace:
+        if self.is_fp8 and self.layer.needs_workspace:
             self._workspace = self.model_state.workspace(device)
             self._workspace.reserve(self.layout.numbers_per_token)
         self._held = self.model_state.hold(self.layer, device)
-        self._kinds = None if self.is_narrow else HeadKinds.of(self.layer)
+        self._kinds = None if self.is_fp8 else HeadKinds.of(self.layer)
         self._flash = None
         if self._kinds is not None:
             dtype = config.model_config.dtype
@@ -126,7 +129,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             if self._flash is not None:
                 counts = len(self._kinds.kept), self._kinds.kv_heads
                 self.model_state.schedules(self.softcap is not None).add(*counts)
-        self.near_layout = self.layer.near_layout(self.head_size, module.head_size_v)
+        self.local_layout = self.layer.local_layout(self.head_size, module.head_size_v)
 
     def _weights_changed(self) -> None:
         """Go on with other weights, or with the same ones put back.
@@ -142,7 +145,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
 
     def _checkpoint_scales(self) -> tuple[float, float]:
         """The scales of K and V in 8-bit pages; known once all weights are processed."""
-        if not self.is_narrow:
+        if not self.is_fp8:
             return 1.0, 1.0
         module = self.model_state.config.compilation_config.static_forward_context[self._name]
         return module._k_scale_float, module._v_scale_float
@@ -202,13 +205,13 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
     # ---- one step
 
     def _pages(self, cache: Tensor) -> Pages:
-        """View the layer's pages, far and near."""
-        dtype = FLOAT8 if self.is_narrow else cache.dtype
-        far = self.layout.split(cache.view(dtype) if self.is_narrow else cache)
-        if self.near_layout is None or self.model_state.near is None or self._name is None:
+        """View the layer's pages, far and local."""
+        dtype = FLOAT8 if self.is_fp8 else cache.dtype
+        far = self.layout.split(cache.view(dtype) if self.is_fp8 else cache)
+        if self.local_layout is None or self.model_state.local is None or self._name is None:
             return Pages(far[0], far[1])
-        near = self.model_state.near.split(self._name, dtype)
-        return Pages(far[0], far[1], near[0], near[1])
+        local = self.model_state.local.split(self._name, dtype)
+        return Pages(far[0], far[1], local[0], local[1])
 
     def forward(
         self,
@@ -244,7 +247,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         out = output[:tokens].view(tokens, self.num_heads, -1)
         pages = self._pages(kv_cache)
         scales = self._scales
-        if self.is_narrow and self._attention.reads_new(step):
+        if self.is_fp8 and self._attention.reads_new(step):
             # new tokens have to be what others read in pages
             key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
             scales = (1.0, 1.0)
@@ -257,11 +260,11 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         member, lines = self._memberships.of(step.token_pages)
         if lines is None and member.batch > 1:
             lines = torch.arange(tokens, dtype=torch.int32)
-        table = None if step.near is None else step.near.block_table
+        table = None if step.local is None else step.local.block_table
         write_paged(
             key, value, pages.key, pages.value, step.slot_mapping, member, lines,
-            self._attention.near_pages(pages, table, step.block_table), scales=scales,
-            near_slot_mapping=self._attention.near_slots(step, pages),
+            self._attention.local_pages(pages, table, step.block_table), scales=scales,
+            local_slot_mapping=self._attention.local_slots(step, pages),
         )  # fmt: skip
         self._attention.run(step, query, key, value, pages, out)
         if self._scales[1] != 1:

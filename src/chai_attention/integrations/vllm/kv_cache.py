@@ -1,4 +1,4 @@
-"""What vLLM's manager of the K,V cache is told: which prefixes it may find again, and near pages.
+"""What vLLM's manager of the K,V cache is told: which prefixes it may find again, and local pages.
 
 Prefixes: vLLM finds a cached page by its tokens and those before it, and every request that reads a
 page takes over the membership of its first one. So all pages of a prefix must have been written
@@ -7,10 +7,10 @@ stands in the first page (`options.page_problem`), and if the request that wrote
 whole window. One whose prompt, or whose first chunk of it, was shorter decided on less: its pages
 stay out of the cache (`Decided`).
 
-Near pages are pages of a sliding window, with one exception: the pages of a request's first tokens,
-the sinks, stay (`NearManager`). A prefix is found again if its first pages are and those of its
-last w - 1 tokens; all between may be gone. vLLM gives pages to layers, so near pages are those of
-one more layer (`NearLayer`).
+Local pages are pages of a sliding window, with one exception: the pages of a request's first
+tokens, the sinks, stay (`LocalManager`). A prefix is found again if its first pages are and those
+of its last w - 1 tokens; all between may be gone. vLLM gives pages to layers, so local pages are
+those of one more layer (`LocalLayer`).
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def probed(spec: FullAttentionSpec, probe_end: int) -> ProbedSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearSpec(SlidingWindowSpec):
-    """Near pages of all layers of a rank.
+class LocalSpec(SlidingWindowSpec):
+    """Local pages of all layers of a rank.
 
     Attributes:
         sinks: s, first tokens that are never given back.
@@ -141,17 +141,17 @@ class NearSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(self, *args: Any, **kwargs: Any) -> int:
         """Pages that a request holds at most, as vLLM counts on before it starts one.
 
-        For the window's pages vLLM counts all steps that may be in flight (`layers.near_pages_of`
+        For the window's pages vLLM counts all steps that may be in flight (`layers.local_pages_of`
         counts one).
         """
         most: int = super().max_admission_blocks_per_request(*args, **kwargs)
         return most + self.sink_pages
 
 
-class NearManager(Decided, SlidingWindowManager):
+class LocalManager(Decided, SlidingWindowManager):
     """vLLM's manager of a sliding window's pages, which keeps the first ones."""
 
-    def __init__(self, kv_cache_spec: NearSpec, *args: Any, **kwargs: Any):
+    def __init__(self, kv_cache_spec: LocalSpec, *args: Any, **kwargs: Any):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._sinks = kv_cache_spec.sink_pages
 
@@ -246,27 +246,27 @@ def _hashes_of_pages(block_hashes: Any, pool: Any, page: int) -> Any:
 # vLLM registers its own kinds when it first looks one up, unless there are any by then
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 KVCacheSpecRegistry.register(ProbedSpec, ProbedManager, FullAttentionSpec)
-KVCacheSpecRegistry.register(NearSpec, NearManager, SlidingWindowSpec)
+KVCacheSpecRegistry.register(LocalSpec, LocalManager, SlidingWindowSpec)
 
 
-class NearLayer(AttentionLayerBase):
-    """The layer by which vLLM keeps near pages: it has pages, and never runs.
+class LocalLayer(AttentionLayerBase):
+    """The layer by which vLLM keeps local pages: it has pages, and never runs.
 
     What an exact window needs of the heads that far pages do not hold stands in its pages, which
-    hold one clustered layer's near K and V after the other's. One for all layers of a rank makes
+    hold one clustered layer's local K and V after the other's. One for all layers of a rank makes
     one group of pages: vLLM forms groups by how many layers have pages of each size.
 
     Args:
         like: a clustered layer of vLLM's, of whose kind of numbers the pages are.
-        backend: of `near_backend`, with the layouts of the model's layers.
+        backend: of `local_backend`, with the layouts of the model's layers.
         layouts: what pages hold of each layer, by layers' names, in this order.
         numbers: per token, at least as many as the layouts have; the same on all ranks of a
             pipeline.
         far: numbers per token of the far pages of each of the model's layers.
-        tokens: of a near page, from those of a far page.
+        tokens: of a local page, from those of a far page.
         recent: w.
         sinks: s.
-        probe_end: as in `NearSpec`.
+        probe_end: as in `LocalSpec`.
     """
 
     def __init__(
@@ -297,13 +297,13 @@ class NearLayer(AttentionLayerBase):
         """The backend class of these pages."""
         return self._backend
 
-    def get_kv_cache_spec(self, vllm_config: Any) -> NearSpec:
+    def get_kv_cache_spec(self, vllm_config: Any) -> LocalSpec:
         """The kind of pages that vLLM has to keep."""
         far = self._like.get_kv_cache_spec(vllm_config)
         page, numbers = self._tokens(far.block_size), self._numbers
         if {page * numbers} == {far.block_size * each for each in self._far}:
             numbers += 16  # pages of one size would be grouped by other rules
-        return NearSpec(
+        return LocalSpec(
             block_size=page,
             num_kv_heads=far.num_kv_heads,
             head_size=far.head_size,
@@ -316,7 +316,7 @@ class NearLayer(AttentionLayerBase):
         )
 
     def split(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """View the near pages of one layer.
+        """View the local pages of one layer.
 
         Args:
             name: the layer's.

@@ -18,16 +18,16 @@ PAGE_MULTIPLE = 16  # tokens; what the kernels need of a page
 PAGE = 64  # tokens of a page on GPUs: with fewer the kernels look up pages more than they read them
 # Prefixes are found again at multiples of both kinds of pages: not more than so many far pages
 _MOST_ALIGNED = 4
-_LONGEST = 2  # near pages hold no more than so many far ones, unless the window does
+_LONGEST = 2  # local pages hold no more than so many far ones, unless the window does
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The pages of one layer, far or near.
+    """The pages of one layer, far or local.
 
     A page of N tokens is one run of memory: ``[N, key_heads, D]`` of K and behind it
     ``[N, value_heads, Dv]`` of V. Far pages hold the heads that a membership keeps, in the order of
-    its ``key_heads`` and ``value_heads``; near pages those that it removes, in the order of its
+    its ``key_heads`` and ``value_heads``; local pages those that it removes, in the order of its
     ``removed_key_heads`` and ``removed_value_heads``.
 
     Attributes:
@@ -84,32 +84,32 @@ class Pages(NamedTuple):
     Attributes:
         key: ``[P, N, kept K heads, D]``.
         value: ``[P, N, kept V heads, Dv]``.
-        near_key: ``[P, N', removed K heads, D]`` of near pages; None if far pages hold all heads.
-        near_value: ``[P, N', removed V heads, Dv]``; the same.
+        local_key: ``[P, N', removed K heads, D]`` of local pages; None if far pages hold all heads.
+        local_value: ``[P, N', removed V heads, Dv]``; the same.
     """
 
     key: Tensor
     value: Tensor
-    near_key: Tensor | None = None
-    near_value: Tensor | None = None
+    local_key: Tensor | None = None
+    local_value: Tensor | None = None
 
 
-def near_page(page: int, far: int, near: int, recent: int) -> int:
-    """Tokens of a near page beside far pages of ``page`` tokens.
+def local_page(page: int, far: int, local: int, recent: int) -> int:
+    """Tokens of a local page beside far pages of ``page`` tokens.
 
     vLLM takes both from one store of blocks, so every block is as large as the larger of the two.
-    Near pages are as long as they can be without being the larger ones; but 16 tokens at least,
+    Local pages are as long as they can be without being the larger ones; but 16 tokens at least,
     not much longer than the window or far pages, and so that prefixes can be found again at every
     fourth far page or more often.
 
     Args:
         page: tokens of a far page, a multiple of 16.
         far: numbers per token in the far pages of all layers together.
-        near: the same of near pages.
+        local: the same of local pages.
         recent: w.
     """
     found = PAGE_MULTIPLE
-    longest = min(page * far // max(1, near), max(_LONGEST * page, recent), _MOST_ALIGNED * page)
+    longest = min(page * far // max(1, local), max(_LONGEST * page, recent), _MOST_ALIGNED * page)
     for tokens in range(PAGE_MULTIPLE, longest + 1, PAGE_MULTIPLE):
         if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
             found = tokens
@@ -117,19 +117,19 @@ def near_page(page: int, far: int, near: int, recent: int) -> int:
 
 
 def sink_pages(sinks: int, page: int) -> int:
-    """Near pages of ``page`` tokens that hold a request's first ``sinks`` tokens."""
+    """Local pages of ``page`` tokens that hold a request's first ``sinks`` tokens."""
     return -(-sinks // page)
 
 
-def near_pages_of(tokens: int, page: int, recent: int, sinks: int, new: int = 1) -> int:
-    """Near pages that a request of ``tokens`` holds at most, while ``new`` of them are read.
+def local_pages_of(tokens: int, page: int, recent: int, sinks: int, new: int = 1) -> int:
+    """Local pages that a request of ``tokens`` holds at most, while ``new`` of them are read.
 
     Args:
         tokens: with the new ones.
-        page: tokens of a near page.
+        page: tokens of a local page.
         recent: w.
         sinks: s.
-        new: tokens of a step, all of whose near pages are there while it runs.
+        new: tokens of a step, all of whose local pages are there while it runs.
     """
     window = -(-(recent - 2 + new) // page) + 1  # it may begin anywhere in a page
     return min(-(-tokens // page), window + sink_pages(sinks, page))
@@ -155,7 +155,7 @@ class LayerShard:
 
     @cached_property
     def streaming(self) -> tuple[int, ...]:
-        """Heads that see near keys only."""
+        """Heads that see local keys only."""
         return tuple(head for head in self.plan.streaming if head not in self.exact)
 
     @cached_property
@@ -197,16 +197,18 @@ class LayerShard:
         """Far pages of this layer: K and V for all tokens."""
         return PageLayout(self.kept, self.kept_values, head_dim, value_dim)
 
-    def near_layout(self, head_dim: int, value_dim: int) -> PageLayout | None:
-        """Near pages of this layer: what far pages lack, for the exact window; None without."""
+    def local_layout(self, head_dim: int, value_dim: int) -> PageLayout | None:
+        """Local pages of this layer: what far pages lack, for the exact window; None without."""
         keys, values = self.plan.kv_heads - self.kept, self.plan.kv_heads - self.kept_values
         if not self.plan.has_recent_window or not keys + values:
             return None
         return PageLayout(keys, values, head_dim, value_dim)
 
 
-def near_page_tokens(layers: Iterable[LayerShard], page: int, head_dim: int, value_dim: int) -> int:
-    """Tokens of the near pages of a model, the same in all layers and on all ranks.
+def local_page_tokens(
+    layers: Iterable[LayerShard], page: int, head_dim: int, value_dim: int
+) -> int:
+    """Tokens of the local pages of a model, the same in all layers and on all ranks.
 
     Args:
         layers: all that the model has, of any tensor-parallel rank.
@@ -214,10 +216,10 @@ def near_page_tokens(layers: Iterable[LayerShard], page: int, head_dim: int, val
         head_dim: D.
         value_dim: Dv.
     """
-    far = near = recent = 0
+    far = local = recent = 0
     for layer in layers:
         recent = max(recent, layer.plan.recent)
         far += layer.layout(head_dim, value_dim).numbers_per_token
-        layout = layer.near_layout(head_dim, value_dim)
-        near += 0 if layout is None else layout.numbers_per_token
-    return near_page(page, far, near, recent)
+        layout = layer.local_layout(head_dim, value_dim)
+        local += 0 if layout is None else layout.numbers_per_token
+    return local_page(page, far, local, recent)

@@ -106,12 +106,12 @@ class RequestSpans:
         return [self[n + first] for n in np.flatnonzero(self._query_lens[first:] > 0).tolist()]
 
 
-class NearTables(NamedTuple):
-    """Where the near K and V of a step's requests and of its new tokens stand.
+class LocalTables(NamedTuple):
+    """Where the local K and V of a step's requests and of its new tokens stand.
 
     Attributes:
-        block_table: ``[B, max_pages]`` int32, near pages; any number for those given back.
-        slot_mapping: ``[T]`` int64, where each token goes in the near pages; -1 for padding.
+        block_table: ``[B, max_pages]`` int32, local pages; any number for those given back.
+        slot_mapping: ``[T]`` int64, where each token goes in the local pages; -1 for padding.
     """
 
     block_table: Tensor
@@ -131,7 +131,7 @@ class SubBatch(NamedTuple):
         first_pages: ``[n]`` int32, as in `ChaiMetadata`, as are the next three.
         block_table: ``[n, max_pages]`` int32.
         seq_lens: ``[n]`` int32.
-        near_table: ``[n, max_near_pages]`` int32, None without near pages.
+        local_table: ``[n, max_local_pages]`` int32, None without local pages.
     """
 
     tokens: slice
@@ -142,7 +142,7 @@ class SubBatch(NamedTuple):
     first_pages: Tensor
     block_table: Tensor
     seq_lens: Tensor
-    near_table: Tensor | None
+    local_table: Tensor | None
 
 
 class NewRequests(NamedTuple):
@@ -212,7 +212,7 @@ class ChaiMetadata:
         max_query_len: no request has more new tokens.
         max_seq_len: no request has more tokens.
         is_capture: whether this is a dummy for a CUDA graph.
-        near: the near pages, which vLLM describes after all else; None without any.
+        local: the local pages, which vLLM describes after all else; None without any.
         schedules: FlashAttention's, by the numbers of kept query and K/V heads (`FlashSchedules`).
     """
 
@@ -228,7 +228,7 @@ class ChaiMetadata:
     max_query_len: int
     max_seq_len: int
     is_capture: bool
-    near: NearTables | None = None
+    local: LocalTables | None = None
     schedules: dict[tuple[int, int], Any] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -294,7 +294,7 @@ class ChaiMetadata:
             self.first_pages[own],
             self.block_table[own],
             self.seq_lens[own],
-            None if self.near is None else self.near.block_table[own],
+            None if self.local is None else self.local.block_table[own],
         )
 
     @_once

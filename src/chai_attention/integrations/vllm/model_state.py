@@ -17,7 +17,7 @@ from chai_attention.integrations.vllm.layers import (
     PAGE,
     PAGE_MULTIPLE,
     LayerShard,
-    near_page_tokens,
+    local_page_tokens,
 )
 from chai_attention.integrations.vllm.options import (
     EIGHT_BITS,
@@ -31,10 +31,10 @@ from chai_attention.integrations.vllm.shares import layer_shards, savings
 from chai_attention.runtime.shape import describe
 
 if TYPE_CHECKING:
-    from chai_attention.integrations.vllm.kv_cache import NearLayer
+    from chai_attention.integrations.vllm.kv_cache import LocalLayer
 
 _log = logging.getLogger("vllm.chai_attention")  # shown where vLLM's own lines are
-NEAR_LAYER = "near_pages.0"  # vLLM wants the number of a layer in every name
+LOCAL_LAYER = "local_pages.0"  # vLLM wants the number of a layer in every name
 
 # layers hold their model; a model without layers leaves by itself
 _models: weakref.WeakValueDictionary[int, ModelState] = weakref.WeakValueDictionary()
@@ -76,7 +76,7 @@ class ModelState:
             config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.warmed: set[Hashable] = set()  # kinds of layers whose kernels are compiled
-        self.near: NearLayer | None = None  # of this rank, once its layers' weights are loaded
+        self.local: LocalLayer | None = None  # of this rank, once its layers' weights are loaded
         self.flash: FlashSchedules | None = None  # of layers that run vLLM's FlashAttention
         self._first_pages: torch.Tensor | None = None
         self._planned: int | None = None  # pages at most, before vLLM plans them
@@ -93,9 +93,9 @@ class ModelState:
         _log.info("clustered heads: %s", savings(shape, self.profile, ranks, self.layers).line)
 
     @cached_property
-    def has_near_pages(self) -> bool:
-        """Whether there are near pages beside far ones, on any rank."""
-        return any(layer.near_layout(1, 1) is not None for layer in self.layers)
+    def has_local_pages(self) -> bool:
+        """Whether there are local pages beside far ones, on any rank."""
+        return any(layer.local_layout(1, 1) is not None for layer in self.layers)
 
     @property
     def needs_probe(self) -> bool:
@@ -178,8 +178,8 @@ class ModelState:
         names = (name for name, module in context.items() if hasattr(module, "impl"))
         return {name: self.layers[extract_layer_index(name)] for name in names}
 
-    def add_near_layer(self, module: Any, layouts: tuple[Any, ...]) -> None:
-        """Let vLLM keep near pages for the layers of this rank, if there are any on some rank.
+    def add_local_layer(self, module: Any, layouts: tuple[Any, ...]) -> None:
+        """Let vLLM keep local pages for the layers of this rank, if there are any on some rank.
 
         Ranks of a pipeline have one by the same name and of the same size, also those that need
         none: vLLM cannot take a group of pages that is missing on a rank.
@@ -188,37 +188,37 @@ class ModelState:
             module: vLLM's ``Attention`` of one of them.
             layouts: of the cache, that all layers of the model can read.
         """
-        if self.near is not None or not self.has_near_pages:
+        if self.local is not None or not self.has_local_pages:
             return
-        from chai_attention.integrations.vllm.backend import near_backend
-        from chai_attention.integrations.vllm.kv_cache import NearLayer
+        from chai_attention.integrations.vllm.backend import local_backend
+        from chai_attention.integrations.vllm.kv_cache import LocalLayer
 
         sizes = self.config.model_config.get_head_size(), module.head_size_v
         held = {
             name: layout
             for name, layer in self._layers_here().items()
-            if (layout := layer.near_layout(*sizes)) is not None
+            if (layout := layer.local_layout(*sizes)) is not None
         }
-        self.near = NearLayer(
+        self.local = LocalLayer(
             module,
-            near_backend(layouts),
+            local_backend(layouts),
             held,
-            max(self._near_numbers(*sizes)),
+            max(self._local_numbers(*sizes)),
             [layer.layout(*sizes).numbers_per_token for layer in self.layers],
-            partial(near_page_tokens, self.layers, head_dim=sizes[0], value_dim=sizes[1]),
+            partial(local_page_tokens, self.layers, head_dim=sizes[0], value_dim=sizes[1]),
             self.profile.recent,
             self.profile.sinks,
             self.prefix_probe,
         )
         context = self.config.compilation_config.static_forward_context
-        context[NEAR_LAYER] = self.near
+        context[LOCAL_LAYER] = self.local
 
-    def _near_numbers(self, head_dim: int, value_dim: int) -> Iterator[int]:
-        """Numbers per token of the near pages of each rank of a pipeline."""
+    def _local_numbers(self, head_dim: int, value_dim: int) -> Iterator[int]:
+        """Numbers per token of the local pages of each rank of a pipeline."""
         from vllm.distributed.utils import get_pp_indices
 
         ranks = self.config.parallel_config.pipeline_parallel_size
         for rank in range(ranks):
             start, stop = get_pp_indices(len(self.layers), rank, ranks)
-            held = (layer.near_layout(head_dim, value_dim) for layer in self.layers[start:stop])
+            held = (layer.local_layout(head_dim, value_dim) for layer in self.layers[start:stop])
             yield sum(layout.numbers_per_token for layout in held if layout is not None)

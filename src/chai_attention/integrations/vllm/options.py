@@ -75,8 +75,8 @@ def mark(config: Any, profile: ClusterProfile) -> None:
 def choose_page(cache: Any, on_gpu: bool) -> bool:
     """Take pages of `PAGE` tokens on GPUs, where ``--block-size`` asks for none.
 
-    vLLM lets a backend prefer a size only if it is the model's only one, which near pages and
-    layers without clusters prevent. It would take 16, and near pages of 16, which are larger.
+    vLLM lets a backend prefer a size only if it is the model's only one, which local pages and
+    layers without clusters prevent. It would take 16, and local pages of 16, which are larger.
 
     Args:
         cache: a ``CacheConfig``.

@@ -2,7 +2,7 @@
 
 With tensor parallelism every rank holds some of the heads (see `chai_attention.ranks`).
 Probabilities never cross ranks, and pages have one size on all of them. A rank that could hold less
-than another keeps more instead: a head that shared another's scores, or saw near keys only, then
+than another keeps more instead: a head that shared another's scores, or saw local keys only, then
 attends to all keys by itself. So with more ranks a profile saves less, and no head becomes less
 exact.
 """
@@ -32,7 +32,7 @@ class Share:
 
     Attributes:
         clusters: among the heads that see far keys.
-        streaming: heads that see near keys only, ascending.
+        streaming: heads that see local keys only, ascending.
         kept: K heads that pages hold, the same on all ranks.
         representatives: whose scores each head uses for far keys, itself if it streams; None where
             every request decides that.
@@ -141,8 +141,8 @@ def _online_shares(plan: LayerPlan, ranks: int) -> list[Share] | None:
         tuple(head - rank * own for head in sorted(plan.streaming) if head // own == rank)
         for rank in range(ranks)
     ]
-    far = [own - len(near) for near in local]
-    exact = [near[: max(far) - len_far] for near, len_far in zip(local, far, strict=True)]
+    far = [own - len(local) for local in local]
+    exact = [local[: max(far) - len_far] for local, len_far in zip(local, far, strict=True)]
     found = [-(-plan.clusters * each // (sum(far) * unit)) * unit if each else 0 for each in far]
 
     def keys(rank: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, NearTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.model_state import ModelState
@@ -75,10 +75,10 @@ def _step(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-    near = None
-    if model.near is not None:
-        page = model.near.kv_cache.shape[2]
-        near = NearTables(zeros(count, -(-max_seq_len // page)), zeros(tokens).long() - 1)
+    local = None
+    if model.local is not None:
+        page = model.local.kv_cache.shape[2]
+        local = LocalTables(zeros(count, -(-max_seq_len // page)), zeros(tokens).long() - 1)
     return ChaiMetadata(
         requests=RequestSpans(starts, seq_lens),
         num_actual_tokens=tokens,
@@ -92,5 +92,5 @@ def _step(
         max_query_len=max(query_lens),
         max_seq_len=max_seq_len,
         is_capture=is_capture,
-        near=near,
+        local=local,
     )

@@ -15,13 +15,13 @@ from torch import Tensor
 from chai_attention.membership import Membership
 from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import launch_decode, launch_hopper, launch_prefill
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, natural_head_tiles
-from chai_attention.ops.triton.near_prefill import merge_near
+from chai_attention.ops.triton.local_prefill import merge_local
 from chai_attention.ops.triton.packed_window import prefill_packed_window
 from chai_attention.ops.windowed import WindowTables
 
@@ -66,15 +66,20 @@ class TritonBackend(AttentionBackend):
         return launch_prefill.dense_prefill
 
     def attend_window(
-        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        local: LocalKeys,
+        tables: WindowTables,
+        call: AttentionCall,
     ) -> Tensor:
-        """Far keys by `attend`, which `near_prefill` joins with near ones."""
-        check(query, kv.key, kv.value, *near)
+        """Far keys by `attend`, which `local_prefill` joins with local ones."""
+        check(query, kv.key, kv.value, *local)
         far = self.attend_far(query, kv, tables, call)
-        return merge_near(query, near, tables, far, call)
+        return merge_local(query, local, tables, far, call)
 
     def decode_recent(
-        self, query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall
+        self, query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall
     ) -> Tensor:
         """Two launches."""
         return launch_decode.ring_decode(query, kv, ring, call)
@@ -103,8 +108,8 @@ class TritonBackend(AttentionBackend):
         if isinstance(kv, PackedKV):
             check(query, out, *pages)
         else:
-            near = kv.window
-            check(query, out, pages=pages if near is None else (*pages, near.key, near.value))
+            local = kv.window
+            check(query, out, pages=pages if local is None else (*pages, local.key, local.value))
         if not query.shape[0]:
             return lse
         if window is not None:
@@ -158,9 +163,14 @@ class HopperBackend(TritonBackend):
         return super().dense_launcher(query, kv, call, members)
 
     def attend_window(
-        self, query: Tensor, kv: DenseKV, near: NearKeys, tables: WindowTables, call: AttentionCall
+        self,
+        query: Tensor,
+        kv: DenseKV,
+        local: LocalKeys,
+        tables: WindowTables,
+        call: AttentionCall,
     ) -> Tensor:
-        """Far and near keys in one launch."""
+        """Far and local keys in one launch."""
         member = call.membership
         if (
             call.softcap is None
@@ -168,18 +178,18 @@ class HopperBackend(TritonBackend):
             and tables.sinks <= launch_hopper.SINKS
             and query.shape[2] >= launch_hopper.LEAST_QUERIES
         ):
-            check(query, kv.key, kv.value, *near)
+            check(query, kv.key, kv.value, *local)
             members = launch_hopper.window_members(query, kv.value, member)
             far = None
             if tables.far is not None and member.far is not None:
                 far = DenseKV(kv.key[:, :, tables.far], kv.value[:, :, tables.far])
-            if launch_hopper.fits(query, *near, members) and (
+            if launch_hopper.fits(query, *local, members) and (
                 far is None or launch_hopper.fits(query, far.key, far.value, members)
             ):
                 logger.debug("Hopper prefill kernel with a window: %d members a program", members)
                 head_tiles = head_tiles_of(member, members)
-                return launch_hopper.prefill_window(query, far, near, tables, call, head_tiles)
-        return super().attend_window(query, kv, near, tables, call)
+                return launch_hopper.prefill_window(query, far, local, tables, call, head_tiles)
+        return super().attend_window(query, kv, local, tables, call)
 
     def packed_launcher(
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, members: int

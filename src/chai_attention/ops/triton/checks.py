@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.errors import AttentionInputError
-from chai_attention.ops.narrow import FLOAT8
+from chai_attention.ops.fp8 import FLOAT8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -21,9 +21,9 @@ def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
     Raises:
         AttentionInputError: a dtype or head size without a kernel, or strided head dimensions.
     """
-    is_narrow = {tensor.dtype for tensor in pages} == {FLOAT8}
+    is_fp8 = {tensor.dtype for tensor in pages} == {FLOAT8}
     every = tensors + pages
-    alike = tensors if is_narrow else every
+    alike = tensors if is_fp8 else every
     if len({tensor.dtype for tensor in alike}) > 1 or alike[0].dtype not in DTYPES:
         names = ", ".join(str(tensor.dtype) for tensor in alike)
         raise AttentionInputError(

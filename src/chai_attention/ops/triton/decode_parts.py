@@ -14,28 +14,28 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2
-from chai_attention.ops.triton.near_decode import _sink_stop, near_part
+from chai_attention.ops.triton.local_decode import _sink_stop, local_part
 
 
 @triton.jit(
     do_not_specialize=[
-        "size", "near_programs", "chunks", "streaming", "splits", "recent", "ring_size",
-        "ring_shift", "kept", "kept_values", "stride_table", "stride_near_table",
+        "size", "local_programs", "chunks", "streaming", "splits", "recent", "ring_size",
+        "ring_shift", "kept", "kept_values", "stride_table", "stride_local_table",
     ]
 )  # fmt: skip
 def _parts(
     q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr,
     query_ptr, key_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
-    ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, near_table_ptr, key_place_ptr,
-    scale, softcap, size, near_programs, chunks, streaming, splits, recent, ring_size, ring_shift,
+    ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, local_table_ptr, key_place_ptr,
+    scale, softcap, size, local_programs, chunks, streaming, splits, recent, ring_size, ring_shift,
     kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks,
-    stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t, stride_near_table,
+    stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t, stride_local_table,
     stride_rb, stride_rh, stride_rs, stride_vrb, stride_vrh, stride_vrs,
     stride_fb, stride_fh, stride_fs, stride_vfb, stride_vfh, stride_vfs, stride_sinks,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
-    NEAR: tl.constexpr, STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    LOCAL: tl.constexpr, STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr,
     SINKS: tl.constexpr, SINKS_P: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
@@ -43,7 +43,7 @@ def _parts(
 ):  # fmt: skip
     """One chunk of members, one split of the far keys: partial sums, their maximum and weight.
 
-    Or, in the first programs if there is a window (``NEAR`` keys of a step), one member's nearest
+    Or, in the first programs if there is a window (``LOCAL`` keys of a step), one member's nearest
     keys. Sums are kept for ``LINES`` keys at a time, which are those of different warps, and joined
     in the end. ``PAGE`` is 0 for contiguous caches. Pages are found by ``table_ptr``, and
     ``stride_kb`` and ``stride_vb`` are then those of a page.
@@ -51,24 +51,24 @@ def _parts(
     program = tl.program_id(0)
     sums = splits
     sets = splits  # of sums of V for all members
-    if NEAR > 0:
+    if LOCAL > 0:
         sums += M
         sets += 1
-        if program < near_programs:
-            near_part(
+        if program < local_programs:
+            local_part(
                 program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, value_ptr,
                 head_ptr, acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr,
-                near_table_ptr, key_place_ptr, scale, softcap, size, chunks, splits, recent,
+                local_table_ptr, key_place_ptr, scale, softcap, size, chunks, splits, recent,
                 ring_size, ring_shift, kept, kept_values,
                 stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-                stride_vs, stride_mb, stride_table, stride_t, stride_near_table, stride_rb,
+                stride_vs, stride_mb, stride_table, stride_t, stride_local_table, stride_rb,
                 stride_rh, stride_rs, stride_vrb, stride_vrh, stride_vrs, stride_fb, stride_fh,
                 stride_fs, stride_vfb, stride_vfh, stride_vfs, stride_sinks,
-                D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, NEAR, STEPS, NEAR_PAGE, SINKS, HAS_ROWS,
+                D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, LOCAL, STEPS, LOCAL_PAGE, SINKS, HAS_ROWS,
                 HAS_LENGTH, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
             )  # fmt: skip
             return
-        program -= near_programs
+        program -= local_programs
     # the first chunks are of streaming heads
     chunk, program = program % (chunks - streaming) + streaming, program // (chunks - streaming)
     split, row = program % splits, (program // splits).to(tl.int64)
@@ -78,9 +78,9 @@ def _parts(
         return
     length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
     begin = 0
-    if NEAR > 0:
+    if LOCAL > 0:
         length -= recent
-        if NEAR_PAGE > 0:
+        if LOCAL_PAGE > 0:
             begin = SINKS
         elif SINKS > 0:
             begin = _sink_stop(sink_ptr, row, stride_sinks, SINKS, SINKS_P)
@@ -132,7 +132,7 @@ def _parts(
         )
         s = tl.sum(k.to(tl.float32) * q[None, :], axis=1)
         s = _scores_base2(s, softcap, HAS_SOFTCAP)
-        if NEAR > 0 and SINKS > 0 and PAGE > 0:
+        if LOCAL > 0 and SINKS > 0 and PAGE > 0:
             seen = seen & (n >= begin)
         if HAS_VALID:
             seen = seen & (tl.load(valid_ptr + row * stride_mb + n, mask=seen, other=0) != 0)
@@ -158,7 +158,7 @@ def _merge(
     acc_ptr, sum_ptr, slot_ptr, head_ptr, rows_ptr, out_ptr, lse_ptr, offset_ptr,
     chunks, streaming, splits, clusters, stride_ob, stride_oh, stride_t, stride_offset,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_NEAR: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_LOCAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr, HAS_LSE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one chunk's member, and its nearest keys, and write its output.
@@ -180,7 +180,7 @@ def _merge(
     part = row * chunks + chunk
     sums = part * splits
     sets = part * splits
-    if HAS_NEAR:
+    if HAS_LOCAL:
         sums += part * M
         sets += part
     best = tl.load(sum_ptr + (sums + split) * 2, mask=there, other=float("-inf"))
@@ -188,11 +188,11 @@ def _merge(
     if HAS_OFFSET:
         best += tl.load(offset_ptr + row * stride_offset + head) * LOG2_E
     top = tl.max(best, axis=0)
-    if HAS_NEAR:
-        near_best = tl.load(sum_ptr + (sums + splits + lane) * 2)
-        near_weight = tl.load(sum_ptr + (sums + splits + lane) * 2 + 1)
-        near_out = tl.load(acc_ptr + ((sets + splits) * M + lane) * DVP + dv)
-        top = tl.maximum(top, near_best)
+    if HAS_LOCAL:
+        local_best = tl.load(sum_ptr + (sums + splits + lane) * 2)
+        local_weight = tl.load(sum_ptr + (sums + splits + lane) * 2 + 1)
+        local_out = tl.load(acc_ptr + ((sets + splits) * M + lane) * DVP + dv)
+        top = tl.maximum(top, local_best)
     base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen at all: zeros, not NaN
     factor = tl.exp2(best - base)
     total = tl.sum(weight * factor, axis=0)
@@ -201,10 +201,10 @@ def _merge(
         mask=there[:, None] & (factor[:, None] > 0), other=0.0,
     )  # fmt: skip
     out = tl.sum(acc * factor[:, None], axis=0)
-    if HAS_NEAR:
-        share = tl.exp2(near_best - base)
-        total += near_weight * share
-        out += near_out * share
+    if HAS_LOCAL:
+        share = tl.exp2(local_best - base)
+        total += local_weight * share
+        out += local_out * share
     out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
     target = out_ptr + row * stride_ob + head * stride_oh + dv
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dv < DV)

@@ -35,7 +35,7 @@ class HeadTiles:
         value: ``[B, N, M]`` int32, the place in the V cache of each of them; behind those of the
             cache for V heads that it does not hold (`Membership.value_slot`).
         exact: whether some row has work for all N head tiles, and not just the worst row there is.
-        streaming: how many head tiles, the first ones, see near keys only.
+        streaming: how many head tiles, the first ones, see local keys only.
     """
 
     slot: Tensor

@@ -1,4 +1,4 @@
-"""Near keys out of pages on Hopper GPUs: what happens to a tile once its far keys are done.
+"""Local keys out of pages on Hopper GPUs: what happens to a tile once its far keys are done.
 
 The online softmax of the far keys, whose scores are the representative's, goes on for every member
 with its own Q and K over the sinks and the band of its last keys. The second half's band begins
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from chai_attention.ops.triton.hopper_fetch import barrier
-from chai_attention.ops.triton.hopper_near import SINKS_MOST, leave, release
+from chai_attention.ops.triton.hopper_local import SINKS_MOST, leave, release
 from chai_attention.ops.triton.hopper_pages import BOX
 
 NEVER = gl.constexpr(1 << 29)  # keys, more than there are
@@ -80,7 +80,7 @@ def attend_band(
     ROWS: gl.constexpr, BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     SINKS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One member's near keys: sums, maximum and weight, and the number of stages used so far.
+    """One member's local keys: sums, maximum and weight, and the number of stages used so far.
 
     ``position`` are the queries' positions, ``first`` that of the first key that the tile's first
     query sees, which may be negative; ``begin`` and ``blocks`` are those of `band_of`. What stands

@@ -123,9 +123,9 @@ def _attend(
         weight = weight * old[None, :] + p
         # what rounding takes off a weight goes to the column beside it: products with 16 bits add
         # up to those with about 16 digits
-        near = p.to(DTYPE)
-        rest = (p - near.to(gl.float32)).to(DTYPE)
-        p_all.store(gl.where(even, near, rest))
+        local = p.to(DTYPE)
+        rest = (p - local.to(gl.float32)).to(DTYPE)
+        p_all.store(gl.where(even, local, rest))
         fence_async_shared()
         barrier()
         mbarrier.arrive(k_free, count=1)
@@ -184,12 +184,12 @@ def parts(
     acc_ptr, sum_ptr, scale, softcap, chunks, streaming, splits, recent, stride_qb, stride_qk,
     stride_table, stride_t,
     D: gl.constexpr, M: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
-    SINKS: gl.constexpr, HAS_ROWS: gl.constexpr, HAS_NEAR: gl.constexpr,
+    SINKS: gl.constexpr, HAS_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One chunk of members, one split of the far keys, as `decode_parts._parts` without a window.
 
-    ``HAS_NEAR``: the last ``recent`` keys and the first ``SINKS`` are not far, and the sums have
+    ``HAS_LOCAL``: the last ``recent`` keys and the first ``SINKS`` are not far, and the sums have
     room for the members' nearest keys.
     """
     # what comes next may take the processors as soon as no program of this kernel waits for one;
@@ -215,7 +215,7 @@ def parts(
         begin = 0
         sets = splits
         lists = splits
-        if HAS_NEAR:
+        if HAS_LOCAL:
             length -= recent
             begin = SINKS
             sets += 1

@@ -1,8 +1,8 @@
-"""Prefill with an exact window over pages for Hopper GPUs, in one launch: far keys, then near ones.
+"""Prefill with an exact window over pages, for Hopper GPUs: far keys, then local ones, in a launch.
 
 As `hopper_window`, but for packed sequences behind their context: far keys stand in far pages,
-among them those that are near, and near keys in far or near pages (`hopper_pages`). Near keys of a
-block are multiplied together with those of the block before (`hopper_band`).
+among them those that are local, and local keys in far or local pages (`hopper_pages`). Local keys
+of a block are multiplied together with those of the block before (`hopper_band`).
 """
 
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from chai_attention.ops.triton.hopper import LOG2_E, _lines, _softmax, _step
 from chai_attention.ops.triton.hopper_band import attend_band, blank
 from chai_attention.ops.triton.hopper_fetch import reinterpret, told
-from chai_attention.ops.triton.hopper_near import halves, leave, release
+from chai_attention.ops.triton.hopper_local import halves, leave, release
 from chai_attention.ops.triton.hopper_pages import BOX, COLUMNS, FIELDS, block_at, fetch_pages
 
 
@@ -96,14 +96,14 @@ def _far(
 
 
 @gluon.jit
-def _near(
+def _local(
     HALF: gl.constexpr, q_bufs, k_all, v_one, q_full, q_free, full, free, out_ptr,
-    part, best, weight, done, asked, head, offset, first, begin, queries, length, near,
-    near_blocks, recent, factor, stride_os, stride_oh,
+    part, best, weight, done, asked, head, offset, first, begin, queries, length, local,
+    local_blocks, recent, factor, stride_os, stride_oh,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, HAS_OFFSET: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Go on with one member's near keys, and write its outputs; the number of stages so far."""
+    """Go on with one member's local keys, and write its outputs; the number of stages so far."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     one: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     lines: gl.constexpr = _lines(D)
@@ -118,7 +118,7 @@ def _near(
     mbarrier.wait(q_full.index(place), (asked // 2) & 1)
     part, best, weight, done = attend_band(
         HALF, q, k_all, v_one, full, free, part, best, weight, done, position,
-        start - recent + 1, near, near_blocks, recent, length, factor,
+        start - recent + 1, local, local_blocks, recent, length, factor,
         ROWS, BLOCK, M, STAGES, SINKS, DTYPE,
     )  # fmt: skip
     release(q_free.index(place))
@@ -189,8 +189,8 @@ def _attend(
         begin = told(item_buf, 4)
         queries = told(item_buf, 5)
         length = told(item_buf, 6)
-        near = told(item_buf, 7)
-        near_blocks = told(item_buf, 8)
+        local = told(item_buf, 7)
+        local_blocks = told(item_buf, 8)
         head = told(item_buf, 9)
         next_head = told(item_buf, 10)
         offset = told(item_buf, 11).to(gl.float32, bitcast=True)
@@ -198,10 +198,10 @@ def _attend(
         release(item_free)
         # one piece of code for all members: the kernel is longer than what a processor holds
         for _ in range(0, lanes):
-            done = _near(
+            done = _local(
                 HALF, q_bufs, k_all, v_one, q_full, q_free, full, free, out_ptr,
                 part, best, weight, done, asked, head, offset, first, begin, queries, length,
-                near, near_blocks, recent, factor, stride_os, stride_oh,
+                local, local_blocks, recent, factor, stride_os, stride_oh,
                 ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE,
             )  # fmt: skip
             asked += 1
@@ -214,28 +214,28 @@ def _attend(
 @gluon.jit(
     do_not_specialize=[
         "recent", "chunks", "streaming", "batch", "kept_keys", "kept_values", "stride_table",
-        "stride_near",
+        "stride_local",
     ],
     do_not_specialize_on_alignment=[
-        "start_ptr", "length_ptr", "table_ptr", "near_table_ptr", "rows_ptr", "offset_ptr",
+        "start_ptr", "length_ptr", "table_ptr", "local_table_ptr", "rows_ptr", "offset_ptr",
     ],
 )  # fmt: skip
 def prefill_paged_window(
-    q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles,
-    work_ptr, start_ptr, length_ptr, table_ptr, near_table_ptr, rows_ptr, slot_ptr, query_ptr,
+    q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
+    work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, rows_ptr, slot_ptr, query_ptr,
     key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr, offset_ptr, out_ptr,
     scale, recent, chunks, streaming, batch, kept_keys, kept_values,
-    stride_t, stride_table, stride_near, stride_os, stride_oh, stride_offset,
+    stride_t, stride_table, stride_local, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, GROUPS: gl.constexpr,
-    PAGE: gl.constexpr, NEAR_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
     HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 2 * ROWS queries and one chunk of M members each, from `hopper_work.plan`'s list.
 
     ``k_tiles`` and ``v_tiles`` are far pages of PAGE tokens in large boxes, ``box_*`` the same in
-    boxes of 16 tokens, ``near_*`` near pages of NEAR_PAGE in such; ``SHARED`` query heads have one
-    of ``GROUPS`` K/V heads.
+    boxes of 16 tokens, ``local_*`` local pages of LOCAL_PAGE in such; ``SHARED`` query heads have
+    one of ``GROUPS`` K/V heads.
     """
     DTYPE: gl.constexpr = q_tiles.dtype
     q_shape: gl.constexpr = [4] + q_tiles.block_type.shape  # noqa: RUF005
@@ -251,9 +251,9 @@ def prefill_paged_window(
     v_all = reinterpret(v_bufs, DTYPE, [STAGES, BLOCK, M * D], flat)
     v_one = reinterpret(v_bufs, DTYPE, [STAGES * M, BLOCK, D], flat)
     boxes: gl.constexpr = STAGES * BLOCK * D // (BOX * COLUMNS)
-    box: gl.constexpr = near_k_tiles.layout
-    k_near = reinterpret(k_bufs, DTYPE, [boxes, 1, 1, BOX, COLUMNS], box)
-    v_near = reinterpret(v_bufs, DTYPE, [boxes * M, 1, 1, BOX, COLUMNS], box)
+    box: gl.constexpr = local_k_tiles.layout
+    k_local = reinterpret(k_bufs, DTYPE, [boxes, 1, 1, BOX, COLUMNS], box)
+    v_local = reinterpret(v_bufs, DTYPE, [boxes * M, 1, 1, BOX, COLUMNS], box)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     item_buf = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], shared)
@@ -292,12 +292,13 @@ def prefill_paged_window(
             full, free, turns, out_ptr, factor, recent, stride_os, stride_oh,
             ROWS, BLOCK, D, M, STAGES, SINKS, HAS_OFFSET, DTYPE)),
         (fetch_pages, (
-            q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles,
-            q_bufs, k_bufs, v_bufs, k_near, v_near, item_buf, item_full, item_free, q_full, q_free,
-            full, free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, near_table_ptr,
+            q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
+            q_bufs, k_bufs, v_bufs, k_local, v_local, item_buf, item_full, item_free, q_full,
+            q_free,
+            full, free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr,
             rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
             value_place_ptr, offset_ptr, items, streaming, chunks, recent, kept_keys, kept_values,
-            batch, stride_t, stride_table, stride_near, stride_offset,
-            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, GROUPS, PAGE, NEAR_PAGE, HAS_ROWS,
+            batch, stride_t, stride_table, stride_local, stride_offset,
+            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, GROUPS, PAGE, LOCAL_PAGE, HAS_ROWS,
             HAS_OFFSET)),
     ], [4, 1], [240, 24])  # fmt: skip

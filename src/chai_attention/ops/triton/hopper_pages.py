@@ -1,7 +1,7 @@
-"""What the Hopper kernel over pages with an exact window fetches: far keys, then near ones.
+"""What the Hopper kernel over pages with an exact window fetches: far keys, then local ones.
 
-Near K and V of a head stand in far pages where the cache keeps them, else in near pages. They come
-in boxes of 16 tokens, of which all pages are made.
+Local K and V of a head stand in far pages where the cache keeps them, else in local pages. They
+come in boxes of 16 tokens, of which all pages are made.
 """
 
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
@@ -20,8 +20,8 @@ from chai_attention.ops.triton.hopper_work import packed_work
 
 BOX = gl.constexpr(16)  # tokens
 COLUMNS = gl.constexpr(64)  # of a head: as wide as the swizzle
-# of an item: is there one, first query, far blocks, members, first token, queries, keys, first near
-# key, near blocks, members' heads and offsets; the place of the representative's Q, two times
+# of an item: is there one, first query, far blocks, members, first token, queries, keys, first
+# local key, local blocks, members' heads and offsets; the place of the representative's Q, twice
 FIELDS = gl.constexpr(15)
 
 
@@ -39,7 +39,7 @@ def block_at(i, blocks, LOW: gl.constexpr):
 
 @gluon.jit
 def band_of(past, first, queries, recent, TILE: gl.constexpr, BLOCK: gl.constexpr):
-    """Where the keys begin that a tile's queries see near, in whole boxes, and how many blocks."""
+    """Where the keys begin that a tile's queries see local, in whole boxes, and how many blocks."""
     begin = gl.maximum(past + first - recent + 1, 0) // BOX * BOX
     stop = past + gl.minimum(queries, first + TILE)
     return begin, gl.maximum(stop - begin + BLOCK - 1, 0) // BLOCK
@@ -58,7 +58,7 @@ def _pages(table, at, last, page):
 
 @gluon.jit
 def _fetch_box(
-    far, near, away, head, line, at, bar, bufs, stage, box: gl.constexpr,
+    far, local, away, head, line, at, bar, bufs, stage, box: gl.constexpr,
     D: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
     """Bring one box of a head's K or V to its place in the first of a stage's ``EACH`` parts."""
@@ -66,15 +66,15 @@ def _fetch_box(
         place = (stage * EACH * (D // COLUMNS) + c) * 4 + box
         where = [line, head, at, c * COLUMNS]
         _fetch_tile(far, where, bar, bufs.index(place), pred=away == 0)
-        _fetch_tile(near, where, bar, bufs.index(place), pred=away != 0)
+        _fetch_tile(local, where, bar, bufs.index(place), pred=away != 0)
 
 
 @gluon.jit
-def _fetch_near(
-    far_k, far_v, near_k, near_v, k_parts, v_parts, full, free, done, key_place, value_place,
-    kept_keys, kept_values, table, near_table, begin, blocks, size,
+def _fetch_local(
+    far_k, far_v, local_k, local_v, k_parts, v_parts, full, free, done, key_place, value_place,
+    kept_keys, kept_values, table, local_table, begin, blocks, size,
     BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    SINKS: gl.constexpr, PAGE: gl.constexpr, NEAR_PAGE: gl.constexpr,
+    SINKS: gl.constexpr, PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr,
 ):  # fmt: skip
     """Bring the blocks that `hopper_band.attend_band` takes: the sinks', then the band's."""
     BYTES: gl.constexpr = 2 * BLOCK * D * 2
@@ -82,10 +82,10 @@ def _fetch_near(
     v_away = (value_place >= kept_values).to(gl.int32)
     k_head = key_place - k_away * kept_keys
     v_head = value_place - v_away * kept_values
-    k_page = gl.where(k_away != 0, NEAR_PAGE, PAGE)
-    v_page = gl.where(v_away != 0, NEAR_PAGE, PAGE)
-    k_table = gl.where(k_away != 0, near_table, table)
-    v_table = gl.where(v_away != 0, near_table, table)
+    k_page = gl.where(k_away != 0, LOCAL_PAGE, PAGE)
+    v_page = gl.where(v_away != 0, LOCAL_PAGE, PAGE)
+    k_table = gl.where(k_away != 0, local_table, table)
+    v_table = gl.where(v_away != 0, local_table, table)
     last = gl.maximum(size - 1, 0)
     for n in range(0, blocks + (1 if SINKS > 0 else 0)):
         at = begin + n * BLOCK
@@ -113,9 +113,9 @@ def _fetch_near(
                 k_line = k3
                 v_line = v3
             token = at + box * BOX
-            _fetch_box(far_k, near_k, k_away, k_head, k_line, token % k_page, bar, k_parts, stage,
+            _fetch_box(far_k, local_k, k_away, k_head, k_line, token % k_page, bar, k_parts, stage,
                        box, D, 1)  # fmt: skip
-            _fetch_box(far_v, near_v, v_away, v_head, v_line, token % v_page, bar, v_parts, stage,
+            _fetch_box(far_v, local_v, v_away, v_head, v_line, token % v_page, bar, v_parts, stage,
                        box, D, M)  # fmt: skip
         done += 1
     return done
@@ -123,16 +123,16 @@ def _fetch_near(
 
 @gluon.jit
 def fetch_pages(
-    q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles,
-    q_bufs, k_bufs, v_bufs, k_near, v_near,
+    q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
+    q_bufs, k_bufs, v_bufs, k_local, v_local,
     item_buf, item_full, item_free, q_full, q_free, full, free,
-    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, near_table_ptr, rows_ptr,
+    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, rows_ptr,
     slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr, offset_ptr,
     items, streaming, chunks, recent, kept_keys, kept_values, batch, stride_t, stride_table,
-    stride_near, stride_offset,
+    stride_local, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, GROUPS: gl.constexpr,
-    PAGE: gl.constexpr, NEAR_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
     HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
@@ -152,7 +152,7 @@ def fetch_pages(
         stop = gl.minimum(size, size - queries + first + 2 * ROWS)
         blocks = gl.where(stop > SINKS, (stop + BLOCK - 1) // BLOCK, 0)
         blocks = gl.where(gl.load(slot_ptr + pair) < 0, 0, blocks)
-        near, near_blocks = band_of(length - queries, first, queries, recent, 2 * ROWS, BLOCK)
+        local, local_blocks = band_of(length - queries, first, queries, recent, 2 * ROWS, BLOCK)
         head = gl.load(head_ptr + pair * M)
         next_head = gl.load(head_ptr + pair * M + M - 1)
         lanes = 1
@@ -172,8 +172,8 @@ def fetch_pages(
         tell(item_buf, 4, begin)
         tell(item_buf, 5, queries)
         tell(item_buf, 6, length)
-        tell(item_buf, 7, near)
-        tell(item_buf, 8, near_blocks)
+        tell(item_buf, 7, local)
+        tell(item_buf, 8, local_blocks)
         tell(item_buf, 9, head)
         tell(item_buf, 10, next_head)
         tell(item_buf, 11, offset)
@@ -218,13 +218,13 @@ def fetch_pages(
             _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, 0, head, begin + first, ROWS)
             asked += 1
             place = pair // chunks * GROUPS + head // SHARED
-            done = _fetch_near(
-                box_k_tiles, box_v_tiles, near_k_tiles, near_v_tiles, k_near, v_near, full,
+            done = _fetch_local(
+                box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles, k_local, v_local, full,
                 free, done, gl.load(key_place_ptr + place).to(gl.int32),
                 gl.load(value_place_ptr + place).to(gl.int32), kept_keys, kept_values,
                 table_ptr + row.to(gl.int64) * stride_table,
-                near_table_ptr + row.to(gl.int64) * stride_near, near, near_blocks, length,
-                BLOCK, D, M, STAGES, SINKS, PAGE, NEAR_PAGE,
+                local_table_ptr + row.to(gl.int64) * stride_local, local, local_blocks, length,
+                BLOCK, D, M, STAGES, SINKS, PAGE, LOCAL_PAGE,
             )  # fmt: skip
             head = next_head
         item = gl.atomic_add(next_ptr, 1)

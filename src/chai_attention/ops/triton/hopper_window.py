@@ -1,6 +1,6 @@
-"""Prefill with an exact window for Hopper GPUs, in one launch: far keys, then near ones.
+"""Prefill with an exact window for Hopper GPUs, in one launch: far keys, then local ones.
 
-The far part is that of `hopper`; `hopper_near` goes on with it for every member. Head tiles of
+The far part is that of `hopper`; `hopper_local` goes on with it for every member. Head tiles of
 streaming heads have no far part. Sequences are of equal length, or packed prompts without context.
 """
 
@@ -27,10 +27,10 @@ from chai_attention.ops.triton.hopper_fetch import (
     tell,
     told,
 )
-from chai_attention.ops.triton.hopper_near import (
-    attend_near,
+from chai_attention.ops.triton.hopper_local import (
+    attend_local,
     blank,
-    fetch_near,
+    fetch_local,
     halves,
     leave,
     release,
@@ -108,15 +108,15 @@ def _far(
 
 
 @gluon.jit
-def _near(
+def _local(
     HALF: gl.constexpr, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
-    part, best, weight, done, asked, row, head, first, begin, queries, past, recent, near, factor,
+    part, best, weight, done, asked, row, head, first, begin, queries, past, recent, local, factor,
     stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, RAGGED: gl.constexpr, HAS_OFFSET: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Go on with one member's near keys, and write its outputs; the number of stages so far."""
+    """Go on with one member's local keys, and write its outputs; the number of stages so far."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     one: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     lines: gl.constexpr = _lines(D)
@@ -128,9 +128,9 @@ def _near(
     place = asked % 2
     q = q_bufs.index(place * 2 + HALF).reshape([ROWS, D])
     mbarrier.wait(q_full.index(place), (asked // 2) & 1)
-    part, best, weight, done = attend_near(
+    part, best, weight, done = attend_local(
         HALF, q, k_all, v_one, full, free, part, best, weight, done, position,
-        past + first - HALF * ROWS, recent, near, past + queries, factor,
+        past + first - HALF * ROWS, recent, local, past + queries, factor,
         ROWS, BLOCK, M, STAGES, SINKS, RAGGED, DTYPE,
     )  # fmt: skip
     release(q_free.index(place))
@@ -148,7 +148,7 @@ def _near(
 @gluon.jit
 def _attend(
     HALF: gl.constexpr, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
-    full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent, near,
+    full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent, local,
     stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, RAGGED: gl.constexpr, HAS_OFFSET: gl.constexpr,
@@ -187,10 +187,10 @@ def _attend(
                 RAGGED, DTYPE,
             )  # fmt: skip
             asked += 1
-            done = _near(
+            done = _local(
                 HALF, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
                 alone, top, share, done, asked, row, gl.load(head_ptr + pair * M),
-                first, begin, queries, past, recent, near, factor,
+                first, begin, queries, past, recent, local, factor,
                 stride_ob, stride_os, stride_oh, stride_offset,
                 ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE,
             )  # fmt: skip
@@ -212,10 +212,10 @@ def _attend(
                     asked += 1
             # one piece of code for both members: the kernel is longer than what a processor holds
             for member in range(0, lanes):
-                done = _near(
+                done = _local(
                     HALF, q_bufs, k_all, v_one, q_full, q_free, full, free, offset_ptr, out_ptr,
                     part, best, weight, done, asked, row, gl.load(head_ptr + pair * M + member),
-                    first, begin, queries, past, recent, near, factor,
+                    first, begin, queries, past, recent, local, factor,
                     stride_ob, stride_os, stride_oh, stride_offset,
                     ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE,
                 )  # fmt: skip
@@ -226,10 +226,10 @@ def _attend(
 
 @gluon.jit
 def _fetch(
-    q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs, k_one, v_one,
+    q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, q_bufs, k_bufs, v_bufs, k_one, v_one,
     item_buf, item_full, item_free, q_full, q_free, full, free,
     next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
-    items, pairs, tiles, group, streaming, chunks, queries, size, past, recent, near, shift,
+    items, pairs, tiles, group, streaming, chunks, queries, size, past, recent, local, shift,
     batch, stride_t,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
@@ -310,9 +310,9 @@ def _fetch(
             head = gl.load(head_ptr + pair * M + member)
             _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, line, head, begin + first, ROWS)
             asked += 1
-            done = fetch_near(
-                near_k_tiles, near_v_tiles, k_one, v_one, full, free, done, line,
-                head // SHARED, past + first - recent + 1 + shift, begin, near,
+            done = fetch_local(
+                local_k_tiles, local_v_tiles, k_one, v_one, full, free, done, line,
+                head // SHARED, past + first - recent + 1 + shift, begin, local,
                 BLOCK, D, M, STAGES, SINKS,
             )  # fmt: skip
         item = gl.atomic_add(next_ptr, 1)
@@ -339,15 +339,15 @@ def _fetch_queries(
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "size", "past", "recent", "near", "shift", "chunks", "streaming", "tiles",
+        "queries", "size", "past", "recent", "local", "shift", "chunks", "streaming", "tiles",
         "group", "batch",
     ],
     do_not_specialize_on_alignment=["start_ptr", "rows_ptr", "offset_ptr"],
 )  # fmt: skip
 def prefill_window(
-    q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, next_ptr, work_ptr, count_ptr,
+    q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, next_ptr, work_ptr, count_ptr,
     start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
-    scale, queries, size, past, recent, near, shift, chunks, streaming, tiles, group, batch,
+    scale, queries, size, past, recent, local, shift, chunks, streaming, tiles, group, batch,
     stride_t, stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
@@ -355,7 +355,7 @@ def prefill_window(
 ):  # fmt: skip
     """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
 
-    ``size`` far keys, ``past`` tokens before the queries, ``near`` blocks of a band, of which
+    ``size`` far keys, ``past`` tokens before the queries, ``local`` blocks of a band, of which
     position p stands at p + ``shift``; ``SHARED`` query heads have one K/V head. RAGGED: prompts
     without context are packed, and the list is `hopper_work.plan`'s.
     """
@@ -407,18 +407,18 @@ def prefill_window(
         (_attend, (
             0, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
             full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent,
-            near, stride_ob, stride_os, stride_oh, stride_offset,
+            local, stride_ob, stride_os, stride_oh, stride_offset,
             ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE)),
         (_attend, (
             1, q_bufs, k_all, v_all, v_one, item_buf, item_full, item_free, q_full, q_free,
             full, free, turns, head_ptr, offset_ptr, out_ptr, factor, size, past, recent,
-            near, stride_ob, stride_os, stride_oh, stride_offset,
+            local, stride_ob, stride_os, stride_oh, stride_offset,
             ROWS, BLOCK, D, M, STAGES, SINKS, RAGGED, HAS_OFFSET, DTYPE)),
         (_fetch, (
-            q_tiles, k_tiles, v_tiles, near_k_tiles, near_v_tiles, q_bufs, k_bufs, v_bufs,
+            q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, q_bufs, k_bufs, v_bufs,
             k_bufs, v_bufs, item_buf, item_full, item_free, q_full, q_free, full, free,
             next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr,
             value_ptr, items, pairs, tiles, group, streaming, chunks, queries, size, past, recent,
-            near, shift, batch, stride_t,
+            local, shift, batch, stride_t,
             ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_ROWS)),
     ], [4, 1], [240, 24])  # fmt: skip

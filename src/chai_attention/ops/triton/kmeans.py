@@ -132,8 +132,8 @@ def _kmeans(
     same = label[:, None] == label[None, :]
     to_centre = tl.sum(tl.where(same, gram, 0.0), axis=1) / tl.sum(same.to(tl.float32), axis=1)
     cost = tl.where(same, (norm - 2 * to_centre)[None, :], float("inf"))
-    near = cost <= tl.min(cost, axis=1)[:, None] + tie
-    rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
+    local = cost <= tl.min(cost, axis=1)[:, None] + tie
+    rep = tl.min(tl.where(local, head[None, :], HP), axis=1)
     if TABLES:
         write_tables(
             rep, long_ptr, first_ptr, second_ptr, row, batch, head, heads, clusters, kept,

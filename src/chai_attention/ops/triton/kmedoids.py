@@ -160,8 +160,8 @@ def _kmedoids(
     mine = (head // UNIT)[:, None] == unit[None, :]
     allowed = tl.sum((mine & chosen[None, :]).to(tl.int32), axis=1) > 0
     cost = tl.where(allowed[None, :], cost, float("inf"))
-    near = cost <= tl.min(cost, axis=1)[:, None] + tie
-    rep = tl.min(tl.where(near, head[None, :], HP), axis=1)
+    local = cost <= tl.min(cost, axis=1)[:, None] + tie
+    rep = tl.min(tl.where(local, head[None, :], HP), axis=1)
     rep = tl.where(allowed, head, rep)
     if TABLES:
         write_tables(

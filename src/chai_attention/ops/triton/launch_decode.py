@@ -14,17 +14,17 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PagedKV
-from chai_attention.ops.narrow import FLOAT8
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.fp8 import FLOAT8
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import launch_hopper_decode
 from chai_attention.ops.triton.checks import by_line, check
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
-from chai_attention.ops.triton.near_decode import near_block
-from chai_attention.ops.triton.near_only import decode_near_only, sees_near_only
+from chai_attention.ops.triton.local_decode import local_block
+from chai_attention.ops.triton.local_only import decode_local_only, sees_local_only
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 logger = logging.getLogger("chai_attention")
@@ -61,7 +61,7 @@ def dense_decode(query: Tensor, kv: DenseKV, call: AttentionCall) -> tuple[Tenso
     return out[:, None], None if lse is None else lse[:, :, None]
 
 
-def ring_decode(query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall) -> Tensor:
+def ring_decode(query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall) -> Tensor:
     """`dispatch.decode_recent`."""
     check(query, kv.key, kv.value, *(memory for pair in ring.memories for memory in pair))
     out = _empty(query, kv.value, call)
@@ -71,10 +71,10 @@ def ring_decode(query: Tensor, kv: DenseKV, ring: NearRing, call: AttentionCall)
 
 def paged_decode(query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor) -> Tensor | None:
     """`dispatch.paged_decode`; returns the lse."""
-    near = pages.window
-    own = () if near is None else (near.key, near.value)
+    local = pages.window
+    own = () if local is None else (local.key, local.value)
     check(query, pages=(pages.key, pages.value, *own))
-    return _run(query, pages, near, call, out)
+    return _run(query, pages, local, call, out)
 
 
 def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
@@ -85,15 +85,15 @@ def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
 def _run(
     query: Tensor,
     kv: DenseKV | PagedKV,
-    near: NearRing | NearPages | None,
+    local: RollingBuffer | LocalPages | None,
     call: AttentionCall,
     out: Tensor,
 ) -> Tensor | None:
     """Choose tiles and splits and launch, into ``out [B, H, Dv]``; return the lse ``[B, k]``."""
     member = call.membership
-    if isinstance(kv, PagedKV) and isinstance(near, NearPages) and sees_near_only(member, near):
-        decode_near_only(
-            query, near, out, lengths=kv.seq_lens, scale=call.scale, softcap=call.softcap
+    if isinstance(kv, PagedKV) and isinstance(local, LocalPages) and sees_local_only(member, local):
+        decode_local_only(
+            query, local, out, lengths=kv.seq_lens, scale=call.scale, softcap=call.softcap
         )
         return None
     lse = None
@@ -105,12 +105,12 @@ def _run(
     logger.debug(
         "decode kernel%s%s%s: %d members a program, %d splits",
         ", paged" if isinstance(kv, PagedKV) else "",
-        ", recent window" if near is not None else "",
+        ", recent window" if local is not None else "",
         ", Hopper" if grid.tensor_cores else "",
         head_tiles.members,
         grid.splits,
     )
-    _launch(query, kv, near, call, head_tiles, grid, out, lse)
+    _launch(query, kv, local, call, head_tiles, grid, out, lse)
     return lse
 
 
@@ -167,15 +167,15 @@ def choose_grid(
     used = used if head_tiles.exact else max(member.clusters, cdiv(len(member.far_heads), members))
     programs = batch * max(1, used)
     grouped = member.group_size > 1
-    is_narrow, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
+    is_fp8, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))
     small_pages = table is not None and key.shape[1] % block != 0
-    resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_narrow else RESIDENT
+    resident = RESIDENT_SMALL_PAGES if small_pages else RESIDENT_8_BITS if is_fp8 else RESIDENT
     width = columns * max(2, value.element_size()) // 2
     at_a_time = next(count for least, count in resident.items() if width >= least)
     slots = processors(device)
     tensor_cores = (
-        head_tiles.count > head_tiles.streaming  # else all heads stream: near keys only
+        head_tiles.count > head_tiles.streaming  # else all heads stream: local keys only
         and launch_hopper_decode.fits(query, key, value, table)
         and (members < HOPPER_MEMBERS or programs <= slots // 4)
     )
@@ -201,7 +201,7 @@ def choose_grid(
         stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
         # keys of different warps: with half the bytes to wait for, adding them up in every block
         # would be most of the time; in 16 bits it costs nothing that could be measured
-        lines=max(1, warps * 32 * 16 // columns) if is_narrow else 1,
+        lines=max(1, warps * 32 * 16 // columns) if is_fp8 else 1,
         # else the compiler may take more, and fewer programs run at a time than were planned for
         registers=min(255, REGISTERS // (at_a_time * warps * 32) // 8 * 8),
         merge_columns=max(16, wide // power_of_2(merging)) if merging > 1 else None,
@@ -234,14 +234,14 @@ class _Window(NamedTuple):
     """What `_parts` takes of a recent window, in its order.
 
     Attributes:
-        tensors: ring or near pages of K, sinks of K, the same of V, positions of the sinks, and
-            block table of the near pages; None for what there is not.
-        strides: of row or page, head and token, of both rings or near pages; of the sinks; of
+        tensors: ring or local pages of K, sinks of K, the same of V, positions of the sinks, and
+            block table of the local pages; None for what there is not.
+        strides: of row or page, head and token, of both rings or local pages; of the sinks; of
             their positions.
         sizes: w, R and the ring's shift.
         stride_table: of the block table.
         sinks: s.
-        page: tokens of a near page; 0 for a ring.
+        page: tokens of a local page; 0 for a ring.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -252,18 +252,18 @@ class _Window(NamedTuple):
     page: int
 
 
-def _window_of(near: NearPages | NearRing | None) -> _Window:
-    if near is None:
+def _window_of(local: LocalPages | RollingBuffer | None) -> _Window:
+    if local is None:
         return _Window((None,) * 6, (0,) * 13, (0, 1, 0), 0, 0, 0)
-    if isinstance(near, NearPages):
-        table = by_line(near.block_table)
-        of_pages = (x.stride(axis) for x in (near.key, near.value) for axis in (0, 2, 1))
+    if isinstance(local, LocalPages):
+        table = by_line(local.block_table)
+        of_pages = (x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1))
         return _Window(
-            (near.key, None, near.value, None, None, table), (*of_pages, *(0,) * 7),
-            (near.recent, 1, 0), table.stride(0), near.sinks, near.page,
+            (local.key, None, local.value, None, None, table), (*of_pages, *(0,) * 7),
+            (local.recent, 1, 0), table.stride(0), local.sinks, local.page,
         )  # fmt: skip
-    ring, first, positions = near.ring, near.sinks, by_line(near.sink_positions)
-    value_ring, value_first = near.value_ring, near.value_sinks
+    ring, first, positions = local.ring, local.sinks, by_line(local.sink_positions)
+    value_ring, value_first = local.value_ring, local.value_sinks
     strides = (
         0 if memory is None else memory.stride(axis)
         for memory in (ring, value_ring, first, value_first)
@@ -271,14 +271,14 @@ def _window_of(near: NearPages | NearRing | None) -> _Window:
     )
     return _Window(
         (ring, first, value_ring, value_first, positions, None), (*strides, positions.stride(0)),
-        (near.recent, near.size, near.shift), 0, first.shape[2], 0,
+        (local.recent, local.size, local.shift), 0, first.shape[2], 0,
     )  # fmt: skip
 
 
 def _launch(
     query: Tensor,
     kv: DenseKV | PagedKV,
-    near: NearPages | NearRing | None,
+    local: LocalPages | RollingBuffer | None,
     call: AttentionCall,
     head_tiles: HeadTiles,
     grid: Grid,
@@ -305,11 +305,11 @@ def _launch(
     else:
         page, size, order = 0, key.shape[2], (0, 1, 2)
         lengths, valid = by_line(kv.lengths), by_line(kv.valid)
-    rows, offset, own = by_line(call.membership_ids), by_line(call.offset), near is not None
-    window = _window_of(near)
-    near_keys = 0
+    rows, offset, own = by_line(call.membership_ids), by_line(call.offset), local is not None
+    window = _window_of(local)
+    local_keys = 0
     if own:
-        near_keys = near_block(window.sizes[0] + window.sinks, max(padded(dim), wide), grid.warps)
+        local_keys = local_block(window.sizes[0] + window.sinks, max(padded(dim), wide), grid.warps)
     # a window is one part more, with sums of its own for every member
     parts, device = (batch, head_tiles.count), query.device
     acc = torch.empty(*parts, splits + own, members * wide, dtype=torch.float32, device=device)
@@ -319,13 +319,14 @@ def _launch(
         assert isinstance(kv, PagedKV)
         launch_hopper_decode.launch_parts(query, kv, call, head_tiles, heads, acc, sums)
     else:
-        near_programs = batch * head_tiles.count * members * own
+        local_programs = batch * head_tiles.count * members * own
         far_programs = (head_tiles.count - head_tiles.streaming) * splits * batch
-        _parts[(near_programs + far_programs,)](
+        _parts[(local_programs + far_programs,)](
             query, key, value, lengths, valid, table, rows,
             heads, head_tiles.key, head_tiles.value, head_tiles.head, acc, sums,
             *window.tensors, member.key_place if own else None,
-            call.scale, softcap or 1.0, size, near_programs, head_tiles.count, head_tiles.streaming,
+            call.scale, softcap or 1.0, size, local_programs, head_tiles.count,
+            head_tiles.streaming,
             splits,
             *window.sizes, key.shape[order[1]], value.shape[order[1]],
             query.stride(0), query.stride(1),
@@ -333,13 +334,13 @@ def _launch(
             0 if valid is None else valid.stride(0), 0 if table is None else table.stride(0),
             head_tiles.stride, window.stride_table, *window.strides,
             D=dim, DP=padded(dim), DV=value_dim, DVP=wide, M=members, BLOCK=grid.block, PAGE=page,
-            GROUP=member.group_size, KV_HEADS=kv_heads, NEAR=near_keys,
-            STEPS=cdiv(window.sizes[0] + window.sinks, max(1, near_keys)),
-            NEAR_PAGE=window.page, SINKS=window.sinks,
+            GROUP=member.group_size, KV_HEADS=kv_heads, LOCAL=local_keys,
+            STEPS=cdiv(window.sizes[0] + window.sinks, max(1, local_keys)),
+            LOCAL_PAGE=window.page, SINKS=window.sinks,
             SINKS_P=power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
             HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
             HAS_SOFTCAP=softcap is not None,
-            HAS_VALUE_RING=isinstance(near, NearRing) and near.value_ring is not None,
+            HAS_VALUE_RING=isinstance(local, RollingBuffer) and local.value_ring is not None,
             STAGES=grid.stages, LINES=grid.lines, EARLY=grid.early, num_warps=grid.warps,
             maxnreg=grid.registers,
         )  # fmt: skip
@@ -349,7 +350,7 @@ def _launch(
         head_tiles.count, head_tiles.streaming, splits, member.clusters,
         out.stride(0), out.stride(1), head_tiles.stride, 0 if offset is None else offset.stride(0),
         DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=power_of_2(splits),
-        HAS_ROWS=rows is not None, HAS_NEAR=own, HAS_OFFSET=offset is not None,
+        HAS_ROWS=rows is not None, HAS_LOCAL=own, HAS_OFFSET=offset is not None,
         HAS_LSE=lse is not None, EARLY=grid.early, num_warps=4,
         **({"launch_pdl": True} if grid.early else {}),
     )  # fmt: skip

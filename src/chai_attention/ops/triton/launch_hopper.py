@@ -12,11 +12,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV
-from chai_attention.ops.near import NearKeys
+from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper import prefill_hopper
-from chai_attention.ops.triton.hopper_near import SINKS_MOST
+from chai_attention.ops.triton.hopper_local import SINKS_MOST
 from chai_attention.ops.triton.hopper_paged_window import (
     prefill_paged_window as _prefill_paged_window,
 )
@@ -98,7 +98,7 @@ def window_members(query: Tensor, value: Tensor, member: Membership) -> int:
 def prefill_window(
     query: Tensor,
     far: DenseKV | None,
-    near: NearKeys,
+    local: LocalKeys,
     tables: WindowTables,
     call: AttentionCall,
     head_tiles: HeadTiles,
@@ -108,33 +108,33 @@ def prefill_window(
     Args:
         query: ``[B, H, Q, D]``, all heads.
         far: the far keys alone; None if there are none.
-        near: K and V of the near keys.
+        local: K and V of the local keys.
         tables: of these queries.
         call: how.
         head_tiles: the work, streaming heads' too.
     """
     batch, heads, queries, dim = query.shape
     offset, sinks, recent, past = call.offset, tables.sinks, tables.recent, tables.length - queries
-    shape = (batch, queries, heads, near.value.shape[3])
-    out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
+    shape = (batch, queries, heads, local.value.shape[3])
+    out = torch.empty(shape, dtype=local.value.dtype, device=query.device)
     tiles = cdiv(queries, 2 * ROWS)
     work, count = head_tiles.used
-    band = near.key.shape[2] - sinks
-    # without far keys near ones are described to the kernel, and not read
-    key, value = near if far is None else (far.key, far.value)
+    band = local.key.shape[2] - sinks
+    # without far keys local ones are described to the kernel, and not read
+    key, value = local if far is None else (far.key, far.value)
     box = [1, 1, BLOCK, dim]
     _prefill_window[(min(processors(query.device), tiles * head_tiles.count * batch),)](
         tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box),
-        tiles_of(near.key, box), tiles_of(near.value, box),
+        tiles_of(local.key, box), tiles_of(local.value, box),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None,
         *head_tiles.tables, offset, out,
         call.scale, queries, 0 if far is None else key.shape[2], past, recent,
-        _near_blocks(recent), sinks - (past + queries - band), head_tiles.count,
+        _local_blocks(recent), sinks - (past + queries - band), head_tiles.count,
         head_tiles.streaming, tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=sinks,
-        SHARED=heads // near.key.shape[1], RAGGED=False, HAS_ROWS=False,
+        SHARED=heads // local.key.shape[1], RAGGED=False, HAS_ROWS=False,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
     return out
@@ -162,7 +162,7 @@ def prefill_packed_window(
         tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
         None, plan(head_tiles, starts, rows, 2 * ROWS), None, starts, rows,
         *head_tiles.tables, offset, out,
-        call.scale, 0, 0, 0, kv.recent, _near_blocks(kv.recent), 0, head_tiles.count,
+        call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
         head_tiles.streaming, 0, 0, batch, head_tiles.stride,
         0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=kv.sinks,
@@ -173,12 +173,12 @@ def prefill_packed_window(
 
 def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
     """Whether the kernel takes these."""
-    near = kv.window
-    assert near is not None
-    pages = [x for x in (kv.key, kv.value, near.key, near.value) if x.shape[2]]
+    local = kv.window
+    assert local is not None
+    pages = [x for x in (kv.key, kv.value, local.key, local.value) if x.shape[2]]
     return (
-        near.sinks <= SINKS
-        and kv.key.shape[1] % BOX.value == near.page % BOX.value == 0
+        local.sinks <= SINKS
+        and kv.key.shape[1] % BOX.value == local.page % BOX.value == 0
         and all(fits(query, x, x, members) for x in pages)
     )
 
@@ -190,19 +190,19 @@ def prefill_paged_window(
 
     Args:
         queries: of all heads.
-        kv: far and near pages whose sizes are multiples of 16, with no more than `SINKS` sinks.
+        kv: far and local pages whose sizes are multiples of 16, with no more than `SINKS` sinks.
         call: how.
         head_tiles: the work, streaming heads' too.
         out: any strides but the last.
     """
-    near, member, offset, rows = kv.window, call.membership, call.offset, call.membership_ids
-    assert near is not None
+    local, member, offset, rows = kv.window, call.membership, call.offset, call.membership_ids
+    assert local is not None
     starts, table, query = queries.query_start_loc, kv.block_table, queries.query
     batch, (total, _, dim) = starts.shape[0] - 1, query.shape
-    pages = [x.transpose(1, 2) for x in (kv.key, kv.value, near.key, near.value)]
+    pages = [x.transpose(1, 2) for x in (kv.key, kv.value, local.key, local.value)]
     some = next(x for x in pages if x.shape[1])
     # what has no heads is described to the kernel as something else, and not read
-    far_key, far_value, near_key, near_value = (x if x.shape[1] else some for x in pages)
+    far_key, far_value, local_key, local_value = (x if x.shape[1] else some for x in pages)
     size = box_of(kv.key.shape[1])
     # parts of a block have to be as wide as the swizzle
     box = [1, 1, size, dim if size == BLOCK else COLUMNS.value]
@@ -212,22 +212,23 @@ def prefill_paged_window(
         tiles_of(query.transpose(0, 1)[None], [1, 1, ROWS, dim]),
         tiles_of(far_key, box), tiles_of(far_value, box),
         tiles_of(far_key, little), tiles_of(far_value, little),
-        tiles_of(near_key, little), tiles_of(near_value, little),
+        tiles_of(local_key, little), tiles_of(local_value, little),
         plan(head_tiles, starts, rows, 2 * ROWS), starts, kv.seq_lens, table,
-        near.block_table, rows, *head_tiles.tables,
+        local.block_table, rows, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
-        call.scale, near.recent, head_tiles.count, head_tiles.streaming, batch,
+        call.scale, local.recent, head_tiles.count, head_tiles.streaming, batch,
         member.kept_keys, member.kept_values,
-        head_tiles.stride, table.stride(0), near.block_table.stride(0),
+        head_tiles.stride, table.stride(0), local.block_table.stride(0),
         *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=near.sinks,
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=local.sinks,
         SHARED=member.group_size, GROUPS=member.kv_heads, PAGE=kv.key.shape[1],
-        NEAR_PAGE=near.page, HAS_ROWS=rows is not None, HAS_OFFSET=offset is not None, num_warps=4,
+        LOCAL_PAGE=local.page, HAS_ROWS=rows is not None, HAS_OFFSET=offset is not None,
+        num_warps=4,
     )  # fmt: skip
 
 
-def _near_blocks(recent: int) -> int:
-    """Blocks of keys that a tile sees near; each half leaves one of them out."""
+def _local_blocks(recent: int) -> int:
+    """Blocks of keys that a tile sees local; each half leaves one of them out."""
     return cdiv(ROWS - 1 + recent, BLOCK) + 1
 
 

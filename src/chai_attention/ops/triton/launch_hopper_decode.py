@@ -12,16 +12,16 @@ from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper_decode import BLOCK, parts
 from chai_attention.ops.triton.launch_hopper import tiles_of
-from chai_attention.ops.triton.near_decode import near_block, near_parts
+from chai_attention.ops.triton.local_decode import local_block, local_parts
 from chai_attention.ops.triton.sizes import cdiv
 
 RESIDENT = 2  # programs on a processor: one reads while the other begins or ends
 RING_BYTES = 6 * 16384  # of tiles in a program's shared memory, of which a processor has 227 KiB
 # of a thread on average: two programs leave a third of a processor's registers to what runs beside
-# them, the near keys and the merge
+# them, the local keys and the merge
 REGISTERS = 80
 DIMS = (128,)  # 64 is right too (see the tests), and was not timed
-NEAR_WARPS = 4
+LOCAL_WARPS = 4
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> bool:
@@ -63,40 +63,40 @@ def launch_parts(
         acc: ``[B, head tiles, splits (+ 1 with a window), M * D]`` float32, for sums of V.
         sums: ``[B, head tiles, splits (+ M with a window), 2]`` float32, for maxima and weights.
     """
-    key, value, near, softcap = pages.key, pages.value, pages.window, call.softcap
+    key, value, local, softcap = pages.key, pages.value, pages.window, call.softcap
     batch, _, dim = query.shape
-    members, page, has_near = head_tiles.members, key.shape[1], near is not None
-    splits = acc.shape[2] - has_near
+    members, page, has_local = head_tiles.members, key.shape[1], local is not None
+    splits = acc.shape[2] - has_local
     lengths, table = by_line(pages.seq_lens), by_line(pages.block_table)
     rows = by_line(call.membership_ids)
     parts[(batch * (head_tiles.count - head_tiles.streaming) * splits,)](
         _tiles(key), _tiles(value), query, lengths, table, rows, heads, head_tiles.key,
         head_tiles.value, acc, sums, call.scale, softcap or 1.0, head_tiles.count,
         head_tiles.streaming, splits,
-        0 if near is None else near.recent, query.stride(0), query.stride(1), table.stride(0),
+        0 if local is None else local.recent, query.stride(0), query.stride(1), table.stride(0),
         head_tiles.stride,
         D=dim, M=members, PAGE=page, SLOTS=RING_BYTES // (BLOCK.value * dim * 2),
-        SINKS=0 if near is None else near.sinks, HAS_ROWS=rows is not None,
-        HAS_NEAR=has_near, HAS_SOFTCAP=softcap is not None, num_warps=4,
+        SINKS=0 if local is None else local.sinks, HAS_ROWS=rows is not None,
+        HAS_LOCAL=has_local, HAS_SOFTCAP=softcap is not None, num_warps=4,
         maxnreg=REGISTERS,
     )  # fmt: skip
-    if near is not None:
-        near_table = by_line(near.block_table)
-        keys = near.recent + near.sinks
-        block = near_block(keys, padded(dim), NEAR_WARPS)
-        near_parts[(batch * head_tiles.count * members,)](
+    if local is not None:
+        local_table = by_line(local.block_table)
+        keys = local.recent + local.sinks
+        block = local_block(keys, padded(dim), LOCAL_WARPS)
+        local_parts[(batch * head_tiles.count * members,)](
             query, key, value, lengths, table, rows, head_tiles.value, head_tiles.head, acc, sums,
-            near.key, near.value, near_table, call.membership.key_place,
-            call.scale, softcap or 1.0, head_tiles.count, splits, near.recent, key.shape[2],
+            local.key, local.value, local_table, call.membership.key_place,
+            call.scale, softcap or 1.0, head_tiles.count, splits, local.recent, key.shape[2],
             value.shape[2],
             query.stride(0), query.stride(1), *_strides(key), *_strides(value),
-            table.stride(0), head_tiles.stride, near_table.stride(0), *_strides(near.key),
-            *_strides(near.value),
+            table.stride(0), head_tiles.stride, local_table.stride(0), *_strides(local.key),
+            *_strides(local.value),
             D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page,
-            GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, NEAR=block,
-            STEPS=cdiv(keys, block), NEAR_PAGE=near.page,
-            SINKS=near.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
-            num_warps=NEAR_WARPS, launch_pdl=True,
+            GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, LOCAL=block,
+            STEPS=cdiv(keys, block), LOCAL_PAGE=local.page,
+            SINKS=local.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
+            num_warps=LOCAL_WARPS, launch_pdl=True,
         )  # fmt: skip
 
 

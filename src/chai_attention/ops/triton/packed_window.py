@@ -26,14 +26,15 @@ from chai_attention.ops.triton.sizes import power_of_2
 
 logger = logging.getLogger("chai_attention")
 
-BLOCK_NEAR = 32  # keys of a step among the near ones
+BLOCK_LOCAL = 32  # keys of a step among the local ones
 
 
 @triton.jit
 def _home(
-    head, place_ptr, line, kept, far_ptr, near_ptr, table_ptr, near_table_ptr, begin,
-    stride_page, stride_head, stride_token, near_page_stride, near_head_stride, near_token_stride,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    head, place_ptr, line, kept, far_ptr, local_ptr, table_ptr, local_table_ptr, begin,
+    stride_page, stride_head, stride_token, local_page_stride, local_head_stride,
+    local_token_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
 ):  # fmt: skip
     """Where a query head's own K, or V, is: its start, its page table, page size and strides."""
     group = head // GROUP
@@ -44,12 +45,12 @@ def _home(
         place = tl.load(place_ptr + line * GROUPS + group).to(tl.int64)
         away = place >= kept
         base = tl.where(
-            away, near_ptr + (place - kept) * near_head_stride, far_ptr + place * stride_head
+            away, local_ptr + (place - kept) * local_head_stride, far_ptr + place * stride_head
         )
-        table = tl.where(away, near_table_ptr, table_ptr)
-        page = tl.where(away, NEAR_PAGE, PAGE)
-        across = tl.where(away, near_page_stride, stride_page)
-        along = tl.where(away, near_token_stride, stride_token)
+        table = tl.where(away, local_table_ptr, table_ptr)
+        page = tl.where(away, LOCAL_PAGE, PAGE)
+        across = tl.where(away, local_page_stride, stride_page)
+        along = tl.where(away, local_token_stride, stride_token)
     return base, table, page, across, along
 
 
@@ -86,24 +87,24 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_near",
+        "chunks", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_local",
         "stride_offset",
     ],
     do_not_specialize_on_alignment=[
-        "length_ptr", "start_ptr", "table_ptr", "near_table_ptr", "rows_ptr", "offset_ptr",
+        "length_ptr", "start_ptr", "table_ptr", "local_table_ptr", "rows_ptr", "offset_ptr",
     ],
 )  # fmt: skip
 def _prefill_window(
-    q_ptr, k_ptr, v_ptr, near_k_ptr, near_v_ptr, length_ptr, start_ptr, table_ptr, near_table_ptr,
-    rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr,
-    offset_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, local_k_ptr, local_v_ptr, length_ptr, start_ptr, table_ptr,
+    local_table_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
+    value_place_ptr, offset_ptr, out_ptr,
     scale, softcap, chunks, batch, recent, kept_keys, kept_values,
     stride_qk, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    near_kb, near_kh, near_ks, near_vb, near_vh, near_vs,
-    stride_table, stride_near, stride_t, stride_offset, stride_os, stride_oh,
+    local_kb, local_kh, local_ks, local_vb, local_vh, local_vs,
+    stride_table, stride_local, stride_t, stride_offset, stride_os, stride_oh,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    NEAR: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr,
+    LOCAL: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
     SINKS_P: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_OFFSET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,10 +127,10 @@ def _prefill_window(
     if PAGE > 0:
         length = tl.load(length_ptr + row).to(tl.int32)
         table = table_ptr + row * stride_table
-        near_table = near_table_ptr + row * stride_near
+        local_table = local_table_ptr + row * stride_local
     else:
         table = start_ptr  # functions take no None
-        near_table = start_ptr
+        local_table = start_ptr
     begin = tl.cast(begin, tl.int64)
     i = tile * ROWS + tl.arange(0, ROWS)
     token = begin + i.to(tl.int64)
@@ -178,7 +179,7 @@ def _prefill_window(
                 D, DP, M * DVP, BLOCK, PAGE, True, False, False, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
 
-    # ---- near keys, member by member
+    # ---- local keys, member by member
     if M == 2:
         part, other = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, DVP]), [0, 2, 1]))
     else:
@@ -192,14 +193,14 @@ def _prefill_window(
         head = tl.load(head_ptr + lane + member).to(tl.int64)
         q = tl.load(q_base + head * stride_qk, mask=q_mask, other=0.0)
         k_base, k_table, k_page, k_across, k_along = _home(
-            head, key_place_ptr, line, kept_keys, k_ptr, near_k_ptr, table, near_table, begin,
-            stride_kb, stride_kh, stride_ks, near_kb, near_kh, near_ks,
-            GROUP, GROUPS, PAGE, NEAR_PAGE,
+            head, key_place_ptr, line, kept_keys, k_ptr, local_k_ptr, table, local_table, begin,
+            stride_kb, stride_kh, stride_ks, local_kb, local_kh, local_ks,
+            GROUP, GROUPS, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         v_base, v_table, v_page, v_across, v_along = _home(
-            head, value_place_ptr, line, kept_values, v_ptr, near_v_ptr, table, near_table, begin,
-            stride_vb, stride_vh, stride_vs, near_vb, near_vh, near_vs,
-            GROUP, GROUPS, PAGE, NEAR_PAGE,
+            head, value_place_ptr, line, kept_values, v_ptr, local_v_ptr, table, local_table, begin,
+            stride_vb, stride_vh, stride_vs, local_vb, local_vh, local_vs,
+            GROUP, GROUPS, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         top = best
         share = weight
@@ -215,8 +216,8 @@ def _prefill_window(
                 _tokens(sink, has, v_table, v_page, v_across, v_along, PAGE), has, sees,
                 top, share, part, d, dv, scale, softcap, D, DV, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
-        for first in range(tl.maximum(past + tile * ROWS - recent + 1, SINKS), stop, NEAR):
-            n = first + tl.arange(0, NEAR)
+        for first in range(tl.maximum(past + tile * ROWS - recent + 1, SINKS), stop, LOCAL):
+            n = first + tl.arange(0, LOCAL)
             there = n < stop
             seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - recent)
             top, share, part = _attend(
@@ -246,7 +247,7 @@ def prefill_packed_window(
 
     Args:
         queries: of all heads.
-        kv: far and near pages; or K and V in natural order.
+        kv: far and local pages; or K and V in natural order.
         call: how.
         head_tiles: the work, of up to two members each.
         out: written to.
@@ -256,7 +257,7 @@ def prefill_packed_window(
     member, rows, offset = call.membership, call.membership_ids, call.offset
     batch, groups = queries.query_start_loc.shape[0] - 1, member.kv_heads
     tile = tile_of(query, value, head_tiles.members, rows_of(queries))
-    lengths = table = near_table = None
+    lengths = table = local_table = None
     logger.debug(
         "packed prefill kernel with a window%s: %d members a program, tiles of %d queries",
         ", paged" if isinstance(kv, PagedKV) else "",
@@ -264,30 +265,31 @@ def prefill_packed_window(
         tile.rows,
     )
     if isinstance(kv, PagedKV):
-        near = kv.window
-        assert near is not None
-        lengths, table, near_table = kv.seq_lens, kv.block_table, near.block_table
-        states = (key, value, near.key, near.value)
-        page, near_page, recent, sinks = key.shape[1], near.page, near.recent, near.sinks
+        local = kv.window
+        assert local is not None
+        lengths, table, local_table = kv.seq_lens, kv.block_table, local.block_table
+        states = (key, value, local.key, local.value)
+        page, local_page, recent, sinks = key.shape[1], local.page, local.recent, local.sinks
         strides = [x.stride(axis) for x in states for axis in (0, 2, 1)]
         places = member.key_place, member.value_place
     else:
         states = (key, value, key, value)
-        page, near_page, recent, sinks = 0, 0, kv.recent, kv.sinks
+        page, local_page, recent, sinks = 0, 0, kv.recent, kv.sinks
         strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6]
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
     _prefill_window[(count * head_tiles.count,)](
-        query, *states, lengths, queries.query_start_loc, table, near_table, rows,
+        query, *states, lengths, queries.query_start_loc, table, local_table, rows,
         *head_tiles.tables, *places, offset, out,
         call.scale, softcap or 1.0, head_tiles.count, batch, recent,
         member.kept_keys, member.kept_values,
         query.stride(1), query.stride(0), *strides,
-        0 if table is None else table.stride(0), 0 if near_table is None else near_table.stride(0),
+        0 if table is None else table.stride(0),
+        0 if local_table is None else local_table.stride(0),
         head_tiles.stride, 0 if offset is None else offset.stride(0), out.stride(0), out.stride(1),
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=head_tiles.members,
-        GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, NEAR=BLOCK_NEAR,
-        PAGE=page, NEAR_PAGE=near_page, SINKS=sinks,
+        GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, LOCAL=BLOCK_LOCAL,
+        PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
         SINKS_P=max(16, power_of_2(sinks)), HAS_ROWS=rows is not None,
         HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
         PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,

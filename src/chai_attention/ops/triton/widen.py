@@ -26,7 +26,7 @@ def _widen(page_ptr, used_ptr, out_ptr, numbers, stride, BLOCK: tl.constexpr):
 
 
 def widen_pages(pages: Tensor, used: Tensor, out: Tensor) -> None:
-    """`ops.narrow.widen_pages` on CUDA."""
+    """`ops.fp8.widen_pages` on CUDA."""
     numbers = out[0].numel()
     _widen[(cdiv(numbers, BLOCK), used.shape[0])](
         pages, used, out, numbers, pages.stride(0), BLOCK=BLOCK, num_warps=8

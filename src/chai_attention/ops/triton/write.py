@@ -1,4 +1,4 @@
-"""Cache write: K and V of kept heads, and of others near the end, to their places; one launch."""
+"""Cache write: K and V of kept heads, and of others local the end, to their places; one launch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.narrow import LARGEST
-from chai_attention.ops.near_pages import NearPages
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.fp8 import LARGEST
+from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton.checks import by_line
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
@@ -31,7 +31,7 @@ def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
 
 @triton.jit
 def _narrow(new, inverse, dtype: tl.constexpr, IS_NARROW: tl.constexpr):
-    """What 8-bit pages hold (`ops.narrow.narrow`)."""
+    """What 8-bit pages hold (`ops.fp8.narrow`)."""
     if IS_NARROW:
         x = new.to(tl.float32) * inverse
         x = tl.maximum(x, -MOST, propagate_nan=tl.PropagateNan.ALL)
@@ -64,7 +64,7 @@ def _remember(
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
     k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, line_ptr,
-    sink_ptr, near_slot_ptr,
+    sink_ptr, local_slot_ptr,
     tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
     key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -72,14 +72,14 @@ def _write(
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
     stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr,
-    HAS_LINES: tl.constexpr, HAS_NEAR: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
+    HAS_LINES: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
     IS_NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
 
-    With pages, ``slot_ptr`` holds each token's slot in them. With near pages, ``ring_ptr`` and
-    ``v_ring_ptr`` are those, and ``near_slot_ptr`` holds its slot there.
+    With pages, ``slot_ptr`` holds each token's slot in them. With local pages, ``ring_ptr`` and
+    ``v_ring_ptr`` are those, and ``local_slot_ptr`` holds its slot there.
     """
     place, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,12 +119,12 @@ def _write(
             value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
             _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW), mask=mask,
         )  # fmt: skip
-    elif NEAR_PAGE > 0:
+    elif LOCAL_PAGE > 0:
         place -= kept + kept_values
-        slot = tl.load(near_slot_ptr + token, mask=given, other=-1).to(tl.int64)
+        slot = tl.load(local_slot_ptr + token, mask=given, other=-1).to(tl.int64)
         there = slot >= 0
         slot = tl.maximum(slot, 0)
-        page, within = slot // NEAR_PAGE, slot % NEAR_PAGE
+        page, within = slot // LOCAL_PAGE, slot % LOCAL_PAGE
         if place < removed:
             head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
             d = tl.arange(0, DP)
@@ -146,7 +146,7 @@ def _write(
                 v_ring_ptr + at[:, None] + d[None, :],
                 _narrow(new, value_inverse, v_ring_ptr.dtype.element_ty, IS_NARROW), mask=mask,
             )  # fmt: skip
-    elif HAS_NEAR:  # else no program comes here
+    elif HAS_LOCAL:  # else no program comes here
         place -= kept + kept_values
         in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
         at = ((position + ring_shift) % ring_size).to(tl.int64)
@@ -186,7 +186,7 @@ class _Places(NamedTuple):
         start: ``[B]``, position of each sequence's first new token; of dense caches.
         page: tokens of a page; 0 for dense caches.
         slots: ``[T]`` of tokens in pages; `ops.cache_write.write_paged` says the next two, too.
-        near_slots: ``[T]`` in near pages.
+        local_slots: ``[T]`` in local pages.
         membership_ids: ``[T]``.
     """
 
@@ -197,7 +197,7 @@ class _Places(NamedTuple):
     start: Tensor | None = None
     page: int = 0
     slots: Tensor | None = None
-    near_slots: Tensor | None = None
+    local_slots: Tensor | None = None
     membership_ids: Tensor | None = None
 
 
@@ -208,13 +208,13 @@ def write_dense(
     values: Tensor,
     membership: Membership,
     start: Tensor,
-    near: NearRing | None = None,
+    local: RollingBuffer | None = None,
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
     states = (key, value, keys, values)
     strides = tuple(x.stride()[:3] for x in states)
     places = _Places(key.shape[2], key.shape[0], strides, size=keys.shape[2], start=start)
-    _launch(states, membership, near, places)
+    _launch(states, membership, local, places)
 
 
 def write_paged(
@@ -225,8 +225,8 @@ def write_paged(
     slot_mapping: Tensor,
     membership: Membership,
     rows: Tensor | None = None,
-    near: NearPages | None = None,
-    near_slot_mapping: Tensor | None = None,
+    local: LocalPages | None = None,
+    local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
@@ -237,15 +237,15 @@ def write_paged(
     )
     places = _Places(
         key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
-        near_slots=near_slot_mapping, membership_ids=rows,
+        local_slots=local_slot_mapping, membership_ids=rows,
     )  # fmt: skip
-    _launch(states, membership, near, places, scales)
+    _launch(states, membership, local, places, scales)
 
 
 def _launch(
     states: tuple[Tensor, Tensor, Tensor, Tensor],
     membership: Membership,
-    near: NearPages | NearRing | None,
+    local: LocalPages | RollingBuffer | None,
     places: _Places,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
@@ -254,23 +254,23 @@ def _launch(
         return
     dim, value_dim = (x.shape[-1] for x in states[:2])
     kept, kept_values = membership.kept_keys, membership.kept_values
-    removed = removed_values = near_page = 0
+    removed = removed_values = local_page = 0
     ring = first = value_ring = value_first = sink_positions = None
-    near_strides = [0] * 13
-    if isinstance(near, NearPages):
+    local_strides = [0] * 13
+    if isinstance(local, LocalPages):
         removed, removed_values = membership.kv_heads - kept, membership.kv_heads - kept_values
-        ring, value_ring, near_page = near.key, near.value, near.page
-        near_strides[:3] = (ring.stride(axis) for axis in (0, 2, 1))
-        near_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
-    elif near is not None:
+        ring, value_ring, local_page = local.key, local.value, local.page
+        local_strides[:3] = (ring.stride(axis) for axis in (0, 2, 1))
+        local_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
+    elif local is not None:
         removed = membership.kv_heads - kept
-        ring, first, sink_positions = near.ring, near.sinks, by_line(near.sink_positions)
-        near_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
-        near_strides[12] = sink_positions.stride(0)
-        value_ring, value_first = near.value_ring, near.value_sinks
+        ring, first, sink_positions = local.ring, local.sinks, by_line(local.sink_positions)
+        local_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
+        local_strides[12] = sink_positions.stride(0)
+        value_ring, value_first = local.value_ring, local.value_sinks
         if value_ring is not None and value_first is not None:
             removed_values = membership.kv_heads - kept_values
-            near_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
+            local_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
     wide = power_of_2(max(dim, value_dim))
     block = min(max(1, ELEMENTS // wide), power_of_2(places.tokens))
     heads = kept + kept_values + removed + removed_values
@@ -280,17 +280,18 @@ def _launch(
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
         by_line(places.start), by_line(places.slots), by_line(places.membership_ids),
-        sink_positions, by_line(places.near_slots),
+        sink_positions, by_line(places.local_slots),
         places.tokens, places.size, kept, kept_values, removed, removed_values,
-        *((near.size, near.shift) if isinstance(near, NearRing) else (1, 0)),
+        *((local.size, local.shift) if isinstance(local, RollingBuffer) else (1, 0)),
         *(1 / scale for scale in scales),
-        *(stride for group in places.strides for stride in group), *near_strides,
+        *(stride for group in places.strides for stride in group), *local_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=power_of_2(dim), DV=value_dim,
         DVP=power_of_2(value_dim), BLOCK=block, PAGE=places.page,
-        NEAR_PAGE=near_page, SINKS=near.sinks.shape[2] if isinstance(near, NearRing) else 0,
+        LOCAL_PAGE=local_page,
+        SINKS=local.sinks.shape[2] if isinstance(local, RollingBuffer) else 0,
         HAS_LINES=places.membership_ids is not None,
-        HAS_NEAR=removed > 0, HAS_VALUE_RING=removed_values > 0,
+        HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
         IS_NARROW=states[2].dtype.itemsize == 1,
         num_warps=4,
     )  # fmt: skip

@@ -80,13 +80,13 @@ def _continue(
 
 
 @gluon.jit
-def attend_near(
+def attend_local(
     HALF: gl.constexpr, q, k_all, v_one, full, free, acc, best, weight, done, position, past,
     recent, blocks, size, factor,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     SINKS: gl.constexpr, RAGGED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """One member's near keys: sums, maximum and weight, and the number of stages used so far.
+    """One member's local keys: sums, maximum and weight, and the number of stages used so far.
 
     ``position`` are the queries' positions, ``past`` that of the tile's first query; ``blocks``
     of the band's keys are fetched, all but one of which a half sees. RAGGED: what stands before
@@ -154,12 +154,12 @@ def leave(full, free, done, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def fetch_near(
+def fetch_local(
     k_tiles, v_tiles, k_one, v_one, full, free, done, line, head, column, sink, blocks,
     BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     SINKS: gl.constexpr,
 ):  # fmt: skip
-    """Bring the blocks that `attend_near` takes: the sinks', then the band from ``column`` on."""
+    """Bring the blocks that `attend_local` takes: the sinks', then the band from ``column`` on."""
     BYTES: gl.constexpr = 2 * BLOCK * D * 2
     for n in range(0, blocks + (1 if SINKS > 0 else 0)):
         at = column + n * BLOCK

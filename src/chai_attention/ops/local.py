@@ -20,7 +20,7 @@ from chai_attention.ops.windowed import WindowTables, blocks_of
 SCORES = 2**22  # numbers in the scores that are held at a time, if of more sequences than one
 
 
-class NearKeys(NamedTuple):
+class LocalKeys(NamedTuple):
     """K and V that all heads see with their own scores, in the natural order of K/V heads.
 
     Attributes:
@@ -50,13 +50,13 @@ class Far(NamedTuple):
 
 
 def band_attention(
-    query: Tensor, near: NearKeys, tables: WindowTables, far: Far | None, call: AttentionCall
+    query: Tensor, local: LocalKeys, tables: WindowTables, far: Far | None, call: AttentionCall
 ) -> Tensor:
     """Attend to the nearest keys and, as one key more, to what ``far`` found.
 
     Args:
         query: ``[B, heads, Q, D]``: all heads, or, without ``far``, some.
-        near: the keys, of these heads' K/V heads.
+        local: the keys, of these heads' K/V heads.
         tables: of these queries.
         far: attention over the other keys; None if there are none.
         call: its scale and softcap count.
@@ -65,7 +65,7 @@ def band_attention(
         ``[B, Q, heads, Dv]`` in the dtype of V.
     """
     batch, heads, queries, _ = query.shape
-    out = near.value.new_empty(batch, queries, heads, near.value.shape[3])
+    out = local.value.new_empty(batch, queries, heads, local.value.shape[3])
     if far is not None:  # queries before the last ones see none
         far = far._replace(lse=F.pad(far.lse, (queries - far.lse.shape[2], 0), value=-torch.inf))
     size = blocks_of(queries, tables.recent).size
@@ -79,7 +79,7 @@ def band_attention(
 
         _attend(
             query[rows],
-            NearKeys(near.key[rows], near.value[rows]),
+            LocalKeys(local.key[rows], local.value[rows]),
             bias,
             None if far is None else Far(far.out[rows], far.lse[rows], far.heads),
             tables,
@@ -91,7 +91,7 @@ def band_attention(
 
 def _attend(
     query: Tensor,
-    near: NearKeys,
+    local: LocalKeys,
     bias_of: Callable[[int], Tensor | None],
     far: Far | None,
     tables: WindowTables,
@@ -100,33 +100,33 @@ def _attend(
 ) -> None:
     """`band_attention` of some sequences, block after block, into ``out``."""
     batch, heads, queries, dim = query.shape
-    groups, sinks, dtype = near.key.shape[1], tables.sinks, near.value.dtype
+    groups, sinks, dtype = local.key.shape[1], tables.sinks, local.value.dtype
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
     blocks = blocks_of(queries, tables.recent)
     width = blocks.size + tables.recent - 1  # keys of a band
-    held = near.key.shape[2] - sinks
+    held = local.key.shape[2] - sinks
     ahead = queries + tables.recent - 1 - held  # keys of a band that are before the first token
 
     # Memory for all blocks: new one for each would cost as much in page faults as the softmax.
     columns = width + sinks + (far is not None)
     key_room = query.new_empty(batch, groups, columns, dim, dtype=work)
-    value_room = near.value.new_empty(batch, groups, columns, out.shape[3])
-    for room, states in ((key_room, near.key), (value_room, near.value)):
+    value_room = local.value.new_empty(batch, groups, columns, out.shape[3])
+    for room, states in ((key_room, local.key), (value_room, local.value)):
         room[:, :, width : width + sinks] = states[:, :, :sinks]
         room[:, :, width + sinks :] = 0.0  # what is far comes with its score and output
     numbers = batch * heads * blocks.size
     query_room = query.new_empty(numbers * dim, dtype=work)
     score_room = query.new_empty(numbers * columns, dtype=work)
     prob_room = torch.empty_like(score_room)
-    low_room = near.value.new_empty(numbers * columns if dtype != work else 0)
-    result_room = near.value.new_empty(numbers * out.shape[3])
+    low_room = local.value.new_empty(numbers * columns if dtype != work else 0)
+    result_room = local.value.new_empty(numbers * out.shape[3])
 
     for block in range(blocks.number):
         start, stop = blocks.rows(block, queries)
         lacks = max(0, -start)
         begin = max(lacks, ahead - start)  # first column of the band that exists
         start, rows = start + lacks, blocks.size - lacks
-        for room, states in ((key_room, near.key), (value_room, near.value)):
+        for room, states in ((key_room, local.key), (value_room, local.value)):
             first = sinks + start - lacks + begin - ahead
             room[:, :, begin:width] = states[:, :, first : first + width - begin]
         keys, values = (room.flatten(0, 1)[:, begin:] for room in (key_room, value_room))

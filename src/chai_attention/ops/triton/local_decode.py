@@ -1,8 +1,8 @@
 """One query's exact attention to its nearest keys: the sinks and the last ones, by own scores.
 
 A function of the kernel that computes parts of the far keys (`decode_parts`): programs of their
-own, which start first. Kept heads find their near K and V in the cache, the others in rings and
-sinks beside a dense cache, or in near pages beside far ones.
+own, which start first. Kept heads find their local K and V in the cache, the others in rings and
+sinks beside a dense cache, or in local pages beside far ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chai_attention.ops.triton.sizes import power_of_2
 ELEMENTS = 1024  # numbers of K that a step holds for each warp: more would need more registers
 
 
-def near_block(keys: int, dim: int, warps: int) -> int:
+def local_block(keys: int, dim: int, warps: int) -> int:
     """How many of ``keys`` nearest keys a step takes, for heads of ``dim`` numbers."""
     return int(min(power_of_2(keys), max(16, warps * ELEMENTS // dim)))
 
@@ -71,20 +71,20 @@ def _held(
 
 @triton.jit
 def _in_pages(
-    ptr, near_ptr, place, kept, row, position, d, inside, table_ptr, near_table_ptr,
-    stride_table, stride_near_table, stride_b, stride_h, stride_s, stride_nb, stride_nh, stride_ns,
-    D: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
+    ptr, local_ptr, place, kept, row, position, d, inside, table_ptr, local_table_ptr,
+    stride_table, stride_local_table, stride_b, stride_h, stride_s, stride_nb, stride_nh, stride_ns,
+    D: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
 ):  # fmt: skip
     """K or V of some tokens and one head, out of far pages if ``place`` is below ``kept``."""
     is_far = place < kept
-    base = tl.where(is_far, ptr + place * stride_h, near_ptr + (place - kept) * stride_nh)
+    base = tl.where(is_far, ptr + place * stride_h, local_ptr + (place - kept) * stride_nh)
     table = tl.where(
-        is_far, table_ptr + row * stride_table, near_table_ptr + row * stride_near_table
+        is_far, table_ptr + row * stride_table, local_table_ptr + row * stride_local_table
     )
     stride_b = tl.where(is_far, stride_b, stride_nb)
     stride_s = tl.where(is_far, stride_s, stride_ns)
-    number = tl.where(is_far, position // PAGE, position // NEAR_PAGE)
-    within = tl.where(is_far, position % PAGE, position % NEAR_PAGE)
+    number = tl.where(is_far, position // PAGE, position // LOCAL_PAGE)
+    within = tl.where(is_far, position % PAGE, position % LOCAL_PAGE)
     page = tl.load(table + number, mask=inside, other=0).to(tl.int64)
     at = page * stride_b + within.to(tl.int64) * stride_s
     return tl.load(
@@ -95,23 +95,23 @@ def _in_pages(
 @triton.jit
 def _step(
     start, q, where, row, length, place, d, dv,
-    k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
+    k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
     v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
-    stride_near_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
+    stride_local_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
     stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
-    NEAR: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
+    LOCAL: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
-    """Scores of NEAR keys from ``start`` on, of the sinks and then the last ones, and their V."""
-    j = start + tl.arange(0, NEAR)
+    """Scores of LOCAL keys from ``start`` on, of the sinks and then the last ones, and their V."""
+    j = start + tl.arange(0, LOCAL)
     is_sink = j < SINKS
     position = length - recent + j - SINKS
     inside = (j >= SINKS) & (position >= 0) & (position < length)
     if SINKS > 0:
         sink = j  # of a sequence in pages: its first tokens
-        if NEAR_PAGE == 0:
+        if LOCAL_PAGE == 0:
             sink = tl.load(sink_ptr + row * stride_sinks + j, mask=is_sink, other=-1)
             sink = sink.to(tl.int32)
         # a sink among the last keys counts once, there
@@ -121,16 +121,16 @@ def _step(
         inside = inside & (
             tl.load(valid_ptr + row * stride_mb + position, mask=inside, other=0) != 0
         )
-    if NEAR_PAGE > 0:
+    if LOCAL_PAGE > 0:
         k = _in_pages(
-            k_ptr, ring_ptr, where, kept, row, position, d, inside, table_ptr, near_table_ptr,
-            stride_table, stride_near_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh,
-            stride_rs, D, PAGE, NEAR_PAGE,
+            k_ptr, ring_ptr, where, kept, row, position, d, inside, table_ptr, local_table_ptr,
+            stride_table, stride_local_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh,
+            stride_rs, D, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         v = _in_pages(
             v_ptr, v_ring_ptr, place, kept_values, row, position, dv, inside, table_ptr,
-            near_table_ptr, stride_table, stride_near_table, stride_vb, stride_vh, stride_vs,
-            stride_vrb, stride_vrh, stride_vrs, DV, PAGE, NEAR_PAGE,
+            local_table_ptr, stride_table, stride_local_table, stride_vb, stride_vh, stride_vs,
+            stride_vrb, stride_vrh, stride_vrs, DV, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         k, v = k.to(tl.float32), v.to(tl.float32)
     else:
@@ -151,23 +151,23 @@ def _step(
 
 
 @triton.jit
-def _near(
+def _local(
     head, place, row, line, length, dv,
-    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
+    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr,
     v_ring_ptr, v_first_ptr, key_place_ptr,
     scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_table, stride_near_table, stride_rb, stride_rh, stride_rs,
+    stride_mb, stride_table, stride_local_table, stride_rb, stride_rh, stride_rs,
     stride_fb, stride_fh, stride_fs, stride_sinks,
     stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, NEAR_PAGE: tl.constexpr,
-    NEAR: tl.constexpr, STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
+    LOCAL: tl.constexpr, STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
     """Maximum and weight of one head's own scores, and V weighted with them.
 
-    ``ring_ptr`` and ``v_ring_ptr`` are rings, or near pages if there is a ``NEAR_PAGE``.
+    ``ring_ptr`` and ``v_ring_ptr`` are rings, or local pages if there is a ``LOCAL_PAGE``.
     """
     d = tl.arange(0, DP)
     q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
@@ -175,18 +175,19 @@ def _near(
     where = tl.load(key_place_ptr + line * KV_HEADS + head // GROUP).to(tl.int64)
     # each key of a step has sums of its own until the end: those of a step would have to wait for
     # all warps, time and again
-    best = tl.full([NEAR], float("-inf"), dtype=tl.float32)
-    weight = tl.zeros([NEAR], dtype=tl.float32)
-    acc = tl.zeros([NEAR, DVP], dtype=tl.float32)
+    best = tl.full([LOCAL], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([LOCAL], dtype=tl.float32)
+    acc = tl.zeros([LOCAL, DVP], dtype=tl.float32)
     for step in tl.range(0, STEPS, num_stages=1):
         s, v = _step(
-            step * NEAR, q, where, row, length, place, d, dv,
-            k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr, sink_ptr,
+            step * LOCAL, q, where, row, length, place, d, dv,
+            k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr,
             v_ring_ptr, v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
             stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
-            stride_table, stride_near_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh,
+            stride_table, stride_local_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh,
             stride_fs, stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
-            stride_vfs, D, DV, PAGE, NEAR_PAGE, NEAR, SINKS, HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
+            stride_vfs, D, DV, PAGE, LOCAL_PAGE, LOCAL, SINKS, HAS_VALID, HAS_SOFTCAP,
+            HAS_VALUE_RING,
         )  # fmt: skip
         new = tl.maximum(best, s)
         base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
@@ -201,18 +202,18 @@ def _near(
 
 
 @triton.jit
-def near_part(
+def local_part(
     program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, value_ptr, head_ptr,
-    acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, near_table_ptr,
+    acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, local_table_ptr,
     key_place_ptr, scale, softcap, size, chunks, splits, recent, ring_size, ring_shift, kept,
     kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_table, stride_t, stride_near_table, stride_rb, stride_rh, stride_rs,
+    stride_mb, stride_table, stride_t, stride_local_table, stride_rb, stride_rh, stride_rs,
     stride_vrb, stride_vrh, stride_vrs, stride_fb, stride_fh, stride_fs, stride_vfb, stride_vfh,
     stride_vfs, stride_sinks,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, NEAR: tl.constexpr,
-    STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, LOCAL: tl.constexpr,
+    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
@@ -226,16 +227,16 @@ def near_part(
         length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
         place = tl.load(value_ptr + lane_at).to(tl.int64)
         dv = tl.arange(0, DVP)
-        best, weight, out = _near(
+        best, weight, out = _local(
             head, place, row, line, length, dv,
-            q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, near_table_ptr, ring_ptr, first_ptr,
+            q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr,
             sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
             ring_size, ring_shift, kept, kept_values,
             stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-            stride_vs, stride_mb, stride_table, stride_near_table, stride_rb, stride_rh,
+            stride_vs, stride_mb, stride_table, stride_local_table, stride_rb, stride_rh,
             stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
             stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-            D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, NEAR_PAGE, NEAR, STEPS, SINKS,
+            D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, LOCAL_PAGE, LOCAL, STEPS, SINKS,
             HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
         )  # fmt: skip
         part = row * chunks + chunk
@@ -247,34 +248,34 @@ def near_part(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "splits", "recent", "kept", "kept_values", "stride_table", "stride_near_table",
+        "chunks", "splits", "recent", "kept", "kept_values", "stride_table", "stride_local_table",
     ],
     do_not_specialize_on_alignment=[
-        "length_ptr", "table_ptr", "rows_ptr", "value_ptr", "head_ptr", "near_table_ptr",
+        "length_ptr", "table_ptr", "rows_ptr", "value_ptr", "head_ptr", "local_table_ptr",
     ],
 )  # fmt: skip
-def near_parts(
+def local_parts(
     q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, rows_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
-    near_k_ptr, near_v_ptr, near_table_ptr, key_place_ptr,
+    local_k_ptr, local_v_ptr, local_table_ptr, key_place_ptr,
     scale, softcap, chunks, splits, recent, kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_table, stride_t, stride_near_table, stride_nkb, stride_nkh, stride_nks,
+    stride_table, stride_t, stride_local_table, stride_nkb, stride_nkh, stride_nks,
     stride_nvb, stride_nvh, stride_nvs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, NEAR: tl.constexpr,
-    STEPS: tl.constexpr, NEAR_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, LOCAL: tl.constexpr,
+    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The nearest keys in pages alone, while the kernel before this one attends to the far ones."""
     gdc_launch_dependents()
-    near_part(
+    local_part(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, length_ptr, None, table_ptr, rows_ptr, value_ptr,
-        head_ptr, acc_ptr, sum_ptr, near_k_ptr, None, near_v_ptr, None, None, near_table_ptr,
+        head_ptr, acc_ptr, sum_ptr, local_k_ptr, None, local_v_ptr, None, None, local_table_ptr,
         key_place_ptr, scale, softcap, 0, chunks, splits, recent, 1, 0, kept, kept_values,
         stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-        0, stride_table, stride_t, stride_near_table, stride_nkb, stride_nkh, stride_nks,
+        0, stride_table, stride_t, stride_local_table, stride_nkb, stride_nkh, stride_nks,
         stride_nvb, stride_nvh, stride_nvs, 0, 0, 0, 0, 0, 0, 0,
-        D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, NEAR, STEPS, NEAR_PAGE, SINKS, HAS_ROWS,
+        D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, LOCAL, STEPS, LOCAL_PAGE, SINKS, HAS_ROWS,
         True, False, HAS_SOFTCAP, False,
     )  # fmt: skip
     gdc_wait()  # the merge waits for the end of this kernel alone, which so is that of both

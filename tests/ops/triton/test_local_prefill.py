@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.ops import AttentionCall, reference, windowed
-from chai_attention.ops.near import NearKeys
-from chai_attention.ops.triton import near_prefill
+from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.triton import local_prefill
 from helpers import TOLERANCE, random_membership
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -47,7 +47,7 @@ def check(
     real = torch.ones(batch, size, dtype=torch.bool, device=DEVICE) if valid is None else valid
     first = (~real).to(torch.uint8).argsort(dim=1, stable=True)[:, :sinks]
     band = slice(max(0, size - queries - recent + 1), size)
-    near = NearKeys(
+    local = LocalKeys(
         *(
             torch.cat([take(x.transpose(1, 2), first).transpose(1, 2), x[:, :, band]], 2)
             for x in (key, value)
@@ -63,7 +63,7 @@ def check(
         )  # fmt: skip
     offset = None if table is None else windowed.head_offsets(table, member)
     call = AttentionCall(member, offset=offset, **options)
-    got = near_prefill.merge_near(query, near, tables, far, call)
+    got = local_prefill.merge_local(query, local, tables, far, call)
     assert got.shape == want.shape
     torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=0)
 
@@ -74,7 +74,7 @@ def check(
     [(5, 5, 2, 1, 70, 4), (6, 3, 3, 5, 9, 4), (5, 5, 2, 63, 63, 9), (6, 2, 3, 129, 200, 32),
      (9, 9, 4, 40, 40, 70), (4, 1, 2, 3, 150, 1)],
 )  # fmt: skip
-def test_near_and_far_are_the_reference(heads, kv_heads, clusters, queries, size, recent, pad):
+def test_local_and_far_are_the_reference(heads, kv_heads, clusters, queries, size, recent, pad):
     check(heads, kv_heads, clusters, queries, size, 16, torch.float32, recent, pad=pad)
 
 

@@ -1,4 +1,4 @@
-"""Which near pages vLLM keeps, gives back and finds again, by its own manager of pages."""
+"""Which local pages vLLM keeps, gives back and finds again, by its own manager of pages."""
 
 import pickle
 import random
@@ -14,16 +14,16 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from chai_attention.integrations.vllm.kv_cache import NearManager, NearSpec, probed
+from chai_attention.integrations.vllm.kv_cache import LocalManager, LocalSpec, probed
 
-FAR, NEAR, HASH, HIT = 32, 48, 16, 96  # tokens of pages, of their hashes, and between hits
+FAR, LOCAL, HASH, HIT = 32, 48, 16, 96  # tokens of pages, of their hashes, and between hits
 RECENT = 50
 HEADS = {"num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
 
 
-def near_spec(sinks: int, probe: int = 0, recent: int = RECENT) -> NearSpec:
-    return NearSpec(
-        block_size=NEAR, sliding_window=recent, sinks=sinks, probe_end=probe, num_head_slots=1,
+def local_spec(sinks: int, probe: int = 0, recent: int = RECENT) -> LocalSpec:
+    return LocalSpec(
+        block_size=LOCAL, sliding_window=recent, sinks=sinks, probe_end=probe, num_head_slots=1,
         state_content_bytes=64, **HEADS,
     )  # fmt: skip
 
@@ -32,18 +32,18 @@ def manager_of(sinks: int, blocks: int = 200, probe: int = 0, caching: bool = Tr
     far = FullAttentionSpec(block_size=FAR, **HEADS)
     groups = [
         KVCacheGroupSpec(["far"], probed(far, probe) if probe else far),
-        KVCacheGroupSpec(["near"], near_spec(sinks, probe)),
+        KVCacheGroupSpec(["local"], local_spec(sinks, probe)),
     ]
     config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     made = KVCacheManager(
         config, 4096, HIT, HASH if caching else HIT, enable_caching=caching, max_in_flight_tokens=64
     )
-    assert isinstance(near_of(made), NearManager)
+    assert isinstance(local_of(made), LocalManager)
     return made
 
 
-def near_of(manager: KVCacheManager) -> NearManager:
-    found: NearManager = manager.coordinator.single_type_managers[1]
+def local_of(manager: KVCacheManager) -> LocalManager:
+    found: LocalManager = manager.coordinator.single_type_managers[1]
     return found
 
 
@@ -72,8 +72,8 @@ def go_on(manager: KVCacheManager, running: Request, chunk: int) -> None:
 
 
 def held(manager: KVCacheManager, name: str) -> list[bool]:
-    """Which of a request's near pages are its own."""
-    return [not page.is_null for page in near_of(manager).req_to_blocks[name]]
+    """Which of a request's local pages are its own."""
+    return [not page.is_null for page in local_of(manager).req_to_blocks[name]]
 
 
 @pytest.mark.parametrize("sinks", [0, 4, 48, 60])
@@ -85,11 +85,11 @@ def test_pages_between_the_first_tokens_and_the_window_are_given_back(sinks, cac
     for chunk in (90, 200, 100, 100, *[1] * 100):
         computed = one.num_computed_tokens  # when the step is planned
         go_on(manager, one, chunk)
-        first = -(-sinks // NEAR)
-        seen = max(0, computed - RECENT + 1) // NEAR  # the next token sees from here on
+        first = -(-sinks // LOCAL)
+        seen = max(0, computed - RECENT + 1) // LOCAL  # the next token sees from here on
         for index, own in enumerate(held(manager, "a")):
             assert own == (index < first or index >= seen)
-    most = near_of(manager).kv_cache_spec.max_admission_blocks_per_request(200, 4096)
+    most = local_of(manager).kv_cache_spec.max_admission_blocks_per_request(200, 4096)
     assert sum(held(manager, "a")) <= most
     manager.free(one)
     assert manager.block_pool.get_num_free_blocks() == 199
@@ -104,12 +104,12 @@ def test_a_prefix_is_found_with_its_first_pages_and_those_of_the_window(sinks) -
     go_on(manager, one, 1)
     two = request("b", [*tokens[:300], *[9] * 50])
     assert begin(manager, two, 20) == 288  # whole pages of both kinds
-    first = -(-sinks // NEAR)
+    first = -(-sinks // LOCAL)
     # behind position 287 the next one sees 239 and later ones
     assert held(manager, "b") == [
-        index < first or index >= (288 - RECENT + 1) // NEAR for index in range(7)
+        index < first or index >= (288 - RECENT + 1) // LOCAL for index in range(7)
     ]
-    mine, others = (near_of(manager).req_to_blocks[name] for name in "ba")
+    mine, others = (local_of(manager).req_to_blocks[name] for name in "ba")
     for index in range(first):
         assert mine[index] is others[index]
         assert mine[index].ref_cnt == 2
@@ -125,7 +125,7 @@ def test_without_its_first_page_no_prefix_is_found() -> None:
         tokens = list(range(400))
         one = request("a", tokens)
         begin(manager, one, 400)
-        first = near_of(manager).req_to_blocks["a"][0]
+        first = local_of(manager).req_to_blocks["a"][0]
         assert manager.block_pool._maybe_evict_cached_block(first)
         found = manager.get_computed_blocks(request("b", tokens))[1]
         assert found == (0 if sinks else 384)
@@ -154,7 +154,7 @@ def test_hasty_decisions_are_found_in_neither_kind_of_pages() -> None:
     begin(manager, one, 19)
     go_on(manager, one, 281)
     assert manager.get_computed_blocks(request("b", tokens))[1] == 0
-    assert not any(page.block_hash for page in near_of(manager).req_to_blocks["a"])
+    assert not any(page.block_hash for page in local_of(manager).req_to_blocks["a"])
     # a first chunk that is shorter than what hits are aligned to decides as well as any
     two = request("c", tokens)
     begin(manager, two, 20)
@@ -194,4 +194,4 @@ def test_requests_at_random_leave_no_page_behind() -> None:
     for one in running:
         manager.free(one)
     assert manager.block_pool.get_num_free_blocks() == 39
-    assert not near_of(manager).req_to_blocks
+    assert not local_of(manager).req_to_blocks

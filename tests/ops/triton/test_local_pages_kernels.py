@@ -1,4 +1,4 @@
-"""Write and decode over far and near pages by kernels, on a GPU if there is one."""
+"""Write and decode over far and local pages by kernels, on a GPU if there is one."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
 from chai_attention.ops import cache_write
-from chai_attention.ops.narrow import FLOAT8
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.fp8 import FLOAT8
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rows import update_rows
 from chai_attention.ops.triton import write
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership, random_representatives
-from near_pages_cases import case_definition, near_case
+from local_pages_cases import case_definition, local_case
 from op_calls import kernels
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -25,7 +25,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 def attend(case, query, member, tables=None, rows=None, offsets=None, **options):
     got, lse = kernels.paged_decode(
         query.to(DEVICE), *case.pages, case.table, (tables or member).to(DEVICE),
-        lengths=case.lengths, near=case.near, rows=None if rows is None else rows.int().to(DEVICE),
+        lengths=case.lengths, local=case.local,
+        rows=None if rows is None else rows.int().to(DEVICE),
         offset=None if (x := head_offsets(offsets, member)) is None else x.to(DEVICE), **options,
     )  # fmt: skip
     assert lse is None
@@ -33,7 +34,7 @@ def attend(case, query, member, tables=None, rows=None, offsets=None, **options)
 
 
 def written(member, lengths, dtype, **options):
-    return near_case(
+    return local_case(
         member.to(DEVICE), lengths, write.write_paged, dtype=dtype, device=DEVICE, **options
     )
 
@@ -43,7 +44,7 @@ def test_rows_of_a_longer_lived_membership():
     tables, rows = random_membership(6, 2, 5, streaming=2), torch.tensor([4, 0, 4, 0])
     member = tables.select(rows)
     case = written(
-        tables, [3, 20, 34, 0], torch.float32, page=16, near_page=16, recent=6, sinks=2, dim=32,
+        tables, [3, 20, 34, 0], torch.float32, page=16, local_page=16, recent=6, sinks=2, dim=32,
         value_dim=32, rows=rows, steps=True,
     )  # fmt: skip
     query = torch.randn(4, 6, 32)
@@ -66,7 +67,7 @@ def test_rows_that_change_while_their_tables_are_in_use(kv_heads, kept, streamin
 
     tables, new, rows = members(5), members(2), torch.tensor([3, 0, 1])
     tables = tables.to(DEVICE)
-    options = {"page": 16, "near_page": 32, "recent": 6, "sinks": 2, "dim": 32, "value_dim": 32}
+    options = {"page": 16, "local_page": 32, "recent": 6, "sinks": 2, "dim": 32, "value_dim": 32}
     query = torch.randn(3, 6, 32)
     for changed in (False, True):
         if changed:
@@ -89,8 +90,8 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
     member = random_membership(heads, clusters, 1 if shared else 3, kv_heads, streaming)
     # numbers that 8 bits hold: the interpreter rounds others in another way
     key, value = (torch.randint(-15, 16, (tokens, kv_heads, n)).float() for n in (dim, value_dim))
-    slots, near_slots = torch.randperm(40)[:tokens], torch.randperm(96)[:tokens]
-    slots[[4, 7]], near_slots[[5, 7]] = -1, -1
+    slots, local_slots = torch.randperm(40)[:tokens], torch.randperm(96)[:tokens]
+    slots[[4, 7]], local_slots[[5, 7]] = -1, -1
     rows = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
     kept, values = member.kept_keys, member.kept_values
     results = []
@@ -102,11 +103,11 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
                 (2, 48, kv_heads - kept, dim), (2, 48, kv_heads - values, value_dim),
             )
         ]  # fmt: skip
-        near = NearPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 4, 1)
+        local = LocalPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 4, 1)
         function(
             key.to(device), value.to(device), *pages[:2], slots.to(device), member.to(device),
-            None if rows is None else rows.to(device), near,
-            near_slot_mapping=near_slots.to(device),
+            None if rows is None else rows.to(device), local,
+            local_slot_mapping=local_slots.to(device),
             scales=(1.0, 1.0) if stored is None else (0.5, 4.0),
         )  # fmt: skip
         results.append(pages)
@@ -116,30 +117,30 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize(("clusters", "streaming"), [(3, 4), (0, 12)])
-def test_near_pages_replay_in_a_cuda_graph(clusters, streaming):
+def test_local_pages_replay_in_a_cuda_graph(clusters, streaming):
     """A step writes and attends; nothing is read on the host, so a replay sees new contents."""
     lengths, dim = [200, 77], 64
     member = random_membership(12, clusters, 2, streaming=streaming)
     case = written(
-        member, lengths, torch.float32, page=64, near_page=48, recent=32, sinks=4, dim=dim,
+        member, lengths, torch.float32, page=64, local_page=48, recent=32, sinks=4, dim=dim,
         value_dim=dim,
     )  # fmt: skip
     there, offset = member.to(DEVICE), head_offsets(None, member).to(DEVICE)
     query = torch.randn(2, 12, dim, device=DEVICE)
     key, value = torch.randn(2, 2, 12, dim, device=DEVICE)
     last = torch.tensor(lengths) - 1
-    slots, near_slots = (
+    slots, local_slots = (
         (table.cpu()[[0, 1], last // page] * page + last % page).long().to(DEVICE)
-        for table, page in ((case.table, 64), (case.near.block_table, 48))
+        for table, page in ((case.table, 64), (case.local.block_table, 48))
     )
     rows = torch.arange(2, dtype=torch.int32, device=DEVICE)
 
     def step():
         write.write_paged(
-            key, value, *case.pages, slots, there, rows, case.near, near_slot_mapping=near_slots
+            key, value, *case.pages, slots, there, rows, case.local, local_slot_mapping=local_slots
         )
         return kernels.paged_decode(
-            query, *case.pages, case.table, there, lengths=case.lengths, near=case.near,
+            query, *case.pages, case.table, there, lengths=case.lengths, local=case.local,
             offset=offset, scale=0.2,
         )[0]  # fmt: skip
 
@@ -163,7 +164,7 @@ def test_heads_that_all_stream_see_windows_longer_than_a_step(heads, kv_heads, d
     """A program takes 256 keys of 128 numbers at a time, and writes its output itself."""
     member = random_membership(heads, 0, 3, kv_heads, heads)
     case = written(
-        member, [700, 300, 0], torch.float32, page=16, near_page=48, recent=290, sinks=4, dim=dim,
+        member, [700, 300, 0], torch.float32, page=16, local_page=48, recent=290, sinks=4, dim=dim,
         value_dim=24,
     )  # fmt: skip
     query = torch.randn(3, heads, dim)

@@ -1,4 +1,4 @@
-"""Near pages of random sequences, with NaN and wild page numbers wherever nothing may be read."""
+"""Local pages of random sequences, with NaN and wild page numbers wherever nothing may be read."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 from helpers import recent_definition
 from packed_cases import Packed
 from paged_caches import PagedCaches
@@ -14,7 +14,7 @@ from paged_caches import PagedCaches
 WILD = 2**30  # stands for pages that nobody may look up
 
 
-def near_pages(
+def local_pages(
     member: Membership,
     caches: PagedCaches,
     queries: list[int],
@@ -22,8 +22,8 @@ def near_pages(
     recent: int,
     sinks: int,
     stored: torch.dtype | None = None,
-) -> NearPages:
-    """Pages of ``page`` tokens for what new ``queries`` of these sequences see near.
+) -> LocalPages:
+    """Pages of ``page`` tokens for what new ``queries`` of these sequences see local.
 
     ``stored``: what pages hold; None for what the far ones do.
     """
@@ -50,7 +50,7 @@ def near_pages(
             ):
                 room[at] = full[row][kind[row].cpu(), token]
     key, value = (room.to(stored).to(device) for room in rooms)
-    return NearPages(key, value, table.to(device), recent, sinks)
+    return LocalPages(key, value, table.to(device), recent, sinks)
 
 
 def packed_recent_definition(

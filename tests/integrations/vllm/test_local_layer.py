@@ -1,4 +1,4 @@
-"""Views of near pages: each layer's part, and nobody keeps a cache that vLLM has given back."""
+"""Views of local pages: each layer's part, and nobody keeps a cache that vLLM has given back."""
 
 import gc
 import weakref
@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
 from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.impl import ChaiAttention
-from chai_attention.integrations.vllm.kv_cache import NearLayer
+from chai_attention.integrations.vllm.kv_cache import LocalLayer
 from chai_attention.integrations.vllm.layers import LayerShard, PageLayout
 from chai_attention.runtime.plan import LayerPlan
 
@@ -20,35 +20,35 @@ LAYOUTS = {"a": PageLayout(3, 1, 8, 4), "b": PageLayout(0, 0, 8, 4), "c": PageLa
 NUMBERS = sum(layout.numbers_per_token for layout in LAYOUTS.values())
 
 
-def near_layer() -> NearLayer:
-    return NearLayer(None, None, LAYOUTS, NUMBERS + 16, [40], lambda page: page, 4, 1, 0)
+def local_layer() -> LocalLayer:
+    return LocalLayer(None, None, LAYOUTS, NUMBERS + 16, [40], lambda page: page, 4, 1, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_share_pages_and_nothing_of_them_overlaps(dtype) -> None:
-    near, tokens = near_layer(), 3
+    local, tokens = local_layer(), 3
     # a page beside others in a wider block, as packed groups have it
     block = torch.zeros(5, 2000, dtype=dtype)
-    near.kv_cache = block[:, 7 : 7 + tokens * (NUMBERS + 16)].unflatten(1, (1, tokens, -1))
+    local.kv_cache = block[:, 7 : 7 + tokens * (NUMBERS + 16)].unflatten(1, (1, tokens, -1))
     counted = 0
     for number, (name, layout) in enumerate(LAYOUTS.items(), 1):
-        keys, values = near.split(name, dtype)
+        keys, values = local.split(name, dtype)
         assert keys.shape == (5, tokens, layout.key_heads, layout.head_dim)
         assert values.shape == (5, tokens, layout.value_heads, layout.value_dim)
         for part in (keys, values):
             assert (part == 0).all()  # nobody's yet
             part.fill_(number)
             counted += part.numel()
-    assert (near.kv_cache != 0).sum() == counted
+    assert (local.kv_cache != 0).sum() == counted
     assert (block != 0).sum() == counted
 
 
 def test_eight_bit_pages_are_seen_as_floats() -> None:
-    near = near_layer()
-    near.kv_cache = torch.zeros(2, 1, 3, NUMBERS + 16, dtype=torch.uint8)
-    keys, _ = near.split("c", torch.float8_e4m3fn)
+    local = local_layer()
+    local.kv_cache = torch.zeros(2, 1, 3, NUMBERS + 16, dtype=torch.uint8)
+    keys, _ = local.split("c", torch.float8_e4m3fn)
     assert keys.dtype == torch.float8_e4m3fn
-    assert keys.data_ptr() > near.kv_cache.data_ptr()
+    assert keys.data_ptr() > local.kv_cache.data_ptr()
 
 
 def test_a_cache_for_trials_gets_free() -> None:
@@ -57,28 +57,28 @@ def test_a_cache_for_trials_gets_free() -> None:
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=4, sinks=1, streaming=(4,))
     impl = object.__new__(ChaiAttention)
     impl.layer = LayerShard(plan, 2, rep)
-    impl.scale, impl.softcap, impl.is_narrow = 0.3, None, False
+    impl.scale, impl.softcap, impl.is_fp8 = 0.3, None, False
     impl._name, impl._workspace, impl._held = "layer", None, None
-    impl.layout, impl.near_layout = impl.layer.layout(8, 8), impl.layer.near_layout(8, 8)
-    numbers = impl.near_layout.numbers_per_token
-    near = NearLayer(None, None, {"layer": impl.near_layout}, numbers, [1], int, 4, 1, 0)
+    impl.layout, impl.local_layout = impl.layer.layout(8, 8), impl.layer.local_layout(8, 8)
+    numbers = impl.local_layout.numbers_per_token
+    local = LocalLayer(None, None, {"layer": impl.local_layout}, numbers, [1], int, 4, 1, 0)
     cache_config = SimpleNamespace(num_gpu_blocks=None)
     model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
     impl.model_state = SimpleNamespace(
-        near=near, max_requests=3, config=SimpleNamespace(cache_config=cache_config)
+        local=local, max_requests=3, config=SimpleNamespace(cache_config=cache_config)
     )
     far_memory = np.zeros((4, 1, 16, impl.layer.layout(8, 8).numbers_per_token), np.float32)
-    near_memory = np.zeros((4, 1, 16, numbers), np.float32)
-    near.kv_cache = torch.from_numpy(near_memory)
+    local_memory = np.zeros((4, 1, 16, numbers), np.float32)
+    local.kv_cache = torch.from_numpy(local_memory)
     cache = torch.from_numpy(far_memory)
     impl.prepare(cache)
-    step = next(warm_up.decodes(SimpleNamespace(near=near, config=model), cache, [2]))
+    step = next(warm_up.decodes(SimpleNamespace(local=local, config=model), cache, [2]))
     impl.num_heads, impl._scales = 5, (1.0, 1.0)
     query, key, value = torch.randn(3, 2, 5, 8)
     impl.forward(None, query, key, value, cache, step, torch.zeros(2, 5, 8))
     del cache
-    known = weakref.ref(far_memory), weakref.ref(near_memory)
-    near.kv_cache = torch.tensor([])
-    del far_memory, near_memory
+    known = weakref.ref(far_memory), weakref.ref(local_memory)
+    local.kv_cache = torch.tensor([])
+    del far_memory, local_memory
     gc.collect()
     assert [memory() for memory in known] == [None, None]

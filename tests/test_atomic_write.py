@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from chai_attention import whole_files
-from chai_attention.errors import FileError
-from chai_attention.whole_files import (
+from chai_attention import atomic_write
+from chai_attention.atomic_write import (
     read_whole,
     require_file,
     require_folder,
     require_other,
     write_whole,
 )
+from chai_attention.errors import FileError
 
 
 def write(path, content=b"new"):
@@ -51,7 +51,7 @@ def device(tmp_path, monkeypatch):
             return found
         return os.stat_result((stat.S_IFCHR | 0o666, *found[1:]))
 
-    monkeypatch.setattr(whole_files.os, "stat", told)
+    monkeypatch.setattr(atomic_write.os, "stat", told)
     return path
 
 

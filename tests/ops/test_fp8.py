@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.ops.cache_write import write_paged
-from chai_attention.ops.narrow import FLOAT8, as_stored, narrow
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.fp8 import FLOAT8, as_stored, narrow
+from chai_attention.ops.local_pages import LocalPages
 from helpers import definition, random_membership, recent_definition
 from op_calls import dispatched
 
@@ -31,7 +31,7 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     pages = [
         torch.full((4, page, n, dim), torch.nan).to(FLOAT8) for n in (member.kept_keys, kv_heads)
     ]
-    near = NearPages(
+    local = LocalPages(
         torch.full((4, page, kv_heads - member.kept_keys, dim), torch.nan).to(FLOAT8),
         torch.zeros(4, page, 0, dim).to(FLOAT8),
         torch.tensor([[1, 3]], dtype=torch.int32), recent, sinks,
@@ -40,8 +40,8 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     position = torch.arange(length)
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     slots = table[0, position // page].long() * page + position % page
-    near_slots = near.block_table[0, position // page].long() * page + position % page
-    write_paged(key, value, *pages, slots, member, None, near, near_slots, scales)
+    local_slots = local.block_table[0, position // page].long() * page + position % page
+    write_paged(key, value, *pages, slots, member, None, local, local_slots, scales)
     query = torch.randn(1, heads, dim, dtype=torch.float64)
     # keys and values as they are after rounding, at their own size
     keys = (as_stored(key, scales[0]) * scales[0]).transpose(0, 1)[None]
@@ -59,7 +59,7 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     )
     want = definition(many.transpose(0, 1)[None], keys, values, rep, 0.3)[0]
     assert_close(got * scales[1], want)
-    got, _ = dispatched.paged_decode(query, *pages, table, member, near=near, **options)
+    got, _ = dispatched.paged_decode(query, *pages, table, member, local=local, **options)
     want = recent_definition(query[:, :, None], keys, values, rep, 0.3, recent, sinks, None)[:, 0]
     assert_close(got * scales[1], want)
 

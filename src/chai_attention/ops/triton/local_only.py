@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.checks import by_line
 from chai_attention.ops.triton.decode import _scores_base2, padded
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
@@ -28,15 +28,15 @@ WARPS = 8
     do_not_specialize=["heads", "recent", "stride_table"],
     do_not_specialize_on_alignment=["length_ptr", "table_ptr"],
 )
-def _near_only(
+def _local_only(
     q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, out_ptr, scale, softcap, heads, recent,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_table, stride_ob, stride_oh,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GROUP: tl.constexpr,
-    NEAR: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    LOCAL: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The sinks and the last ``recent`` keys of one head, NEAR of them at a time."""
+    """The sinks and the last ``recent`` keys of one head, LOCAL of them at a time."""
     head, row = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
     place = (head // GROUP).to(tl.int64)
     length = tl.load(length_ptr + row).to(tl.int32)
@@ -47,7 +47,7 @@ def _near_only(
     weight = 0.0
     acc = tl.zeros([DVP], dtype=tl.float32)
     for step in tl.range(0, STEPS, num_stages=1):
-        j = step * NEAR + tl.arange(0, NEAR)
+        j = step * LOCAL + tl.arange(0, LOCAL)
         position = length - recent + j - SINKS
         inside = (j >= SINKS) & (position >= 0) & (position < length)
         if SINKS > 0:
@@ -78,43 +78,43 @@ def _near_only(
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
 
 
-def sees_near_only(membership: Membership, near: NearPages) -> bool:
-    """Whether all heads stream and near pages hold all their K and V, in their natural order."""
-    held = {near.key.shape[2], near.value.shape[2]}
+def sees_local_only(membership: Membership, local: LocalPages) -> bool:
+    """Whether all heads stream and local pages hold all their K and V, in their natural order."""
+    held = {local.key.shape[2], local.value.shape[2]}
     return membership.far is None and held == {membership.kv_heads}
 
 
-def decode_near_only(
+def decode_local_only(
     query: Tensor,
-    near: NearPages,
+    local: LocalPages,
     out: Tensor,
     *,
     lengths: Tensor,
     scale: float,
     softcap: float | None = None,
 ) -> None:
-    """Write ``out [B, H, Dv]`` of heads that see near keys only, in one launch.
+    """Write ``out [B, H, Dv]`` of heads that see local keys only, in one launch.
 
     Args:
         query: ``[B, H, D]``.
-        near: pages of all their K/V heads.
+        local: pages of all their K/V heads.
         out: any strides but the last.
         lengths: ``[B]`` int32, keys of each sequence, the new one included; 0 gives zeros.
         scale: factor on the scores.
         softcap: as in the reference.
     """
     batch, heads, dim = query.shape
-    value_dim = near.value.shape[3]
+    value_dim = local.value.shape[3]
     wide = max(padded(dim), padded(value_dim))
-    keys = near.recent + near.sinks
+    keys = local.recent + local.sinks
     block = min(power_of_2(keys), max(16, NUMBERS * WARPS * 32 // wide))
-    lengths, table = by_line(lengths), by_line(near.block_table)
-    _near_only[(batch * heads,)](
-        query, near.key, near.value, lengths, table, out, scale, softcap or 1.0, heads,
-        near.recent, *query.stride()[:2],
-        *(x.stride(axis) for x in (near.key, near.value) for axis in (0, 2, 1)),
+    lengths, table = by_line(lengths), by_line(local.block_table)
+    _local_only[(batch * heads,)](
+        query, local.key, local.value, lengths, table, out, scale, softcap or 1.0, heads,
+        local.recent, *query.stride()[:2],
+        *(x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1)),
         table.stride(0), *out.stride()[:2],
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
-        GROUP=heads // near.key.shape[2], NEAR=block, STEPS=cdiv(keys, block), PAGE=near.page,
-        SINKS=near.sinks, HAS_SOFTCAP=softcap is not None, num_warps=WARPS,
+        GROUP=heads // local.key.shape[2], LOCAL=block, STEPS=cdiv(keys, block), PAGE=local.page,
+        SINKS=local.sinks, HAS_SOFTCAP=softcap is not None, num_warps=WARPS,
     )  # fmt: skip

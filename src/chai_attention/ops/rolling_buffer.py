@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class NearRing:
-    """K and V that no cache holds, near the end and at the start of every sequence.
+class RollingBuffer:
+    """K and V that no cache holds, local the end and at the start of every sequence.
 
     Attributes:
         ring: ``[B, G - kept, R, D]`` in the order of ``membership.removed_key_heads``; position p
@@ -47,9 +47,9 @@ class NearRing:
         """Position p stands at ``(p + shift) % R``, which no position makes negative."""
         return -self.begin % self.size
 
-    def select(self, rows: Tensor) -> NearRing:
+    def select(self, rows: Tensor) -> RollingBuffer:
         """Return the sequences ``rows``."""
-        return NearRing(
+        return RollingBuffer(
             self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent, self.begin,
             None if self.value_ring is None else self.value_ring[rows],
             None if self.value_sinks is None else self.value_sinks[rows],

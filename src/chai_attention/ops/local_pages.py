@@ -1,8 +1,8 @@
-"""An exact recent window over pages: near K and V of removed heads have their own.
+"""An exact recent window over pages: local K and V of removed heads have their own.
 
-A server keeps two kinds of pages. *Far pages* hold K and V of the kept heads for all tokens. *Near
+A server keeps two kinds of pages. *Far pages* hold K and V of the kept heads for all tokens. *Local
 pages* hold K of the removed heads, and V of heads that stream, for the tokens that somebody still
-sees near: the last *w* and the first *s* ones, the sinks. Pages that lie wholly between them are
+sees local: the last *w* and the first *s* ones, the sinks. Pages that lie wholly between them are
 given back.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class NearPages:
-    """K and V that far pages do not hold, near the end and at the start of every sequence.
+class LocalPages:
+    """K and V that far pages do not hold, local the end and at the start of every sequence.
 
     Position p of a sequence stands in page ``block_table[b, p // N]``, at ``p % N``.
 

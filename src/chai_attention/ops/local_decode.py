@@ -1,9 +1,9 @@
-"""Decode with an exact recent window on the CPU: one softmax over far and near scores.
+"""Decode with an exact recent window on the CPU: one softmax over far and local scores.
 
 Scores of representatives are made for all keys. Every head gets a row of them, in which those of
-near keys give way to its own, so that one product with V does for both. Where torch's fused
-attention is faster, it does the far keys, which are then one key more for the softmax over the near
-ones. Near K, and V of streaming heads, are read where they stand in their rings.
+local keys give way to its own, so that one product with V does for both. Where torch's fused
+attention is faster, it does the far keys, which are then one key more for the softmax over the
+local ones. Local K, and V of streaming heads, are read where they stand in their rings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from chai_attention.ops.blocked import (
     weighted_values,
 )
 from chai_attention.ops.call import AttentionCall, DenseKV
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.scratch import widened
 
 
@@ -99,7 +99,7 @@ def _tables(
     )
 
 
-def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCall) -> Tensor:
+def decode_recent(query: Tensor, kv: DenseKV, local: RollingBuffer, call: AttentionCall) -> Tensor:
     """`dispatch.decode_recent` on the CPU."""
     batch, heads = query.shape[:2]
     key, value, valid, offset = kv.key, kv.value, kv.valid, call.offset
@@ -134,14 +134,14 @@ def decode_recent(query: Tensor, kv: DenseKV, near: NearRing, call: AttentionCal
         part = None
         if by_torch and membership.far is not None:
             part = membership.far if batch == 1 else membership.far.select(torch.tensor([index]))
-        _decode(row, tables, near, index, shift, part, out[index])
+        _decode(row, tables, local, index, shift, part, out[index])
     return out
 
 
 def _decode(
     row: Row,
     tables: _Tables,
-    near: NearRing,
+    local: RollingBuffer,
     index: int,
     offset: Tensor | None,
     membership: Membership | None,
@@ -152,8 +152,8 @@ def _decode(
     ``membership`` is that of the heads that see far keys, if torch's fused attention does these.
     """
     size, query = row.key.shape[1], row.scaled_query
-    places = _Places.of(near, index, size)
-    window, sink = _own_scores(row, query, tables, near, index, places)
+    places = _Places.of(local, index, size)
+    window, sink = _own_scores(row, query, tables, local, index, places)
     if tables.far is not None:
         far_out = out
         if tables.far_heads is not None:
@@ -177,7 +177,7 @@ def _decode(
         if row.valid is not None:
             seen = torch.cat([row.valid[size - places.window :], row.valid[places.at]])
         probs = _probabilities(scores, seen).to(out.dtype)
-        out.index_copy_(1, tables.streamers, _ring_values(probs, near, index, places)[None])
+        out.index_copy_(1, tables.streamers, _ring_values(probs, local, index, places)[None])
 
 
 class _Far(NamedTuple):
@@ -223,7 +223,7 @@ class _Far(NamedTuple):
         """The same, with torch's fused attention of far keys; for sequences without padding."""
         key, value, sinks = self.row.key, self.row.value, len(places.at)
         size = key.shape[1]
-        near = (slice(0, sinks), slice(size - places.window, size))
+        local = (slice(0, sinks), slice(size - places.window, size))
         far = slice(sinks, size - places.window)
         leaders = self.row.query.index_select(0, self.tables.leaders)
         share, lse = fused.torch_clustered_attention(
@@ -236,16 +236,16 @@ class _Far(NamedTuple):
         self._shift(weight)
         own = (self.sink, self.window)
         columns = [weight]
-        for part, scores in zip(near, own, strict=True):
+        for part, scores in zip(local, own, strict=True):
             rows = self._shared(key[:, part])
             self._put(rows, scores)
             columns.append(rows)
         probs = torch.softmax(torch.cat(columns, 1), -1).to(out.dtype)
         parts = probs.split([1, sinks, places.window], 1)
-        weighted_values(parts[2][:, None].contiguous(), value[:, near[1]], self.far, out)
+        weighted_values(parts[2][:, None].contiguous(), value[:, local[1]], self.far, out)
         if sinks:
             first = torch.empty_like(out)
-            weighted_values(parts[1][:, None].contiguous(), value[:, near[0]], self.far, first)
+            weighted_values(parts[1][:, None].contiguous(), value[:, local[0]], self.far, first)
             out += first
         order = self.far.row_of_head
         own_weight = parts[0] if order is None else parts[0].index_select(0, order)
@@ -271,7 +271,7 @@ class _Far(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Where one sequence's near keys stand.
+    """Where one sequence's local keys stand.
 
     Attributes:
         window: tokens of the exact window that there are.
@@ -286,24 +286,24 @@ class _Places(NamedTuple):
     at: list[int]
 
     @classmethod
-    def of(cls, near: NearRing, index: int, size: int) -> _Places:
+    def of(cls, local: RollingBuffer, index: int, size: int) -> _Places:
         """Of a sequence of ``size`` tokens."""
-        window = min(near.recent, size)
+        window = min(local.recent, size)
         parts: tuple[slice, ...] = ()
-        if near.ring.shape[1]:
-            first = (size - window + near.shift) % near.size
-            behind = first + window - near.size  # of the window, at the start of the ring
+        if local.ring.shape[1]:
+            first = (size - window + local.shift) % local.size
+            behind = first + window - local.size  # of the window, at the start of the ring
             parts = (slice(first, first + window),)
             if behind > 0:
-                parts = slice(first, near.size), slice(0, behind)
+                parts = slice(first, local.size), slice(0, behind)
         # those inside the window are in the ring, too
-        positions = near.sink_positions[index].tolist()
+        positions = local.sink_positions[index].tolist()
         sinks = [place for place, at in enumerate(positions) if 0 <= at < size - window]
         return cls(window, parts, sinks, [positions[place] for place in sinks])
 
 
 def _own_scores(
-    row: Row, query: Tensor, tables: _Tables, near: NearRing, index: int, places: _Places
+    row: Row, query: Tensor, tables: _Tables, local: RollingBuffer, index: int, places: _Places
 ) -> tuple[Tensor, Tensor]:
     """Scores of own rows: ``[n, window]`` of the last tokens and ``[n, sinks]`` of the first."""
     size, work = row.key.shape[1], query.dtype
@@ -315,7 +315,7 @@ def _own_scores(
         ):
             scores.append(torch.bmm(widened(states, work), columns).mT.flatten(0, 1))
     if len(tables.removed):
-        ring, sinks = near.ring[index], near.sinks[index]
+        ring, sinks = local.ring[index], local.sinks[index]
         columns = query.index_select(0, tables.removed).view(ring.shape[0], -1, query.shape[2]).mT
         held = torch.bmm(widened(ring, work), columns).mT.flatten(0, 1)
         found[0].append(_joined([held[:, part] for part in places.parts], 1))
@@ -328,11 +328,11 @@ def _own_scores(
     return _capped(window, row.softcap), _capped(sink, row.softcap)
 
 
-def _ring_values(probs: Tensor, near: NearRing, index: int, places: _Places) -> Tensor:
+def _ring_values(probs: Tensor, local: RollingBuffer, index: int, places: _Places) -> Tensor:
     """``[m, Dv]``: probabilities ``[m, window + sinks]`` of streaming heads times their V."""
-    assert near.value_ring is not None
-    assert near.value_sinks is not None
-    ring, sinks = near.value_ring[index], near.value_sinks[index]
+    assert local.value_ring is not None
+    assert local.value_sinks is not None
+    ring, sinks = local.value_ring[index], local.value_sinks[index]
     rows = probs.view(ring.shape[0], -1, probs.shape[1])
     out, done = None, 0
     parts = [ring[:, part] for part in places.parts]

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from chai_attention.ops import reference, windowed
 from chai_attention.ops.cache_write import write_dense
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from helpers import random_membership
 from op_calls import dispatched, kernels
 
@@ -25,7 +25,7 @@ def empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim=None):
 
     positions = first[:, None].int() + torch.arange(sinks, dtype=torch.int32)
     values = member.kv_heads - member.kept_values
-    return NearRing(
+    return RollingBuffer(
         *memories(member.kv_heads - member.kept_keys, dim), positions, recent, 0,
         *(memories(values, value_dim) if values else (None, None)),
     )  # fmt: skip
@@ -36,7 +36,7 @@ def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
     size, batch = max(lengths) + 3, member.batch
     key = torch.randn(batch, member.kv_heads, size, dim).to(dtype)
     value = torch.randn(batch, member.kv_heads, size, value_dim).to(dtype)
-    near = empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim)
+    local = empty_ring(member, recent, sinks, spare, dim, dtype, first, value_dim)
     keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, dtype=dtype)
     values = torch.full((batch, size, member.kept_values, value_dim), torch.nan, dtype=dtype)
     values = values.transpose(1, 2)
@@ -45,9 +45,9 @@ def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
         write_dense(
             key[one, :, :length], value[one, :, :length], keys[one], values[one],
             member.select(torch.tensor([row])), torch.zeros(1, dtype=torch.int32),
-            near.select(one),
+            local.select(one),
         )  # fmt: skip
-    return key, value, keys, values, near
+    return key, value, keys, values, local
 
 
 def definition(query, key, value, member, lengths, first, offsets, **options):
@@ -71,11 +71,11 @@ def definition(query, key, value, member, lengths, first, offsets, **options):
     return torch.cat(rows)
 
 
-def moved(near):
-    return NearRing(
-        near.ring.to(DEVICE), near.sinks.to(DEVICE), near.sink_positions.to(DEVICE), near.recent,
-        near.begin,
-        *(None if x is None else x.to(DEVICE) for x in (near.value_ring, near.value_sinks)),
+def moved(local):
+    return RollingBuffer(
+        local.ring.to(DEVICE), local.sinks.to(DEVICE), local.sink_positions.to(DEVICE),
+        local.recent, local.begin,
+        *(None if x is None else x.to(DEVICE) for x in (local.value_ring, local.value_sinks)),
     )  # fmt: skip
 
 
@@ -86,10 +86,10 @@ def test_streaming_heads_replay_in_a_cuda_graph(clusters, streaming):
     lengths, dim, dtype = [200, 77], 64, torch.float32
     member = random_membership(12, clusters, 2, streaming=streaming)
     first = torch.tensor([0, 0])
-    key, value, keys, values, near = filled(member, lengths, first, 32, 4, 0, dim, dim, dtype)
+    key, value, keys, values, local = filled(member, lengths, first, 32, 4, 0, dim, dim, dtype)
     query = torch.randn(2, 12, 1, dim)
     on_device = [x.to(DEVICE) for x in (query, key, value, keys, values)]
-    there, ring, start = member.to(DEVICE), moved(near), torch.tensor(lengths).to(DEVICE) - 1
+    there, ring, start = member.to(DEVICE), moved(local), torch.tensor(lengths).to(DEVICE) - 1
     offset = windowed.head_offsets(None, there)
     newest = [torch.stack([x[row, :, n - 1 : n] for row, n in enumerate(lengths)])
               for x in on_device[1:3]]  # fmt: skip
@@ -124,15 +124,17 @@ def test_ring_that_begins_anywhere():
     member = random_membership(6, 2, 2)
     first = torch.tensor([0, 0])
     query = torch.randn(2, 6, 1, dim)
-    key, value, keys, values, near = filled(member, lengths, first, 8, 2, 0, dim, 40, query.dtype)
+    key, value, keys, values, local = filled(member, lengths, first, 8, 2, 0, dim, 40, query.dtype)
     want = definition(query, key, value, member, lengths, first, None, recent=8, sinks=2, scale=0.3)
     keys, values = keys[:, :, :40], values[:, :, :40]
-    near = NearRing(near.ring.roll(3, 2), near.sinks, near.sink_positions, 8, begin=5)
-    mine = dispatched.decode_recent(query, keys, values, member, near, scale=0.3)
+    local = RollingBuffer(local.ring.roll(3, 2), local.sinks, local.sink_positions, 8, begin=5)
+    mine = dispatched.decode_recent(query, keys, values, member, local, scale=0.3)
     assert_close(mine.double(), want, atol=2e-5, rtol=0)
     got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE),
-        NearRing(*(x.to(DEVICE) for x in (near.ring, near.sinks, near.sink_positions)), 8, begin=5),
+        RollingBuffer(
+            *(x.to(DEVICE) for x in (local.ring, local.sinks, local.sink_positions)), 8, begin=5
+        ),
         scale=0.3,
     )  # fmt: skip
     assert_close(got.double().cpu(), want, atol=2e-5, rtol=0)
@@ -143,21 +145,21 @@ def test_one_membership_for_all_and_sinks_at_one_place():
     lengths, dim = [40, 9, 25], 32
     member = random_membership(32, 4)
     query, first = torch.randn(3, 32, 1, dim), torch.tensor([0, 0, 0])
-    key, value, keys, values, near = filled(
+    key, value, keys, values, local = filled(
         member.expand(3), lengths, first, 8, 2, 0, dim, dim, query.dtype
     )
     want = definition(
         query, key, value, member.expand(3), lengths, first, None, recent=8, sinks=2, scale=0.3
     )
     positions = torch.arange(2, dtype=torch.int32).expand(3, -1)
-    near = NearRing(near.ring, near.sinks, positions, 8)
+    local = RollingBuffer(local.ring, local.sinks, positions, 8)
     options = {"lengths": torch.tensor(lengths), "scale": 0.3}
     assert_close(
-        dispatched.decode_recent(query, keys, values, member, near, **options).double(),
+        dispatched.decode_recent(query, keys, values, member, local, **options).double(),
         want, atol=2e-5, rtol=0,
     )  # fmt: skip
-    on_device = NearRing(
-        near.ring.to(DEVICE), near.sinks.to(DEVICE), positions[:1].to(DEVICE).expand(3, -1), 8
+    on_device = RollingBuffer(
+        local.ring.to(DEVICE), local.sinks.to(DEVICE), positions[:1].to(DEVICE).expand(3, -1), 8
     )
     got = kernels.decode_recent(
         query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), member.to(DEVICE), on_device,

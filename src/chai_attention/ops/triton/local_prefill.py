@@ -2,7 +2,7 @@
 
 A tile of queries starts from what clustered attention found among the far keys, as if that were
 one key with their log-sum-exp as its score and their output as its V, and goes on with the sinks
-and its band of keys. `ops.near` is the same in PyTorch.
+and its band of keys. `ops.local` is the same in PyTorch.
 """
 
 # Kernels are Triton's language in Python's syntax: only their launchers have types.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall
-from chai_attention.ops.near import NearKeys
+from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
 from chai_attention.ops.triton.launch_prefill import precision_of
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
@@ -32,7 +32,7 @@ def _attend(
     stride_ks, stride_vs,
     D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some keys, at ``column`` of the near ones where ``there``; ``seen`` by each query."""
+    """Some keys, at ``column`` of the local ones where ``there``; ``seen`` by each query."""
     at = column.to(tl.int64)
     k = tl.load(
         k_base + at[None, :] * stride_ks + d[:, None],
@@ -53,7 +53,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["queries", "length", "columns", "late", "recent"])
-def _near(
+def _local(
     q_ptr, k_ptr, v_ptr, sink_ptr, ordinary_ptr, far_ptr, lse_ptr, slot_ptr, place_ptr, offset_ptr,
     out_ptr,
     scale, softcap, queries, length, columns, late, recent,
@@ -128,9 +128,9 @@ def _near(
     )  # fmt: skip
 
 
-def merge_near(
+def merge_local(
     query: Tensor,
-    near: NearKeys,
+    local: LocalKeys,
     tables: WindowTables,
     far: tuple[Tensor, Tensor] | None,
     call: AttentionCall,
@@ -139,7 +139,7 @@ def merge_near(
 
     Args:
         query: ``[B, H, Q, D]``, all heads.
-        near: the near keys.
+        local: the local keys.
         tables: of these Q queries.
         far: what `AttentionBackend.attend_far` found; None if there are no far keys.
         call: how.
@@ -148,9 +148,9 @@ def merge_near(
         ``[B, Q, H, Dv]`` in the dtype of V; zeros for a query that sees no key.
     """
     batch, heads, queries, dim = query.shape
-    groups, value_dim = near.value.shape[1], near.value.shape[3]
+    groups, value_dim = local.value.shape[1], local.value.shape[3]
     shape = (batch, queries, heads, value_dim)
-    out = torch.empty(shape, dtype=near.value.dtype, device=query.device)
+    out = torch.empty(shape, dtype=local.value.dtype, device=query.device)
     # of a program: what registers allow
     rows = 32 if query.dtype.itemsize == 4 or max(dim, value_dim) > 128 else 64
     rows = min(rows, max(16, power_of_2(queries)))
@@ -159,12 +159,12 @@ def merge_near(
     far_out, lse = far or (None, None)
     softcap, offset, member = call.softcap, call.offset, call.membership
     slot = member.slot
-    _near[(cdiv(queries, rows), heads, batch)](
-        query, near.key, near.value, tables.sink_positions, tables.ordinary, far_out,
+    _local[(cdiv(queries, rows), heads, batch)](
+        query, local.key, local.value, tables.sink_positions, tables.ordinary, far_out,
         lse, slot, member.far_place, offset, out,
-        call.scale, softcap or 1.0, queries, tables.length, near.key.shape[2] - sinks,
+        call.scale, softcap or 1.0, queries, tables.length, local.key.shape[2] - sinks,
         0 if far_out is None else far_out.shape[1], tables.recent,
-        *query.stride()[:3], *near.key.stride()[:3], *near.value.stride()[:3],
+        *query.stride()[:3], *local.key.stride()[:3], *local.value.stride()[:3],
         *(0 if shared else x.stride(0) for x in (tables.sink_positions, tables.ordinary)),
         *((0, 0, 0) if far_out is None else far_out.stride()[:3]),
         *((0, 0) if lse is None else lse.stride()[:2]), slot.stride(0),

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.ops import cache_write
-from chai_attention.ops.narrow import FLOAT8, widen_pages
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.fp8 import FLOAT8, widen_pages
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton import widen, write
 from helpers import TOLERANCE, random_membership
 from paged_caches import paged_caches
@@ -22,9 +22,9 @@ def rounded_down(*shape, scale):
 
     The interpreter rounds others wrongly: upwards in the middle, and 1.99 to 1.
     """
-    near = torch.randn(*shape).clamp(-3, 3).to(FLOAT8).float()
-    near = torch.where(near.abs() < 2.0**-6, 0.0, near)
-    return near * (1.01 + 0.01 * torch.rand(shape)) * scale
+    local = torch.randn(*shape).clamp(-3, 3).to(FLOAT8).float()
+    local = torch.where(local.abs() < 2.0**-6, 0.0, local)
+    return local * (1.01 + 0.01 * torch.rand(shape)) * scale
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.3, 7.0)])
@@ -38,20 +38,20 @@ def test_write_rounds_like_the_reference(dtype, scales):
         key[5:9], value[0] = torch.randn(4, heads, dim).to(dtype), 2.0**-9 * 1.5
     position = torch.arange(tokens)
     slots = torch.where(position == 11, -1, position + 3)
-    near_slots = torch.where(position == 13, -1, position + 5)
+    local_slots = torch.where(position == 13, -1, position + 5)
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
         pages = [torch.zeros(3, page, n, dim, device=device).to(FLOAT8) for n in (2, heads)]
-        near = NearPages(
+        local = LocalPages(
             torch.zeros(3, page, heads - 2, dim, device=device).to(FLOAT8),
             torch.zeros(3, page, 0, dim, device=device).to(FLOAT8),
             torch.zeros(1, 1, dtype=torch.int32), 8, 2,
         )  # fmt: skip
         function(
             key.to(device), value.to(device), *pages, slots.to(device), member.to(device), None,
-            near, near_slots.to(device), scales,
+            local, local_slots.to(device), scales,
         )  # fmt: skip
-        results.append([x.view(torch.uint8) for x in (*pages, near.key)])
+        results.append([x.view(torch.uint8) for x in (*pages, local.key)])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got.cpu(), want)
 

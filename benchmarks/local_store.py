@@ -1,16 +1,16 @@
-"""Where near K and V of the exact window can stand in vLLM's pages: bytes of either way.
+"""Where local K and V of the exact window can stand in vLLM's pages: bytes of either way.
 
 *In the page*: every page has w + s more places for what it does not keep of its tokens, w of them a
-ring, not longer than the page. *Near pages*: pages of their own, as many for a request
+ring, not longer than the page. *Local pages*: pages of their own, as many for a request
 as its window needs, out of the same blocks (`estimate.Blocks`).
 
-    python benchmarks/near_store.py
+    python benchmarks/local_store.py
 """
 
 from __future__ import annotations
 
 from chai_attention.integrations.vllm.estimate import Blocks
-from chai_attention.integrations.vllm.layers import near_page
+from chai_attention.integrations.vllm.layers import local_page
 
 SINKS = 4
 LENGTHS = (300, 2048, 8192, 32768)
@@ -20,37 +20,37 @@ PAGES = (64, 128, 256, 512)
 RECIPES = {"k=8": (40, 24), "default": (28, 36)}
 
 
-def in_the_page(page: int, far: int, near: int, recent: int, length: int) -> float:
+def in_the_page(page: int, far: int, local: int, recent: int, length: int) -> float:
     """Numbers per token, of a head's size."""
-    each = page * far + (recent + SINKS) * near
+    each = page * far + (recent + SINKS) * local
     return -(-length // page) * each / length
 
 
-def near_pages(page: int, far: int, near: int, recent: int, length: int) -> float:
-    """The same with near pages."""
-    tokens = near_page(page, far, near, recent)
-    blocks = Blocks(page, tokens, page * far, tokens * near, recent, SINKS)
+def local_pages(page: int, far: int, local: int, recent: int, length: int) -> float:
+    """The same with local pages."""
+    tokens = local_page(page, far, local, recent)
+    blocks = Blocks(page, tokens, page * far, tokens * local, recent, SINKS)
     return blocks.of_request(length) * blocks.block_bytes / length
 
 
 def main() -> None:
     """Print the share of a full cache's bytes that either way takes."""
-    for name, (far, near) in RECIPES.items():
-        full = far + near
+    for name, (far, local) in RECIPES.items():
+        full = far + local
         print(f"| {name}, w | way | {' | '.join(f'{n:,} tokens' for n in LENGTHS)} |")
         print("|---|---|" + "---|" * len(LENGTHS))
         for recent in WINDOWS:
             for page in PAGES:
                 if recent > page:
                     continue
-                shares = (in_the_page(page, far, near, recent, n) / full for n in LENGTHS)
+                shares = (in_the_page(page, far, local, recent, n) / full for n in LENGTHS)
                 cells = " | ".join(f"{share:.1%}" for share in shares)
                 print(f"| {recent} | in pages of {page} | {cells} |")
             for page in PAGES[:2]:
-                shares = (near_pages(page, far, near, recent, n) / full for n in LENGTHS)
+                shares = (local_pages(page, far, local, recent, n) / full for n in LENGTHS)
                 cells = " | ".join(f"{share:.1%}" for share in shares)
-                tokens = near_page(page, far, near, recent)
-                print(f"| {recent} | near pages of {tokens} beside {page} | {cells} |")
+                tokens = local_page(page, far, local, recent)
+                print(f"| {recent} | local pages of {tokens} beside {page} | {cells} |")
         print(f"| any | nothing for the window | {' | '.join([f'{far / full:.1%}'] * 4)} |")
         print()
 

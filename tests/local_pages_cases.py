@@ -1,4 +1,4 @@
-"""Sequences in far and near pages, written token by token or at once, with NaN everywhere else."""
+"""Sequences in far and local pages, written token by token or at once, with NaN everywhere else."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.near_pages import NearPages
+from chai_attention.ops.local_pages import LocalPages
 from helpers import recent_definition
 
 NOWHERE = 2**31 - 1  # a page's number that must not be used
 
 
 @dataclass
-class NearCase:
+class LocalCase:
     """Pages, and K ``[G, S, D]`` and V ``[G, S, Dv]`` of every sequence, as pages hold them."""
 
     pages: tuple[Tensor, Tensor]
     table: Tensor
-    near: NearPages
+    local: LocalPages
     lengths: Tensor
     keys: list[Tensor]
     values: list[Tensor]
@@ -40,13 +40,13 @@ def shuffled_table(counts: list[int], spare: int = 2) -> tuple[Tensor, int]:
     return table, total
 
 
-def near_case(
+def local_case(
     member: Membership,
     lengths: list[int],
     write: Callable[..., None],
     *,
     page: int,
-    near_page: int,
+    local_page: int,
     recent: int,
     sinks: int,
     dim: int,
@@ -56,26 +56,26 @@ def near_case(
     stored: torch.dtype | None = None,
     rows: Tensor | None = None,
     steps: bool = False,
-) -> NearCase:
+) -> LocalCase:
     """Write sequences of ``lengths`` with ``write``, whose tables are ``member``'s ``rows``.
 
-    Near pages that lie wholly before the window, but for the sinks', are NaN afterwards and have
+    Local pages that lie wholly before the window, but for the sinks', are NaN afterwards and have
     no number in the block table. ``steps``: one token of each sequence at a time.
     """
     stored = stored or dtype
     kept, values = member.kept_keys, member.kept_values
     groups = member.kv_heads
     table, total = shuffled_table([-(-n // page) for n in lengths])
-    near_table, near_total = shuffled_table([-(-n // near_page) for n in lengths])
+    local_table, local_total = shuffled_table([-(-n // local_page) for n in lengths])
 
     def room(*shape: int) -> Tensor:
         return torch.full(shape, torch.nan, dtype=dtype).to(stored).to(device)
 
     pages = room(total, page, kept, dim), room(total, page, values, value_dim)
-    near = NearPages(
-        room(near_total, near_page, groups - kept, dim),
-        room(near_total, near_page, groups - values, value_dim),
-        near_table, recent, sinks,
+    local = LocalPages(
+        room(local_total, local_page, groups - kept, dim),
+        room(local_total, local_page, groups - values, value_dim),
+        local_table, recent, sinks,
     )  # fmt: skip
     states = [
         [torch.randn(groups, n, size).to(stored).to(dtype) for n in lengths]
@@ -92,29 +92,29 @@ def near_case(
         key, value = (
             torch.stack([full[row][:, t] for row, t in some]).to(device) for full in states
         )
-        slot, near_slot = (
+        slot, local_slot = (
             torch.tensor([int(where[row, t // size]) * size + t % size for row, t in some])
-            for where, size in ((table, page), (near_table, near_page))
+            for where, size in ((table, page), (local_table, local_page))
         )
         write(
             key, value, *pages, slot.to(device), member,
-            tables[[row for row, _ in some]].int().to(device), near,
-            near_slot_mapping=near_slot.to(device),
+            tables[[row for row, _ in some]].int().to(device), local,
+            local_slot_mapping=local_slot.to(device),
         )  # fmt: skip
     for row, length in enumerate(lengths):
-        for index in range(-(-length // near_page)):
-            first, last = index * near_page, (index + 1) * near_page - 1
+        for index in range(-(-length // local_page)):
+            first, last = index * local_page, (index + 1) * local_page - 1
             if first >= sinks and last < length - recent:
-                for held in (near.key, near.value):
-                    held[near_table[row, index]] = torch.nan
-                near_table[row, index] = NOWHERE
-    near = NearPages(near.key, near.value, near_table.to(device), recent, sinks)
+                for held in (local.key, local.value):
+                    held[local_table[row, index]] = torch.nan
+                local_table[row, index] = NOWHERE
+    local = LocalPages(local.key, local.value, local_table.to(device), recent, sinks)
     sizes = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return NearCase(pages, table.to(device), near, sizes, *states)
+    return LocalCase(pages, table.to(device), local, sizes, *states)
 
 
 def case_definition(
-    case: NearCase,
+    case: LocalCase,
     query: Tensor,
     member: Membership,
     scale: float,
@@ -130,7 +130,7 @@ def case_definition(
         rows.append(
             recent_definition(
                 query[row, None, :, None].cpu(), key[None], value[None],
-                member.representatives[row, None].cpu(), scale, case.near.recent, case.near.sinks,
+                member.representatives[row, None].cpu(), scale, case.local.recent, case.local.sinks,
                 offsets, softcap=softcap, streaming=member.streaming,
             )[0, 0]
         )  # fmt: skip

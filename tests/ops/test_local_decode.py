@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from chai_attention.ops import cpu_attention, reference, windowed
 from chai_attention.ops.dispatch import REFERENCE
-from chai_attention.ops.ring import NearRing
+from chai_attention.ops.rolling_buffer import RollingBuffer
 from helpers import clustered_inputs, random_membership
 from op_calls import Operations, dispatched
 
@@ -58,7 +58,7 @@ def test_decode_over_rings_is_the_definition(data):
         for x, removed in ((key, member.removed_key_heads), (value, member.removed_value_heads))
     ]
     values = memories[1] if member.removed_value_heads.shape[1] else (None, None)
-    near = NearRing(*memories[0], positions.int(), recent, begin, *values)
+    local = RollingBuffer(*memories[0], positions.int(), recent, begin, *values)
     offsets = torch.randn(heads, heads) if data.draw(st.booleans()) else None
     offset = windowed.head_offsets(offsets, member)
     options = {"scale": 0.4, "softcap": softcap, "valid": valid}
@@ -80,7 +80,7 @@ def test_decode_over_rings_is_the_definition(data):
     for run in runs:
         with cpu_attention(data.draw(st.sampled_from(["blocked", "torch"]))):
             got = run.decode_recent(
-                query, stored_key, stored_value, member, near,
+                query, stored_key, stored_value, member, local,
                 offset=offset, **options,
             )  # fmt: skip
         assert got.dtype == dtype
@@ -93,11 +93,11 @@ def test_an_offset_is_for_far_keys_even_of_a_representative():
     query, key, value = (torch.randn(1, 4, tokens, 8) for tokens in (1, 30, 30))
     positions = torch.arange(2)[None]
     ring, sinks = ring_of(key, member.removed_key_heads, positions, 5, 30, 0, 5)
-    near = NearRing(ring, sinks, positions.int(), 5)
+    local = RollingBuffer(ring, sinks, positions.int(), 5)
     _, *stored = clustered_inputs(member, query, key, value)
     options = {"scale": 0.4, "offset": torch.randn(1, 4)}
-    want = Operations(REFERENCE).decode_recent(query, *stored, member, near, **options)
+    want = Operations(REFERENCE).decode_recent(query, *stored, member, local, **options)
     for code in ("blocked", "torch"):
         with cpu_attention(code):
-            got = dispatched.decode_recent(query, *stored, member, near, **options)
+            got = dispatched.decode_recent(query, *stored, member, local, **options)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
