@@ -52,7 +52,7 @@ def output_columns(module, head, dim):
     return projection.weight.double()[:, head * dim : (head + 1) * dim]
 
 
-@pytest.mark.parametrize("local", ["no window", "window"])
+@pytest.mark.parametrize("window", ["no window", "window"])
 @pytest.mark.parametrize("kind", ["value", "gradient"])
 @pytest.mark.parametrize("family", ["llama", "llama-grouped", "opt", "gemma2", "gpt2"])
 def test_costs_are_their_definition(family, kind, window):
