@@ -86,15 +86,15 @@ def test_bands_divide_the_keys_a_query_sees(scores, sinks, monkeypatch):
                 want = logits[:, position, keys].logsumexp(-1)
                 torch.testing.assert_close(lse.double(), want, rtol=1e-5, atol=1e-5)
             assert sorted(seen) == list(range(position + 1))
-            for w, count in zip(recents, bands.window, strict=True):
-                window = [
+            for w, count in zip(recents, bands.local, strict=True):
+                local = [
                     key
                     for band in bands.bands[:count]
                     for key in torch.arange(band.keys.start, band.keys.stop)[
                         band.weights[0, row] > 0
                     ].tolist()
                 ]
-                assert sorted(window) == [
+                assert sorted(local) == [
                     n for n in range(position + 1) if n < sinks or n > position - w
                 ]
 

@@ -59,7 +59,8 @@ class Spreading:
     def __call__(self, *args, **kwargs):
         self.seen = 0
         args = [self.changed(value) for value in args]
-        kwargs = {name: self.changed(value) for name, value in kwargs.items()}
+        # outputs, which the caller has made, hold a step's tokens only
+        kwargs = {name: x if name == "out" else self.changed(x) for name, x in kwargs.items()}
         return self.function(*args, **kwargs)
 
     def changed(self, value):
