@@ -42,7 +42,7 @@ def narrow_losses(
     """By how many nats each of the tokens ``ids`` is less likely than the likeliest at its place.
 
     In the Transformers runtime with K and V rounded to 8 bits before anything reads them. Where a
-    number is local the middle of two 8-bit ones, the last bit of float32 decides which; so tokens
+    number is near the middle of two 8-bit ones, the last bit of float32 decides which; so tokens
     may differ where two are almost equally likely.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

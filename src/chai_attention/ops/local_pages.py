@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LocalPages:
-    """K and V that far pages do not hold, local the end and at the start of every sequence.
+    """K and V that far pages do not hold, near the end and at the start of every sequence.
 
     Position p of a sequence stands in page ``block_table[b, p // N]``, at ``p % N``.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RollingBuffer:
-    """K and V that no cache holds, local the end and at the start of every sequence.
+    """K and V that no cache holds, near the end and at the start of every sequence.
 
     Attributes:
         ring: ``[B, G - kept, R, D]`` in the order of ``membership.removed_key_heads``; position p

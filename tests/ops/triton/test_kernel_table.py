@@ -291,7 +291,7 @@ LARGE_WINDOWS = [
 def test_large_ones_take_the_kernel_of_the_device(config, sizes, caplog):
     with caplog.at_level(logging.DEBUG, "chai_attention"):
         check_sizes(config, sizes)
-    name = (
-        "packed Hopper prefill kernel" if HOPPER and config.dim != 96 else "packed prefill kernel"
-    )
+    # a tile of one head of 64 numbers is too narrow for it
+    wide = config.dim != 96 and (config.recent or config.dim > 64 or config.clusters < config.heads)
+    name = "packed Hopper prefill kernel" if HOPPER and wide else "packed prefill kernel"
     assert name + (" with a window" if config.recent else "") in caplog.text

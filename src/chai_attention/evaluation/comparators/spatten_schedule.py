@@ -10,7 +10,7 @@ from chai_attention.runtime.shape import ModelShape
 
 # front layers that keep everything, as published
 TOKEN_FRONT, HEAD_FRONT = 0.15, 0.3
-# what the last layer drops by default. The mean over layers is local the published one for heads
+# what the last layer drops by default. The mean over layers is near the published one for heads
 # (1.1x fewer) and milder for tokens (1.9x), which was reached by fine-tuning
 TOKEN_DROP, HEAD_DROP = 0.5, 0.2
 MOST = 0.95  # no layer drops more tokens

@@ -17,7 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _scores_base2(s, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of log2, softcap applied."""
     if HAS_SOFTCAP:
-        # tanh from exp2, which saturates without overflow; local 0, where 1 - e would lose digits,
+        # tanh from exp2, which saturates without overflow; near 0, where 1 - e would lose digits,
         # from its series
         x = s / softcap
         e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))

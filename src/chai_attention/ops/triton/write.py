@@ -1,4 +1,4 @@
-"""Cache write: K and V of kept heads, and of others local the end, to their places; one launch."""
+"""Cache write: K and V of kept heads, and of others near the end, to their places; one launch."""
 
 from __future__ import annotations
 
