@@ -2,7 +2,7 @@
 
 A small random model, in which whole groups of heads have the same W_Q and W_K, loses nothing by
 clusters: its tokens are the stock engine's. Profiles with streaming heads lose something, so theirs
-are those of the Transformers runtime. In float32 tokens have to be the same, but for local ties. In
+are those of the Transformers runtime. In float32 tokens have to be the same, but for near ties. In
 bfloat16 rounding alone changes them; the log-probabilities up to a request's first difference must
 differ no more than with ``k=H``. All engines of a variant run at the same time, each with a small
 cache.

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from chai_attention.integrations.vllm import flash
+from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds, flash_kernels
 from chai_attention.integrations.vllm.flash_schedules import FlashSchedules, Schedule
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
@@ -70,6 +71,20 @@ def test_both_kinds_of_heads_attend_as_defined(
 ) -> None:
     """Local pages before the window of a request's first new token are somebody else's."""
     monkeypatch.setattr(flash, "LEAST_TOKENS", least)
+    calls = check_step(heads, groups, streaming, softcap, requests, is_warm_up=False)
+    new = [count for _, count in requests]
+    assert calls == (max(new) == 1 or sum(new) >= least)
+
+
+def check_step(
+    heads: int,
+    groups: int,
+    streaming: tuple[int, ...],
+    softcap: float | None,
+    requests: list[tuple[int, int]],
+    is_warm_up: bool,
+) -> int:
+    """Compare a step with the definition; how often FlashAttention was called."""
     layer = served(heads, groups, streaming)
     member, kinds = layer.membership(), HeadKinds.of(layer)
     assert kinds is not None
@@ -86,6 +101,7 @@ def test_both_kinds_of_heads_attend_as_defined(
         block_table=case.table, slot_mapping=torch.zeros(0), first_pages=case.table[:, 0],
         token_pages=torch.zeros(0), max_query_len=max(new), max_seq_len=max(lengths),
         is_capture=False, local=LocalTables(case.local.block_table, torch.zeros(0)),
+        is_warm_up=is_warm_up,
     )  # fmt: skip
     query = torch.randn(sum(new), heads, DIM)
     key, value = (
@@ -113,7 +129,20 @@ def test_both_kinds_of_heads_attend_as_defined(
             softcap=softcap, streaming=streaming,
         )[0]  # fmt: skip
         assert_close(out[tokens].double(), wanted[-count:], atol=2e-5, rtol=2e-5)
-    assert len(calls) == (max(new) == 1 or sum(new) >= least)
+    return len(calls)
+
+
+@pytest.mark.parametrize("requests", [STEPS["decodes"], STEPS["prompts"]])
+def test_warm_up_compiles_the_kernels_of_both_ways(requests, monkeypatch) -> None:
+    whole, run = [], StepAttention.run
+
+    def counted(self, *args) -> None:
+        whole.append(type(self))
+        run(self, *args)
+
+    monkeypatch.setattr(StepAttention, "run", counted)
+    assert check_step(8, 4, (4, 5, 6, 7), None, requests, is_warm_up=True) == 1
+    assert whole == [FlashStepAttention, StepAttention]
 
 
 def test_slices_where_heads_stand_together_and_copies_where_not() -> None:

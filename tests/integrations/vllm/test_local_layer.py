@@ -59,6 +59,7 @@ def test_a_cache_for_trials_gets_free() -> None:
     impl.layer = LayerShard(plan, 2, rep)
     impl.scale, impl.softcap, impl.is_fp8 = 0.3, None, False
     impl._name, impl._workspace, impl._held = "layer", None, None
+    impl._kinds = impl._flash = None
     impl.layout, impl.local_layout = impl.layer.layout(8, 8), impl.layer.local_layout(8, 8)
     numbers = impl.local_layout.numbers_per_token
     local = LocalLayer(None, None, {"layer": impl.local_layout}, numbers, [1], int, 4, 1, 0)

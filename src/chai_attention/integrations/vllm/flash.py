@@ -183,9 +183,10 @@ class FlashStepAttention(StepAttention):
         out: Tensor,
     ) -> None:
         """As `StepAttention.run`; in a CUDA graph both kinds of heads attend side by side."""
-        if step.prefills and step.num_actual_tokens < LEAST_TOKENS:
+        if step.is_warm_up or (step.prefills and step.num_actual_tokens < LEAST_TOKENS):
             super().run(step, query, key, value, pages, out)
-            return
+            if not step.is_warm_up:  # which compiles the kernels of both ways
+                return
         kept, streaming = self._heads.of_query(query)
         room, out_kept, out_streaming = self._heads.room(out)
         own = Pages(pages.key[:, :, :0], pages.value[:, :, :0], pages.local_key, pages.local_value)

@@ -213,6 +213,7 @@ class ChaiMetadata:
         max_seq_len: no request has more tokens.
         is_capture: whether this is a dummy for a CUDA graph.
         local: the local pages, which vLLM describes after all else; None without any.
+        is_warm_up: whether this is a dummy that compiles kernels (`warm_up.py`).
         schedules: FlashAttention's, by the numbers of kept query and K/V heads (`FlashSchedules`).
     """
 
@@ -229,6 +230,7 @@ class ChaiMetadata:
     max_seq_len: int
     is_capture: bool
     local: LocalTables | None = None
+    is_warm_up: bool = False
     schedules: dict[tuple[int, int], Any] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

@@ -93,4 +93,5 @@ def _step(
         max_seq_len=max_seq_len,
         is_capture=is_capture,
         local=local,
+        is_warm_up=True,
     )
