@@ -213,7 +213,7 @@ class ChaiMetadata:
         max_seq_len: no request has more tokens.
         is_capture: whether this is a dummy for a CUDA graph.
         local: the local pages, which vLLM describes after all else; None without any.
-        is_warm_up: whether this is a dummy that compiles kernels (`warm_up.py`).
+        is_warm_up: whether this is a dummy that compiles kernels (`warm_up.steps`).
         schedules: FlashAttention's, by the numbers of kept query and K/V heads (`FlashSchedules`).
     """
 
