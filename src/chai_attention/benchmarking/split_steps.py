@@ -125,9 +125,7 @@ class SplitStep:
         ]
         positions = torch.full_like(token, self._count)
         if self._is_clustered:
-            # there is no padding. Without a mask some models make one that grows with every step
-            ones = torch.ones_like(token, dtype=torch.bool)
-            mask = ones.expand(-1, self._cache.tokens.capacity)
+            mask = self._cache.whole_mask(token)  # there is no padding
             self._cache.keeps_padding = True
         else:
             mask = step_mask(self._model, positions, self._cache.layers[0].keys.shape[2])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
@@ -42,6 +43,11 @@ class AttentionCall:
     membership_ids: Tensor | None = None
     offset: Tensor | None = None
     return_lse: bool = False
+
+    def new_output(self, query: Tensor, value: Tensor) -> Tensor:
+        """Return room for outputs of ``query [N, ..., D]``: ``[N, H, Dv]``, of its dtype."""
+        shape = (query.shape[0], self.membership.heads, value.shape[-1])
+        return torch.empty(shape, dtype=query.dtype, device=query.device)
 
 
 @dataclass(slots=True, eq=False)

@@ -134,7 +134,7 @@ def paged_decode(
     """
     checks.check_paged_decode(query, pages, call, out)
     if out is None:
-        out = _empty(query, pages.value, call)
+        out = call.new_output(query, pages.value)
     return out, backend_of(query.device).paged_decode(query, pages, call, out)
 
 
@@ -164,7 +164,7 @@ def paged_prefill(
     """
     checks.check_paged_prefill(queries, pages, call, probe)
     if out is None:
-        out = _empty(queries.query, pages.value, call)
+        out = call.new_output(queries.query, pages.value)
     backend = backend_of(queries.query.device)
     return out, backend.packed_prefill(queries, pages, call, out, probe)
 
@@ -182,7 +182,7 @@ def varlen_prefill(
     """
     checks.check_varlen_prefill(queries, new, call, probe)
     if out is None:
-        out = _empty(queries.query, new.value, call)
+        out = call.new_output(queries.query, new.value)
     backend = backend_of(queries.query.device)
     return out, backend.packed_prefill(queries, new, call, out, probe)
 
@@ -260,8 +260,3 @@ def _largest_head() -> int:
     from chai_attention.ops.triton.checks import MAX_HEAD_DIM
 
     return MAX_HEAD_DIM
-
-
-def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-    shape = (query.shape[0], call.membership.heads, value.shape[-1])
-    return torch.empty(shape, dtype=query.dtype, device=query.device)

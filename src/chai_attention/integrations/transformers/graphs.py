@@ -149,9 +149,7 @@ class DecodeGraph:
         with lasting():
             self._ids = input_ids.clone()
             self._positions = torch.full_like(self._ids, count)
-        # the cache knows what is padding; without any mask, some models look for it on the host
-        ones = torch.ones_like(self._ids, dtype=torch.bool)
-        self._mask = ones.expand(-1, self.cache.tokens.capacity)
+        self._mask = self.cache.whole_mask(self._ids)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()

@@ -114,6 +114,15 @@ class StaticClusteredCache(Cache):
         """Whether there are tokens, and every layer has its membership."""
         return self.tokens.count > 0 and not any(layer.is_waiting for layer in self._clustered())
 
+    def whole_mask(self, input_ids: Tensor) -> Tensor:
+        """Return a mask ``[B, capacity]`` of a step ``[B, 1]``, the same one for every step.
+
+        The cache knows what is padding. Without any mask some models look for padding on the host,
+        or make a mask that grows with every step.
+        """
+        ones = torch.ones_like(input_ids, dtype=torch.bool)
+        return ones.expand(-1, self.tokens.capacity)
+
     def memory(self) -> CacheMemory:
         """Report the bytes held and what a full cache would hold."""
         tables = sum(tensor.untyped_storage().nbytes() for tensor in self.tokens.tensors())

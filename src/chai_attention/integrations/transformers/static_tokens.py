@@ -38,7 +38,6 @@ class StaticTokens:
 
     lengths: Tensor
     start: Tensor
-    index: Tensor
     sink_positions: Tensor
     padding: Padding
 

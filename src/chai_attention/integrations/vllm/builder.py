@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
+from chai_attention.integrations.vllm.flash import takes_flash
 from chai_attention.integrations.vllm.kv_cache import LocalLayer
 from chai_attention.integrations.vllm.memberships import RequestTable
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
@@ -79,7 +80,7 @@ class ChaiMetadataBuilder(AttentionMetadataBuilder[ChaiMetadata]):
         step: ChaiMetadata | None = getattr(common, _STASH, None)
         if step is None or step.is_capture != is_capture:
             step = self._describe(common, is_capture)
-            if self._flash is not None:
+            if self._flash is not None and takes_flash(step):
                 self._flash.describe(step, self._page)
             setattr(common, _STASH, step)
             if self._local is not None:

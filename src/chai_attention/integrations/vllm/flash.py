@@ -92,6 +92,11 @@ def flash_kernels(
     return found
 
 
+def takes_flash(step: ChaiMetadata) -> bool:
+    """Whether kept heads attend by FlashAttention in this step."""
+    return not step.prefills or step.num_actual_tokens >= LEAST_TOKENS
+
+
 class _Heads:
     """Brings the heads of both kinds side by side: views where they stand so, else copies.
 
@@ -183,7 +188,7 @@ class FlashStepAttention(StepAttention):
         out: Tensor,
     ) -> None:
         """As `StepAttention.run`; in a CUDA graph both kinds of heads attend side by side."""
-        if step.is_warm_up or (step.prefills and step.num_actual_tokens < LEAST_TOKENS):
+        if step.is_warm_up or not takes_flash(step):
             super().run(step, query, key, value, pages, out)
             if not step.is_warm_up:  # which compiles the kernels of both ways
                 return

@@ -56,7 +56,7 @@ MERGE_PROGRAMS = 256  # fewer leave processors idle while the splits are read
 def dense_decode(query: Tensor, kv: DenseKV, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """`dispatch.attention` for a single query per sequence, ``[B, k, 1, D]``."""
     check(query, kv.key, kv.value)
-    out = _empty(query, kv.value, call)
+    out = call.new_output(query, kv.value)
     lse = _run(query[:, :, 0], kv, None, call, out)
     return out[:, None], None if lse is None else lse[:, :, None]
 
@@ -64,7 +64,7 @@ def dense_decode(query: Tensor, kv: DenseKV, call: AttentionCall) -> tuple[Tenso
 def ring_decode(query: Tensor, kv: DenseKV, ring: RollingBuffer, call: AttentionCall) -> Tensor:
     """`dispatch.decode_recent`."""
     check(query, kv.key, kv.value, *(memory for pair in ring.memories for memory in pair))
-    out = _empty(query, kv.value, call)
+    out = call.new_output(query, kv.value)
     _run(query[:, :, 0], kv, ring, call, out)
     return out[:, None]
 
@@ -75,11 +75,6 @@ def paged_decode(query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor
     own = () if local is None else (local.key, local.value)
     check(query, pages=(pages.key, pages.value, *own))
     return _run(query, pages, local, call, out)
-
-
-def _empty(query: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-    shape = (query.shape[0], call.membership.heads, value.shape[3])
-    return torch.empty(shape, dtype=query.dtype, device=query.device)
 
 
 def _run(
