@@ -122,7 +122,6 @@ def _engine(job: dict[str, Any]) -> Any:
     if job["profile"] is not None:
         options["additional_config"] = {"chai": {"profile": job["profile"]}}
         from chai_attention.integrations.vllm import flash, impl, memberships
-        from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
 
         memberships.memory_left = lambda config, device: 2**26  # as on a GPU
         if job["own"]:
@@ -130,7 +129,7 @@ def _engine(job: dict[str, Any]) -> Any:
         if job["flash"]:
             impl.flash_kernels = lambda *args: plain_flash
             flash.LEAST_TOKENS = 40  # some steps with prompts have fewer
-            FlashSchedules.for_model = _planned
+            flash.FlashSchedules.for_model = _planned
         if job["scales"] is not None:
             _set_scales(*job["scales"])
     if any(part["do"] == "score" for part in job["parts"]):
@@ -146,7 +145,7 @@ def _engine(job: dict[str, Any]) -> Any:
 
 
 def _planned(config: Any, rows: int, softcap: bool) -> Any:
-    from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
+    from chai_attention.integrations.vllm.flash import FlashSchedules
 
     model = config.model_config
     size = model.get_head_size()

@@ -7,6 +7,7 @@ from chai_attention.errors import ChaiError
 from chai_attention.integrations.vllm.estimate import (
     Blocks,
     Capacity,
+    EngineOptions,
     batch_defaults,
     blocks_of,
     estimate,
@@ -126,17 +127,17 @@ def test_a_local_page_may_be_the_larger_one() -> None:
 
 @pytest.mark.parametrize(("context", "gain"), [(2048, 2.0), (8192, 2.2), (32768, 2.26)])
 def test_capacity_of_the_default_recipe_grows_with_the_context(context: int, gain: float) -> None:
-    options = {"gpu_bytes": 80 * GB, "weight_bytes": 13 * GB, "vocabulary": 32000}
-    found = estimate(describe(LLAMA_7B), windowed(128), **options)
+    options = {"weight_bytes": 13 * GB, "vocabulary": 32000}
+    found = estimate(describe(LLAMA_7B), windowed(128), EngineOptions(80 * GB), **options)
     assert found.capacity_gain(context) == pytest.approx(gain, abs=0.05)
     assert found.token_bytes == (524_288, 524_288 * 28 // 64)
     assert found.window_bytes == 132 * 524_288 * 36 // 64
     # nothing is taken for requests that do not run
     # prompts with a window read 8-bit pages as they are
-    assert estimate(
-        describe(LLAMA_7B), windowed(128), cache_element_size=1, **options
-    ).budget.copies == 0  # fmt: skip
-    more = estimate(describe(LLAMA_7B), windowed(128), requests=1024, **options)
+    narrow = EngineOptions(80 * GB, cache_element_size=1)
+    assert estimate(describe(LLAMA_7B), windowed(128), narrow, **options).budget.copies == 0
+    crowd = EngineOptions(80 * GB, requests=1024)
+    more = estimate(describe(LLAMA_7B), windowed(128), crowd, **options)
     fewer = found.clustered.blocks - more.clustered.blocks
     assert fewer * found.clustered.per.block_bytes == pytest.approx(768 * 32000 * 8, abs=2e7)
 
@@ -149,7 +150,7 @@ def test_tables_of_online_memberships_share_the_memory_with_their_blocks() -> No
 
 
 def test_ranks_lose_what_has_to_be_of_one_size() -> None:
-    options = {"gpu_bytes": 80 * GB, "weight_bytes": 13 * GB, "vocabulary": 32000}
+    options = {"weight_bytes": 13 * GB, "vocabulary": 32000}
     shape = describe(LLAMA_7B)
     # of 8 heads two keep, three follow the layer's first head and three stream
     rep = tuple(0 if head % 8 in (2, 3, 4) else head for head in range(32))
@@ -158,7 +159,10 @@ def test_ranks_lose_what_has_to_be_of_one_size() -> None:
         (8,) * 32, "static", representatives=(rep,) * 32, streaming=(streaming,) * 32,
         recent=128, sinks=4,
     )  # fmt: skip
-    one, two, eight = (estimate(shape, profile, ranks=r, **options) for r in (1, 2, 8))
+    one, two, eight = (
+        estimate(shape, profile, EngineOptions(80 * GB, ranks=ranks), **options)
+        for ranks in (1, 2, 8)
+    )
     assert one.savings.lost == 0
     assert 0 < two.savings.lost < eight.savings.lost <= 1
     # the second rank has 4 of the 8, and one more that its followers follow
@@ -168,7 +172,7 @@ def test_ranks_lose_what_has_to_be_of_one_size() -> None:
     assert "chai calibrate --tensor-parallel 2 chooses heads" in two.savings.line
     even = tuple(head // 2 * 2 for head in range(32))
     alike = ClusterProfile((16,) * 32, "static", representatives=(even,) * 32)
-    four = estimate(shape, alike, ranks=4, **options).savings
+    four = estimate(shape, alike, EngineOptions(80 * GB, ranks=4), **options).savings
     assert four.lost == 0
     assert four.line == "25.0% of the K,V bytes per token saved on each of 4 ranks, as on one GPU"
 

@@ -9,8 +9,13 @@ from torch.testing import assert_close
 
 from chai_attention.integrations.vllm import flash
 from chai_attention.integrations.vllm.attend import StepAttention
-from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds, flash_kernels
-from chai_attention.integrations.vllm.flash_schedules import FlashSchedules, Schedule
+from chai_attention.integrations.vllm.flash import (
+    FlashSchedules,
+    FlashStepAttention,
+    HeadKinds,
+    Schedule,
+    flash_kernels,
+)
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans

@@ -34,6 +34,65 @@ _SIZES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """What vLLM is started with, as far as memory depends on it.
+
+    Attributes:
+        gpu_bytes: memory of a GPU.
+        utilization: ``--gpu-memory-utilization``.
+        requests: ``--max-num-seqs``.
+        batch_tokens: ``--max-num-batched-tokens``.
+        longest: ``--max-model-len``.
+        cache_element_size: bytes of a number of the K,V cache; None: as many as hidden states have.
+        block: ``--block-size``; None: 64 with clusters, without them vLLM's 16.
+        ranks: ``--tensor-parallel-size``.
+    """
+
+    gpu_bytes: int
+    utilization: float = 0.92
+    requests: int = 256
+    batch_tokens: int = 8192
+    longest: int = MOST_COPIED
+    cache_element_size: int | None = None
+    block: int | None = None
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, options: Options, gpu_bytes: int, most: int) -> EngineOptions:
+        """Read the options of a server; what is not given is chosen as vLLM does.
+
+        Args:
+            options: of ``vllm serve``.
+            gpu_bytes: memory of a GPU.
+            most: tokens that the model can read.
+
+        Raises:
+            OptionError: one that is no number, or out of range.
+        """
+        share = options.number("--gpu-memory-utilization", 0.92)
+        if not 0 < share <= 1:
+            raise OptionError(
+                f"--gpu-memory-utilization is a share of more than 0 and at most 1, not {share:g}"
+            )
+        cache = options.text("--kv-cache-dtype") or "auto"
+        if (problem := cache_problem(cache, None)) is not None:
+            raise OptionError(f"clustered heads do not support {problem}")
+        left_to_vllm = options.text("--max-model-len") in ("auto", "-1")
+        longest = most if left_to_vllm else options.count("--max-model-len", most)
+        requests, tokens = batch_defaults(gpu_bytes)
+        if options.text("--performance-mode") == "throughput":
+            requests, tokens = 2 * requests, 2 * tokens
+        given = options.count("--max-num-seqs", 0)
+        tokens = min(tokens, (given or requests) * longest)
+        tokens = options.count("--max-num-batched-tokens", tokens)
+        return cls(
+            gpu_bytes, share, given or min(requests, tokens), tokens, longest,
+            1 if cache in EIGHT_BITS else None, options.count("--block-size", 0) or None,
+            options.count("--tensor-parallel-size", 1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Blocks of a model's K,V cache: a page of every layer, or local pages of all layers.
 
@@ -188,61 +247,49 @@ def blocks_of(
 def estimate(
     shape: ModelShape,
     profile: ClusterProfile,
+    engine: EngineOptions,
     *,
-    gpu_bytes: int,
     weight_bytes: int,
     vocabulary: int,
-    utilization: float = 0.92,
-    requests: int = 256,
-    batch_tokens: int = 8192,
-    longest: int = MOST_COPIED,
     element_size: int = 2,
-    cache_element_size: int | None = None,
-    block: int | None = None,
-    ranks: int = 1,
 ) -> Estimate:
     """Estimate capacity and gain of one rank.
 
     Args:
         shape: the model's.
         profile: for it.
-        gpu_bytes: memory of a GPU.
+        engine: what it runs with.
         weight_bytes: of the whole model.
         vocabulary: entries of the output layer.
-        utilization: vLLM's ``--gpu-memory-utilization``.
-        requests: its ``--max-num-seqs``.
-        batch_tokens: its ``--max-num-batched-tokens``.
-        longest: its ``--max-model-len``.
         element_size: bytes of a number of hidden states.
-        cache_element_size: the same of the K,V cache; None: as many.
-        block: its ``--block-size``; None: 64 with clusters, without them vLLM's 16.
-        ranks: its ``--tensor-parallel-size``.
 
     Raises:
         ChaiError: the model does not fit, or the profile does not fit the model.
     """
-    size, cached = shape.head_dim, cache_element_size or element_size
+    size, cached = shape.head_dim, engine.cache_element_size or element_size
+    ranks, batch_tokens = engine.ranks, engine.batch_tokens
     layers = layer_shards(shape, profile, ranks)
     plain = layer_shards(shape, ClusterProfile((shape.heads,) * shape.layers), ranks)
     full, kept = (
-        blocks_of(kind, size, cached, block or page)
+        blocks_of(kind, size, cached, engine.block or page)
         for kind, page in ((plain, BLOCK), (layers, PAGE))
     )
     # about ten hidden states a token alive at once, and float32 scores of the vocabulary
     hidden = shape.hidden_size or shape.heads * size
-    activations = batch_tokens * hidden * 10 * element_size + requests * vocabulary * 8 // ranks
-    total, weights = int(gpu_bytes * utilization), weight_bytes // ranks
+    scores = engine.requests * vocabulary * 8 // ranks
+    activations = batch_tokens * hidden * 10 * element_size + scores
+    total, weights = int(engine.gpu_bytes * engine.utilization), weight_bytes // ranks
     copies = 0
     if cached < element_size:
         copied = [layer for layer in layers if layer.needs_workspace]
-        numbers = (layer.layout(size, size).numbers_per_token for layer in copied)
-        copies = workspace_tokens(batch_tokens, longest) * max(numbers, default=0) * element_size
+        numbers = max((layer.layout(size, size).numbers_per_token for layer in copied), default=0)
+        copies = workspace_tokens(batch_tokens, engine.longest) * numbers * element_size
     left = total - weights - activations - RUNTIME
     if left - copies <= 0:
         raise ChaiError(
-            f"{gpu_bytes / 1e9:.0f} GB at a utilization of {utilization:g} leave no room for K and "
-            f"V beside {weights / 1e9:.1f} GB of weights: use more memory, more ranks or fewer "
-            "requests (--max-num-seqs)"
+            f"{engine.gpu_bytes / 1e9:.0f} GB at a utilization of {engine.utilization:g} leave no "
+            f"room for K and V beside {weights / 1e9:.1f} GB of weights: use more memory, more "
+            "ranks or fewer requests (--max-num-seqs)"
         )
     row = sum(row_bytes(layer, size) for layer in layers)
     blocks = (left - copies) // (kept.block_bytes + row)
@@ -253,7 +300,7 @@ def estimate(
         Budget(total, weights, activations, copies, blocks * row),
         (full.far_bytes // full.page, kept.far_bytes // kept.page),
         local_numbers * (kept.recent + kept.sinks),
-        requests,
+        engine.requests,
         savings(shape, profile, ranks, layers),
     )
 
@@ -274,26 +321,11 @@ def estimate_config(
     """
     text, given = config.get_text_config(decoder=True), Options(options)
     size = element_size(text, given)
-    longest = _longest(given, text.max_position_embeddings)
-    cache = given.text("--kv-cache-dtype") or "auto"
-    if (problem := cache_problem(cache, None)) is not None:
-        raise OptionError(f"clustered heads do not support {problem}")
-    requests, batch_tokens = _batch(given, gpu_bytes, longest)
+    engine = EngineOptions.of(given, gpu_bytes, text.max_position_embeddings)
     return estimate(
-        describe(config),
-        named_profile(profile),
-        gpu_bytes=gpu_bytes,
-        weight_bytes=parameters(config) * size,
-        vocabulary=text.vocab_size,
-        utilization=_utilization(given),
-        requests=requests,
-        batch_tokens=batch_tokens,
-        longest=longest,
-        element_size=size,
-        cache_element_size=1 if cache in EIGHT_BITS else size,
-        block=given.count("--block-size", 0) or None,
-        ranks=given.count("--tensor-parallel-size", 1),
-    )
+        describe(config), named_profile(profile), engine,
+        weight_bytes=parameters(config) * size, vocabulary=text.vocab_size, element_size=size,
+    )  # fmt: skip
 
 
 def element_size(config: PreTrainedConfig, options: Options) -> int:
@@ -311,33 +343,6 @@ def parameters(config: PreTrainedConfig) -> int:
     """Parameters of a model, counted without any memory for them."""
     model = empty_model(config, torch.float32)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _batch(options: Options, gpu_bytes: int, longest: int) -> tuple[int, int]:
-    """Requests and tokens of a step: as they are given, else as vLLM chooses them."""
-    requests, tokens = batch_defaults(gpu_bytes)
-    if options.text("--performance-mode") == "throughput":
-        requests, tokens = 2 * requests, 2 * tokens
-    given = options.count("--max-num-seqs", 0)
-    tokens = min(tokens, (given or requests) * longest)
-    tokens = options.count("--max-num-batched-tokens", tokens)
-    return given or min(requests, tokens), tokens
-
-
-def _utilization(options: Options) -> float:
-    """The share of a GPU's memory that vLLM may take."""
-    name = "--gpu-memory-utilization"
-    share = options.number(name, 0.92)
-    if not 0 < share <= 1:
-        raise OptionError(f"{name} is a share of more than 0 and at most 1, not {share:g}")
-    return share
-
-
-def _longest(options: Options, default: int) -> int:
-    """Tokens of the longest request; "auto" and -1 leave it to vLLM."""
-    name = "--max-model-len"
-    left = options.text(name) in ("auto", "-1")
-    return default if left else options.count(name, default)
 
 
 def batch_defaults(gpu_bytes: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from chai_attention.integrations.vllm import memberships
 from chai_attention.integrations.vllm.attend import DequantisationWorkspace, workspace_tokens
-from chai_attention.integrations.vllm.flash_schedules import FlashSchedules
+from chai_attention.integrations.vllm.flash import FlashSchedules
 from chai_attention.integrations.vllm.layers import (
     PAGE,
     PAGE_MULTIPLE,
