@@ -17,7 +17,7 @@ help:
 	@echo "make test-all   run the exhaustive tests, too, and measure coverage"
 	@echo "make test-baselines   run the tests of external baselines, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
-	@echo "make lint   ruff, mypy and the layers of docs/architecture.md"
+	@echo "make lint   ruff, mypy (benchmarks, too) and the layers of docs/architecture.md"
 	@echo "make release-check   build, install the wheel in a fresh environment and use it"
 
 $(STAMP): pyproject.toml constraints.txt

@@ -101,10 +101,10 @@ def measure(
     kind = choice.kind_of(inputs.query, case.tokens, clustered=True)
     chosen = choice.chosen(kind)
     print(f"\n{case}, {about['dtype']}: baseline {base[1]}, auto takes {chosen}")
-    for (name, code), found in times.items():
+    for (name, code), seconds in times.items():
         row = {
-            **about, "us": medians[name, code] * 1e6, "best_us": min(found) * 1e6,
-            "repeats": len(found),
+            **about, "us": medians[name, code] * 1e6, "best_us": min(seconds) * 1e6,
+            "repeats": len(seconds),
         }  # fmt: skip
         if not name:
             report["baselines"].append({**row, "baseline": code})

@@ -68,15 +68,16 @@ def main() -> None:
     windows = torch.randint(config.vocab_size, (options.samples, options.length))
     window = ExactWindow(options.recent, options.sinks)
     rows = []
-    for name, work in (
-        ("offsets", lambda: offsets_of(model, windows, window, options.batch_size)),
-        (
-            "gradient",
-            lambda: collect_costs(
-                model, windows, "gradient", exact=[window], batch_size=options.batch_size
-            ),
-        ),
-    ):
+    size = options.batch_size
+
+    def offsets() -> torch.Tensor:
+        return offsets_of(model, windows, window, size)
+
+    def gradient() -> torch.Tensor:
+        (found,) = collect_costs(model, windows, "gradient", exact=[window], batch_size=size)
+        return found.sharing
+
+    for name, work in (("offsets", offsets), ("gradient", gradient)):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,9 @@ def measure(name: str, options: argparse.Namespace, end: float) -> None:
             continue
         kind = part.removeprefix(f"{SPEED} ")
         results.add(part, with_peaks(
-            lambda kind=kind, until=until: measure_evidence(model, until, options)
+            partial(measure_evidence, model, until, options)
             if kind == EVIDENCE
-            else measure_speed(model, name, kind, ceilings, options)
+            else partial(measure_speed, model, name, kind, ceilings, options)
         ))  # fmt: skip
 
 

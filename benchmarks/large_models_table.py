@@ -87,8 +87,8 @@ def _evidence(found: Sequence[dict[str, Any]]) -> str:
     """Seconds and memory of calibration by gradients."""
     rows = []
     for result in found:
-        evidence = result.get("evidence")
-        for name, seen in (evidence or {}).get("passes", {}).items():
+        evidence = result.get("evidence") or {}
+        for name, seen in evidence.get("passes", {}).items():
             whole = seen["windows"] == seen["of"]
             took = f"{seen['seconds']:,.1f}" if whole else f"stopped after {seen['seconds']:,.1f}"
             window = "" if seen["window_s"] is None else f"{seen['window_s']:.3f}"

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Sizes:
     """What is measured: lengths of windows and of kernels, and the model's shape."""
 
     def __init__(self, tiny: bool, layers: int | None):
-        self.lengths = (96, 130, 200) if tiny else (8192, 16_384, 32_768)
-        self.kernels = (128, 300) if tiny else (32_768, 131_072)
+        self.lengths: tuple[int, ...] = (96, 130, 200) if tiny else (8192, 16_384, 32_768)
+        self.kernels: tuple[int, ...] = (128, 300) if tiny else (32_768, 131_072)
         self.recents = (4, 16) if tiny else RECENTS
         self.window = (16, 2) if tiny else LOCAL
         heads = 8 if tiny else 32
@@ -164,7 +165,7 @@ def calibration(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
             continue
         offsets = report.measure({**about, "pass": "maps and offsets"}, maps, again=True)
         if offsets is not None:
-            report.measure(second, lambda ids=ids, offsets=offsets: costs(ids, offsets))
+            report.measure(second, partial(costs, ids, offsets))
 
 
 def evaluation(model: PreTrainedModel, sizes: Sizes, report: Report) -> None:
@@ -214,7 +215,7 @@ def kernels(sizes: Sizes, report: Report, device: str, seconds: float) -> None:
             )
             found = report.measure(
                 {"part": "kernels", "case": case, "layout": str(request.layout)},
-                lambda request=request: bench_attention(request, quiet),
+                partial(bench_attention, request, quiet),
             )
             if found is not None:
                 report.add(f"{case}, {request.layout}", found)

@@ -45,7 +45,7 @@ def config(
         "value_dim": dim, "dtype": HALF, "softcap": None, "padded": False, "spare": False,
         "page": 16, "recent": 0, "sinks": 0, "probe_end": 0, **other,
     }  # fmt: skip
-    return Config(kind, heads, kv_heads, clusters, dim, **options)  # type: ignore[arg-type]
+    return Config(kind, heads, kv_heads, clusters, dim, **options)
 
 
 ATTENTION = [
@@ -86,7 +86,8 @@ def writes_dense() -> None:
     for function, device in ((write.write_dense, DEVICE), (cache_write.write_dense, "cpu")):
         keys = torch.zeros(2, 4, 16, 48, device=device)
         values = torch.zeros(2, 9, 16, 48, device=device)
-        function(*(x.to(device) for x in new), keys, values, member.to(device), start.to(device))
+        key, value = (x.to(device) for x in new)
+        function(key, value, keys, values, member.to(device), start.to(device))
         results.append([keys.cpu(), values.cpu()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

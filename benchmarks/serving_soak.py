@@ -28,7 +28,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ class Server:
         """Sums of what ``/metrics`` counts."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for line in lines:
             known = re.match(r"vllm:(\w+)(?:\{.*\})? ([-\d.e+]+)$", line)
             if known:
@@ -329,15 +329,15 @@ def smollm2(work: Path, membership: str) -> tuple[Path, Path]:
         tokenizer.save_pretrained(folder)
     file = work / f"{membership}.json"
     clusters = (9, 6) * 15
-    every = list(range(9))
+    every = tuple(range(9))
     if membership == "streaming":  # the middle of three K/V heads streams, the last one shares
-        shared = [0, 1, 2, 3, 4, 5, 0, 1, 2]
+        shared = (0, 1, 2, 3, 4, 5, 0, 1, 2)
         profile = ClusterProfile(
-            (9, 3) * 15, "static", representatives=[every, shared] * 15,
-            streaming=[[], [3, 4, 5]] * 15, recent=64, sinks=4,
+            (9, 3) * 15, "static", representatives=(every, shared) * 15,
+            streaming=((), (3, 4, 5)) * 15, recent=64, sinks=4,
         )  # fmt: skip
     elif membership == "static":
-        pairs = [every, [0, 0, 2, 3, 3, 5, 6, 6, 8]]
+        pairs = (every, (0, 0, 2, 3, 3, 5, 6, 6, 8))
         profile = ClusterProfile(clusters, "static", representatives=pairs * 15)
     else:
         profile = ClusterProfile(clusters, window=16)
