@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai_attention.integrations.vllm.decode_graphs import DecodeGraphs, DecodeMemory
 from chai_attention.integrations.vllm.layers import Pages
 from chai_attention.integrations.vllm.memberships import (
     FixedMembership,
@@ -110,6 +111,15 @@ class StepAttention:
         self.scale = scale
         self.softcap = softcap
         self.workspace = workspace
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, pages: Pages, memory: DecodeMemory) -> None:
+        """Capture decodes over these pages, for steps that vLLM has no graph of."""
+
+        def attend(part: SubBatch, most: int, query: Tensor, out: Tensor) -> None:
+            self._decode(part, most, query, pages, out)
+
+        self._graphs = DecodeGraphs(memory, attend)
 
     def reads_new(self, step: ChaiMetadata) -> bool:
         """Whether some requests attend to K and V of new tokens as they come, not in pages.
@@ -162,8 +172,9 @@ class StepAttention:
         out: Tensor,
     ) -> None:
         """Attend with all requests, whose new tokens stand in the pages."""
-        if step.num_decodes:
-            self._decode(step, step.decode_batch, query, pages, out)
+        if step.num_decodes and not (self._graphs and self._graphs.run(step, query, out)):
+            part = step.decode_batch
+            self._decode(part, step.max_seq_len, query[part.tokens], pages, out[part.tokens])
         if step.prefills:
             for part in self._prefills(step, pages.key.dtype == FLOAT8):
                 self._prefill(step, part, query, key, value, pages, out)
@@ -171,19 +182,17 @@ class StepAttention:
                 self._behind_probes(step, query, key, value, out)
 
     def _decode(
-        self, step: ChaiMetadata, part: SubBatch, query: Tensor, pages: Pages, out: Tensor
+        self, part: SubBatch, max_seq_len: int, query: Tensor, pages: Pages, out: Tensor
     ) -> None:
-        """Attend with one token of each of the first requests."""
+        """Attend with one token of each request: ``query [B, H, D]``, ``out [B, H, Dv]``."""
         member, rows = self.memberships.of(part.first_pages)
         local = offset = None
         if self.plan.has_recent_window:
             local = self.local_pages(pages, part.local_table, part.block_table)
             offset = self.memberships.offsets(part.first_pages)
         call = AttentionCall(member, self.scale, self.softcap, rows, offset)
-        kv = PagedKV(
-            pages.key, pages.value, part.block_table, part.seq_lens, local, step.max_seq_len
-        )
-        paged_decode(query[part.tokens], kv, call, out[part.tokens])
+        kv = PagedKV(pages.key, pages.value, part.block_table, part.seq_lens, local, max_seq_len)
+        paged_decode(query, kv, call, out)
 
     def _prefill(
         self,

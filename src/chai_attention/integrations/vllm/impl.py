@@ -155,8 +155,10 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         device, plan = cache.device, self.layer.plan
         self._scales = self._checkpoint_scales()
         self._is_prepared = True
-        if cache.shape[0] == self.model_state.config.cache_config.num_gpu_blocks:
-            self._held = None  # what is made now was counted; caches before that are for trials
+        # caches before that are for trials
+        is_planned = cache.shape[0] == self.model_state.config.cache_config.num_gpu_blocks
+        if is_planned:
+            self._held = None  # what is made now was counted
         self._memberships: FixedMembership | PageMemberships = (
             PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe
@@ -180,6 +182,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
                 self.model_state.warmed.add(kind)
                 for step in warm_up.steps(self.model_state, cache):
                     self._run(cache, step)
+            if is_planned and self.model_state.has_graphs:
+                self._attention.capture(self._pages(cache), self.model_state.decode_memory(cache))
 
     def _run(self, cache: Tensor, step: ChaiMetadata) -> None:
         """Run a step of random tokens."""

@@ -12,6 +12,7 @@ import torch
 
 from chai_attention.integrations.vllm import memberships
 from chai_attention.integrations.vllm.attend import DequantisationWorkspace, workspace_tokens
+from chai_attention.integrations.vllm.decode_graphs import DecodeMemory
 from chai_attention.integrations.vllm.flash import FlashSchedules
 from chai_attention.integrations.vllm.layers import (
     PAGE,
@@ -81,6 +82,7 @@ class ModelState:
         self._first_pages: torch.Tensor | None = None
         self._planned: int | None = None  # pages at most, before vLLM plans them
         self._workspace: DequantisationWorkspace | None = None
+        self._decodes: DecodeMemory | None = None
 
     def _tell_savings(self) -> None:
         """Log once what is saved."""
@@ -134,6 +136,32 @@ class ModelState:
             tokens = workspace_tokens(batch_tokens, model.max_model_len)
             self._workspace = DequantisationWorkspace(tokens, model.dtype, device)
         return self._workspace
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether vLLM captures CUDA graphs."""
+        mode = self.config.compilation_config.cudagraph_mode
+        return mode is not None and bool(mode)
+
+    def decode_memory(self, cache: torch.Tensor) -> DecodeMemory:
+        """What captured decodes read and write, shared by all layers.
+
+        Args:
+            cache: the pages of one of them, ``[P, 1, N, numbers]``.
+        """
+        if self._decodes is None:
+            model, layer = self.config.model_config, next(iter(self._layers_here()))
+            module = self.config.compilation_config.static_forward_context[layer]
+            self._decodes = DecodeMemory(
+                self.config.scheduler_config.max_num_seqs,
+                model.max_model_len,
+                module.num_heads,
+                (module.head_size, module.head_size_v),
+                (cache.shape[2], None if self.local is None else self.local.kv_cache.shape[2]),
+                model.dtype,
+                cache.device,
+            )
+        return self._decodes
 
     def schedules(self, softcap: bool) -> FlashSchedules:
         """FlashAttention's schedules, which all layers of a rank share."""

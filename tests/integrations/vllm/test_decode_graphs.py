@@ -1,0 +1,133 @@
+"""Decodes of steps that hold prompts, replayed over memory of their own; no vLLM needed."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from chai_attention.integrations.vllm.attend import StepAttention
+from chai_attention.integrations.vllm.decode_graphs import DecodeGraphs, DecodeMemory, sizes_of
+from chai_attention.integrations.vllm.layers import LayerShard, Pages
+from chai_attention.integrations.vllm.memberships import FixedMembership
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.membership import Membership
+from chai_attention.runtime.plan import LayerPlan
+
+DIM, PAGE, LOCAL_PAGE, HEADS, LONGEST = 16, 16, 8, 6, 100
+REP = (0, 0, 2, 2, 0, 5)
+
+
+def shard(recent: int) -> LayerShard:
+    kept = Membership.from_representatives(torch.tensor(REP), kv_heads=HEADS).kept_keys
+    plan = LayerPlan(
+        0, HEADS, HEADS, len(set(REP)), 8, "scores", REP, recent=recent, sinks=min(recent, 3)
+    )
+    return LayerShard(plan, kept, REP)
+
+
+def random_step(decodes: int, prompt: int) -> ChaiMetadata:
+    """Requests that decode at random lengths, and one prompt behind them."""
+    lengths = [*torch.randint(1, LONGEST, (decodes,)).tolist(), prompt]
+    new = [1] * decodes + [prompt]
+    starts = torch.tensor([0, *new]).cumsum(0)
+    count, tokens = len(new), sum(new)
+    far, local = -(-LONGEST // PAGE), -(-LONGEST // LOCAL_PAGE)
+    return ChaiMetadata(
+        RequestSpans(starts, lengths), tokens, decodes, starts.int(),
+        torch.tensor(lengths, dtype=torch.int32),
+        torch.randint(0, 40, (count, far + 2), dtype=torch.int32),
+        torch.full((tokens,), -1), torch.zeros(count, dtype=torch.int32),
+        torch.zeros(tokens, dtype=torch.int32), prompt, max(lengths), False,
+        LocalTables(
+            torch.randint(0, 60, (count, local), dtype=torch.int32), torch.full((tokens,), -1)
+        ),
+    )  # fmt: skip
+
+
+def random_layer(recent: int, most: int) -> tuple[StepAttention, Pages, DecodeMemory]:
+    layer = shard(recent)
+    layout, local_layout = layer.layout(DIM, DIM), layer.local_layout(DIM, DIM)
+    far = layout.split(torch.randn(40, 1, PAGE, layout.numbers_per_token))
+    pages = Pages(*far)
+    if local_layout is not None:
+        local = torch.randn(60, 1, LOCAL_PAGE, local_layout.numbers_per_token)
+        pages = Pages(*far, *local_layout.split(local))
+    device = torch.device("cpu")
+    attention = StepAttention(layer.plan, FixedMembership(layer, 64, device), 0.3, None)
+    sizes = (PAGE, None if local_layout is None else LOCAL_PAGE)
+    memory = DecodeMemory(most, LONGEST, HEADS, (DIM, DIM), sizes, torch.float32, device)
+    return attention, pages, memory
+
+
+@pytest.mark.parametrize("recent", [0, 5, 33])
+def test_replayed_decodes_are_those_of_a_step(recent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, pages, memory = random_layer(recent, most=13)
+    replayed: list[int] = []
+
+    def capture(run: Callable[[], None], memory: DecodeMemory) -> Callable[[], None]:
+        size = memory.sizes[-1 - len(captured)]
+        captured.append(size)
+
+        def replay() -> None:
+            replayed.append(size)
+            run()
+
+        return replay
+
+    captured: list[int] = []
+    monkeypatch.setattr("chai_attention.integrations.vllm.decode_graphs._capture", capture)
+    plain, _, _ = random_layer(recent, most=13)
+    attention.capture(pages, memory)
+    assert captured == [13, 12, 8, 6, 4]
+    # fewer decodes behind more: what stood behind the last ones is not read
+    for decodes, size in [(13, 13), (2, 4), (5, 6), (12, 12), (1, 4)]:
+        step = random_step(decodes, prompt=7)
+        query, key, value = torch.randn(3, step.num_actual_tokens, HEADS, DIM)
+        memory.query.fill_(torch.nan)
+        outs = [torch.full_like(query, torch.nan) for _ in range(2)]
+        for each, out in zip((attention, plain), outs, strict=True):
+            each.run(step, query, key, value, pages, out)
+        assert not outs[1].isnan().any()
+        torch.testing.assert_close(*outs)
+        assert replayed.pop() == size
+        assert not replayed
+
+
+def test_all_layers_of_a_step_take_its_tables_over_once() -> None:
+    _, _, memory = random_layer(5, most=9)
+    first, second = random_step(3, 2), random_step(8, 2)
+    assert memory.fill(first) == 4
+    memory.batch(4).seq_lens[0] = 77
+    assert memory.fill(first) == 4
+    assert memory.batch(4).seq_lens[0] == 77
+    assert memory.fill(second) == 8
+    assert memory.batch(8).seq_lens.tolist() == second.seq_lens[:8].tolist()
+    assert memory.fill(first) == 4
+    assert memory.batch(4).seq_lens.tolist() == [*first.seq_lens[:3].tolist(), 0]
+
+
+def test_steps_beyond_the_largest_graph_and_trials_run_as_they_are() -> None:
+    _, _, memory = random_layer(5, most=4)
+    never: list[int] = []
+    graphs = DecodeGraphs(memory, attention_unused, lambda run, memory: lambda: never.append(1))
+    step = random_step(5, 3)
+    query, out = torch.randn(2, step.num_actual_tokens, HEADS, DIM)
+    assert not graphs.run(step, query, out)
+    for name in ("is_capture", "is_warm_up"):
+        trial = random_step(3, 3)
+        setattr(trial, name, True)
+        assert not graphs.run(trial, query, out)
+    assert not never
+
+
+def attention_unused(*args: object) -> None:
+    raise AssertionError("nothing is captured here")
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 5, 64, 640, 5000])
+def test_sizes_grow_by_half_at_most_and_reach_the_most_requests(most: int) -> None:
+    sizes = sizes_of(most)
+    assert sizes[-1] == min(most, 1024)
+    assert sizes[0] == min(4, most)
+    assert all(a < b <= 1.5 * a for a, b in pairwise(sizes))
