@@ -57,9 +57,9 @@ def cluster(plan: LayerPlan, layer: Layer) -> Membership:
     """Membership of one layer, with the tables that prefill and decode read."""
     member = plan.online_membership(*layer, DIM**-0.5, None)
     for columns in (launch_decode.COLUMNS, launch_prefill.COLUMNS):
-        chunks = head_tiles_of(member, heads_per_tile(HEADS, plan.clusters, columns // DIM))
+        head_tiles = head_tiles_of(member, heads_per_tile(HEADS, plan.clusters, columns // DIM))
     if capability(layer[0].device)[0] == 9:  # Hopper's prefill
-        assert chunks.used is not None
+        assert head_tiles.used is not None
     assert member.key_heads is not None
     assert member.value_heads is not None
     return member

@@ -88,13 +88,13 @@ class Case:
 
     def __post_init__(self) -> None:
         batch = len(self.sequences)
-        self.tables, self.rows = self.member, None
+        self.tables, self.ids = self.member, None
         if self.config.tables == "shared":
             self.tables = self.member.select(torch.zeros(1, dtype=torch.long, device=DEVICE))
         elif self.config.tables == "rows":  # the first one is nobody's
             index = torch.arange(-1, batch, device=DEVICE) % batch
             self.tables = self.member.select(index)
-            self.rows = torch.arange(1, batch + 1, dtype=torch.int32, device=DEVICE)
+            self.ids = torch.arange(1, batch + 1, dtype=torch.int32, device=DEVICE)
 
     @property
     def offsets(self) -> tuple[Tensor | None, Tensor | None] | None:
@@ -273,7 +273,7 @@ def _paged(case):
     if config.representatives:
         query = torch.stack([x[h] for x, h in zip(query, case.member.slot_heads, strict=True)])
     out, lse = kernels.paged_decode(
-        query, *caches, case.tables, lengths=case.lengths, rows=case.rows, local=local,
+        query, *caches, case.tables, lengths=case.lengths, ids=case.ids, local=local,
         offset=None if local is None else case.offsets[1], return_lse=local is None,
         out=case.strided(len(sequences)),
         most_keys=None if config.tables == "each" else int(case.lengths.max()), **case.options,
@@ -299,7 +299,7 @@ def _packed(case: Case, run: Callable[..., Tensor | None]) -> tuple[list[Tensor]
     out = case.strided(total + config.tail)
     options = {
         "query_starts": torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
-        "most_queries": max(counts), "rows": case.rows, "return_lse": not config.recent,
+        "most_queries": max(counts), "ids": case.ids, "return_lse": not config.recent,
         "probe": Probe(*states, config.probe_end) if config.probe_end else None, **case.options,
     }  # fmt: skip
     lse = run(states, out, options)

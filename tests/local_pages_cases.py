@@ -54,10 +54,10 @@ def local_case(
     dtype: torch.dtype,
     device: str = "cpu",
     stored: torch.dtype | None = None,
-    rows: Tensor | None = None,
+    ids: Tensor | None = None,
     steps: bool = False,
 ) -> LocalCase:
-    """Write sequences of ``lengths`` with ``write``, whose tables are ``member``'s ``rows``.
+    """Write sequences of ``lengths`` with ``write``, whose tables are ``member``'s ``ids``.
 
     Local pages that lie wholly before the window, but for the sinks', are NaN afterwards and have
     no number in the block table. ``steps``: one token of each sequence at a time.
@@ -81,8 +81,8 @@ def local_case(
         [torch.randn(groups, n, size).to(stored).to(dtype) for n in lengths]
         for size in (dim, value_dim)
     ]
-    tables = torch.arange(len(lengths)) if rows is None else rows
-    if member.batch == 1 and rows is None:
+    tables = torch.arange(len(lengths)) if ids is None else ids
+    if member.batch == 1 and ids is None:
         tables = torch.zeros(len(lengths), dtype=torch.long)
     tokens = [(row, t) for row, n in enumerate(lengths) for t in range(n)]
     rounds = [tokens]

@@ -40,11 +40,11 @@ class Operations:
         return run(query, DenseKV(key, value), local, tables, AttentionCall(member, **options))
 
     def paged_decode(
-        self, query, keys, values, table, member, *, lengths, local=None, rows=None, out=None,
+        self, query, keys, values, table, member, *, lengths, local=None, ids=None, out=None,
         most_keys=None, **options,
     ):  # fmt: skip
         pages = PagedKV(keys, values, table, lengths, local, most_keys)
-        call = AttentionCall(member, membership_ids=rows, **options)
+        call = AttentionCall(member, membership_ids=ids, **options)
         if self.backend is None:
             return ops.paged_decode(query, pages, call, out)
         if out is None:
@@ -53,22 +53,22 @@ class Operations:
 
     def paged_prefill(
         self, query, keys, values, table, member, out=None, *, query_starts, lengths,
-        most_queries, rows=None, local=None, probe=None, **options,
+        most_queries, ids=None, local=None, probe=None, **options,
     ):  # fmt: skip
         pages = PagedKV(keys, values, table, lengths, local)
         queries = PackedQueries(query, query_starts, most_queries)
-        call = AttentionCall(member, membership_ids=rows, **options)
+        call = AttentionCall(member, membership_ids=ids, **options)
         if self.backend is None:
             return ops.paged_prefill(queries, pages, call, out, probe)
         return out, self.backend.packed_prefill(queries, pages, call, out, probe)
 
     def varlen_prefill(
-        self, query, key, value, member, out=None, *, query_starts, most_queries, rows=None,
+        self, query, key, value, member, out=None, *, query_starts, most_queries, ids=None,
         probe=None, natural_order=False, recent=0, sinks=0, **options,
     ):  # fmt: skip
         new = PackedKV(key, value, natural_order, recent, sinks)
         queries = PackedQueries(query, query_starts, most_queries)
-        call = AttentionCall(member, membership_ids=rows, **options)
+        call = AttentionCall(member, membership_ids=ids, **options)
         if self.backend is None:
             return ops.varlen_prefill(queries, new, call, out, probe)
         return out, self.backend.packed_prefill(queries, new, call, out, probe)

@@ -22,10 +22,10 @@ WINDOWS = [(16, 48, 9, 4), (64, 48, 5, 0), (48, 16, 40, 20), (16, 16, 1, 1), (32
 LENGTHS = [70, 0, 3, 129, 9]
 
 
-def attend(case, query, member, offsets, tables=None, rows=None, **options):
+def attend(case, query, member, offsets, tables=None, ids=None, **options):
     got, lse = dispatched.paged_decode(
         query, *case.pages, case.table, tables or member, lengths=case.lengths, local=case.local,
-        offset=head_offsets(offsets, member), rows=rows, **options,
+        offset=head_offsets(offsets, member), ids=ids, **options,
     )  # fmt: skip
     assert lse is None
     return got
@@ -57,14 +57,14 @@ def test_tokens_come_one_by_one_and_sequences_have_rows_of_the_tables(
     heads, kv_heads, clusters, streaming
 ):
     tables = random_membership(heads, clusters, 5, kv_heads, streaming)
-    rows = torch.tensor([4, 0, 4])
-    member = tables.select(rows)
+    ids = torch.tensor([4, 0, 4])
+    member = tables.select(ids)
     case = local_case(
         tables, [3, 30, 50], write_paged, page=8, local_page=16, recent=6, sinks=2, dim=16,
-        value_dim=16, dtype=torch.float64, rows=rows, steps=True,
+        value_dim=16, dtype=torch.float64, ids=ids, steps=True,
     )  # fmt: skip
     query = torch.randn(3, heads, 16, dtype=torch.float64)
-    got = attend(case, query, member, None, tables, rows.int(), scale=0.3)
+    got = attend(case, query, member, None, tables, ids.int(), scale=0.3)
     assert_close(got, case_definition(case, query, member, 0.3, None))
 
 

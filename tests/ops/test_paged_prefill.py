@@ -39,13 +39,13 @@ def test_pages_are_the_definition(heads, kv_heads, clusters, probe_end, every_he
 @pytest.mark.parametrize("natural", [False, True])
 def test_packed_prompts_are_the_definition(heads, kv_heads, clusters, natural):
     tables = random_membership(heads, clusters, 3, kv_heads)
-    rows = torch.tensor([2, 0, 2, 2, 1], dtype=torch.int32)
-    member = tables.select(rows.long())
+    ids = torch.tensor([2, 0, 2, 2, 1], dtype=torch.int32)
+    member = tables.select(ids.long())
     case = packed_case(member, QUERIES, [0] * 5, 16, 8, 12, torch.float64, "cpu", tail=2)
     key, value = (case.key, case.value) if natural else stored(case, member)
     got, _ = dispatched.varlen_prefill(
         case.query, key, value, tables, query_starts=case.starts, most_queries=9, scale=0.3,
-        rows=rows, natural_order=natural, probe=Probe(case.query, case.key, case.value, 3),
+        ids=ids, natural_order=natural, probe=Probe(case.query, case.key, case.value, 3),
     )  # fmt: skip
     assert_close(got[:18], packed_definition(case, member.representatives, 0.3, probe_end=3))
 

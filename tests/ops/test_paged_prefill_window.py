@@ -21,9 +21,9 @@ QUERIES, CONTEXTS = [5, 1, 0, 9, 3, 1], [0, 20, 0, 17, 40, 3]
 
 def run(
     member, queries, contexts, *, recent=6, sinks=2, local_page=16, page=16, probe_end=0,
-    softcap=None, rows=None, tables=None, dtype=torch.float64, stored=None,
+    softcap=None, ids=None, tables=None, dtype=torch.float64, stored=None,
 ):  # fmt: skip
-    """What `paged_prefill` gives and what it should; ``tables[rows]`` is ``member``, if given."""
+    """What `paged_prefill` gives and what it should; ``tables[ids]`` is ``member``, if given."""
     case = packed_case(
         member, queries, contexts, page, 8, 12, dtype, "cpu", tail=2, stored_dtype=stored
     )
@@ -33,7 +33,7 @@ def run(
     got, lse = dispatched.paged_prefill(
         case.query, case.caches.keys, case.caches.values, case.caches.table, tables or member,
         query_starts=case.starts, lengths=case.caches.lengths, most_queries=max(queries),
-        scale=0.3, softcap=softcap, probe=probe, rows=rows, local=local,
+        scale=0.3, softcap=softcap, probe=probe, ids=ids, local=local,
         offset=head_offsets(table, member),
     )  # fmt: skip
     assert lse is None
@@ -65,8 +65,8 @@ def test_first_tokens_of_fresh_prompts_see_everything(probe_end):
 
 def test_rows_of_tables():
     tables = random_membership(6, 2, 4, streaming=2)
-    rows = torch.tensor([3, 0, 3, 1, 1, 2], dtype=torch.int32)
-    got, want = run(tables.select(rows.long()), QUERIES, CONTEXTS, tables=tables, rows=rows)
+    ids = torch.tensor([3, 0, 3, 1, 1, 2], dtype=torch.int32)
+    got, want = run(tables.select(ids.long()), QUERIES, CONTEXTS, tables=tables, ids=ids)
     assert_close(got, want)
 
 
@@ -80,14 +80,14 @@ def test_pages_of_8_bits():
 @pytest.mark.parametrize(("recent", "sinks"), [(1, 0), (6, 2), (40, 4)])
 def test_packed_prompts_are_the_definition(heads, kv_heads, clusters, streaming, recent, sinks):
     tables = random_membership(heads, clusters, 3, kv_heads, streaming)
-    rows = torch.tensor([2, 0, 2, 2, 1], dtype=torch.int32)
-    member = tables.select(rows.long())
+    ids = torch.tensor([2, 0, 2, 2, 1], dtype=torch.int32)
+    member = tables.select(ids.long())
     queries = [5, 1, 0, 23, 3]
     case = packed_case(member, queries, [0] * 5, 16, 8, 12, torch.float64, "cpu", tail=2)
     table = torch.randn(heads, heads)
     got, _ = dispatched.varlen_prefill(
         case.query, case.key, case.value, tables, query_starts=case.starts, most_queries=23,
-        scale=0.3, rows=rows, natural_order=True, recent=recent, sinks=sinks, softcap=4.0,
+        scale=0.3, ids=ids, natural_order=True, recent=recent, sinks=sinks, softcap=4.0,
         offset=head_offsets(table, member), probe=Probe(case.query, case.key, case.value, 3),
     )  # fmt: skip
     want = packed_recent_definition(case, member, 0.3, recent, sinks, table, 4.0, 3)

@@ -83,7 +83,7 @@ def write_paged(
     value_pages: Tensor,
     slot_mapping: Tensor,
     membership: Membership,
-    rows: Tensor | None = None,
+    membership_ids: Tensor | None = None,
     local: LocalPages | None = None,
     local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
@@ -97,8 +97,8 @@ def write_paged(
             float8_e4m3fn (`ops.fp8`).
         value_pages: ``[P, N, kept_values, Dv]``, of the same.
         slot_mapping: ``[T]`` int64, ``page * N + place in the page``; -1 for tokens to leave out.
-        membership: tables of one row for all, or of any number with ``rows``.
-        rows: ``[T]`` int32, each token's row of the membership's tables.
+        membership: tables of one row for all, or of any number with ``membership_ids``.
+        membership_ids: ``[T]`` int32, each token's row of the membership's tables.
         local: takes K, and V, of the heads that far pages do not hold; its block table is not used.
         local_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the local pages.
         scales: what K and V are divided by in 8-bit pages, far and local.
@@ -115,8 +115,8 @@ def write_paged(
         and value_pages.shape == (pages, page, kept_values, value_dim)
         and value.shape[:2] == (tokens, groups)
         and membership.kv_heads == groups
-        and (membership.batch == 1 or rows is not None)
-        and (rows is None or rows.shape == (tokens,))
+        and (membership.batch == 1 or membership_ids is not None)
+        and (membership_ids is None or membership_ids.shape == (tokens,))
         and slot_mapping.shape == (tokens,)
     )
     if local is not None:
@@ -139,19 +139,20 @@ def write_paged(
         from chai_attention.ops.triton import write
 
         write.write_paged(
-            key, value, key_pages, value_pages, slot_mapping, membership, rows,
-            local, local_slot_mapping, scales,
+            key, value, key_pages, value_pages, slot_mapping, membership,
+            membership_ids, local, local_slot_mapping, scales,
         )  # fmt: skip
         return
     new_key, new_value = key, value
     if is_fp8:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
-    line = torch.zeros(tokens, dtype=torch.long) if rows is None else rows.long()
-    _put(new_key, key_pages, membership.key_heads[line], slot_mapping)
-    _put(new_value, value_pages, membership.value_heads[line], slot_mapping)
+    ids = torch.zeros(tokens) if membership_ids is None else membership_ids
+    ids = ids.long()
+    _put(new_key, key_pages, membership.key_heads[ids], slot_mapping)
+    _put(new_value, value_pages, membership.value_heads[ids], slot_mapping)
     if local is not None and local_slot_mapping is not None:
-        _put(new_key, local.key, membership.removed_key_heads[line], local_slot_mapping)
-        _put(new_value, local.value, membership.removed_value_heads[line], local_slot_mapping)
+        _put(new_key, local.key, membership.removed_key_heads[ids], local_slot_mapping)
+        _put(new_value, local.value, membership.removed_value_heads[ids], local_slot_mapping)
 
 
 def _put(states: Tensor, pages: Tensor, heads: Tensor, slots: Tensor) -> None:

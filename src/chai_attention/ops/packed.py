@@ -13,7 +13,7 @@ from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.paged import rows_of
+from chai_attention.ops.paged import memberships_of
 
 States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, S, Dv]``
 
@@ -34,7 +34,7 @@ def _of_pages(
     if local is None:
         return states, None
     counts = queries.query_start_loc.diff().tolist()
-    members = rows_of(call.membership, call.membership_ids, len(counts))
+    members = memberships_of(call.membership, call.membership_ids, len(counts))
     return states, paged_local(local, states, members, counts)
 
 
@@ -54,7 +54,7 @@ def _of_packed(
     key, value = packed.key, packed.value
     members = None
     if packed.natural_order:
-        members = rows_of(call.membership, call.membership_ids, len(starts) - 1)
+        members = memberships_of(call.membership, call.membership_ids, len(starts) - 1)
     states = []
     for b, (start, stop) in enumerate(pairwise(starts)):
         k, v = key[start:stop].transpose(0, 1), value[start:stop].transpose(0, 1)
@@ -129,7 +129,7 @@ def attend(
         states, local = _of_packed(queries, kv, call)
     window = kv.window if isinstance(kv, PagedKV) else kv
     query, starts = queries.query, queries.query_start_loc.tolist()
-    members = rows_of(call.membership, call.membership_ids, len(states))
+    members = memberships_of(call.membership, call.membership_ids, len(states))
     lse = torch.full((query.shape[0], members.clusters), -torch.inf, device=query.device)
     for b, (key, value) in enumerate(states):
         tokens = slice(starts[b], starts[b + 1])

@@ -14,7 +14,7 @@ from chai_attention.ops.local_pages import LocalPages
 def paged_decode(query: Tensor, pages: PagedKV, call: AttentionCall, out: Tensor) -> Tensor | None:
     """`dispatch.paged_decode` into ``out``, by K and V that are put together per sequence."""
     lengths = pages.seq_lens
-    member = rows_of(call.membership, call.membership_ids, query.shape[0])
+    member = memberships_of(call.membership, call.membership_ids, query.shape[0])
     size = int(lengths.max()) if len(lengths) else 0
     used = pages.block_table[:, : -(-size // pages.key.shape[1])]
     key, value = (
@@ -71,10 +71,10 @@ def _local_states(pages: Tensor, local: LocalPages, is_local: Tensor, dtype: tor
     return states.transpose(1, 2)
 
 
-def rows_of(membership: Membership, rows: Tensor | None, batch: int) -> Membership:
+def memberships_of(membership: Membership, ids: Tensor | None, batch: int) -> Membership:
     """The membership of each of ``batch`` sequences."""
-    if rows is not None:
-        return membership.select(rows.long())
+    if ids is not None:
+        return membership.select(ids.long())
     return membership if membership.batch == batch else membership.expand(batch)
 
 

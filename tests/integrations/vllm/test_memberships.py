@@ -23,13 +23,13 @@ def test_memberships_by_page_stay_up_to_date() -> None:
     before = everything.value_heads, everything.slot, everything.key_place  # made and remembered
     assert pages.of(torch.tensor([3], dtype=torch.int32))[0].host_rows == (fallback,)
     new = Membership.from_representatives(torch.tensor([[0, 0, 2, 2], [0, 0, 0, 3]]), 2)
-    pages._rows.put(torch.tensor([4, 1], dtype=torch.int32), new.representatives)
-    rows = torch.tensor([1, 4, 0], dtype=torch.int32)
-    found, lines = pages.of(rows)
-    assert lines is None
+    pages._tables.put(torch.tensor([4, 1], dtype=torch.int32), new.representatives)
+    first = torch.tensor([1, 4, 0], dtype=torch.int32)
+    found, ids = pages.of(first)
+    assert ids is None
     assert found.host_rows == ((0, 0, 0, 3), (0, 0, 2, 2), fallback)
     wanted = windowed.head_offsets(offsets, found)
-    torch.testing.assert_close(pages.offsets(rows), wanted)
+    torch.testing.assert_close(pages.offsets(first), wanted)
     # tables that were made of all pages' memberships have the new rows, in place
     fresh = Membership.from_representatives(everything.representatives.clone(), 2)
     for held, name in zip(before, ("value_heads", "slot", "key_place"), strict=True):

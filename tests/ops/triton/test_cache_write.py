@@ -102,14 +102,14 @@ def test_pages(heads, kv_heads, clusters, shared):
     key, value = torch.randn(tokens, kv_heads, dim), torch.randn(tokens, kv_heads, 40)
     slots = torch.randperm(page * pages)[:tokens]
     slots[4] = -1
-    lines = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
+    ids = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
         keys = torch.full((pages, page, member.kept_keys, dim), torch.nan, device=device)
         values = torch.full((pages, page, kv_heads, 40), torch.nan, device=device)
         function(
             key.to(device), value.to(device), keys, values, slots.to(device), member.to(device),
-            None if lines is None else lines.to(device),
+            None if ids is None else ids.to(device),
         )  # fmt: skip
         results.append((keys, values))
     for got, want in zip(*results, strict=True):
@@ -117,10 +117,10 @@ def test_pages(heads, kv_heads, clusters, shared):
     keys, values = results[1]
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            line = 0 if lines is None else int(lines[token])
+            own = 0 if ids is None else int(ids[token])
             at = slot // page, slot % page
-            assert torch.equal(keys[at], key[token, member.key_heads[line]])
-            assert torch.equal(values[at], value[token, member.value_heads[line]])
+            assert torch.equal(keys[at], key[token, member.key_heads[own]])
+            assert torch.equal(values[at], value[token, member.value_heads[own]])
             keys[at], values[at] = torch.nan, torch.nan
     assert keys.isnan().all()
     assert values.isnan().all()

@@ -93,8 +93,8 @@ def test_far_and_local_pages_are_the_definition(
 @hopper_only
 def test_rows_of_a_table_that_only_the_device_knows(monkeypatch, decode):
     monkeypatch.setattr(Membership, "known_rows", None)
-    slots, rows = random_membership(16, 3, 5).to("cuda"), torch.tensor([4, 1, 4], device="cuda")
-    member = slots.select(rows).to("cpu")
+    slots, ids = random_membership(16, 3, 5).to("cuda"), torch.tensor([4, 1, 4], device="cuda")
+    member = slots.select(ids).to("cpu")
     case = paged_caches(member, [40, 300, 90], 64, 128, 128, torch.bfloat16, "cuda")
     query = torch.randn(3, 16, 128, dtype=torch.bfloat16, device="cuda")
     want, _ = dispatched.paged_decode(
@@ -103,7 +103,7 @@ def test_rows_of_a_table_that_only_the_device_knows(monkeypatch, decode):
     )  # fmt: skip
     got, _ = decode(
         query, case.keys, case.values, case.table, slots, lengths=case.lengths, scale=0.1,
-        rows=rows.int(), most_keys=320,
+        ids=ids.int(), most_keys=320,
     )  # fmt: skip
     torch.testing.assert_close(got.double().cpu(), want, atol=3e-2, rtol=0)
 
@@ -169,8 +169,8 @@ def test_which_kernel_and_how_many_parts(
         torch.zeros(batch, dtype=torch.int32),
     )  # fmt: skip
     query = torch.empty(batch, heads, 128, dtype=torch.bfloat16)
-    chunks = launch_decode.head_tiles_for(query, kv, member)
-    grid = launch_decode.choose_grid(query, kv, AttentionCall(member, 1.0), chunks)
+    head_tiles = launch_decode.head_tiles_for(query, kv, member)
+    grid = launch_decode.choose_grid(query, kv, AttentionCall(member, 1.0), head_tiles)
     assert (grid.tensor_cores, grid.splits) == (kernel, splits)
 
 

@@ -18,13 +18,13 @@ def test_list_of_work(queries, shared):
     """Items of every sequence, without those that have no heads to attend for."""
     batch = len(queries)
     tables = random_membership(9, 3, 1 if shared else 4)
-    rows = None if shared else torch.randint(0, 4, (batch,), dtype=torch.int32)
-    chunks = head_tiles_of(tables.to(DEVICE), 2)
+    ids = None if shared else torch.randint(0, 4, (batch,), dtype=torch.int32)
+    head_tiles = head_tiles_of(tables.to(DEVICE), 2)
     starts = torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE)
-    got = plan(chunks, starts, None if rows is None else rows.to(DEVICE), 128)
-    used = (chunks.slot >= 0).sum(1).cpu()
-    lines = torch.zeros(batch, dtype=torch.long) if rows is None else rows.long()
-    items = -(-torch.tensor(queries) // 128) * used[lines]
+    got = plan(head_tiles, starts, None if ids is None else ids.to(DEVICE), 128)
+    used = (head_tiles.slot >= 0).sum(1).cpu()
+    own = torch.zeros(batch, dtype=torch.long) if ids is None else ids.long()
+    items = -(-torch.tensor(queries) // 128) * used[own]
     assert got.tolist() == [0, *items.cumsum(0).tolist(), 0]
-    # a row's chunks with work are its first
-    assert (chunks.slot >= 0).int().diff(dim=1).max() <= 0
+    # a row's head tiles with work are its first
+    assert (head_tiles.slot >= 0).int().diff(dim=1).max() <= 0

@@ -267,7 +267,7 @@ LARGE_WINDOWS = [
             **two(64, 48, 128, 4),
         )
     ),
-    # chunks of one and of two members and streaming ones, tiles with and without far keys
+    # head tiles of one and of two members and streaming ones, tiles with and without far keys
     *cases("paged window", [(12, 12, 5, 3, 128, two(far, local, recent, sinks)) for far, local in
                             ((64, 48), (16, 16), (48, 64), (128, 32)) for recent, sinks in
                             ((1, 0), (1, 1), (32, 4), (100, 16), (128, 4), (512, 0), (512, 4))],

@@ -10,7 +10,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops import cache_write
 from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.rows import update_rows
+from chai_attention.ops.membership_tables import update_tables
 from chai_attention.ops.triton import write
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership, random_representatives
@@ -22,11 +22,11 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def attend(case, query, member, tables=None, rows=None, offsets=None, **options):
+def attend(case, query, member, tables=None, ids=None, offsets=None, **options):
     got, lse = kernels.paged_decode(
         query.to(DEVICE), *case.pages, case.table, (tables or member).to(DEVICE),
         lengths=case.lengths, local=case.local,
-        rows=None if rows is None else rows.int().to(DEVICE),
+        ids=None if ids is None else ids.int().to(DEVICE),
         offset=None if (x := head_offsets(offsets, member)) is None else x.to(DEVICE), **options,
     )  # fmt: skip
     assert lse is None
@@ -41,14 +41,14 @@ def written(member, lengths, dtype, **options):
 
 def test_rows_of_a_longer_lived_membership():
     """Tokens come one by one; the last sequence is padding, as CUDA graphs have it."""
-    tables, rows = random_membership(6, 2, 5, streaming=2), torch.tensor([4, 0, 4, 0])
-    member = tables.select(rows)
+    tables, ids = random_membership(6, 2, 5, streaming=2), torch.tensor([4, 0, 4, 0])
+    member = tables.select(ids)
     case = written(
         tables, [3, 20, 34, 0], torch.float32, page=16, local_page=16, recent=6, sinks=2, dim=32,
-        value_dim=32, rows=rows, steps=True,
+        value_dim=32, ids=ids, steps=True,
     )  # fmt: skip
     query = torch.randn(4, 6, 32)
-    got = attend(case, query, member, tables, rows, scale=0.3, most_keys=34)
+    got = attend(case, query, member, tables, ids, scale=0.3, most_keys=34)
     assert_close(got, case_definition(case, query, member, 0.3, None), atol=2e-5, rtol=0)
 
 
@@ -65,16 +65,16 @@ def test_rows_that_change_while_their_tables_are_in_use(kv_heads, kept, streamin
         rep[:, others] = others[random_representatives(len(others), 2, batch)]
         return Membership.from_representatives(rep, 2, kv_heads, kept, streaming)
 
-    tables, new, rows = members(5), members(2), torch.tensor([3, 0, 1])
+    tables, new, ids = members(5), members(2), torch.tensor([3, 0, 1])
     tables = tables.to(DEVICE)
     options = {"page": 16, "local_page": 32, "recent": 6, "sinks": 2, "dim": 32, "value_dim": 32}
     query = torch.randn(3, 6, 32)
     for changed in (False, True):
         if changed:
-            update_rows(tables, torch.tensor([3, 1], device=DEVICE), new.to(DEVICE))
-        case = written(tables, [3, 40, 25], torch.float32, rows=rows, **options)
-        member = tables.to("cpu").select(rows)
-        got = attend(case, query, member, tables, rows, scale=0.3)
+            update_tables(tables, torch.tensor([3, 1], device=DEVICE), new.to(DEVICE))
+        case = written(tables, [3, 40, 25], torch.float32, ids=ids, **options)
+        member = tables.to("cpu").select(ids)
+        got = attend(case, query, member, tables, ids, scale=0.3)
         assert_close(got, case_definition(case, query, member, 0.3, None), atol=2e-5, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
     key, value = (torch.randint(-15, 16, (tokens, kv_heads, n)).float() for n in (dim, value_dim))
     slots, local_slots = torch.randperm(40)[:tokens], torch.randperm(96)[:tokens]
     slots[[4, 7]], local_slots[[5, 7]] = -1, -1
-    rows = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
+    ids = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
     kept, values = member.kept_keys, member.kept_values
     results = []
     for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
@@ -106,7 +106,7 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
         local = LocalPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 4, 1)
         function(
             key.to(device), value.to(device), *pages[:2], slots.to(device), member.to(device),
-            None if rows is None else rows.to(device), local,
+            None if ids is None else ids.to(device), local,
             local_slot_mapping=local_slots.to(device),
             scales=(1.0, 1.0) if stored is None else (0.5, 4.0),
         )  # fmt: skip
@@ -133,11 +133,11 @@ def test_local_pages_replay_in_a_cuda_graph(clusters, streaming):
         (table.cpu()[[0, 1], last // page] * page + last % page).long().to(DEVICE)
         for table, page in ((case.table, 64), (case.local.block_table, 48))
     )
-    rows = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    ids = torch.arange(2, dtype=torch.int32, device=DEVICE)
 
     def step():
         write.write_paged(
-            key, value, *case.pages, slots, there, rows, case.local, local_slot_mapping=local_slots
+            key, value, *case.pages, slots, there, ids, case.local, local_slot_mapping=local_slots
         )
         return kernels.paged_decode(
             query, *case.pages, case.table, there, lengths=case.lengths, local=case.local,

@@ -1,4 +1,4 @@
-"""The parts of a dense call: chunks of heads, and what is refused."""
+"""The parts of a dense call: head tiles, and what is refused."""
 
 import pytest
 import torch
@@ -14,18 +14,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("members", [1, 2, 4, 8])
-def test_chunks_cover_every_head_once(members):
+def test_head_tiles_cover_every_head_once(members):
     member = random_membership(12, 5, 4)
-    chunks = head_tiles_of(member, members)
+    head_tiles = head_tiles_of(member, members)
     for b in range(4):
-        heads = sorted(h for h in chunks.head[b].flatten().tolist() if h >= 0)
+        heads = sorted(h for h in head_tiles.head[b].flatten().tolist() if h >= 0)
         assert heads == list(range(12))
-        for n in range(chunks.count):
-            for head, place in zip(chunks.head[b, n], chunks.value[b, n], strict=True):
+        for n in range(head_tiles.count):
+            for head, place in zip(head_tiles.head[b, n], head_tiles.value[b, n], strict=True):
                 if head >= 0:
-                    assert member.slot[b, head] == chunks.slot[b, n]
+                    assert member.slot[b, head] == head_tiles.slot[b, n]
                     assert member.value_slot[b, head] == place
-                    assert member.key_slot[b, member.slot[b, head]] == chunks.key[b, n]
+                    assert member.key_slot[b, member.slot[b, head]] == head_tiles.key[b, n]
 
 
 def test_what_has_no_kernel_is_refused():

@@ -82,7 +82,7 @@ def test_what_is_no_number_still_gives_heads():
 
 
 @pytest.mark.parametrize("members", [(2, 2), (1, 8)])
-def test_every_size_of_chunks(members):
+def test_every_size_of_head_tiles(members):
     got = kmeans(torch.randn(2, 12, 20, device=DEVICE), 5, tie=TIE, members=members)
     want = Membership.from_representatives(got.representatives.cpu())
     assert_same_membership(got, want, members)

@@ -40,10 +40,10 @@ def test_grouped_queries(clusters):
 
 
 @pytest.mark.parametrize(("heads", "clusters", "batch"), [(1, 1, 1), (9, 4, 3), (64, 9, 33)])
-def test_list_of_used_chunks(heads, clusters, batch):
-    chunks = head_tiles_of(random_membership(heads, clusters, batch).to(DEVICE), 2)
-    work, count = chunks.used
-    idle = chunks.slot.flatten() < 0
+def test_list_of_used_head_tiles(heads, clusters, batch):
+    head_tiles = head_tiles_of(random_membership(heads, clusters, batch).to(DEVICE), 2)
+    work, count = head_tiles.used
+    idle = head_tiles.slot.flatten() < 0
     assert work.tolist() == idle.int().sort(stable=True).indices.tolist()
     assert count.tolist() == [int((~idle).sum())]
 

@@ -185,12 +185,12 @@ class StepAttention:
         self, part: SubBatch, max_seq_len: int, query: Tensor, pages: Pages, out: Tensor
     ) -> None:
         """Attend with one token of each request: ``query [B, H, D]``, ``out [B, H, Dv]``."""
-        member, rows = self.memberships.of(part.first_pages)
+        member, ids = self.memberships.of(part.first_pages)
         local = offset = None
         if self.plan.has_recent_window:
             local = self.local_pages(pages, part.local_table, part.block_table)
             offset = self.memberships.offsets(part.first_pages)
-        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
+        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
         kv = PagedKV(pages.key, pages.value, part.block_table, part.seq_lens, local, max_seq_len)
         paged_decode(query, kv, call, out)
 
@@ -206,14 +206,14 @@ class StepAttention:
     ) -> None:
         """Attend with some of the requests behind the decodes."""
         query, key, value = (x[part.tokens] for x in (query, key, value))
-        member, rows = self.memberships.of(part.first_pages)
+        member, ids = self.memberships.of(part.first_pages)
         probe = offset = None
         if self.plan.needs_probe and part.has_new:
             probe = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
             offset = self.memberships.offsets(part.first_pages)
         queries = PackedQueries(query, part.query_start_loc, part.max_query_len)
-        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
+        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
         if part.is_new:
             varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
             return
@@ -271,9 +271,9 @@ class StepAttention:
         """
         q, k, v = (x[some.tokens] for x in (query, key, value))
         first_pages = step.first_pages[some.requests]
-        member, rows = self.memberships.of(first_pages)
+        member, ids = self.memberships.of(first_pages)
         offset = self.memberships.offsets(first_pages) if self.plan.has_recent_window else None
-        call = AttentionCall(member, self.scale, self.softcap, rows, offset)
+        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
         probe = Probe(q, k, v, own) if own else None
         queries = PackedQueries(q, some.query_start_loc, some.max_query_len)
         return varlen_prefill(queries, self._new(k, v), call, probe=probe)[0]

@@ -261,12 +261,12 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             self._memberships.probe(
                 step, query, key, value, self._attention.scale, self.softcap
             )  # fmt: skip
-        member, lines = self._memberships.of(step.token_pages)
-        if lines is None and member.batch > 1:
-            lines = torch.arange(tokens, dtype=torch.int32)
+        member, ids = self._memberships.of(step.token_pages)
+        if ids is None and member.batch > 1:
+            ids = torch.arange(tokens, dtype=torch.int32)
         table = None if step.local is None else step.local.block_table
         write_paged(
-            key, value, pages.key, pages.value, step.slot_mapping, member, lines,
+            key, value, pages.key, pages.value, step.slot_mapping, member, ids,
             self._attention.local_pages(pages, table, step.block_table), scales=scales,
             local_slot_mapping=self._attention.local_slots(step, pages),
         )  # fmt: skip

@@ -26,7 +26,7 @@ from chai_attention.integrations.vllm.layers import LayerShard
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, RequestSpan
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
-from chai_attention.ops.rows import MembershipRows
+from chai_attention.ops.membership_tables import MembershipTables
 from chai_attention.runtime.plan import LayerPlan
 
 LEAST_PROBE = 5  # tokens that a membership is decided on at least (the paper's window)
@@ -145,13 +145,13 @@ class PageMemberships:
             inside = {head: number for number, head in enumerate(clustered)}
             own = [[inside[layer.fallback[head]] for head in clustered]]
             self._fallback = torch.tensor(own, device=device)
-        self._rows = MembershipRows(
+        self._tables = MembershipTables(
             layer.membership_of(fallback.representatives.repeat(pages, 1)),
             layer.plan.offset_table(device) if layer.plan.has_recent_window else None,
             layer.plan.has_recent_window,
             clustered,
         )
-        self._all = self._rows.membership
+        self._all = self._tables.membership
 
     def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
         """Tables for requests with these first pages, ``[B]`` int32, and which row each has.
@@ -164,14 +164,14 @@ class PageMemberships:
 
     def offsets(self, pages: Tensor) -> Tensor | None:
         """``[B, H]`` float32 added to the far keys' log-sum-exp (`windowed`), None for zeros."""
-        offset = self._rows.offset
+        offset = self._tables.offset
         return None if offset is None else offset.index_select(0, pages)
 
     def begin(self, step: ChaiMetadata) -> None:
         """Give the known membership to requests that start with too few tokens to decide one."""
         pages = step.undecided_pages(*self._range)
         if pages is not None:
-            self._rows.put(pages, self._fallback)
+            self._tables.put(pages, self._fallback)
 
     def probe(
         self, step: ChaiMetadata, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -191,7 +191,7 @@ class PageMemberships:
             representatives = self.layer.plan.packed_representatives(
                 query, key, value, found.window, found.real, scale, softcap
             )
-            self._rows.put(found.first_pages, representatives)
+            self._tables.put(found.first_pages, representatives)
 
 
 def row_bytes(layer: LayerShard, head_dim: int) -> int:
@@ -248,9 +248,9 @@ def _kernel_tables(member: Membership, head_dim: int, has_window: bool) -> Itera
         *((make, n) for make in (head_tiles_of, natural_head_tiles) for n in sizes),
     ]
     for make, members in wanted:
-        chunks = make(member, members)
-        for field in fields(chunks):
-            table = getattr(chunks, field.name)
+        head_tiles = make(member, members)
+        for field in fields(head_tiles):
+            table = getattr(head_tiles, field.name)
             if isinstance(table, Tensor):
                 yield table
 

@@ -37,7 +37,7 @@ def check(*tensors: Tensor, pages: tuple[Tensor, ...] = ()) -> None:
         raise AttentionInputError("the numbers of a head must be consecutive in memory")
 
 
-def by_line(table: Table) -> Table:
+def by_row(table: Table) -> Table:
     """A table of lengths, places and the like, each line consecutive in memory."""
     if table is None or table.stride(-1) == 1:
         return table

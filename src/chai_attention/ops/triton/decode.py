@@ -29,10 +29,10 @@ def _scores_base2(s, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _line_of(row, rows_ptr, stride_t, HAS_ROWS: tl.constexpr):
+def _membership_of(row, ids_ptr, stride_t, HAS_IDS: tl.constexpr):
     """Where the tables of a sequence begin; ``stride_t`` is 0 where all share one row."""
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + row).to(tl.int64)
+    if HAS_IDS:
+        row = tl.load(ids_ptr + row).to(tl.int64)
     return row * stride_t
 
 

@@ -82,23 +82,23 @@ class HeadTiles:
         return work, count
 
 
-@triton.jit(do_not_specialize=["size", "chunks", "streaming"])
-def _list_used(head_ptr, work_ptr, count_ptr, size, chunks, streaming, BLOCK: tl.constexpr):
-    """List the chunks with work, in order but streaming ones behind the others, then the rest."""
+@triton.jit(do_not_specialize=["size", "head_tiles", "streaming"])
+def _list_used(head_ptr, work_ptr, count_ptr, size, head_tiles, streaming, BLOCK: tl.constexpr):
+    """List the head tiles with work, streaming ones behind the others, then the rest."""
     used = 0
-    long = 0  # chunks with work that do not stream
+    long = 0  # head tiles with work that do not stream
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         busy = tl.load(head_ptr + i, mask=i < size, other=-1) >= 0
         used += tl.sum(busy.to(tl.int32))
-        long += tl.sum((busy & (i % chunks >= streaming)).to(tl.int32))
+        long += tl.sum((busy & (i % head_tiles >= streaming)).to(tl.int32))
     tl.store(count_ptr, used)
-    before = 0  # chunks with work that stand before
+    before = 0  # head tiles with work that stand before
     long_before = 0
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         busy = (tl.load(head_ptr + i, mask=i < size, other=-1) >= 0).to(tl.int32)
-        is_long = tl.where(i % chunks >= streaming, busy, 0)
+        is_long = tl.where(i % head_tiles >= streaming, busy, 0)
         rank = before + tl.cumsum(busy) - busy
         long_rank = long_before + tl.cumsum(is_long) - is_long
         before += tl.sum(busy)
@@ -186,8 +186,8 @@ def _deal_clusters(membership: Membership, members: int) -> HeadTiles:
     first = needed.cumsum(1) - needed
     size, needed = size.gather(1, slot), needed.gather(1, slot)  # [B, H]
     part = place * needed // size
-    chunk = first.gather(1, slot) + part
-    lane = chunk * members + place - (part * size + needed - 1) // needed
+    head_tile = first.gather(1, slot) + part
+    lane = head_tile * members + place - (part * size + needed - 1) // needed
 
     def table(size: int, index: Tensor, source: Tensor) -> Tensor:
         empty = torch.full((batch, size), -1, dtype=torch.int32, device=device)
@@ -195,9 +195,9 @@ def _deal_clusters(membership: Membership, members: int) -> HeadTiles:
 
     value = membership.value_slot.gather(1, order)
     return HeadTiles(
-        slot=table(count, chunk, slot),
-        query=table(count, chunk, membership.slot_heads.gather(1, slot)),
-        key=table(count, chunk, membership.key_slot.gather(1, slot)),
+        slot=table(count, head_tile, slot),
+        query=table(count, head_tile, membership.slot_heads.gather(1, slot)),
+        key=table(count, head_tile, membership.key_slot.gather(1, slot)),
         head=table(count * members, lane, order).view(batch, count, members),
         value=table(count * members, lane, value).view(batch, count, members),
         exact=rows is not None,

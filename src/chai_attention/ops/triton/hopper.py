@@ -39,7 +39,7 @@ LOG_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.constexpr_function
-def _lines(width):
+def _store_layout(width):
     """Layout of ``[64, width]`` outputs for the store: as of a product, but 16 bytes a thread."""
     columns = [[0, 1 << bit] for bit in range(width.bit_length() - 1)]
     return gl.DistributedLinearLayout(
@@ -152,7 +152,7 @@ def _attend(
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
     by_key: gl.constexpr = gl.SliceLayout(0, scores)
     out_row: gl.constexpr = gl.SliceLayout(1, output)
-    lines: gl.constexpr = _lines(WIDTH)
+    store: gl.constexpr = _store_layout(WIDTH)
     zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
     done = 0
     turn = 0
@@ -216,9 +216,9 @@ def _attend(
         if RAGGED:
             share = gl.where(weight > 0, share, 0.0)  # a sequence may have no keys
         acc = acc * gl.convert_layout(share, out_row)[:, None]
-        result = gl.convert_layout(acc.to(DTYPE), lines)
-        io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
-        column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, lines))
+        result = gl.convert_layout(acc.to(DTYPE), store)
+        io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store))
+        column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, store))
         head = gl.load(head_ptr + pair * M + column // D)
         token = (begin + io).to(gl.int64)
         target = out_ptr + row.to(gl.int64) * stride_ob + token[:, None] * stride_os
@@ -233,22 +233,22 @@ def _attend(
 
 
 @gluon.jit(
-    do_not_specialize=["queries", "size", "chunks", "tiles", "group", "batch", "stride_table"],
-    do_not_specialize_on_alignment=["start_ptr", "length_ptr", "table_ptr", "rows_ptr"],
+    do_not_specialize=["queries", "size", "head_tiles", "tiles", "group", "batch", "stride_table"],
+    do_not_specialize_on_alignment=["start_ptr", "length_ptr", "table_ptr", "ids_ptr"],
 )
 def prefill_hopper(
     q_tiles, k_tiles, v_tiles, next_ptr, work_ptr, count_ptr, start_ptr, length_ptr, table_ptr,
-    rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, queries, size, chunks, tiles, group, batch, stride_table, stride_t,
+    ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
+    scale, queries, size, head_tiles, tiles, group, batch, stride_table, stride_t,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_LENGTH: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
+    """Tiles of 2 * ROWS queries and a head tile of M members each, from a list, longest first.
 
     RAGGED: queries are packed, as are K and V unless they are in pages of PAGE tokens; the list
-    is `hopper_work.plan`'s. Else it is the chunks that have work.
+    is `hopper_work.plan`'s. Else it is the head tiles that have work.
     """
     DTYPE: gl.constexpr = q_tiles.dtype
     q_shape: gl.constexpr = [2] + q_tiles.block_type.shape  # noqa: RUF005
@@ -287,8 +287,8 @@ def prefill_hopper(
         length_ptr = work_ptr
     if PAGE == 0:
         table_ptr = work_ptr
-    if not HAS_ROWS:
-        rows_ptr = work_ptr
+    if not HAS_IDS:
+        ids_ptr = work_ptr
     if RAGGED:
         next_ptr = work_ptr + batch + 1
         pairs = 0
@@ -310,8 +310,8 @@ def prefill_hopper(
             ROWS, BLOCK, D, M, STAGES, RAGGED, HAS_LSE, DTYPE)),
         (fetch, (
             q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full,
-            free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, rows_ptr, query_ptr,
-            key_ptr, value_ptr, items, pairs, tiles, group, chunks, queries, size, batch,
+            free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, ids_ptr, query_ptr,
+            key_ptr, value_ptr, items, pairs, tiles, group, head_tiles, queries, size, batch,
             stride_table, stride_t,
-            ROWS, BLOCK, D, M, STAGES, RAGGED, PAGE, HAS_ROWS, HAS_LENGTH)),
+            ROWS, BLOCK, D, M, STAGES, RAGGED, PAGE, HAS_IDS, HAS_LENGTH)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -169,25 +169,25 @@ def _barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["chunks", "streaming", "splits", "recent", "stride_table", "stride_t"],
+    do_not_specialize=["head_tiles", "streaming", "splits", "recent", "stride_table", "stride_t"],
     do_not_specialize_on_alignment=[
         "length_ptr",
         "table_ptr",
-        "rows_ptr",
+        "ids_ptr",
         "query_ptr",
         "key_ptr",
         "value_ptr",
     ],
 )
 def parts(
-    k_tiles, v_tiles, q_ptr, length_ptr, table_ptr, rows_ptr, query_ptr, key_ptr, value_ptr,
-    acc_ptr, sum_ptr, scale, softcap, chunks, streaming, splits, recent, stride_qb, stride_qk,
+    k_tiles, v_tiles, q_ptr, length_ptr, table_ptr, ids_ptr, query_ptr, key_ptr, value_ptr,
+    acc_ptr, sum_ptr, scale, softcap, head_tiles, streaming, splits, recent, stride_qb, stride_qk,
     stride_table, stride_t,
     D: gl.constexpr, M: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
-    SINKS: gl.constexpr, HAS_ROWS: gl.constexpr, HAS_LOCAL: gl.constexpr,
+    SINKS: gl.constexpr, HAS_IDS: gl.constexpr, HAS_LOCAL: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """One chunk of members, one split of the far keys, as `decode_parts._parts` without a window.
+    """One head tile, one split of the far keys, as `decode_parts._parts` without a window.
 
     ``HAS_LOCAL``: the last ``recent`` keys and the first ``SINKS`` are not far, and the sums have
     room for the members' nearest keys.
@@ -196,15 +196,15 @@ def parts(
     # it waits itself for the end of this kernel
     gdc_launch_dependents()
     program = gl.program_id(0)
-    far = chunks - streaming
-    chunk = program % far + streaming
+    far = head_tiles - streaming
+    head_tile = program % far + streaming
     program = program // far
     split = program % splits
     row = (program // splits).to(gl.int64)
-    line = row
-    if HAS_ROWS:
-        line = gl.load(rows_ptr + row).to(gl.int64)
-    pair = line * stride_t * chunks + chunk
+    membership_id = row
+    if HAS_IDS:
+        membership_id = gl.load(ids_ptr + row).to(gl.int64)
+    pair = membership_id * stride_t * head_tiles + head_tile
     head = gl.load(query_ptr + pair)
     if head >= 0:
         key = gl.load(key_ptr + pair)
@@ -237,7 +237,7 @@ def parts(
         copies = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, spread)) * 0
         q = gl.load(q_ptr + row * stride_qb + head * stride_qk + copies[:, None] + d[None, :])
         q_buf.store(q)
-        part = row * chunks + chunk
+        part = row * head_tiles + head_tile
         acc_at = acc_ptr + (part * sets + split) * (M * D)
         sum_at = sum_ptr + (part * lists + split) * 2
         table = table_ptr + row * stride_table

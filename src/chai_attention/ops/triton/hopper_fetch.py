@@ -58,22 +58,22 @@ def _fetch_block(
         if PAGE > 0:
             # boxes behind the last key come from its page, whatever stands there: unused
             inside = gl.maximum(gl.minimum(at, size - 1), 0)
-            line = gl.load(table_ptr + row.to(gl.int64) * stride_table + inside // PAGE)
+            outer = gl.load(table_ptr + row.to(gl.int64) * stride_table + inside // PAGE)
             at = gl.maximum(at, 0) % PAGE
         else:
-            line = row
+            outer = row
         for c in gl.static_range(ACROSS):
             place = ((stage * GROUPS + GROUP) * ACROSS + c) * DOWN + j
-            _fetch_tile(tiles, [line, head, at, c * COLUMNS], bar, bufs.index(place), pred=pred)
+            _fetch_tile(tiles, [outer, head, at, c * COLUMNS], bar, bufs.index(place), pred=pred)
 
 
 @gluon.jit
 def fetch(
     q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free,
-    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, rows_ptr, query_ptr, key_ptr, value_ptr,
-    items, pairs, tiles, group, chunks, queries, size, batch, stride_table, stride_t,
+    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, ids_ptr, query_ptr, key_ptr, value_ptr,
+    items, pairs, tiles, group, head_tiles, queries, size, batch, stride_table, stride_t,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_LENGTH: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory.
@@ -89,15 +89,15 @@ def fetch(
     while item < items:
         if RAGGED:
             row, pair, first, begin, count, keys = packed_work(
-                item, row, work_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
-                HAS_ROWS, HAS_LENGTH, 2 * ROWS,
+                item, row, work_ptr, start_ptr, length_ptr, ids_ptr, head_tiles, batch, stride_t,
+                HAS_IDS, HAS_LENGTH, 2 * ROWS,
             )  # fmt: skip
-            line = 0  # of the tensors: all sequences are in one
+            outer = 0  # of the tensors: all sequences are in one
         else:
             row, pair, first, begin, count, keys = dense_work(
-                item, work_ptr, pairs, tiles, group, chunks, queries, size, 2 * ROWS
+                item, work_ptr, pairs, tiles, group, head_tiles, queries, size, 2 * ROWS
             )
-            line = row
+            outer = row
         head = gl.load(query_ptr + pair)
         key = gl.load(key_ptr + pair)
         mbarrier.wait(q_free, (turn & 1) ^ 1)
@@ -112,10 +112,10 @@ def fetch(
         mbarrier.expect(q_full, 2 * q_tiles.block_type.nbytes)
         for half in gl.static_range(2):
             _fetch_tile(
-                q_tiles, [line, head, begin + first + half * ROWS, 0], q_full, q_bufs.index(half)
+                q_tiles, [outer, head, begin + first + half * ROWS, 0], q_full, q_bufs.index(half)
             )
         if PAGE > 0:
-            line = row
+            outer = row
             begin = 0
         blocks = blocks_of(first, count, keys, 2 * ROWS, BLOCK)
         for i in range(0, blocks + 1):
@@ -129,14 +129,14 @@ def fetch(
             mbarrier.expect(bar, K_BYTES, pred=i == 0)
             mbarrier.expect(bar, V_BYTES, pred=i == blocks)
             _fetch_block(
-                k_tiles, k_bufs, bar, stage, line, key, n, keys, table_ptr, stride_table, 0, 1,
+                k_tiles, k_bufs, bar, stage, outer, key, n, keys, table_ptr, stride_table, 0, 1,
                 has_k, BLOCK, D, PAGE,
             )  # fmt: skip
             for member in gl.static_range(M):
                 # lanes without a member read any head, unused
                 place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
                 _fetch_block(
-                    v_tiles, v_bufs, bar, stage, line, place, n + BLOCK, keys, table_ptr,
+                    v_tiles, v_bufs, bar, stage, outer, place, n + BLOCK, keys, table_ptr,
                     stride_table, member, M, has_v, BLOCK, D, PAGE,
                 )  # fmt: skip
         done += blocks + 1

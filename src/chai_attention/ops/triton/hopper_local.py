@@ -155,7 +155,7 @@ def leave(full, free, done, STAGES: gl.constexpr):
 
 @gluon.jit
 def fetch_local(
-    k_tiles, v_tiles, k_one, v_one, full, free, done, line, head, column, sink, blocks,
+    k_tiles, v_tiles, k_one, v_one, full, free, done, outer, head, column, sink, blocks,
     BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     SINKS: gl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def fetch_local(
         bar = full.index(stage)
         mbarrier.wait(free.index(stage), ((done // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, BYTES)
-        _fetch_tile(k_tiles, [line, head, at, 0], bar, k_one.index(stage))
-        _fetch_tile(v_tiles, [line, head, at, 0], bar, v_one.index(stage * M))
+        _fetch_tile(k_tiles, [outer, head, at, 0], bar, k_one.index(stage))
+        _fetch_tile(v_tiles, [outer, head, at, 0], bar, v_one.index(stage * M))
         done += 1
     return done

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from chai_attention.ops.triton.hopper import LOG2_E, _lines, _softmax, _step
+from chai_attention.ops.triton.hopper import LOG2_E, _softmax, _step, _store_layout
 from chai_attention.ops.triton.hopper_band import attend_band, blank
 from chai_attention.ops.triton.hopper_fetch import reinterpret, told
 from chai_attention.ops.triton.hopper_local import halves, leave, release
@@ -106,7 +106,7 @@ def _local(
     """Go on with one member's local keys, and write its outputs; the number of stages so far."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     one: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    lines: gl.constexpr = _lines(D)
+    store: gl.constexpr = _store_layout(D)
     if HAS_OFFSET:
         best = best + offset * LOG2_E
         weight = gl.where(best > float("-inf"), weight, 0.0)
@@ -124,9 +124,9 @@ def _local(
     release(q_free.index(place))
     share = gl.where(weight > 0, 1.0 / weight, 0.0)  # a sequence may have no keys
     share = gl.convert_layout(share, gl.SliceLayout(1, one))
-    result = gl.convert_layout((part * share[:, None]).to(DTYPE), lines)
-    io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
+    result = gl.convert_layout((part * share[:, None]).to(DTYPE), store)
+    io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store))
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, store))
     token = (begin + io).to(gl.int64)
     target = out_ptr + head * stride_oh + token[:, None] * stride_os + column[None, :]
     gl.store(target, result, mask=(io < queries)[:, None])
@@ -213,25 +213,25 @@ def _attend(
 
 @gluon.jit(
     do_not_specialize=[
-        "recent", "chunks", "streaming", "batch", "kept_keys", "kept_values", "stride_table",
+        "recent", "head_tiles", "streaming", "batch", "kept_keys", "kept_values", "stride_table",
         "stride_local",
     ],
     do_not_specialize_on_alignment=[
-        "start_ptr", "length_ptr", "table_ptr", "local_table_ptr", "rows_ptr", "offset_ptr",
+        "start_ptr", "length_ptr", "table_ptr", "local_table_ptr", "ids_ptr", "offset_ptr",
     ],
 )  # fmt: skip
 def prefill_paged_window(
     q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
-    work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, rows_ptr, slot_ptr, query_ptr,
+    work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, ids_ptr, slot_ptr, query_ptr,
     key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr, offset_ptr, out_ptr,
-    scale, recent, chunks, streaming, batch, kept_keys, kept_values,
+    scale, recent, head_tiles, streaming, batch, kept_keys, kept_values,
     stride_t, stride_table, stride_local, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, GROUPS: gl.constexpr,
-    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 2 * ROWS queries and one chunk of M members each, from `hopper_work.plan`'s list.
+    """Tiles of 2 * ROWS queries and a head tile of M members each, from `hopper_work.plan`'s list.
 
     ``k_tiles`` and ``v_tiles`` are far pages of PAGE tokens in large boxes, ``box_*`` the same in
     boxes of 16 tokens, ``local_*`` local pages of LOCAL_PAGE in such; ``SHARED`` query heads have
@@ -277,8 +277,8 @@ def prefill_paged_window(
     # functions take no None
     if not HAS_OFFSET:
         offset_ptr = work_ptr
-    if not HAS_ROWS:
-        rows_ptr = work_ptr
+    if not HAS_IDS:
+        ids_ptr = work_ptr
     next_ptr = work_ptr + batch + 1
     items = gl.load(work_ptr + batch)
     factor = scale * LOG2_E
@@ -294,11 +294,10 @@ def prefill_paged_window(
         (fetch_pages, (
             q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
             q_bufs, k_bufs, v_bufs, k_local, v_local, item_buf, item_full, item_free, q_full,
-            q_free,
-            full, free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr,
-            rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
-            value_place_ptr, offset_ptr, items, streaming, chunks, recent, kept_keys, kept_values,
-            batch, stride_t, stride_table, stride_local, stride_offset,
-            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, GROUPS, PAGE, LOCAL_PAGE, HAS_ROWS,
+            q_free, full, free, next_ptr, work_ptr, start_ptr, length_ptr, table_ptr,
+            local_table_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
+            key_place_ptr, value_place_ptr, offset_ptr, items, streaming, head_tiles, recent,
+            kept_keys, kept_values, batch, stride_t, stride_table, stride_local, stride_offset,
+            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, GROUPS, PAGE, LOCAL_PAGE, HAS_IDS,
             HAS_OFFSET)),
     ], [4, 1], [240, 24])  # fmt: skip

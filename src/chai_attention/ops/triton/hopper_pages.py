@@ -58,13 +58,13 @@ def _pages(table, at, last, page):
 
 @gluon.jit
 def _fetch_box(
-    far, local, away, head, line, at, bar, bufs, stage, box: gl.constexpr,
+    far, local, away, head, outer, at, bar, bufs, stage, box: gl.constexpr,
     D: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
     """Bring one box of a head's K or V to its place in the first of a stage's ``EACH`` parts."""
     for c in gl.static_range(D // COLUMNS):
         place = (stage * EACH * (D // COLUMNS) + c) * 4 + box
-        where = [line, head, at, c * COLUMNS]
+        where = [outer, head, at, c * COLUMNS]
         _fetch_tile(far, where, bar, bufs.index(place), pred=away == 0)
         _fetch_tile(local, where, bar, bufs.index(place), pred=away != 0)
 
@@ -126,13 +126,13 @@ def fetch_pages(
     q_tiles, k_tiles, v_tiles, box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles,
     q_bufs, k_bufs, v_bufs, k_local, v_local,
     item_buf, item_full, item_free, q_full, q_free, full, free,
-    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, rows_ptr,
+    next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, local_table_ptr, ids_ptr,
     slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr, value_place_ptr, offset_ptr,
-    items, streaming, chunks, recent, kept_keys, kept_values, batch, stride_t, stride_table,
+    items, streaming, head_tiles, recent, kept_keys, kept_values, batch, stride_t, stride_table,
     stride_local, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, GROUPS: gl.constexpr,
-    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_ROWS: gl.constexpr,
+    PAGE: gl.constexpr, LOCAL_PAGE: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
@@ -145,8 +145,8 @@ def fetch_pages(
     item = gl.atomic_add(next_ptr, 1)
     while item < items:
         row, pair, first, begin, queries, length = packed_work(
-            item, row, work_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
-            HAS_ROWS, True, 2 * ROWS, streaming,
+            item, row, work_ptr, start_ptr, length_ptr, ids_ptr, head_tiles, batch, stride_t,
+            HAS_IDS, True, 2 * ROWS, streaming,
         )  # fmt: skip
         size = length - recent
         stop = gl.minimum(size, size - queries + first + 2 * ROWS)
@@ -217,7 +217,7 @@ def fetch_pages(
         for _ in range(0, lanes):
             _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, 0, head, begin + first, ROWS)
             asked += 1
-            place = pair // chunks * GROUPS + head // SHARED
+            place = pair // head_tiles * GROUPS + head // SHARED
             done = _fetch_local(
                 box_k_tiles, box_v_tiles, local_k_tiles, local_v_tiles, k_local, v_local, full,
                 free, done, gl.load(key_place_ptr + place).to(gl.int32),

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from chai_attention.ops.triton.hopper import LOG2_E, _lines, _softmax, _step
+from chai_attention.ops.triton.hopper import LOG2_E, _softmax, _step, _store_layout
 from chai_attention.ops.triton.hopper_fetch import (
     _fetch_block,
     _fetch_tile,
@@ -119,7 +119,7 @@ def _local(
     """Go on with one member's local keys, and write its outputs; the number of stages so far."""
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     one: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    lines: gl.constexpr = _lines(D)
+    store: gl.constexpr = _store_layout(D)
     if HAS_OFFSET:
         best = best + gl.load(offset_ptr + row * stride_offset + head) * LOG2_E
         weight = gl.where(best > float("-inf"), weight, 0.0)
@@ -135,9 +135,9 @@ def _local(
     )  # fmt: skip
     release(q_free.index(place))
     share = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, one))
-    result = gl.convert_layout((part * share[:, None]).to(DTYPE), lines)
-    io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lines))
-    column = gl.arange(0, D, layout=gl.SliceLayout(0, lines))
+    result = gl.convert_layout((part * share[:, None]).to(DTYPE), store)
+    io = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store))
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, store))
     target = out_ptr + row.to(gl.int64) * stride_ob + head * stride_oh
     token = (begin + io).to(gl.int64)
     target = target + token[:, None] * stride_os + column[None, :]
@@ -228,12 +228,12 @@ def _attend(
 def _fetch(
     q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, q_bufs, k_bufs, v_bufs, k_one, v_one,
     item_buf, item_full, item_free, q_full, q_free, full, free,
-    next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
-    items, pairs, tiles, group, streaming, chunks, queries, size, past, recent, local, shift,
+    next_ptr, work_ptr, start_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr,
+    items, pairs, tiles, group, streaming, head_tiles, queries, size, past, recent, local, shift,
     batch, stride_t,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
-    HAS_ROWS: gl.constexpr,
+    HAS_IDS: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
     K_BYTES: gl.constexpr = BLOCK * D * 2
@@ -247,18 +247,18 @@ def _fetch(
     while item < items:
         if RAGGED:
             row, pair, first, begin, queries, size = packed_work(
-                item, row, work_ptr, start_ptr, start_ptr, rows_ptr, chunks, batch, stride_t,
-                HAS_ROWS, False, 2 * ROWS, streaming,
+                item, row, work_ptr, start_ptr, start_ptr, ids_ptr, head_tiles, batch, stride_t,
+                HAS_IDS, False, 2 * ROWS, streaming,
             )  # fmt: skip
             size -= recent + SINKS
-            line = 0  # of the tensors: all sequences are in one
+            outer = 0  # of the tensors: all sequences are in one
             far = begin + SINKS
             shift = begin
         else:
             row, pair, first, begin, _count, _keys = dense_work(
-                item, work_ptr, pairs, tiles, group, chunks, queries, size, 2 * ROWS
+                item, work_ptr, pairs, tiles, group, head_tiles, queries, size, 2 * ROWS
             )
-            line = row
+            outer = row
         stop = gl.minimum(size, size - queries + first + 2 * ROWS)
         blocks = (gl.maximum(stop, 0) + BLOCK - 1) // BLOCK
         blocks = gl.where(gl.load(slot_ptr + pair) < 0, 0, blocks)
@@ -278,7 +278,7 @@ def _fetch(
         mbarrier.arrive(item_full, count=1)
         turn += 1
         if blocks > 0:
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, line,
+            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer,
                            gl.load(query_ptr + pair), begin + first, ROWS)  # fmt: skip
             asked += 1
             key = gl.load(key_ptr + pair)
@@ -295,23 +295,23 @@ def _fetch(
                 mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
                 mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
                 _fetch_block(
-                    k_tiles, k_bufs, bar, stage, line, key, n, size, work_ptr, 0, 0, 1, has_k,
+                    k_tiles, k_bufs, bar, stage, outer, key, n, size, work_ptr, 0, 0, 1, has_k,
                     BLOCK, D, 0,
                 )  # fmt: skip
                 for member in gl.static_range(M):
                     # lanes without a member read any head, unused, but where there is one alone
                     place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
                     _fetch_block(
-                        v_tiles, v_bufs, bar, stage, line, place, n + BLOCK, size, work_ptr, 0,
+                        v_tiles, v_bufs, bar, stage, outer, place, n + BLOCK, size, work_ptr, 0,
                         member, M, has_v & ((lanes > 1) | (member == 0)), BLOCK, D, 0,
                     )  # fmt: skip
             done += blocks + 1
         for member in range(0, lanes):
             head = gl.load(head_ptr + pair * M + member)
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, line, head, begin + first, ROWS)
+            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer, head, begin + first, ROWS)
             asked += 1
             done = fetch_local(
-                local_k_tiles, local_v_tiles, k_one, v_one, full, free, done, line,
+                local_k_tiles, local_v_tiles, k_one, v_one, full, free, done, outer,
                 head // SHARED, past + first - recent + 1 + shift, begin, local,
                 BLOCK, D, M, STAGES, SINKS,
             )  # fmt: skip
@@ -325,7 +325,7 @@ def _fetch(
 
 @gluon.jit
 def _fetch_queries(
-    tiles, bufs, full, free, asked, line, head, token, ROWS: gl.constexpr
+    tiles, bufs, full, free, asked, outer, head, token, ROWS: gl.constexpr
 ):  # fmt: skip
     """Bring both halves' Q of a head to one of two places."""
     place = asked % 2
@@ -333,27 +333,27 @@ def _fetch_queries(
     bar = full.index(place)
     mbarrier.expect(bar, 2 * tiles.block_type.nbytes)
     for half in gl.static_range(2):
-        at = [line, head, token + half * ROWS, 0]
+        at = [outer, head, token + half * ROWS, 0]
         _fetch_tile(tiles, at, bar, bufs.index(place * 2 + half))
 
 
 @gluon.jit(
     do_not_specialize=[
-        "queries", "size", "past", "recent", "local", "shift", "chunks", "streaming", "tiles",
+        "queries", "size", "past", "recent", "local", "shift", "head_tiles", "streaming", "tiles",
         "group", "batch",
     ],
-    do_not_specialize_on_alignment=["start_ptr", "rows_ptr", "offset_ptr"],
+    do_not_specialize_on_alignment=["start_ptr", "ids_ptr", "offset_ptr"],
 )  # fmt: skip
 def prefill_window(
     q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, next_ptr, work_ptr, count_ptr,
-    start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
-    scale, queries, size, past, recent, local, shift, chunks, streaming, tiles, group, batch,
+    start_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, offset_ptr, out_ptr,
+    scale, queries, size, past, recent, local, shift, head_tiles, streaming, tiles, group, batch,
     stride_t, stride_ob, stride_os, stride_oh, stride_offset,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, SINKS: gl.constexpr, SHARED: gl.constexpr, RAGGED: gl.constexpr,
-    HAS_ROWS: gl.constexpr, HAS_OFFSET: gl.constexpr,
+    HAS_IDS: gl.constexpr, HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 2 * ROWS queries and one chunk of M members each, from a list, longest first.
+    """Tiles of 2 * ROWS queries and a head tile of M members each, from a list, longest first.
 
     ``size`` far keys, ``past`` tokens before the queries, ``local`` blocks of a band, of which
     position p stands at p + ``shift``; ``SHARED`` query heads have one K/V head. RAGGED: prompts
@@ -392,8 +392,8 @@ def prefill_window(
     fence_async_shared()
     if not HAS_OFFSET:
         offset_ptr = work_ptr
-    if not HAS_ROWS:
-        rows_ptr = work_ptr
+    if not HAS_IDS:
+        ids_ptr = work_ptr
     if RAGGED:
         next_ptr = work_ptr + batch + 1
         pairs = 0
@@ -417,8 +417,8 @@ def prefill_window(
         (_fetch, (
             q_tiles, k_tiles, v_tiles, local_k_tiles, local_v_tiles, q_bufs, k_bufs, v_bufs,
             k_bufs, v_bufs, item_buf, item_full, item_free, q_full, q_free, full, free,
-            next_ptr, work_ptr, start_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr,
-            value_ptr, items, pairs, tiles, group, streaming, chunks, queries, size, past, recent,
-            local, shift, batch, stride_t,
-            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_ROWS)),
+            next_ptr, work_ptr, start_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr,
+            value_ptr, items, pairs, tiles, group, streaming, head_tiles, queries, size, past,
+            recent, local, shift, batch, stride_t,
+            ROWS, BLOCK, D, M, STAGES, SINKS, SHARED, RAGGED, HAS_IDS)),
     ], [4, 1], [240, 24])  # fmt: skip

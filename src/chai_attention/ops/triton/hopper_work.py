@@ -23,7 +23,7 @@ SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
 def _in_group(item, tiles, group, pairs):
     """The tile of an item, and its place among the ``pairs``.
 
-    Pairs of a sequence and a chunk come in groups, which share the L2 cache; within a group the
+    Pairs of a sequence and a head tile come in groups, which share the L2 cache; within a group the
     last queries, which see the most keys, come first.
     """
     start = item // (group * tiles) * group
@@ -33,22 +33,22 @@ def _in_group(item, tiles, group, pairs):
 
 
 @gluon.jit
-def dense_work(item, work_ptr, pairs, tiles, group, chunks, queries, size, TILE: gl.constexpr):
-    """Row, pair of row and chunk, first query, first token, queries, keys of an item."""
+def dense_work(item, work_ptr, pairs, tiles, group, head_tiles, queries, size, TILE: gl.constexpr):
+    """Row, pair of row and head tile, first query, first token, queries, keys of an item."""
     tile, place = _in_group(item, tiles, group, pairs)
     pair = gl.load(work_ptr + place)
-    return pair // chunks, pair, tile * TILE, 0, queries, size
+    return pair // head_tiles, pair, tile * TILE, 0, queries, size
 
 
 @gluon.jit
 def packed_work(
-    item, row, plan_ptr, start_ptr, length_ptr, rows_ptr, chunks, batch, stride_t,
-    HAS_ROWS: gl.constexpr, HAS_LENGTH: gl.constexpr, TILE: gl.constexpr, streaming=0,
+    item, row, plan_ptr, start_ptr, length_ptr, ids_ptr, head_tiles, batch, stride_t,
+    HAS_IDS: gl.constexpr, HAS_LENGTH: gl.constexpr, TILE: gl.constexpr, streaming=0,
 ):  # fmt: skip
     """The same for packed sequences; ``row`` is one that is not behind the item's.
 
     Items of a list come in order, so that the search goes on where it ended. A row's first
-    ``streaming`` chunks are its last work.
+    ``streaming`` head tiles are its last work.
     """
     ahead = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     passed = 32
@@ -64,42 +64,42 @@ def packed_work(
     queries = gl.load(start_ptr + row + 1) - begin
     tiles = (queries + TILE - 1) // TILE
     used = used // tiles
-    tile, chunk = _in_group(item - first, tiles, gl.maximum(2, 128 // tiles), used)
-    chunk += streaming
-    chunk = gl.where(chunk < used, chunk, chunk - used)
+    tile, head_tile = _in_group(item - first, tiles, gl.maximum(2, 128 // tiles), used)
+    head_tile += streaming
+    head_tile = gl.where(head_tile < used, head_tile, head_tile - used)
     size = queries
     if HAS_LENGTH:
         size = gl.load(length_ptr + row)
-    line = row * stride_t
-    if HAS_ROWS:
-        line = gl.load(rows_ptr + row)
-    return row, line * chunks + chunk, tile * TILE, begin, queries, size
+    membership_id = row * stride_t
+    if HAS_IDS:
+        membership_id = gl.load(ids_ptr + row)
+    return row, membership_id * head_tiles + head_tile, tile * TILE, begin, queries, size
 
 
 @triton.jit(
-    do_not_specialize=["chunks", "batch"],
-    do_not_specialize_on_alignment=["start_ptr", "rows_ptr"],
+    do_not_specialize=["head_tiles", "batch"],
+    do_not_specialize_on_alignment=["start_ptr", "ids_ptr"],
 )
 def _plan(
-    start_ptr, rows_ptr, head_ptr, plan_ptr, chunks, batch, stride_t,
-    CHUNKS_P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, HAS_ROWS: tl.constexpr,
+    start_ptr, ids_ptr, head_ptr, plan_ptr, head_tiles, batch, stride_t,
+    HEAD_TILES_P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """Where each sequence's items begin, then the end of the list, then a counter at 0."""
     before = 0
-    c = tl.arange(0, CHUNKS_P)
+    c = tl.arange(0, HEAD_TILES_P)
     for first in range(0, batch, SEQUENCES):
         r = first + tl.arange(0, SEQUENCES)
         there = r < batch
         begin = tl.load(start_ptr + r, mask=there, other=0)
         end = tl.load(start_ptr + 1 + r, mask=there, other=0)
-        line = r * stride_t
-        if HAS_ROWS:
-            line = tl.load(rows_ptr + r, mask=there, other=0)
+        membership_id = r * stride_t
+        if HAS_IDS:
+            membership_id = tl.load(ids_ptr + r, mask=there, other=0)
         head = tl.load(
-            head_ptr + (line[:, None] * chunks + c[None, :]) * M,
-            mask=there[:, None] & (c < chunks)[None, :], other=-1,
+            head_ptr + (membership_id[:, None] * head_tiles + c[None, :]) * M,
+            mask=there[:, None] & (c < head_tiles)[None, :], other=-1,
         )  # fmt: skip
-        # a row's chunks without work are its last ones
+        # a row's head tiles without work are its last ones
         items = tl.cdiv(end - begin, TILE) * tl.sum((head >= 0).to(tl.int32), axis=1)
         tl.store(plan_ptr + 1 + r, before + tl.cumsum(items, axis=0), mask=there)
         before += tl.sum(items, axis=0)
@@ -107,14 +107,14 @@ def _plan(
     tl.store(plan_ptr + batch + 1, 0)
 
 
-def plan(head_tiles: HeadTiles, query_starts: Tensor, rows: Tensor | None, tile: int) -> Tensor:
+def plan(head_tiles: HeadTiles, query_starts: Tensor, ids: Tensor | None, tile: int) -> Tensor:
     """Make the list of packed sequences: ``[B + 2]`` int32, see `_plan`."""
     batch = query_starts.shape[0] - 1
     made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
     _plan[(1,)](
-        query_starts, rows, head_tiles.head, made, head_tiles.count, batch,
+        query_starts, ids, head_tiles.head, made, head_tiles.count, batch,
         head_tiles.stride,
-        CHUNKS_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
-        HAS_ROWS=rows is not None, num_warps=4,
+        HEAD_TILES_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
+        HAS_IDS=ids is not None, num_warps=4,
     )  # fmt: skip
     return made

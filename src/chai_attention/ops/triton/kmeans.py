@@ -38,10 +38,10 @@ def gram_of(
 ):  # fmt: skip
     """Inner products of the features of all heads of a sequence, ``[HP, HP]``; no NaN."""
     gram = tl.zeros([HP, HP], dtype=tl.float32)
-    line = features_ptr + (row * heads + head[:, None]) * size
+    start = features_ptr + (row * heads + head[:, None]) * size
     for first in range(0, size, BLOCK):
         n = first + tl.arange(0, BLOCK)[None, :]
-        part = tl.load(line + n, mask=(head < heads)[:, None] & (n < size), other=0.0)
+        part = tl.load(start + n, mask=(head < heads)[:, None] & (n < size), other=0.0)
         gram = tl.dot(part, tl.trans(part), gram, input_precision=PRECISION)
     # whatever the model computed, the choices below have to be heads
     return tl.where(gram == gram, gram, 0.0)

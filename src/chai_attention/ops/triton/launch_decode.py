@@ -18,7 +18,7 @@ from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import launch_hopper_decode
-from chai_attention.ops.triton.checks import by_line, check
+from chai_attention.ops.triton.checks import by_row, check
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
@@ -125,7 +125,7 @@ class Grid(NamedTuple):
         block: keys of a step.
         warps: of a program.
         stages: loads in flight.
-        lines: keys of a block whose sums are kept apart until the end.
+        partials: keys of a block whose sums are kept apart until the end.
         registers: of a thread, at most.
         merge_columns: columns of V of a merging program; None for all.
         early: whether the merge may be launched while the last parts are written (Hopper and
@@ -138,7 +138,7 @@ class Grid(NamedTuple):
     block: int
     warps: int
     stages: int
-    lines: int
+    partials: int
     registers: int
     merge_columns: int | None
     early: bool
@@ -196,7 +196,7 @@ def choose_grid(
         stages=1 if small_pages and columns >= COLUMNS and key.shape[1] <= 16 else 2,
         # keys of different warps: with half the bytes to wait for, adding them up in every block
         # would be most of the time; in 16 bits it costs nothing that could be measured
-        lines=max(1, warps * 32 * 16 // columns) if is_fp8 else 1,
+        partials=max(1, warps * 32 * 16 // columns) if is_fp8 else 1,
         # else the compiler may take more, and fewer programs run at a time than were planned for
         registers=min(255, REGISTERS // (at_a_time * warps * 32) // 8 * 8),
         merge_columns=max(16, wide // power_of_2(merging)) if merging > 1 else None,
@@ -251,13 +251,13 @@ def _window_of(local: LocalPages | RollingBuffer | None) -> _Window:
     if local is None:
         return _Window((None,) * 6, (0,) * 13, (0, 1, 0), 0, 0, 0)
     if isinstance(local, LocalPages):
-        table = by_line(local.block_table)
+        table = by_row(local.block_table)
         of_pages = (x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1))
         return _Window(
             (local.key, None, local.value, None, None, table), (*of_pages, *(0,) * 7),
             (local.recent, 1, 0), table.stride(0), local.sinks, local.page,
         )  # fmt: skip
-    ring, first, positions = local.ring, local.sinks, by_line(local.sink_positions)
+    ring, first, positions = local.ring, local.sinks, by_row(local.sink_positions)
     value_ring, value_first = local.value_ring, local.value_sinks
     strides = (
         0 if memory is None else memory.stride(axis)
@@ -295,12 +295,12 @@ def _launch(
     # strides of sequence or page, head, token
     if isinstance(kv, PagedKV):
         page, size, order = key.shape[1], 0, (0, 2, 1)
-        lengths: Tensor | None = by_line(kv.seq_lens)
-        table = by_line(kv.block_table)
+        lengths: Tensor | None = by_row(kv.seq_lens)
+        table = by_row(kv.block_table)
     else:
         page, size, order = 0, key.shape[2], (0, 1, 2)
-        lengths, valid = by_line(kv.lengths), by_line(kv.valid)
-    rows, offset, own = by_line(call.membership_ids), by_line(call.offset), local is not None
+        lengths, valid = by_row(kv.lengths), by_row(kv.valid)
+    ids, offset, own = by_row(call.membership_ids), by_row(call.offset), local is not None
     window = _window_of(local)
     local_keys = 0
     if own:
@@ -317,7 +317,7 @@ def _launch(
         local_programs = batch * head_tiles.count * members * own
         far_programs = (head_tiles.count - head_tiles.streaming) * splits * batch
         _parts[(local_programs + far_programs,)](
-            query, key, value, lengths, valid, table, rows,
+            query, key, value, lengths, valid, table, ids,
             heads, head_tiles.key, head_tiles.value, head_tiles.head, acc, sums,
             *window.tensors, member.key_place if own else None,
             call.scale, softcap or 1.0, size, local_programs, head_tiles.count,
@@ -332,20 +332,20 @@ def _launch(
             GROUP=member.group_size, KV_HEADS=kv_heads, LOCAL=local_keys,
             STEPS=cdiv(window.sizes[0] + window.sinks, max(1, local_keys)),
             LOCAL_PAGE=window.page, SINKS=window.sinks,
-            SINKS_P=power_of_2(max(1, window.sinks)), HAS_ROWS=rows is not None,
+            SINKS_P=power_of_2(max(1, window.sinks)), HAS_IDS=ids is not None,
             HAS_LENGTH=lengths is not None, HAS_VALID=valid is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_VALUE_RING=isinstance(local, RollingBuffer) and local.value_ring is not None,
-            STAGES=grid.stages, LINES=grid.lines, EARLY=grid.early, num_warps=grid.warps,
+            STAGES=grid.stages, PARTIALS=grid.partials, EARLY=grid.early, num_warps=grid.warps,
             maxnreg=grid.registers,
         )  # fmt: skip
     columns = min(wide, grid.merge_columns or wide)
     _merge[(head_tiles.count, members * (wide // columns), batch)](
-        acc, sums, head_tiles.slot, head_tiles.head, rows, out, lse, offset,
+        acc, sums, head_tiles.slot, head_tiles.head, ids, out, lse, offset,
         head_tiles.count, head_tiles.streaming, splits, member.clusters,
         out.stride(0), out.stride(1), head_tiles.stride, 0 if offset is None else offset.stride(0),
         DV=value_dim, DVP=wide, M=members, COLUMNS=columns, SPLITS=power_of_2(splits),
-        HAS_ROWS=rows is not None, HAS_LOCAL=own, HAS_OFFSET=offset is not None,
+        HAS_IDS=ids is not None, HAS_LOCAL=own, HAS_OFFSET=offset is not None,
         HAS_LSE=lse is not None, EARLY=grid.early, num_warps=4,
         **({"launch_pdl": True} if grid.early else {}),
     )  # fmt: skip

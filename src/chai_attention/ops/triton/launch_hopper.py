@@ -54,7 +54,7 @@ def prefill(
         work, count, None, None, None, None,
         call.scale, queries, kv.key.shape[2], head_tiles.count, tiles, group_of(tiles), batch,
         0, 0,
-        RAGGED=False, PAGE=0, HAS_ROWS=False, HAS_LENGTH=False,
+        RAGGED=False, PAGE=0, HAS_IDS=False, HAS_LENGTH=False,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def prefill_packed(
     lse: Tensor | None,
 ) -> None:
     """Write ``out [T, H, Dv]`` and ``lse [T, k]``; as `launch_prefill.packed_prefill`."""
-    starts, rows = queries.query_start_loc, call.membership_ids
+    starts, ids = queries.query_start_loc, call.membership_ids
     batch, page, box, lengths, table = starts.shape[0] - 1, 0, BLOCK, None, None
     query = queries.query.transpose(0, 1)[None]  # [1, heads, T, D]
     if isinstance(kv, PackedKV):
@@ -81,10 +81,10 @@ def prefill_packed(
         (query.shape[2] // (2 * ROWS) + batch) * head_tiles.count, (query, key, value), box,
         heads, head_tiles, out,
         lse, (0, *out.stride()), (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)),
-        None, plan(head_tiles, starts, rows, 2 * ROWS), None, starts, lengths, table, rows,
+        None, plan(head_tiles, starts, ids, 2 * ROWS), None, starts, lengths, table, ids,
         call.scale, 0, 0, head_tiles.count, 0, 0, batch,
         0 if table is None else table.stride(0), head_tiles.stride,
-        RAGGED=True, PAGE=page, HAS_ROWS=rows is not None,
+        RAGGED=True, PAGE=page, HAS_IDS=ids is not None,
         HAS_LENGTH=lengths is not None,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def prefill_window(
         head_tiles.streaming, tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=sinks,
-        SHARED=heads // local.key.shape[1], RAGGED=False, HAS_ROWS=False,
+        SHARED=heads // local.key.shape[1], RAGGED=False, HAS_IDS=False,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
     return out
@@ -152,7 +152,7 @@ def prefill_packed_window(
         head_tiles: the work, for K and V in natural order.
         out: any strides but the last.
     """
-    starts, rows, offset = queries.query_start_loc, call.membership_ids, call.offset
+    starts, ids, offset = queries.query_start_loc, call.membership_ids, call.offset
     batch, (total, _, dim) = starts.shape[0] - 1, queries.query.shape
     box = [1, 1, BLOCK, dim]
     query, key, value = (x.transpose(0, 1)[None] for x in (queries.query, kv.key, kv.value))
@@ -160,13 +160,13 @@ def prefill_packed_window(
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _prefill_window[(min(processors(query.device), programs),)](
         tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
-        None, plan(head_tiles, starts, rows, 2 * ROWS), None, starts, rows,
+        None, plan(head_tiles, starts, ids, 2 * ROWS), None, starts, ids,
         *head_tiles.tables, offset, out,
         call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
         head_tiles.streaming, 0, 0, batch, head_tiles.stride,
         0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=kv.sinks,
-        SHARED=call.membership.group_size, RAGGED=True, HAS_ROWS=rows is not None,
+        SHARED=call.membership.group_size, RAGGED=True, HAS_IDS=ids is not None,
         HAS_OFFSET=offset is not None, num_warps=4,
     )  # fmt: skip
 
@@ -195,7 +195,7 @@ def prefill_paged_window(
         head_tiles: the work, streaming heads' too.
         out: any strides but the last.
     """
-    local, member, offset, rows = kv.window, call.membership, call.offset, call.membership_ids
+    local, member, offset, ids = kv.window, call.membership, call.offset, call.membership_ids
     assert local is not None
     starts, table, query = queries.query_start_loc, kv.block_table, queries.query
     batch, (total, _, dim) = starts.shape[0] - 1, query.shape
@@ -213,8 +213,8 @@ def prefill_paged_window(
         tiles_of(far_key, box), tiles_of(far_value, box),
         tiles_of(far_key, little), tiles_of(far_value, little),
         tiles_of(local_key, little), tiles_of(local_value, little),
-        plan(head_tiles, starts, rows, 2 * ROWS), starts, kv.seq_lens, table,
-        local.block_table, rows, *head_tiles.tables,
+        plan(head_tiles, starts, ids, 2 * ROWS), starts, kv.seq_lens, table,
+        local.block_table, ids, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
         call.scale, local.recent, head_tiles.count, head_tiles.streaming, batch,
         member.kept_keys, member.kept_values,
@@ -222,7 +222,7 @@ def prefill_paged_window(
         *out.stride()[:2], 0 if offset is None else offset.stride(0),
         ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=local.sinks,
         SHARED=member.group_size, GROUPS=member.kv_heads, PAGE=kv.key.shape[1],
-        LOCAL_PAGE=local.page, HAS_ROWS=rows is not None, HAS_OFFSET=offset is not None,
+        LOCAL_PAGE=local.page, HAS_IDS=ids is not None, HAS_OFFSET=offset is not None,
         num_warps=4,
     )  # fmt: skip
 

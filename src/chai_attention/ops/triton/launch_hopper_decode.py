@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.ops.call import AttentionCall, PagedKV
-from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.checks import by_row
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles
@@ -59,7 +59,7 @@ def launch_parts(
         pages: K and V.
         call: how.
         head_tiles: the work; some of it sees far keys.
-        heads: ``[rows, head tiles]`` int32, the row of ``query`` of each head tile.
+        heads: ``[R, head tiles]`` int32, the row of ``query`` of each head tile.
         acc: ``[B, head tiles, splits (+ 1 with a window), M * D]`` float32, for sums of V.
         sums: ``[B, head tiles, splits (+ M with a window), 2]`` float32, for maxima and weights.
     """
@@ -67,25 +67,25 @@ def launch_parts(
     batch, _, dim = query.shape
     members, page, has_local = head_tiles.members, key.shape[1], local is not None
     splits = acc.shape[2] - has_local
-    lengths, table = by_line(pages.seq_lens), by_line(pages.block_table)
-    rows = by_line(call.membership_ids)
+    lengths, table = by_row(pages.seq_lens), by_row(pages.block_table)
+    ids = by_row(call.membership_ids)
     parts[(batch * (head_tiles.count - head_tiles.streaming) * splits,)](
-        _tiles(key), _tiles(value), query, lengths, table, rows, heads, head_tiles.key,
+        _tiles(key), _tiles(value), query, lengths, table, ids, heads, head_tiles.key,
         head_tiles.value, acc, sums, call.scale, softcap or 1.0, head_tiles.count,
         head_tiles.streaming, splits,
         0 if local is None else local.recent, query.stride(0), query.stride(1), table.stride(0),
         head_tiles.stride,
         D=dim, M=members, PAGE=page, SLOTS=RING_BYTES // (BLOCK.value * dim * 2),
-        SINKS=0 if local is None else local.sinks, HAS_ROWS=rows is not None,
+        SINKS=0 if local is None else local.sinks, HAS_IDS=ids is not None,
         HAS_LOCAL=has_local, HAS_SOFTCAP=softcap is not None, num_warps=4,
         maxnreg=REGISTERS,
     )  # fmt: skip
     if local is not None:
-        local_table = by_line(local.block_table)
+        local_table = by_row(local.block_table)
         keys = local.recent + local.sinks
         block = local_block(keys, padded(dim), LOCAL_WARPS)
         local_parts[(batch * head_tiles.count * members,)](
-            query, key, value, lengths, table, rows, head_tiles.value, head_tiles.head, acc, sums,
+            query, key, value, lengths, table, ids, head_tiles.value, head_tiles.head, acc, sums,
             local.key, local.value, local_table, call.membership.key_place,
             call.scale, softcap or 1.0, head_tiles.count, splits, local.recent, key.shape[2],
             value.shape[2],
@@ -95,7 +95,7 @@ def launch_parts(
             D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page,
             GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, LOCAL=block,
             STEPS=cdiv(keys, block), LOCAL_PAGE=local.page,
-            SINKS=local.sinks, HAS_ROWS=rows is not None, HAS_SOFTCAP=softcap is not None,
+            SINKS=local.sinks, HAS_IDS=ids is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=LOCAL_WARPS, launch_pdl=True,
         )  # fmt: skip
 

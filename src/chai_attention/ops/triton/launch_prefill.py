@@ -93,7 +93,7 @@ def dense_prefill(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
         *((0, 0, 0) if lse is None else lse.stride()),
-        RAGGED=False, PAGE=0, LIMITED=False, HAS_ROWS=False, HAS_LENGTH=lengths is not None,
+        RAGGED=False, PAGE=0, LIMITED=False, HAS_IDS=False, HAS_LENGTH=lengths is not None,
         HAS_VALID=valid is not None, TILES=tiles,
         **_constants(query, value, call, head_tiles, tile, lse),
     )  # fmt: skip
@@ -151,7 +151,7 @@ def _launch_packed(
     """Launch; with a ``limit`` only so many first tokens, of sequences without context."""
     query, key, value = queries.query, kv.key, kv.value
     (total, held, dim), value_dim, members = query.shape, value.shape[-1], head_tiles.members
-    batch, rows = queries.query_start_loc.shape[0] - 1, call.membership_ids
+    batch, ids = queries.query_start_loc.shape[0] - 1, call.membership_ids
     k_tiles, v_tiles, tiles = key, value, False
     if isinstance(kv, PagedKV):
         page, table = key.shape[1], kv.block_table
@@ -179,7 +179,7 @@ def _launch_packed(
         count, pairs = cdiv(limit, tile.rows), batch * head_tiles.count
         programs = count * pairs
     _prefill[(programs,)](
-        query, key, value, k_tiles, v_tiles, lengths, None, queries.query_start_loc, table, rows,
+        query, key, value, k_tiles, v_tiles, lengths, None, queries.query_start_loc, table, ids,
         head_tiles.slot, head_tiles.query if held == call.membership.heads else head_tiles.slot,
         *head_tiles.tables[2:], out, lse,
         call.scale, call.softcap or 1.0, 0, 0, head_tiles.count, count, 2, pairs, batch, limit or 0,
@@ -187,7 +187,7 @@ def _launch_packed(
         0, 0 if table is None else table.stride(0), head_tiles.stride,
         0, out.stride(0), out.stride(1),
         *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))),
-        PAGE=page, RAGGED=True, LIMITED=limit is not None, HAS_ROWS=rows is not None,
+        PAGE=page, RAGGED=True, LIMITED=limit is not None, HAS_IDS=ids is not None,
         HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
         **_constants(query, value, call, head_tiles, tile, lse),
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from chai_attention.ops.triton.decode import _line_of, _scores_base2
+from chai_attention.ops.triton.decode import _membership_of, _scores_base2
 from chai_attention.ops.triton.sizes import power_of_2
 
 ELEMENTS = 1024  # numbers of K that a step holds for each warp: more would need more registers
@@ -152,7 +152,7 @@ def _step(
 
 @triton.jit
 def _local(
-    head, place, row, line, length, dv,
+    head, place, row, membership_id, length, dv,
     q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr,
     v_ring_ptr, v_first_ptr, key_place_ptr,
     scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
@@ -172,7 +172,7 @@ def _local(
     d = tl.arange(0, DP)
     q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
     q = q.to(tl.float32) * scale
-    where = tl.load(key_place_ptr + line * KV_HEADS + head // GROUP).to(tl.int64)
+    where = tl.load(key_place_ptr + membership_id * KV_HEADS + head // GROUP).to(tl.int64)
     # each key of a step has sums of its own until the end: those of a step would have to wait for
     # all warps, time and again
     best = tl.full([LOCAL], float("-inf"), dtype=tl.float32)
@@ -203,9 +203,9 @@ def _local(
 
 @triton.jit
 def local_part(
-    program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, rows_ptr, value_ptr, head_ptr,
+    program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, ids_ptr, value_ptr, head_ptr,
     acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, local_table_ptr,
-    key_place_ptr, scale, softcap, size, chunks, splits, recent, ring_size, ring_shift, kept,
+    key_place_ptr, scale, softcap, size, head_tiles, splits, recent, ring_size, ring_shift, kept,
     kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_mb, stride_table, stride_t, stride_local_table, stride_rb, stride_rh, stride_rs,
@@ -213,22 +213,22 @@ def local_part(
     stride_vfs, stride_sinks,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, LOCAL: tl.constexpr,
-    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
-    """One member's nearest keys, a part behind the ``splits`` parts of its chunk's far keys."""
+    """One member's nearest keys, a part behind the ``splits`` parts of its head tile's far keys."""
     lane, program = program % M, program // M
-    chunk, row = program % chunks, (program // chunks).to(tl.int64)
-    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
-    lane_at = (line * chunks + chunk) * M + lane
+    head_tile, row = program % head_tiles, (program // head_tiles).to(tl.int64)
+    membership_id = _membership_of(row, ids_ptr, stride_t, HAS_IDS)
+    lane_at = (membership_id * head_tiles + head_tile) * M + lane
     head = tl.load(head_ptr + lane_at)
     if head >= 0:
         length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
         place = tl.load(value_ptr + lane_at).to(tl.int64)
         dv = tl.arange(0, DVP)
         best, weight, out = _local(
-            head, place, row, line, length, dv,
+            head, place, row, membership_id, length, dv,
             q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr,
             sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
             ring_size, ring_shift, kept, kept_values,
@@ -239,7 +239,7 @@ def local_part(
             D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, LOCAL_PAGE, LOCAL, STEPS, SINKS,
             HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
         )  # fmt: skip
-        part = row * chunks + chunk
+        part = row * head_tiles + head_tile
         sets, sums = splits + 1, splits + M
         tl.store(acc_ptr + ((part * sets + splits) * M + lane) * DVP + dv, out)
         tl.store(sum_ptr + (part * sums + splits + lane) * 2, best)
@@ -248,34 +248,35 @@ def local_part(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "splits", "recent", "kept", "kept_values", "stride_table", "stride_local_table",
+        "head_tiles", "splits", "recent", "kept", "kept_values", "stride_table",
+        "stride_local_table",
     ],
     do_not_specialize_on_alignment=[
-        "length_ptr", "table_ptr", "rows_ptr", "value_ptr", "head_ptr", "local_table_ptr",
+        "length_ptr", "table_ptr", "ids_ptr", "value_ptr", "head_ptr", "local_table_ptr",
     ],
 )  # fmt: skip
 def local_parts(
-    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, rows_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, ids_ptr, value_ptr, head_ptr, acc_ptr, sum_ptr,
     local_k_ptr, local_v_ptr, local_table_ptr, key_place_ptr,
-    scale, softcap, chunks, splits, recent, kept, kept_values,
+    scale, softcap, head_tiles, splits, recent, kept, kept_values,
     stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_table, stride_t, stride_local_table, stride_nkb, stride_nkh, stride_nks,
     stride_nvb, stride_nvh, stride_nvs,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     PAGE: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, LOCAL: tl.constexpr,
-    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    STEPS: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The nearest keys in pages alone, while the kernel before this one attends to the far ones."""
     gdc_launch_dependents()
     local_part(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, length_ptr, None, table_ptr, rows_ptr, value_ptr,
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, length_ptr, None, table_ptr, ids_ptr, value_ptr,
         head_ptr, acc_ptr, sum_ptr, local_k_ptr, None, local_v_ptr, None, None, local_table_ptr,
-        key_place_ptr, scale, softcap, 0, chunks, splits, recent, 1, 0, kept, kept_values,
+        key_place_ptr, scale, softcap, 0, head_tiles, splits, recent, 1, 0, kept, kept_values,
         stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
         0, stride_table, stride_t, stride_local_table, stride_nkb, stride_nkh, stride_nks,
         stride_nvb, stride_nvh, stride_nvs, 0, 0, 0, 0, 0, 0, 0,
-        D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, LOCAL, STEPS, LOCAL_PAGE, SINKS, HAS_ROWS,
+        D, DP, DV, DVP, M, PAGE, GROUP, KV_HEADS, LOCAL, STEPS, LOCAL_PAGE, SINKS, HAS_IDS,
         True, False, HAS_SOFTCAP, False,
     )  # fmt: skip
     gdc_wait()  # the merge waits for the end of this kernel alone, which so is that of both

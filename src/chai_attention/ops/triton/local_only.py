@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.checks import by_row
 from chai_attention.ops.triton.decode import _scores_base2, padded
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
@@ -108,7 +108,7 @@ def decode_local_only(
     wide = max(padded(dim), padded(value_dim))
     keys = local.recent + local.sinks
     block = min(power_of_2(keys), max(16, NUMBERS * WARPS * 32 // wide))
-    lengths, table = by_line(lengths), by_line(local.block_table)
+    lengths, table = by_row(lengths), by_row(local.block_table)
     _local_only[(batch * heads,)](
         query, local.key, local.value, lengths, table, out, scale, softcap or 1.0, heads,
         local.recent, *query.stride()[:2],

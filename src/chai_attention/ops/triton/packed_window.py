@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
-from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2, padded
+from chai_attention.ops.triton.decode import LOG2_E, _membership_of, _scores_base2, padded
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
 from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile
@@ -31,7 +31,7 @@ BLOCK_LOCAL = 32  # keys of a step among the local ones
 
 @triton.jit
 def _home(
-    head, place_ptr, line, kept, far_ptr, local_ptr, table_ptr, local_table_ptr, begin,
+    head, place_ptr, membership_id, kept, far_ptr, local_ptr, table_ptr, local_table_ptr, begin,
     stride_page, stride_head, stride_token, local_page_stride, local_head_stride,
     local_token_stride,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
@@ -42,7 +42,7 @@ def _home(
         base = far_ptr + group * stride_head + begin * stride_token
         table, page, across, along = table_ptr, 1, stride_page, stride_token
     else:
-        place = tl.load(place_ptr + line * GROUPS + group).to(tl.int64)
+        place = tl.load(place_ptr + membership_id * GROUPS + group).to(tl.int64)
         away = place >= kept
         base = tl.where(
             away, local_ptr + (place - kept) * local_head_stride, far_ptr + place * stride_head
@@ -87,40 +87,40 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=[
-        "chunks", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_local",
+        "head_tiles", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_local",
         "stride_offset",
     ],
     do_not_specialize_on_alignment=[
-        "length_ptr", "start_ptr", "table_ptr", "local_table_ptr", "rows_ptr", "offset_ptr",
+        "length_ptr", "start_ptr", "table_ptr", "local_table_ptr", "ids_ptr", "offset_ptr",
     ],
 )  # fmt: skip
 def _prefill_window(
     q_ptr, k_ptr, v_ptr, local_k_ptr, local_v_ptr, length_ptr, start_ptr, table_ptr,
-    local_table_ptr, rows_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
+    local_table_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
     value_place_ptr, offset_ptr, out_ptr,
-    scale, softcap, chunks, batch, recent, kept_keys, kept_values,
+    scale, softcap, head_tiles, batch, recent, kept_keys, kept_values,
     stride_qk, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     local_kb, local_kh, local_ks, local_vb, local_vh, local_vs,
     stride_table, stride_local, stride_t, stride_offset, stride_os, stride_oh,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LOCAL: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
-    SINKS_P: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    SINKS_P: tl.constexpr, HAS_IDS: tl.constexpr, HAS_OFFSET: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of up to two members, ROWS queries. PAGE is 0 where no keys are in pages."""
+    """One head tile of up to two members, ROWS queries. PAGE is 0 where no keys are in pages."""
     item = tl.program_id(0)
-    row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS)
-    item -= first_tile * chunks
+    row, first_tile = _sequence_of(item // head_tiles, start_ptr, batch, ROWS)
+    item -= first_tile * head_tiles
     begin = tl.load(start_ptr + row)
     queries = tl.load(start_ptr + row + 1) - begin
     tiles = tl.cdiv(queries, ROWS)
-    if item >= tiles * chunks:
+    if item >= tiles * head_tiles:
         return
-    tile, chunk = _in_groups(item, tiles, tl.maximum(2, 128 // tiles), chunks)
+    tile, head_tile = _in_groups(item, tiles, tl.maximum(2, 128 // tiles), head_tiles)
     row = tl.cast(row, tl.int64)
-    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
-    lane = (line * chunks + chunk) * M
+    membership_id = _membership_of(row, ids_ptr, stride_t, HAS_IDS)
+    lane = (membership_id * head_tiles + head_tile) * M
     if tl.load(head_ptr + lane) < 0:
         return
     length = queries
@@ -146,9 +146,9 @@ def _prefill_window(
     acc = tl.zeros([ROWS, M * DVP], dtype=tl.float32)
     column = tl.arange(0, M * DVP)
     stop = past + tl.minimum(queries, (tile + 1) * ROWS) - recent
-    if (tl.load(slot_ptr + line * chunks + chunk) >= 0) & (stop > SINKS):
-        query = tl.load(query_ptr + line * chunks + chunk).to(tl.int64)
-        key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
+    if (tl.load(slot_ptr + membership_id * head_tiles + head_tile) >= 0) & (stop > SINKS):
+        query = tl.load(query_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
+        key = tl.load(key_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
         place = tl.load(value_ptr + lane + column // DVP).to(tl.int64)
         in_value = (place >= 0) & (column % DVP < DV)
         q = tl.load(q_base + query * stride_qk, mask=q_mask, other=0.0)
@@ -193,13 +193,13 @@ def _prefill_window(
         head = tl.load(head_ptr + lane + member).to(tl.int64)
         q = tl.load(q_base + head * stride_qk, mask=q_mask, other=0.0)
         k_base, k_table, k_page, k_across, k_along = _home(
-            head, key_place_ptr, line, kept_keys, k_ptr, local_k_ptr, table, local_table, begin,
-            stride_kb, stride_kh, stride_ks, local_kb, local_kh, local_ks,
+            head, key_place_ptr, membership_id, kept_keys, k_ptr, local_k_ptr, table, local_table,
+            begin, stride_kb, stride_kh, stride_ks, local_kb, local_kh, local_ks,
             GROUP, GROUPS, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         v_base, v_table, v_page, v_across, v_along = _home(
-            head, value_place_ptr, line, kept_values, v_ptr, local_v_ptr, table, local_table, begin,
-            stride_vb, stride_vh, stride_vs, local_vb, local_vh, local_vs,
+            head, value_place_ptr, membership_id, kept_values, v_ptr, local_v_ptr, table,
+            local_table, begin, stride_vb, stride_vh, stride_vs, local_vb, local_vh, local_vs,
             GROUP, GROUPS, PAGE, LOCAL_PAGE,
         )  # fmt: skip
         top = best
@@ -254,7 +254,7 @@ def prefill_packed_window(
     """
     query, key, value, softcap = queries.query, kv.key, kv.value, call.softcap
     (total, heads, dim), value_dim = query.shape, value.shape[-1]
-    member, rows, offset = call.membership, call.membership_ids, call.offset
+    member, ids, offset = call.membership, call.membership_ids, call.offset
     batch, groups = queries.query_start_loc.shape[0] - 1, member.kv_heads
     tile = tile_of(query, value, head_tiles.members, rows_of(queries))
     lengths = table = local_table = None
@@ -279,7 +279,7 @@ def prefill_packed_window(
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
     _prefill_window[(count * head_tiles.count,)](
-        query, *states, lengths, queries.query_start_loc, table, local_table, rows,
+        query, *states, lengths, queries.query_start_loc, table, local_table, ids,
         *head_tiles.tables, *places, offset, out,
         call.scale, softcap or 1.0, head_tiles.count, batch, recent,
         member.kept_keys, member.kept_values,
@@ -290,7 +290,7 @@ def prefill_packed_window(
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=head_tiles.members,
         GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, LOCAL=BLOCK_LOCAL,
         PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
-        SINKS_P=max(16, power_of_2(sinks)), HAS_ROWS=rows is not None,
+        SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
         HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
         PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from chai_attention.ops.triton.decode import LOG2_E, _line_of, _scores_base2
+from chai_attention.ops.triton.decode import LOG2_E, _membership_of, _scores_base2
 
 SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be more
 
@@ -97,10 +97,10 @@ def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr):
 
 @triton.jit
 def _in_groups(item, tiles, group, pairs):
-    """The tile of an item, and which of the ``pairs`` of a sequence and a chunk it is of.
+    """The tile of an item, and which of the ``pairs`` of a sequence and a head tile it is of.
 
-    Groups of chunks come one after the other, so that tiles at work share K and V in the L2 cache;
-    within a group the last queries, which see the most keys, start first.
+    Groups of head tiles come one after the other, so that tiles at work share K and V in the L2
+    cache; within a group the last queries, which see the most keys, start first.
     """
     start = item // (group * tiles) * group
     width = tl.minimum(group, pairs - start)
@@ -110,24 +110,25 @@ def _in_groups(item, tiles, group, pairs):
 
 @triton.jit(
     do_not_specialize=[
-        "queries", "size", "chunks", "tiles", "group", "pairs", "batch", "limit", "stride_table",
+        "queries", "size", "head_tiles", "tiles", "group", "pairs", "batch", "limit",
+        "stride_table",
     ],
-    do_not_specialize_on_alignment=["length_ptr", "start_ptr", "table_ptr", "rows_ptr"],
+    do_not_specialize_on_alignment=["length_ptr", "start_ptr", "table_ptr", "ids_ptr"],
 )  # fmt: skip
 def _prefill(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, start_ptr, table_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, start_ptr, table_ptr, ids_ptr,
     slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, softcap, queries, size, chunks, tiles, group, pairs, batch, limit,
+    scale, softcap, queries, size, head_tiles, tiles, group, pairs, batch, limit,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
-    RAGGED: tl.constexpr, LIMITED: tl.constexpr, HAS_ROWS: tl.constexpr,
+    RAGGED: tl.constexpr, LIMITED: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of members, ROWS queries.
+    """One head tile of members, ROWS queries.
 
     RAGGED: the queries of all sequences are packed, as are K and V unless they are in pages.
     LIMITED: only sequences without context, and of those the first ``limit`` tokens.
@@ -136,24 +137,24 @@ def _prefill(
     row, begin = 0, 0
     if RAGGED and not LIMITED:
         # one sequence after the other, each with a grid of its own
-        row, first_tile = _sequence_of(item // chunks, start_ptr, batch, ROWS)
-        item -= first_tile * chunks
+        row, first_tile = _sequence_of(item // head_tiles, start_ptr, batch, ROWS)
+        item -= first_tile * head_tiles
         begin = tl.load(start_ptr + row)
         queries = tl.load(start_ptr + row + 1) - begin
         tiles = tl.cdiv(queries, ROWS)
-        if item >= tiles * chunks:
+        if item >= tiles * head_tiles:
             return
-        group, pairs = tl.maximum(2, 128 // tiles), chunks
+        group, pairs = tl.maximum(2, 128 // tiles), head_tiles
     tile, pair = _in_groups(item, tiles, group, pairs)
-    chunk = pair % chunks
+    head_tile = pair % head_tiles
     if LIMITED or not RAGGED:
-        row = pair // chunks
+        row = pair // head_tiles
     if LIMITED:
         begin = tl.load(start_ptr + row)
         queries = tl.load(start_ptr + row + 1) - begin
     row = tl.cast(row, tl.int64)
-    line = _line_of(row, rows_ptr, stride_t, HAS_ROWS)
-    slot = tl.load(slot_ptr + line * chunks + chunk)
+    membership_id = _membership_of(row, ids_ptr, stride_t, HAS_IDS)
+    slot = tl.load(slot_ptr + membership_id * head_tiles + head_tile)
     if slot < 0:
         return
     if HAS_LENGTH:
@@ -172,10 +173,10 @@ def _prefill(
     d = tl.arange(0, DP)
     column = tl.arange(0, M * DVP)
     lane, dv = column // DVP, column % DVP
-    query = tl.load(query_ptr + line * chunks + chunk).to(tl.int64)
-    key = tl.load(key_ptr + line * chunks + chunk).to(tl.int64)
-    place = tl.load(value_ptr + (line * chunks + chunk) * M + lane).to(tl.int64)
-    head = tl.load(head_ptr + (line * chunks + chunk) * M + lane)
+    query = tl.load(query_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
+    key = tl.load(key_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
+    place = tl.load(value_ptr + (membership_id * head_tiles + head_tile) * M + lane).to(tl.int64)
+    head = tl.load(head_ptr + (membership_id * head_tiles + head_tile) * M + lane)
     in_value = (place >= 0) & (dv < DV)
     token = begin + i.to(tl.int64)
     q = tl.load(
@@ -195,8 +196,8 @@ def _prefill(
         k_base += row * stride_kb
         v_base += row * stride_vb
         tile_row = row.to(tl.int32)
-    # members of a chunk lie side by side in V; lanes without one read their neighbours, unused
-    v_column = tl.load(value_ptr + (line * chunks + chunk) * M) * DV
+    # members of a head tile lie side by side in V; lanes without one read their neighbours, unused
+    v_column = tl.load(value_ptr + (membership_id * head_tiles + head_tile) * M) * DV
     valid_base = valid_ptr + row * stride_mb if HAS_VALID else k_ptr
 
     best = tl.full([ROWS], float("-inf"), dtype=tl.float32)

@@ -55,14 +55,14 @@ def write_tables(
 
     # one table after the other, as `Memory` has them
     at = long_ptr
-    line = row * heads
-    tl.store(at + line + head, rep.to(tl.int64), mask=real)
+    start = row * heads
+    tl.store(at + start + head, rep.to(tl.int64), mask=real)
     at += batch * heads
-    tl.store(at + line + head, slot.to(tl.int64), mask=real)
+    tl.store(at + start + head, slot.to(tl.int64), mask=real)
     at += batch * heads
-    tl.store(at + line + head, value.to(tl.int64), mask=real)
+    tl.store(at + start + head, value.to(tl.int64), mask=real)
     at += batch * heads
-    tl.store(at + line + place, head.to(tl.int64), mask=real)
+    tl.store(at + start + place, head.to(tl.int64), mask=real)
     at += batch * heads
     tl.store(at + row * clusters + slot, head.to(tl.int64), mask=chosen)
     at += batch * clusters
@@ -81,48 +81,48 @@ def write_tables(
         at + row * (groups - kept) + removed_before, head.to(tl.int64),
         mask=is_group & (needed == 0),
     )  # fmt: skip
-    _write_chunks(
+    _write_head_tiles(
         first_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real,
         first_members, first_count, HP,
     )  # fmt: skip
     if second_count > 0:
-        _write_chunks(
+        _write_head_tiles(
             second_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real,
             second_members, second_count, HP,
         )  # fmt: skip
 
 
 @jit
-def _write_chunks(
+def _write_head_tiles(
     int_ptr, rep, slot, key, value, size, inside, lower, row, batch, head, real, members, count,
     HP: tl.constexpr,
 ):  # fmt: skip
     """Write the tables of `HeadTiles`: all -1, then what is used, as `head_tiles_of` deals."""
-    line, lane = batch * count, batch * count * members
+    tiles, lanes = batch * count, batch * count * members
     for first in range(0, count, HP):
         at = first + head
         for table in tl.static_range(3):
-            tl.store(int_ptr + table * line + row * count + at, -1, mask=at < count)
-    lanes = int_ptr + 3 * line + row * count * members
+            tl.store(int_ptr + table * tiles + row * count + at, -1, mask=at < count)
+    by_lane = int_ptr + 3 * tiles + row * count * members
     for first in range(0, count * members, HP):
         at = first + head
         for table in tl.static_range(2):
-            tl.store(lanes + table * lane + at, -1, mask=at < count * members)
+            tl.store(by_lane + table * lanes + at, -1, mask=at < count * members)
     tl.debug_barrier()  # other threads of the program write over it
-    # chunks of a cluster are of equal size but for one
+    # head tiles of a cluster are of equal size but for one
     needed = (size + members - 1) // members
     part = inside * needed // size
     inside -= (part * size + needed - 1) // needed
-    # a head that stands first in its chunk counts that chunk
+    # a head that stands first in its head tile counts that head tile
     opens = (inside == 0) & real
-    chunk = tl.sum((lower & opens[None, :]).to(tl.int32), axis=1) + part
-    at = row * count + chunk
+    head_tile = tl.sum((lower & opens[None, :]).to(tl.int32), axis=1) + part
+    at = row * count + head_tile
     tl.store(int_ptr + at, slot, mask=opens)
-    tl.store(int_ptr + line + at, rep, mask=opens)
-    tl.store(int_ptr + 2 * line + at, key, mask=opens)
+    tl.store(int_ptr + tiles + at, rep, mask=opens)
+    tl.store(int_ptr + 2 * tiles + at, key, mask=opens)
     at = at * members + inside
-    tl.store(int_ptr + 3 * line + at, head, mask=real)
-    tl.store(int_ptr + 3 * line + lane + at, value, mask=real)
+    tl.store(int_ptr + 3 * tiles + at, head, mask=real)
+    tl.store(int_ptr + 3 * tiles + lanes + at, value, mask=real)
 
 
 @dataclass(frozen=True)
@@ -186,18 +186,18 @@ def table_memory(
         count = clusters + (heads - clusters) // each
         sizes += [each, 0 if each in head_tiles else count]
         if each not in head_tiles:
-            head_tiles[each] = _chunk_memory(batch, count, each, membership)
+            head_tiles[each] = _head_tile_memory(batch, count, each, membership)
     first, second = (head_tiles[each] for each in members)
     return Memory(memory, first, second, membership, tuple(sizes))
 
 
-def _chunk_memory(batch: int, count: int, members: int, membership: Membership) -> Tensor:
-    """Memory for `_write_chunks`, which `head_tiles_of` will find."""
-    line, lane = batch * count, batch * count * members
+def _head_tile_memory(batch: int, count: int, members: int, membership: Membership) -> Tensor:
+    """Memory for `_write_head_tiles`, which `head_tiles_of` will find."""
+    tiles, lanes = batch * count, batch * count * members
     memory = torch.empty(
-        3 * line + 2 * lane, dtype=torch.int32, device=membership.representatives.device
+        3 * tiles + 2 * lanes, dtype=torch.int32, device=membership.representatives.device
     )
-    slot, query, key, head, value = memory.split([line, line, line, lane, lane])
+    slot, query, key, head, value = memory.split([tiles, tiles, tiles, lanes, lanes])
     shape = (batch, count)
     head_tiles = HeadTiles(
         slot.view(shape), query.view(shape), key.view(shape),

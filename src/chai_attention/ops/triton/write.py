@@ -15,7 +15,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops.fp8 import LARGEST
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
-from chai_attention.ops.triton.checks import by_line
+from chai_attention.ops.triton.checks import by_row
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 ELEMENTS = 4096  # numbers a program copies
@@ -63,7 +63,7 @@ def _remember(
 )  # fmt: skip
 def _write(
     k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
-    k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, line_ptr,
+    k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, ids_ptr,
     sink_ptr, local_slot_ptr,
     tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
     key_inverse, value_inverse,
@@ -73,7 +73,7 @@ def _write(
     stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
-    HAS_LINES: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
     IS_NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
@@ -90,20 +90,20 @@ def _write(
         there = there & (position >= 0) & (position < size)
         key_at = row * stride_keyb + position.to(tl.int64) * stride_keys
         value_at = row * stride_valueb + position.to(tl.int64) * stride_values
-        line = row * stride_t + tl.zeros([BLOCK], tl.int64)
+        ids = row * stride_t + tl.zeros([BLOCK], tl.int64)
     else:
         slot = tl.load(slot_ptr + token, mask=there, other=-1).to(tl.int64)
         there = there & (slot >= 0)
         slot = tl.maximum(slot, 0)
         key_at = slot // PAGE * stride_keyb + slot % PAGE * stride_keys
         value_at = slot // PAGE * stride_valueb + slot % PAGE * stride_values
-        line = tl.zeros([BLOCK], tl.int64)
-        if HAS_LINES:
-            line += tl.load(line_ptr + token, mask=given, other=0)
+        ids = tl.zeros([BLOCK], tl.int64)
+        if HAS_IDS:
+            ids += tl.load(ids_ptr + token, mask=given, other=0)
     if place < kept:
         d = tl.arange(0, DP)
         mask = there[:, None] & (d < D)[None, :]
-        head = tl.load(k_head_ptr + line * kept + place, mask=there, other=0)
+        head = tl.load(k_head_ptr + ids * kept + place, mask=there, other=0)
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
         tl.store(
             key_ptr + place * stride_keyh + key_at[:, None] + d[None, :],
@@ -113,7 +113,7 @@ def _write(
         place -= kept
         d = tl.arange(0, DVP)
         mask = there[:, None] & (d < DV)[None, :]
-        head = tl.load(v_head_ptr + line * kept_values + place, mask=there, other=0)
+        head = tl.load(v_head_ptr + ids * kept_values + place, mask=there, other=0)
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
         tl.store(
             value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
@@ -126,7 +126,7 @@ def _write(
         slot = tl.maximum(slot, 0)
         page, within = slot // LOCAL_PAGE, slot % LOCAL_PAGE
         if place < removed:
-            head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
+            head = tl.load(removed_ptr + ids * removed + place, mask=there, other=0)
             d = tl.arange(0, DP)
             mask = there[:, None] & (d < D)[None, :]
             new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
@@ -137,7 +137,7 @@ def _write(
             )  # fmt: skip
         elif HAS_VALUE_RING:
             place -= removed
-            head = tl.load(v_removed_ptr + line * removed_values + place, mask=there, other=0)
+            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=there, other=0)
             d = tl.arange(0, DVP)
             mask = there[:, None] & (d < DV)[None, :]
             new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
@@ -151,7 +151,7 @@ def _write(
         in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
         at = ((position + ring_shift) % ring_size).to(tl.int64)
         if place < removed:
-            head = tl.load(removed_ptr + line * removed + place, mask=there, other=0)
+            head = tl.load(removed_ptr + ids * removed + place, mask=there, other=0)
             d = tl.arange(0, DP)
             mask = there[:, None] & (d < D)[None, :]
             new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
@@ -163,7 +163,7 @@ def _write(
             )  # fmt: skip
         elif HAS_VALUE_RING:
             place -= removed
-            head = tl.load(v_removed_ptr + line * removed_values + place, mask=there, other=0)
+            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=there, other=0)
             d = tl.arange(0, DVP)
             mask = there[:, None] & (d < DV)[None, :]
             new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
@@ -224,7 +224,7 @@ def write_paged(
     value_pages: Tensor,
     slot_mapping: Tensor,
     membership: Membership,
-    rows: Tensor | None = None,
+    membership_ids: Tensor | None = None,
     local: LocalPages | None = None,
     local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
@@ -237,7 +237,7 @@ def write_paged(
     )
     places = _Places(
         key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
-        local_slots=local_slot_mapping, membership_ids=rows,
+        local_slots=local_slot_mapping, membership_ids=membership_ids,
     )  # fmt: skip
     _launch(states, membership, local, places, scales)
 
@@ -264,7 +264,7 @@ def _launch(
         local_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
     elif local is not None:
         removed = membership.kv_heads - kept
-        ring, first, sink_positions = local.ring, local.sinks, by_line(local.sink_positions)
+        ring, first, sink_positions = local.ring, local.sinks, by_row(local.sink_positions)
         local_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
         local_strides[12] = sink_positions.stride(0)
         value_ring, value_first = local.value_ring, local.value_sinks
@@ -279,8 +279,8 @@ def _launch(
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
-        by_line(places.start), by_line(places.slots), by_line(places.membership_ids),
-        sink_positions, by_line(places.local_slots),
+        by_row(places.start), by_row(places.slots), by_row(places.membership_ids),
+        sink_positions, by_row(places.local_slots),
         places.tokens, places.size, kept, kept_values, removed, removed_values,
         *((local.size, local.shift) if isinstance(local, RollingBuffer) else (1, 0)),
         *(1 / scale for scale in scales),
@@ -290,7 +290,7 @@ def _launch(
         DVP=power_of_2(value_dim), BLOCK=block, PAGE=places.page,
         LOCAL_PAGE=local_page,
         SINKS=local.sinks.shape[2] if isinstance(local, RollingBuffer) else 0,
-        HAS_LINES=places.membership_ids is not None,
+        HAS_IDS=places.membership_ids is not None,
         HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
         IS_NARROW=states[2].dtype.itemsize == 1,
         num_warps=4,

@@ -9,8 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
-from chai_attention.ops.rows import MembershipRows
-from chai_attention.ops.triton import rows as kernels
+from chai_attention.ops.membership_tables import MembershipTables
+from chai_attention.ops.triton import membership_tables as kernels
 from chai_attention.ops.triton.head_tiles import head_tiles_of, natural_head_tiles
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_representatives
@@ -82,16 +82,16 @@ def test_rows_by_the_kernel(
     before = random(ROWS)[1]
     member = made(before.to(DEVICE), clusters, kv_heads, kept, streaming, sizes)
     held = tables_of(member)
-    rows = MembershipRows(
+    changing = MembershipTables(
         member, None if offsets is None else offsets.to(DEVICE), has_offsets or bool(streaming),
         tuple(far) if is_part else None,
     )  # fmt: skip
     inner, every = random(3)
     changed = torch.tensor([4, 0, 3], dtype=torch.int32)
-    listed = kernels.list_tables(member, rows.offset, rows._offsets)
+    listed = kernels.list_tables(member, changing.offset, changing._offsets)
     assert listed is not None
-    kernels.put_rows(
-        member, listed, changed.to(DEVICE), (inner if is_part else every).to(DEVICE), rows._part
+    kernels.put_tables(
+        member, listed, changed.to(DEVICE), (inner if is_part else every).to(DEVICE), changing._part
     )
     after = before.clone()
     after[changed.long()] = every
@@ -101,16 +101,16 @@ def test_rows_by_the_kernel(
     for name, table in now.items():
         assert table is held[name], name
         assert torch.equal(table.cpu(), want[name]), name
-    if rows.offset is not None:
-        torch.testing.assert_close(rows.offset.cpu(), head_offsets(offsets, wanted))
+    if changing.offset is not None:
+        torch.testing.assert_close(changing.offset.cpu(), head_offsets(offsets, wanted))
 
 
 def test_one_membership_for_many_rows() -> None:
     member = made(torch.zeros(4, 5, dtype=torch.long, device=DEVICE), 1, 5, 1, (), (2,))
     listed = kernels.list_tables(member)
     assert listed is not None
-    rows = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
-    kernels.put_rows(member, listed, rows, torch.full((1, 5), 2, device=DEVICE), None)
+    ids = torch.tensor([3, 1], dtype=torch.int32, device=DEVICE)
+    kernels.put_tables(member, listed, ids, torch.full((1, 5), 2, device=DEVICE), None)
     assert member.representatives[:, 0].tolist() == [0, 2, 0, 2]
     assert member.slot_heads.tolist() == [[0], [2], [0], [2]]
 

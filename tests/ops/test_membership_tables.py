@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chai_attention.membership import Membership
-from chai_attention.ops.rows import update_rows
+from chai_attention.ops.membership_tables import update_tables
 
 REPS = ((0, 0, 2, 2, 0, 2), (0, 0, 0, 0, 0, 5), (0, 1, 1, 1, 1, 1), (3, 3, 3, 3, 4, 4))
 # heads 1 and 4 stream; with grouped queries 1 and, as a whole K/V head, 4 and 5
@@ -25,11 +25,11 @@ def members(reps, kv_heads: int, streaming=()) -> Membership:
 )
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_tables_follow_in_place(reps, kv_heads: int, streaming, size: int) -> None:
-    chunks = pytest.importorskip("chai_attention.ops.triton.head_tiles")
+    head_tiles = pytest.importorskip("chai_attention.ops.triton.head_tiles")
     # a table for whatever comes, as on a GPU, where nobody knows what the rows will be
     member = members((reps[0],) * 5, kv_heads, streaming)
     held = []
-    for make in (chunks.head_tiles_of, chunks.natural_head_tiles):
+    for make in (head_tiles.head_tiles_of, head_tiles.natural_head_tiles):
         unknown = Membership.known_rows
         try:
             Membership.known_rows = None
@@ -39,7 +39,7 @@ def test_all_tables_follow_in_place(reps, kv_heads: int, streaming, size: int) -
     far = member.far
     tables = {(part, name): getattr(part, name) for part in (member, far) for name in TABLES}
     assert member.host_rows == (reps[0],) * 5
-    update_rows(member, torch.tensor([4, 1, 2]), members(reps[1:], kv_heads, streaming))
+    update_tables(member, torch.tensor([4, 1, 2]), members(reps[1:], kv_heads, streaming))
     rows = (reps[0], reps[2], reps[3], reps[0], reps[1])
     assert member.host_rows == rows
     fresh = members(rows, kv_heads, streaming)

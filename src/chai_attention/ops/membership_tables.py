@@ -14,10 +14,10 @@ from chai_attention.membership import Membership
 from chai_attention.ops.windowed import head_offsets
 
 if TYPE_CHECKING:
-    from chai_attention.ops.triton.rows import TableList
+    from chai_attention.ops.triton.membership_tables import TableList
 
 
-class MembershipRows:
+class MembershipTables:
     """A membership of many rows that change one by one, with all that was made of it.
 
     Args:
@@ -48,19 +48,19 @@ class MembershipRows:
         self._tables: TableList | None = None
         self._listed: tuple[int, ...] | None = None  # how many tables there were then
 
-    def put(self, rows: Tensor, representatives: Tensor) -> None:
+    def put(self, ids: Tensor, representatives: Tensor) -> None:
         """Set some rows, and everything that was made of them, where it lies in memory.
 
         Nothing is read on the host, and on CUDA it is one launch.
 
         Args:
-            rows: ``[n]`` integer, the rows that change.
+            ids: ``[n]`` integer, the rows that change.
             representatives: ``[n or 1, heads]`` int64, whom each of the heads follows, by their
                 numbers among themselves.
         """
         member = self.membership
         if member.representatives.is_cuda and find_spec("triton") is not None:
-            from chai_attention.ops.triton import rows as kernels
+            from chai_attention.ops.triton import membership_tables as kernels
 
             far = vars(member).get("far")
             made = len(vars(member)), len(member.derived), 0 if far is None else len(vars(far))
@@ -69,16 +69,16 @@ class MembershipRows:
                 self._listed = made
             if self._tables is not None:
                 vars(member).pop("host_rows", None)
-                kernels.put_rows(member, self._tables, rows, representatives, self._part)
+                kernels.put_tables(member, self._tables, ids, representatives, self._part)
                 return
         new = Membership.from_representatives(
-            self._of_all(representatives).expand(rows.shape[0], member.heads),
+            self._of_all(representatives).expand(ids.shape[0], member.heads),
             member.clusters, member.kv_heads, member.kept_keys, member.streaming,
         )  # fmt: skip
-        update_rows(member, rows.long(), new)
+        update_tables(member, ids.long(), new)
         # what does not depend on who is in which cluster stays
         if self.offset is not None and self._offsets is not None:
-            self.offset[rows.long()] = head_offsets(self._offsets, new)
+            self.offset[ids.long()] = head_offsets(self._offsets, new)
 
     def _of_all(self, representatives: Tensor) -> Tensor:
         """``[n, H]`` by the heads' own numbers."""
@@ -89,7 +89,7 @@ class MembershipRows:
         return torch.where(inside < 0, torch.arange(len(inside), device=inside.device), followed)
 
 
-def update_rows(membership: Membership, rows: Tensor, new: Membership) -> None:
+def update_tables(membership: Membership, ids: Tensor, new: Membership) -> None:
     """Put ``new`` into some rows of ``membership``, in place.
 
     All tables that were made of it so far, its own and the kernels', are brought up to date where
@@ -98,33 +98,33 @@ def update_rows(membership: Membership, rows: Tensor, new: Membership) -> None:
     Args:
         membership: of R rows, on the device of its kernels and made there, so that nothing counts
             on who is in which cluster.
-        rows: ``[B]`` int64, the rows that change.
+        ids: ``[B]`` int64, the rows that change.
         new: of B rows, with as many clusters, K/V heads and kept K heads, and the same heads that
             stream.
     """
-    membership.representatives[rows] = new.representatives
+    membership.representatives[ids] = new.representatives
     made = vars(membership)
     made.pop("host_rows", None)
     for name, table in made.items():
         # what is the same for all rows, whoever is in a cluster, is one row or an expanded one
         if isinstance(table, Tensor) and name != "representatives":  # noqa: SIM102
             if table.ndim > 1 and table.stride(0):
-                table[rows] = getattr(new, name)
+                table[ids] = getattr(new, name)
     far = made.get("far")
     if isinstance(far, Membership) and far is not membership and new.far is not None:
-        update_rows(far, rows, new.far)
+        update_tables(far, ids, new.far)
     for (make, *arguments), held in membership.derived.items():
         fresh = new.derive(make, *arguments)
         vars(held).pop("used", None)
         for field in fields(held):
             table = getattr(held, field.name)
             if isinstance(table, Tensor):
-                _write_rows(table, rows, getattr(fresh, field.name))
+                _write_head_tiles(table, ids, getattr(fresh, field.name))
 
 
-def _write_rows(table: Tensor, rows: Tensor, new: Tensor) -> None:
+def _write_head_tiles(table: Tensor, ids: Tensor, new: Tensor) -> None:
     """Write head tiles, of which rows with a known membership have fewer than there is room for."""
     count = new.shape[1]
-    table[rows, :count] = new
+    table[ids, :count] = new
     if count < table.shape[1]:
-        table[rows, count:] = -1
+        table[ids, count:] = -1

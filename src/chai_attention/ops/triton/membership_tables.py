@@ -33,9 +33,9 @@ NAMES = (
     "removed_key_heads", "key_place", "value_heads", "value_slot", "value_place",
 )  # fmt: skip
 FAR = tl.constexpr(16)
-CHUNK = tl.constexpr(32)
-CHUNK_FIELDS = ("slot", "query", "key", "head", "value")
-NATURAL = {"key": 5, "value": 6}  # behind `CHUNK`
+HEAD_TILES = tl.constexpr(32)
+HEAD_TILE_FIELDS = ("slot", "query", "key", "head", "value")
+NATURAL = {"key": 5, "value": 6}  # behind `HEAD_TILES`
 HEAD_OFFSETS = tl.constexpr(48)
 # of all heads, if some stream: what nothing that attends reads
 WITHOUT_STREAMING = ("slot", "order", "offsets")
@@ -50,7 +50,7 @@ def _rank(of, among):
 
 @triton.jit(do_not_specialize=["heads", "clusters", "kept", "stride_rep"])
 def _put(
-    rep_ptr, row_ptr, inside_ptr, outside_ptr, sees_ptr, list_ptr, shift_ptr,
+    rep_ptr, ids_ptr, inside_ptr, outside_ptr, sees_ptr, list_ptr, shift_ptr,
     heads, clusters, kept, stride_rep,
     GROUP: tl.constexpr, HP: tl.constexpr, IS_PART: tl.constexpr, HAS_STREAMING: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -65,7 +65,7 @@ def _put(
     kind, width = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32)
     first, members = tl.load(entry + 2).to(tl.int32), tl.load(entry + 3).to(tl.int32)
     address = tl.load(entry + 4)
-    line = tl.load(row_ptr + new).to(tl.int64) * width
+    start = tl.load(ids_ptr + new).to(tl.int64) * width
     head = tl.arange(0, HP)
     real = head < heads
     if IS_PART:
@@ -114,7 +114,7 @@ def _put(
     what = rep
     at = head
     use = real
-    if kind < CHUNK:
+    if kind < HEAD_TILES:
         far = kind >= FAR
         kind = kind % FAR
         number = tl.where(far, seen_before, head)
@@ -136,7 +136,7 @@ def _put(
             # cluster c begins behind the heads of all slots before it; the last entry is all
             what = tl.sum((slot[None, :] < head[:, None]).to(tl.int32), axis=1)
             at, use = head, head < clusters
-            table = address.to(tl.pointer_type(tl.int64)) + line
+            table = address.to(tl.pointer_type(tl.int64)) + start
             tl.store(table + clusters, tl.sum(sees.to(tl.int64)))
         elif kind == 6:
             what, at, use = group, kept_before, needed
@@ -161,19 +161,19 @@ def _put(
             else:
                 what = tl.where(held, held_before, kept_values + head - held_before)
             at, use = group, is_counted
-        table = address.to(tl.pointer_type(tl.int64)) + line
+        table = address.to(tl.pointer_type(tl.int64)) + start
         tl.store(table + at, what.to(tl.int64), mask=use)
     elif kind < HEAD_OFFSETS:
-        kind -= CHUNK
-        # chunks of a cluster are of equal size but for one
+        kind -= HEAD_TILES
+        # head tiles of a cluster are of equal size but for one
         count = (size + members - 1) // members
         part = within * count // size
         lane = within - (part * size + count - 1) // count
         opens = (lane == 0) & sees
-        chunk = tl.sum((lower & opens[None, :]).to(tl.int32), axis=1) + part
-        at, use = first + chunk, opens
+        head_tile = tl.sum((lower & opens[None, :]).to(tl.int32), axis=1) + part
+        at, use = first + head_tile, opens
         if (kind == 3) | (kind == 4) | (kind == 6):
-            at, use = first + chunk * members + lane, sees
+            at, use = first + head_tile * members + lane, sees
         if kind == 0:
             what = slot
         elif kind == 1:
@@ -188,9 +188,9 @@ def _put(
             what = rep // GROUP
         else:
             what = head // GROUP
-        numbers = address.to(tl.pointer_type(tl.int32)) + line
-        for start in range(first, width, HP):
-            tl.store(numbers + start + head, -1, mask=start + head < width)
+        numbers = address.to(tl.pointer_type(tl.int32)) + start
+        for column in range(first, width, HP):
+            tl.store(numbers + column + head, -1, mask=column + head < width)
         tl.debug_barrier()  # other threads of the program write over it
         tl.store(numbers + at, what.to(tl.int32), mask=use)
     else:
@@ -199,7 +199,7 @@ def _put(
             other = sees & (rep != head)
             shift = tl.load(shift_ptr + head * heads + rep, mask=other, other=0.0)
         shift = tl.where(sees, shift, float("-inf"))
-        tl.store(address.to(tl.pointer_type(tl.float32)) + line + head, shift, mask=real)
+        tl.store(address.to(tl.pointer_type(tl.float32)) + start + head, shift, mask=real)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +220,7 @@ class TableList:
 def list_tables(
     membership: Membership, offset: Tensor | None = None, offsets: Tensor | None = None
 ) -> TableList | None:
-    """List what `put_rows` has to write.
+    """List what `put_tables` has to write.
 
     Args:
         membership: of R rows.
@@ -228,7 +228,7 @@ def list_tables(
         offsets: ``[H, H]`` float32 of which that is made; None for zeros.
 
     Returns:
-        None where some table is none that the kernel knows: PyTorch knows all (`ops.rows`).
+        None where the kernel does not know one of the tables; PyTorch knows all of them.
     """
     heads, streaming = membership.heads, membership.streaming
     alone = tuple(head for head in range(heads) if head not in membership.far_heads)
@@ -274,31 +274,31 @@ def _entries(membership: Membership) -> Iterator[_Entry | None]:
                 yield None
                 continue
             [members] = arguments
-            for field in CHUNK_FIELDS:
+            for field in HEAD_TILE_FIELDS:
                 table = getattr(head_tiles, field)
-                kind = CHUNK_FIELDS.index(field)
+                kind = HEAD_TILE_FIELDS.index(field)
                 if make is _deal_natural:
                     if field not in NATURAL:
                         continue  # a table of `_deal`, which is listed
                     kind = NATURAL[field]
                 if table.numel():
                     wide = members if table.ndim == 3 else 1
-                    yield CHUNK.value + kind, table, head_tiles.streaming * wide, members
+                    yield HEAD_TILES.value + kind, table, head_tiles.streaming * wide, members
 
 
-def put_rows(
+def put_tables(
     membership: Membership,
     tables: TableList,
-    rows: Tensor,
+    ids: Tensor,
     representatives: Tensor,
     part: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """`ops.rows.MembershipRows.put` in one launch; nothing is read on the host."""
+    """`ops.membership_tables.MembershipTables.put` in one launch; nothing is read on the host."""
     heads = membership.heads
     padded = max(16, power_of_2(heads))
     inside, outside = (None, None) if part is None else part
-    _put[(rows.shape[0], tables.entries.shape[0])](
-        representatives, rows, inside, outside, tables.sees, tables.entries, tables.shift,
+    _put[(ids.shape[0], tables.entries.shape[0])](
+        representatives, ids, inside, outside, tables.sees, tables.entries, tables.shift,
         heads, membership.clusters, membership.kept_keys,
         representatives.stride(0) if representatives.shape[0] > 1 else 0,
         GROUP=membership.group_size, HP=padded, IS_PART=part is not None,
