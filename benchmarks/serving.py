@@ -1,7 +1,8 @@
 """Serving on a GPU: vLLM with its own attention against clustered and streaming heads.
 
 Random weights, bfloat16, torch.compile and CUDA graphs as vLLM has them, prefix caching on. Every
-engine runs in a process of its own and measures, in this order: K,V capacity; time to first token
+engine runs in a process of its own, its scheduler and model in a second one, as vLLM does it. It
+measures, in this order: K,V capacity; time to first token
 (of all rows of a batch) and time per output token (of steps in which all rows decode); throughput
 with more requests waiting than run, of lengths like those of chats and of long prompts; chats
 behind one system prompt, with hits in the prefix cache and without. With several cards as many
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,14 +34,16 @@ from serving_loads import throughput as measure_throughput
 from serving_table import table
 
 PAGE = 64  # tokens, as `chai serve` has it
-# an engine starts sooner with few graphs; batches between them run in the next larger one
-GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640]
+# an engine starts sooner with few graphs; batches between them run in the next larger one. Those
+# beyond ``max_num_seqs`` are of steps that hold prompts: what lies between their attention
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 704, 768, 896, 1024]
+MIXED = 384  # tokens of prompts in such a step, for which there are graphs
 # Bytes of the GPU that vLLM does not plan with. It plans with the largest step's activations, of
 # which PyTorch keeps more (fragments between batches of unequal sizes, 450 MiB by a simulation),
 # and without kernels that are loaded later. With 400 MiB an engine that had served several loads
 # ended with CUBLAS_STATUS_EXECUTION_FAILED, its CUDA context unharmed
 SPARE = 2**30
-CONTEXTS = 1200 * 2**20  # more of them, of processes that share a card
+CONTEXT = 600 * 2**20  # more of them: an engine's CUDA context comes after this script looked
 FIRST = ["stock", "default", "published online", "k=8 window", "streaming half", "published"]
 
 
@@ -50,7 +54,9 @@ def engine_options(scale: Scale) -> dict[str, Any]:
         "max_model_len": scale.longest,
         "max_num_seqs": scale.most,
         "max_num_batched_tokens": scale.budget,
-        "compilation_config": {"cudagraph_capture_sizes": [n for n in GRAPHS if n <= scale.most]},
+        "compilation_config": {
+            "cudagraph_capture_sizes": [n for n in GRAPHS if n <= scale.most + MIXED]
+        },
     }
 
 
@@ -66,15 +72,24 @@ class Results(Parts):
         progress(f"{part}: {json.dumps(short)}")
 
 
-def utilization(free: int, total: int, ranks: int) -> float:
+def card() -> tuple[str, int, int]:
+    """Name, free and total bytes of the first visible GPU, without a CUDA context here."""
+    from vllm.third_party import pynvml
+
+    pynvml.nvmlInit()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    handle = pynvml.nvmlDeviceGetHandleByIndex(int(first))
+    found = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return pynvml.nvmlDeviceGetName(handle), found.free, found.total
+
+
+def utilization(free: int, total: int) -> float:
     """The share that vLLM may take of a GPU of ``total`` bytes, of which so many are free."""
-    # ranks are processes of their own, and this one's CUDA context stays beside theirs
-    spare = SPARE + (CONTEXTS if ranks > 1 else 0)
-    return int((free - spare) / total * 1000) / 1000
+    return int((free - SPARE - CONTEXT) / total * 1000) / 1000
 
 
-def memory() -> dict[str, int]:
-    """What the GPU has free and PyTorch holds, now and at most, in MiB.
+def memory(worker: Any) -> dict[str, int]:
+    """What the GPU of a vLLM worker has free and PyTorch holds, now and at most, in MiB.
 
     And ``retries``: how often PyTorch had to give back what it kept, as the GPU had no more.
     """
@@ -95,8 +110,9 @@ def run_job(job: dict[str, Any]) -> None:
     import vllm
 
     options, tiny = job["options"], job["tiny"]
+    device, free, total = ("CPU", 0, 1) if tiny else card()
     about = {
-        "device": "CPU" if tiny else torch.cuda.get_device_name(),
+        "device": device,
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "tiny": tiny,
@@ -112,9 +128,7 @@ def run_job(job: dict[str, Any]) -> None:
         progress("all is there")
         return
     if not tiny:
-        options["gpu_memory_utilization"] = utilization(
-            *torch.cuda.mem_get_info(), options["tensor_parallel_size"]
-        )
+        options["gpu_memory_utilization"] = utilization(free, total)
         results.add("gpu_memory_utilization", options["gpu_memory_utilization"])
     start = time.perf_counter()
     llm = engine(job)
@@ -124,7 +138,7 @@ def run_job(job: dict[str, Any]) -> None:
         measure(llm, scale, vocabulary, parts, job["until"], results)
     finally:
         if not tiny:
-            results.add("memory", memory())
+            results.add("memory", llm.collective_rpc(memory)[0])
 
 
 def missing(scale: Scale, job: dict[str, Any], results: Results) -> list[tuple[str, str]]:
@@ -163,7 +177,7 @@ def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
         common = engine_options(scale) | {"tensor_parallel_size": options.ranks}
         if options.tiny:
             del common["compilation_config"]
-            common["enforce_eager"] = True
+            common |= {"enforce_eager": True, "gpu_memory_utilization": 0.3}  # of the CPU's memory
         made += kind_jobs([name], common, options.work, options.tiny, options.ranks)
     for job in made:
         page = options.stock_page if job["profile"] is None else options.page
@@ -184,6 +198,7 @@ def run_all(options: argparse.Namespace) -> bool:
             print(f"{job['name']}: no time left", flush=True)
             return False
         job["until"] = time.time() + limit - 25  # a part that has begun is ended
+        settings = {**settings, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         return in_process(__file__, options.mode, job, options.work, limit, settings)
 
     return on_cards(chosen_jobs(options), run, options.cards)

@@ -63,8 +63,13 @@ def capacity(llm: Any, length: int) -> dict[str, Any]:
     Where there are several groups of pages all take theirs from the same blocks: a request has far
     pages for all its tokens and local pages for its window and its first tokens.
     """
-    core = llm.llm_engine.engine_core.engine_core  # which is in this process
-    cache = core.scheduler.kv_cache_config
+    found: dict[str, Any] = llm.collective_rpc(_capacity, args=(length,))[0]
+    return found
+
+
+def _capacity(worker: Any, length: int) -> dict[str, Any]:
+    """`capacity`, in a process of vLLM's."""
+    cache = worker.model_runner.kv_cache_config
     groups, taken = [], 0
     for group in cache.kv_cache_groups:
         spec = group.kv_cache_spec
@@ -112,6 +117,7 @@ def in_process(
     name = label(f"{mode}-{job['name']}")
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of this script, called in an engine
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on a CPU: ranks need no NUMA nodes of their own
         "HF_HUB_OFFLINE": "1",

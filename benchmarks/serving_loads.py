@@ -1,4 +1,4 @@
-"""The workloads of the serving benchmark, for an engine in this process."""
+"""The workloads of the serving benchmark, sent to an engine."""
 
 from __future__ import annotations
 
@@ -145,10 +145,10 @@ def _batch(llm: Any, sizes: list[int], count: int, vocabulary: int) -> dict[str,
         ``ttft_ms`` until all rows have a token, ``tpot_ms`` of the steps between that and the first
         row's end, and the number of these ``steps``; ``total_ms``.
     """
-    engine = llm.llm_engine
-    for row, prompt in enumerate(prompts_of(sizes, vocabulary)):
+    engine, prompts = llm.llm_engine, prompts_of(sizes, vocabulary)
+    start = time.perf_counter()  # the engine, another process, begins with the first one
+    for row, prompt in enumerate(prompts):
         engine.add_request(f"{next(_seeds)}-{row}", prompt, params(count))
-    start = time.perf_counter()
     seen: dict[str, int] = {}
     first = last = now = 0.0
     steps = 0

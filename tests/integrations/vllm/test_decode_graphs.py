@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ DIM, PAGE, LOCAL_PAGE, HEADS, LONGEST = 16, 16, 8, 6, 100
 REP = (0, 0, 2, 2, 0, 5)
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a GPU")
+
+
 def shard(recent: int) -> LayerShard:
     kept = Membership.from_representatives(torch.tensor(REP), kv_heads=HEADS).kept_keys
     plan = LayerPlan(
@@ -26,37 +30,40 @@ def shard(recent: int) -> LayerShard:
     return LayerShard(plan, kept, REP)
 
 
-def random_step(decodes: int, prompt: int) -> ChaiMetadata:
+def random_step(decodes: int, prompt: int, device: str = "cpu") -> ChaiMetadata:
     """Requests that decode at random lengths, and one prompt behind them."""
+
+    def table(pages: int, width: int) -> torch.Tensor:
+        return torch.randint(0, pages, (count, width), dtype=torch.int32, device=device)
+
     lengths = [*torch.randint(1, LONGEST, (decodes,)).tolist(), prompt]
     new = [1] * decodes + [prompt]
     starts = torch.tensor([0, *new]).cumsum(0)
     count, tokens = len(new), sum(new)
     far, local = -(-LONGEST // PAGE), -(-LONGEST // LOCAL_PAGE)
+    slots = torch.full((tokens,), -1, device=device)
     return ChaiMetadata(
-        RequestSpans(starts, lengths), tokens, decodes, starts.int(),
-        torch.tensor(lengths, dtype=torch.int32),
-        torch.randint(0, 40, (count, far + 2), dtype=torch.int32),
-        torch.full((tokens,), -1), torch.zeros(count, dtype=torch.int32),
-        torch.zeros(tokens, dtype=torch.int32), prompt, max(lengths), False,
-        LocalTables(
-            torch.randint(0, 60, (count, local), dtype=torch.int32), torch.full((tokens,), -1)
-        ),
+        RequestSpans(starts, lengths), tokens, decodes, starts.int().to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device), table(40, far + 2), slots,
+        table(1, 1)[:, 0], torch.zeros_like(slots).int(), prompt, max(lengths), False,
+        LocalTables(table(60, local), slots),
     )  # fmt: skip
 
 
-def random_layer(recent: int, most: int) -> tuple[StepAttention, Pages, DecodeMemory]:
-    layer = shard(recent)
-    layout, local_layout = layer.layout(DIM, DIM), layer.local_layout(DIM, DIM)
-    far = layout.split(torch.randn(40, 1, PAGE, layout.numbers_per_token))
+def random_layer(
+    recent: int, most: int, dim: int = DIM, **kind: Any
+) -> tuple[StepAttention, Pages, DecodeMemory]:
+    layer, kind = shard(recent), {"dtype": torch.float32, "device": "cpu", **kind}
+    layout, local_layout = layer.layout(dim, dim), layer.local_layout(dim, dim)
+    far = layout.split(torch.randn(40, 1, PAGE, layout.numbers_per_token, **kind))
     pages = Pages(*far)
     if local_layout is not None:
-        local = torch.randn(60, 1, LOCAL_PAGE, local_layout.numbers_per_token)
+        local = torch.randn(60, 1, LOCAL_PAGE, local_layout.numbers_per_token, **kind)
         pages = Pages(*far, *local_layout.split(local))
-    device = torch.device("cpu")
+    device = torch.device(kind["device"])
     attention = StepAttention(layer.plan, FixedMembership(layer, 64, device), 0.3, None)
     sizes = (PAGE, None if local_layout is None else LOCAL_PAGE)
-    memory = DecodeMemory(most, LONGEST, HEADS, (DIM, DIM), sizes, torch.float32, device)
+    memory = DecodeMemory(most, LONGEST, HEADS, (dim, dim), sizes, kind["dtype"], device)
     return attention, pages, memory
 
 
@@ -92,6 +99,26 @@ def test_replayed_decodes_are_those_of_a_step(recent: int, monkeypatch: pytest.M
         torch.testing.assert_close(*outs)
         assert replayed.pop() == size
         assert not replayed
+
+
+@CUDA
+@pytest.mark.parametrize("recent", [0, 5, 33])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_captured_decodes_are_those_of_a_step(recent: int, dim: int) -> None:
+    attention, pages, memory = random_layer(recent, 13, dim, dtype=torch.bfloat16, device="cuda")
+    plain = StepAttention(attention.plan, attention.memberships, 0.3, None)
+    attention.capture(pages, memory)
+    for decodes in (13, 2, 5, 12, 1):
+        step = random_step(decodes, 7, "cuda")
+        states = torch.randn(3, step.num_actual_tokens, HEADS, dim, device="cuda")
+        query, key, value = states.bfloat16()
+        memory.query.fill_(torch.nan)
+        outs = [torch.full_like(query, torch.nan) for _ in range(2)]
+        for each, out in zip((attention, plain), outs, strict=True):
+            each.run(step, query, key, value, pages, out)
+        assert not outs[1].isnan().any()
+        # a capture cuts contexts of any length into parts, which rounds otherwise
+        torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
 
 
 def test_all_layers_of_a_step_take_its_tables_over_once() -> None:
