@@ -26,8 +26,8 @@ from chai_attention.calibration.evidence import EvidenceStore
 from chai_attention.calibration.perplexity import Loss, paired_rise, token_loss
 from chai_attention.calibration.template import template_tokens
 from chai_attention.errors import ChaiError
-from chai_attention.evaluation.frontier import RECIPES, frontier
-from chai_attention.evaluation.points import load_points
+from chai_attention.evaluation.frontier import RECIPES, FrontierTexts, frontier
+from chai_attention.evaluation.points import PointFile, load_points
 from chai_attention.integrations.transformers import enabled
 from chai_attention.integrations.transformers.loading import load_model
 from chai_attention.reports.frontier import frontier_plot, paper_ratio
@@ -127,6 +127,7 @@ class Bench:
     def frontier(self, target: str | None, file: str) -> None:
         """Every recipe at the same numbers of removed heads (or K/V heads)."""
         windows = {"wikitext": self.texts.windows(self.texts.test, "wikitext", TEST, LONG)}
+        about = {"model": self.name, "calibration": "wikitext", "target": target}
         for recipes, budgets in (
             ({"paper": {"recipe": "paper", "target": target}}, (*REMOVED, *PAPER_TOO)),
             ({k: {**v, "target": target} for k, v in RECIPES.items() if k != "paper"}, REMOVED),
@@ -135,12 +136,10 @@ class Bench:
                 self.model,
                 recipes,
                 budgets,
-                windows,
+                FrontierTexts(windows, (LENGTH, LONG)),
                 calibrate_one=lambda **options: self.calibrated("wikitext", **options),
-                contexts=(LENGTH, LONG),
                 asked="removed",
-                file=self.out / f"{file}.json",
-                about={"model": self.name, "calibration": "wikitext", "target": target},
+                kept=PointFile(self.out / f"{file}.json", about),
             )
             for point in points:
                 print(f"{point.recipe} {point.budget} {point.context} {point.rise:+.4f}")

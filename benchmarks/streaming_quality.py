@@ -36,7 +36,14 @@ from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.texts import beginning
 from chai_attention.errors import CalibrationError, ChaiError
 from chai_attention.evaluation.comparators.base import Comparator
-from chai_attention.evaluation.frontier import RECIPES, digest_of, for_context, frontier
+from chai_attention.evaluation.frontier import (
+    RECIPES,
+    FrontierTexts,
+    digest_of,
+    for_context,
+    frontier,
+)
+from chai_attention.evaluation.points import PointFile
 from chai_attention.evaluation.recall_tasks import recall_sources, recall_text
 from chai_attention.evaluation.tasks import TaskSource
 from chai_attention.integrations.transformers import enabled
@@ -92,10 +99,10 @@ class Bench:
         file = EvidenceFile(self.options.evidence or self.out / "evidence.safetensors", about)
         store = EvidenceStore(self.model, self.windows, self.options.batch, file)
         contexts = [*self.options.contexts, LENGTH]
-        settings = Settings(context=max(contexts), recall=1.0).resolve(self.shape)
-        self.say(
-            str(use_recall(store, self.tokenizer, settings, self.options.seed, required=False))
-        )
+        settings = Settings(
+            context=max(contexts), recall=1.0, seed=self.options.seed
+        ).resolve(self.shape)  # fmt: skip
+        self.say(str(use_recall(store, self.tokenizer, settings, required=False)))
         store.get_all(settings)
         self.say("evidence is there")
         return store
@@ -125,10 +132,10 @@ class Bench:
         """A profile of the calibration windows."""
         if self.options.weight is not None and settings.get("recipe") != "share":
             settings = {"recall": self.options.weight} | settings
-        longer = self.longer if self.longer.shape[1] > self.length else None
+        longer = [self.longer] if self.longer.shape[1] > self.length else []
         return calibrate(
             self.model, self.tokenizer, self.windows, samples=len(self.windows), length=self.length,
-            held_out=self.check, longer=longer, store=self.store, seed=self.options.seed,
+            held_out=[self.check, *longer], store=self.store, seed=self.options.seed,
             source=Path(self.options.text).name, **settings,
         )  # fmt: skip
 
@@ -143,14 +150,15 @@ class Bench:
         names = self.options.recipes or NAMES
         recipes = for_context({name: RECIPES[name] for name in names}, context, self.options.weight)
         frontier(
-            self.model, recipes, self.options.budgets, {Path(self.options.test).name: test},
+            self.model, recipes, self.options.budgets,
+            FrontierTexts({Path(self.options.test).name: test}, [context], self.before),
             calibrate_one=partial(
                 calibrate, self.model, self.tokenizer, self.windows, samples=len(self.windows),
                 length=self.length, held_out=self.check, measure=False, store=self.store,
                 seed=self.options.seed,
             ),
-            contexts=[context], before=self.before, file=self.out / f"frontier-{context}.json",
-            about=self.about(), tokens_per_batch=self.options.tokens,
+            kept=PointFile(self.out / f"frontier-{context}.json", self.about()),
+            tokens_per_batch=self.options.tokens,
             on_refusal=lambda name, budget, error: self.say(f"{name} at {budget:.0%}: {error}"),
         )  # fmt: skip
         self.say(f"frontier at {context} done")

@@ -23,7 +23,8 @@ def redundancy(path):
         ("</script><b>short", windows[1:2, :7], list("abcdefg")),
     ]
     found = study(
-        tiny_model("llama"), windows, name="tiny-redundant", sources=["some.txt:1"],
+        tiny_model("llama"), windows, name="tiny-redundant",
+        text={"sources": ["some.txt:1"], "seed": 0},
         prompts=prompts, lengths=[3, 8], clusters=2, cells=12,
     )  # fmt: skip
     return found.save(path)

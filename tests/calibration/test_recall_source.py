@@ -1,5 +1,7 @@
 """Text to recall from beside other text: what is asked, what it weighs, what profiles remember."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -96,7 +98,7 @@ def test_other_facts_are_collected_anew_and_the_same_are_not(model, windows):
     settings = settings_of(model)
     store = EvidenceStore(model, windows)
     for seed, missing in ((0, [RECALL_COSTS]), (0, []), (1, [RECALL_COSTS])):
-        use_recall(store, TOKENIZER, settings, seed, required=False)
+        use_recall(store, TOKENIZER, replace(settings, seed=seed), required=False)
         if not seed:
             store.get_all(settings, [RECENT])
             missing = []

@@ -12,13 +12,12 @@ from chai_attention.errors import CalibrationError, ProfileError
 from chai_attention.evaluation import frontier as module
 from chai_attention.evaluation.frontier import (
     RECIPES,
-    _tests,
+    FrontierTexts,
     digest_of,
     for_bytes,
-    frontier,
     recipes_named,
 )
-from chai_attention.evaluation.points import FrontierError, load_points
+from chai_attention.evaluation.points import FrontierError, PointFile, load_points
 from chai_attention.integrations.transformers import enabled
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
@@ -37,6 +36,14 @@ def model():
 def some_text(count=3, width=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {"t.txt": torch.randint(3, 97, (count, width), generator=generator)}
+
+
+def frontier(
+    model, recipes, budgets, test, *, contexts=None, file=None, about=None, **options
+):  # fmt: skip
+    texts = FrontierTexts(test, contexts)
+    kept = None if file is None else PointFile(file, about or {})
+    return module.frontier(model, recipes, budgets, texts, kept=kept, **options)
 
 
 class Calibrate:
@@ -294,11 +301,11 @@ def test_shorter_windows_begin_as_every_text_begins():
     """Without its first token a model like Gemma is no model: its shorter contexts were so."""
     body = torch.randint(3, 82, (4, 24))
     windows = torch.cat([torch.ones(4, 1, dtype=torch.long), body], dim=1)
-    (whole,) = _tests({"t": windows}, [25], (1,))
+    (whole,) = FrontierTexts({"t": windows}, [25], (1,)).cut()
     assert torch.equal(whole.windows, windows)
-    (cut,) = _tests({"t": windows}, [9], (1,))
+    (cut,) = FrontierTexts({"t": windows}, [9], (1,)).cut()
     assert cut.windows.shape == (12, 9)
     assert cut.windows[:, 0].eq(1).all()
     assert torch.equal(cut.windows[:, 1:].reshape(4, 24), body)
     with pytest.raises(FrontierError, match="cannot begin with the 1 tokens"):
-        _tests({"t": body}, [9], (1,))
+        FrontierTexts({"t": body}, [9], (1,)).cut()

@@ -26,6 +26,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ["llama", "llama-grouped", "opt", "gemma2"]
 REQUESTS, LENGTH, LENGTHS = 5, 23, [3, 9, 20, 23]
+ABOUT = {"sources": ["x"], "seed": 0}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -37,7 +38,7 @@ def case(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "ROWS", 7)  # several blocks of queries, across the lengths
         found = study(
-            model, windows, name="tiny", sources=["x"], prompts=[prompt], lengths=[3, 9, 20],
+            model, windows, name="tiny", text=ABOUT, prompts=[prompt], lengths=[3, 9, 20],
             clusters=3, cells=6, batch_size=2,
         )  # fmt: skip
     model.set_attn_implementation("eager")
@@ -187,14 +188,14 @@ def test_files_that_are_none(tmp_path):
 def test_elbow_decides_and_trivial_layers_have_no_stability():
     model = tiny_model("llama")
     windows = torch.randint(3, 97, (3, 12))
-    found = study(model, windows, name="m", sources=["x"])
+    found = study(model, windows, name="m", text=ABOUT)
     assert found.lengths == [5, 12]
     assert all(layer.clusters == layer.elbow for layer in found.layers)
     for clusters in (1, 6):
-        whole = study(model, windows, name="m", sources=["x"], clusters=clusters)
+        whole = study(model, windows, name="m", text=ABOUT, clusters=clusters)
         assert whole.stability is None
         assert all(layer.stability is None for layer in whole.layers)
-    assert study(model, windows, name="m", sources=["x"]) == found
+    assert study(model, windows, name="m", text=ABOUT) == found
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_elbow_decides_and_trivial_layers_have_no_stability():
 def test_what_cannot_be_studied(changes, reason):
     options = {"windows": torch.randint(3, 97, (3, 12)), **changes}
     with pytest.raises(RedundancyError, match=reason):
-        study(tiny_model("llama"), name="m", sources=["x"], **options)
+        study(tiny_model("llama"), name="m", text=ABOUT, **options)
 
 
 def test_lengths():

@@ -44,10 +44,7 @@ def calibrate(
     *,
     samples: int | None = None,
     length: int | None = None,
-    held_out: Tensor | int = HELD_OUT,
-    longer: Tensor | None = None,
-    measure: bool = True,
-    seed: int = 0,
+    held_out: Tensor | Sequence[Tensor] | int = HELD_OUT,
     batch_size: int = BATCH_SIZE,
     source: str = "given text",
     store: EvidenceStore | None = None,
@@ -70,24 +67,20 @@ def calibrate(
             heads, whose sequences are longer), else 1024.
         length: tokens per sequence; None for 256 (1,024 with streaming heads), or the model's
             maximum if that is less.
-        held_out: sequences ``[N, S]`` on which loss is measured, or how many further sequences of
-            the text to hold out for that; with streaming heads pieces of text four (or two) times
-            as long, if text and model allow, measured whole and in sequences. If the text has not
-            enough for ``samples`` and these, at most a third are held out, which a `ChaiWarning`
-            says. None are held out if there is nothing to measure: with given ``clusters`` or the
-            elbow, and without a refit.
-        longer: sequences ``[M, T]`` on which loss is measured, too; with ``held_out`` sequences.
-        measure: whether to measure what a saving (``save``, ``removed``) costs and to write it
-            into the profile; a ``max_loss`` is always measured.
-        seed: which sequences of the text are used.
+        held_out: sequences ``[N, S]`` on which loss is measured, or such and longer ones ``[M, T]``
+            in a pair, or how many further sequences of the text to hold out for that; with
+            streaming heads pieces of text four (or two) times as long, if text and model allow,
+            measured whole and in sequences. If the text has not enough for ``samples`` and these,
+            at most a third are held out, which a `ChaiWarning` says. None are held out if there is
+            nothing to measure: with given ``clusters`` or the elbow, and without a refit.
         batch_size: sequences per forward.
         source: what to call the text in the profile.
         store: evidence of earlier calibrations of this model on the same sequences, to be used
             again and added to; one of other sequences is left alone.
         progress: called with (which step of how many is going on, done, in all of that step).
         settings: fields of `Settings`: recipe, cost, membership, target, window, recent, sinks,
-            context, refit, a budget (max_loss, save, removed, clusters or max_error), recall,
-            tensor_parallel, ...
+            context, refit, a budget (max_loss, save, removed, clusters or max_error), measure,
+            recall, tensor_parallel, seed, ...
 
     Returns:
         A profile with error curves and head similarities; the same arguments give the same one.
@@ -102,10 +95,10 @@ def calibrate(
         raise TypeError(f"calibrate() has no option {', '.join(unknown)}")
     model = unwrapped(model)
     chosen = Settings(**settings).resolve(describe(model))
-    data = _data(model, tokenizer, texts, chosen, samples, length, held_out, longer, measure, seed)
+    data = _data(model, tokenizer, texts, chosen, samples, length, held_out)
     return calibrate_data(
-        model, tokenizer, data, chosen, recall_asked=settings.get("recall") is not None, seed=seed,
-        source=source, measure=measure, batch_size=batch_size, store=store, progress=progress,
+        model, tokenizer, data, chosen, recall_asked=settings.get("recall") is not None,
+        source=source, batch_size=batch_size, store=store, progress=progress,
     )  # fmt: skip
 
 
@@ -116,36 +109,36 @@ def _data(
     chosen: Resolved,
     samples: int | None,
     length: int | None,
-    held_out: Tensor | int,
-    longer: Tensor | None,
-    measure: bool,
-    seed: int,
+    held_out: Tensor | Sequence[Tensor] | int,
 ) -> CalibrationData:
     """Cut text to sequences, and hold some of them out if there is something to measure."""
     if tokenizer is None and not isinstance(texts, Tensor):
         raise CalibrationError("without a tokenizer, text is ready sequences of tokens")
     samples = usual_samples(chosen) if samples is None else samples
-    check_numbers(samples, seed)
+    check_numbers(samples, chosen.seed)
     if length is None and isinstance(texts, Tensor) and texts.ndim == 2:
         length = min(texts.shape[1], sequence_length(model, chosen))
     length = sequence_length(model, chosen, length)
     tokens = texts if isinstance(texts, Tensor) else as_tokens(texts, tokenizer)
 
     def read(samples: int, length: int) -> tuple[Tensor, None]:
-        return windows_of(tokens, tokenizer, samples, length, seed), None
+        return windows_of(tokens, tokenizer, samples, length, chosen.seed), None
 
-    if not chosen.holds_out(measure):
+    if not chosen.holds_out:
         return CalibrationData(read(samples, length)[0])
     if isinstance(held_out, int):
         before = [] if tokenizer is None else beginning(tokenizer)
         times = stretches(model, chosen, length)
         return read_data(read, samples, held_out, length, times, before)
-    if held_out.ndim != 2 or min(held_out.shape) < 2 or held_out.dtype != torch.long:
+    pair = [held_out] if isinstance(held_out, Tensor) else list(held_out)
+    if len(pair) not in (1, 2) or not all(
+        text.ndim == 2 and min(text.shape) > 1 and text.dtype == torch.long for text in pair
+    ):
         raise CalibrationError(
             "held_out is how many sequences to hold out, or at least 2 sequences of tokens "
-            "[N, S], int64"
+            "[N, S], int64, and perhaps longer ones"
         )
-    return CalibrationData(read(samples, length)[0], held_out, longer)
+    return CalibrationData(read(samples, length)[0], *pair)
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever the caller is in
@@ -156,9 +149,7 @@ def calibrate_data(
     chosen: Resolved,
     *,
     recall_asked: bool,
-    seed: int,
     source: str,
-    measure: bool = True,
     batch_size: int = BATCH_SIZE,
     store: EvidenceStore | None = None,
     progress: Progress = quiet,
@@ -171,9 +162,7 @@ def calibrate_data(
         data: tokens to learn from and to measure on.
         chosen: the settings, resolved for this model.
         recall_asked: whether it is an error if the text has no room for facts to recall.
-        seed: of everything that is drawn.
         source: what to call the text in the profile.
-        measure: as `calibrate`.
         batch_size: sequences per forward.
         store: as `calibrate`.
         progress: as `calibrate`.
@@ -192,12 +181,11 @@ def calibrate_data(
     sequences = data.sequences
     if store is None or store.model is not model or not torch.equal(store.sequences, sequences):
         store = EvidenceStore(model, sequences, batch_size)
-    provenance = _provenance(chosen, source, sequences, seed)
-    provenance |= use_recall(store, tokenizer, chosen, seed, required=recall_asked)
-    measured = chosen.measures(measure)
-    asks = measured and chosen.asks_recall
-    recall = recall_check(tokenizer, data.measured, seed) if asks else None
-    steps = Steps(progress, *steps_of(len(store.missing(chosen)), chosen, shape, measure))
+    provenance = _provenance(chosen, source, sequences)
+    provenance |= use_recall(store, tokenizer, chosen, required=recall_asked)
+    asks = chosen.measures and chosen.asks_recall
+    recall = recall_check(tokenizer, data.measured, chosen.seed) if asks else None
+    steps = Steps(progress, *steps_of(len(store.missing(chosen)), chosen, shape))
     candidates = candidates_of(shape, chosen, store.get_all(chosen, steps=steps), provenance)
     finish = Finish(model, chosen, data, recall, batch_size, steps)
     if isinstance(candidates, Candidates):
@@ -209,13 +197,13 @@ def calibrate_data(
     if chosen.max_loss is not None:
         return finish.within_loss(candidates)
     profile = candidates.remove(candidates.units_asked())
-    if not measured:
+    if not chosen.measures:
         return finish.unmeasured(profile)
     save, removed = chosen.save, chosen.removed
     return finish.measured(profile, {"removed": removed} if save is None else {"save": save})
 
 
-def _provenance(settings: Resolved, source: str, sequences: Tensor, seed: int) -> dict[str, Any]:
+def _provenance(settings: Resolved, source: str, sequences: Tensor) -> dict[str, Any]:
     """What a profile remembers of its making."""
     if settings.streams:
         method, features = "splits of heads", f"{settings.cost} costs"
@@ -238,7 +226,7 @@ def _provenance(settings: Resolved, source: str, sequences: Tensor, seed: int) -
         "text": source,
         "samples": sequences.shape[0],
         "length": sequences.shape[1],
-        "seed": seed,
+        "seed": settings.seed,
         "chai_attention": version("chai-attention"),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -194,7 +194,7 @@ class Candidates:
 
     def _chosen_cost(self, clusters: list[int]) -> float:
         """The cost of these clusters, or where a budget is dealt out, of the best of as many."""
-        if self.settings.measures():
+        if self.settings.budgeted:
             freed = sum(self.shape.heads - k for k in clusters)
             assert isinstance(self._plan, Allocation)
             return float(self._plan.costs[freed * len(self.counts) // self.shape.heads])

@@ -81,7 +81,7 @@ def estimate(
     shape, seconds = describe(model), dict[str, float]()
     chosen = request.settle(settings, model, tokenizer)
     samples, length = request.samples_for(chosen), sequence_length(model, chosen, request.length)
-    measured = chosen.holds_out()
+    measured = chosen.holds_out
     held_out, longer = request.held_out if measured else 0, None
     if any(source.name == SELF for source in request.sources):
         seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
@@ -98,8 +98,7 @@ def estimate(
     for part in (sequences[:1], sequences):  # the first pays for one-time set-up
         clock.reset()
         store = EvidenceStore(model, part, BATCH_SIZE)
-        required = settings.recall is not None
-        use_recall(store, tokenizer, chosen, request.seed, required=required)
+        use_recall(store, tokenizer, chosen, required=settings.recall is not None)
         evidence = store.get_all(chosen, steps=Steps(clock, 2))
     for name, spent in clock.seconds.items():
         seconds[name] = spent * samples / len(sequences)
@@ -112,7 +111,7 @@ def estimate(
         with enabled(model, candidates.remove(max(1, candidates.guess))):
             per_try = _loss_seconds(model, sequences)
         texts = [sequences] if longer is None else [sequences, longer]
-        check = recall_check(tokenizer, texts, request.seed) if chosen.asks_recall else None
+        check = recall_check(tokenizer, texts, chosen.seed) if chosen.asks_recall else None
         tokens = 0 if check is None else sum(task.length * len(task.cases) for task in check.tasks)
         wanted = held_out * len(texts) + tokens / length
         per_try *= wanted

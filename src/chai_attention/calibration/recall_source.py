@@ -82,7 +82,6 @@ def use_recall(
     store: EvidenceStore,
     tokenizer: PreTrainedTokenizerBase | None,
     chosen: Resolved,
-    seed: int,
     *,
     required: bool,
 ) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def use_recall(
     if not chosen.recall:
         return {}
     try:
-        sequences = recall_of(tokenizer, store.sequences, seed)
+        sequences = recall_of(tokenizer, store.sequences, chosen.seed)
     except CalibrationError as error:
         if required:
             raise

@@ -100,12 +100,12 @@ class TextRequest:
     def settle(
         self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Resolved:
-        """Resolve settings for a model, and find where its probe tokens begin.
+        """Resolve settings for a model and this text, and find where its probe tokens begin.
 
         Raises:
             CalibrationError: options that contradict each other, or no chat template.
         """
-        chosen = settings.resolve(describe(model))
+        chosen = replace(settings.resolve(describe(model)), seed=self.seed)
         if self.probe_from == CONTENT:
             chosen = replace(chosen, probe_start=template_tokens(tokenizer))
         return chosen
@@ -124,10 +124,10 @@ class TextRequest:
             CalibrationError: text that cannot be had, or too little of it.
         """
         samples, length = self.samples_for(chosen), sequence_length(model, chosen, self.length)
-        held_out = self.held_out if chosen.holds_out() else 0
+        held_out = self.held_out if chosen.holds_out else 0
         # long texts of the model's own cost too much
         written = any(source.name == SELF for source in self.sources)
-        times = [] if written or not chosen.holds_out() else stretches(model, chosen, length)
+        times = [] if written or not chosen.holds_out else stretches(model, chosen, length)
         texts = read_sources(
             self.sources, tokenizer, samples + held_out, length, self.seed,
             longest=length * max([1, *times]), progress=progress,
@@ -139,7 +139,7 @@ class TextRequest:
                 texts=texts, kept=kept, progress=progress,
             )  # fmt: skip
 
-        if not chosen.holds_out():
+        if not chosen.holds_out:
             return CalibrationData(read(samples, length)[0])
         return read_data(read, samples, held_out, length, times, beginning(tokenizer))
 
@@ -175,7 +175,7 @@ def calibrate_on(
         data = request.read(model, tokenizer, chosen, progress, file)
         profile = calibrate_data(
             model, tokenizer, data, chosen, recall_asked=settings.recall is not None,
-            seed=request.seed, source=request.label, progress=progress,
+            source=request.label, progress=progress,
             store=EvidenceStore(model, data.sequences, BATCH_SIZE, file),
         )  # fmt: skip
     except BaseException:  # an interrupt, too, and a budget that cannot be met

@@ -68,6 +68,9 @@ class Settings:
             only, and all ranks keep as many K heads and V heads (see `ClusterProfile`).
         max_recall_loss: with ``max_loss``: how far the share of facts that are recalled may fall,
             0.05 for 5 points.
+        measure: whether to measure what a saving (``save``, ``removed``) costs and to write it
+            into the profile; a ``max_loss`` is always measured.
+        seed: which sequences of the text are used, and of all else that is drawn.
     """
 
     recipe: str = "default"
@@ -90,6 +93,8 @@ class Settings:
     recall: float | None = None
     max_recall_loss: float | None = None
     tensor_parallel: int = 1
+    measure: bool = True
+    seed: int = 0
 
     def _may_stream(self, target: str) -> bool:
         """Whether heads may forget their far keys, where ``target`` is the model's own.
@@ -213,19 +218,25 @@ class Resolved(Settings):
         """Whether output weights or biases are refit."""
         return self.refit != "none"
 
-    def measures(self, measure: bool = True) -> bool:
+    @property
+    def budgeted(self) -> bool:
+        """Whether savings are dealt out to the layers, to meet a budget."""
+        return any(each is not None for each in (self.max_loss, self.save, self.removed))
+
+    @property
+    def measures(self) -> bool:
         """Whether the loss of a budget is measured: if wanted, and always if it is bounded."""
-        save_or_removed = self.save is not None or self.removed is not None
-        return self.max_loss is not None or (measure and save_or_removed)
+        return self.max_loss is not None or (self.measure and self.budgeted)
 
     @property
     def asks_recall(self) -> bool:
         """Whether a loss that is measured is told in facts recalled, too."""
         return self.streams or self.max_recall_loss is not None
 
-    def holds_out(self, measure: bool = True) -> bool:
+    @property
+    def holds_out(self) -> bool:
         """Whether a part of the text is held out: to measure on, or to judge a refit by."""
-        return self.measures(measure) or self.refits
+        return self.measures or self.refits
 
     def recents(self, length: int) -> list[int]:
         """Every w that is tried on sequences of ``length`` tokens."""

@@ -38,12 +38,10 @@ class Steps:
         return report
 
 
-def steps_of(
-    passes: int, chosen: Resolved, shape: ModelShape, measure: bool = True
-) -> tuple[int, bool]:
+def steps_of(passes: int, chosen: Resolved, shape: ModelShape) -> tuple[int, bool]:
     """Steps of a calibration with so many passes, and whether a search may end before them."""
     if chosen.max_loss is None:
-        return passes + (2 if chosen.measures(measure) else int(chosen.refits)), False
+        return passes + (2 if chosen.measures else int(chosen.refits)), False
     free = sum(shape.clusterable)
     if chosen.streams:
         # of one rank: all save the same

@@ -16,7 +16,7 @@ from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
 from chai_attention.cli.tables import render
 from chai_attention.errors import CalibrationError
-from chai_attention.evaluation.points import FrontierError
+from chai_attention.evaluation.points import FrontierError, PointFile
 
 _FILES = ("frontier.json", "frontier.txt", "frontier.png")
 Number = TypeVar("Number", int, float)
@@ -164,6 +164,16 @@ def frontier_command(
     count = max(1, len(mixture) * extra // (samples + extra))
     held_out = hold_out(len(mixture), count, labels)
     calibration, held = mixture[~held_out], mixture[held_out]
+    about = {
+        "model": Path(model).name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "calibration text": [f"{Path(s.name).name}:{s.weight:g}" for s in sources],
+        "calibration windows": list(calibration.shape),
+        "calibration tokens": frontier.digest_of(calibration),
+        "seed": seed,
+        "target": target,
+    }
+    kept = PointFile(out / "frontier.json", about)
     refused: list[str] = []
 
     def refuse(name: str, budget: float, error: CalibrationError) -> None:
@@ -174,7 +184,7 @@ def frontier_command(
             loaded,
             chosen,
             shares,
-            tests,
+            frontier.FrontierTexts(tests, lengths, beginning(tokenizer)),
             calibrate_one=partial(
                 calibrate,
                 loaded,
@@ -188,19 +198,8 @@ def frontier_command(
                 measure=False,  # the test texts do
                 store=EvidenceStore(loaded, calibration),  # one pass for all budgets
             ),
-            contexts=lengths,
             asked=asked,
-            before=beginning(tokenizer),
-            file=out / "frontier.json",
-            about={
-                "model": Path(model).name,
-                "dtype": str(loaded.dtype).removeprefix("torch."),
-                "calibration text": [f"{Path(s.name).name}:{s.weight:g}" for s in sources],
-                "calibration windows": list(calibration.shape),
-                "calibration tokens": frontier.digest_of(calibration),
-                "seed": seed,
-                "target": target,
-            },
+            kept=kept,
             on_refusal=refuse,
             progress=bar.tell,
         )

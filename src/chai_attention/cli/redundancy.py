@@ -100,12 +100,11 @@ def redundancy_command(
             loaded,
             windows,
             name=Path(model).name,
-            sources=[f"{Path(s.name).name}:{s.weight:g}" for s in sources],
+            text={"sources": [f"{Path(s.name).name}:{s.weight:g}" for s in sources], "seed": seed},
             prompts=shown_prompts(tokenizer, windows, show, prompt or [], most=length),
             lengths=asked,
             clusters=clusters,
             cells=cells,
-            seed=seed,
             batch_size=batch_size,
             progress=bar.tell,
         )

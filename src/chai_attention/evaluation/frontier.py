@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,18 +114,74 @@ def for_ranks(recipes: Mapping[str, Recipe], ranks: Sequence[int]) -> dict[str, 
     return made
 
 
+@dataclass(frozen=True)
+class _Test:
+    """Windows ``[N, context]`` of one text."""
+
+    name: str
+    context: int
+    windows: Tensor
+    digest: str
+
+
+@dataclass(frozen=True)
+class FrontierTexts:
+    """Texts to measure on, and how they are cut.
+
+    Attributes:
+        windows: name -> windows of tokens ``[N, S]`` int64.
+        contexts: context lengths, tokens; None for the width of each text's windows.
+        before: tokens that every window begins with, such as a beginning-of-sequence token: the
+            shorter windows that are cut from it begin with them too.
+    """
+
+    windows: Mapping[str, Tensor]
+    contexts: Sequence[int] | None = None
+    before: Sequence[int] = ()
+
+    def cut(self) -> list[_Test]:
+        """Every text cut to every context length.
+
+        Raises:
+            FrontierError: contexts or texts that cannot be used.
+        """
+        if not self.windows or (self.contexts is not None and not self.contexts):
+            raise FrontierError("a frontier needs at least one test text and one context length")
+        tests = []
+        for name, windows in self.windows.items():
+            if windows.ndim != 2 or windows.dtype != torch.long:
+                raise FrontierError(
+                    f"test text {name}: windows are a [N, S] int64 tensor of token ids"
+                )
+            width = windows.shape[1]
+            for context in dict.fromkeys([width] if self.contexts is None else self.contexts):
+                if not 2 <= context <= width:
+                    raise FrontierError(
+                        f"test text {name}: a context is 2 to {width} tokens, the width of its "
+                        f"windows, not {context}"
+                    )
+                try:
+                    cut = cut_sequences(windows, context, self.before)
+                except CalibrationError as error:
+                    raise FrontierError(str(error)) from error
+                if len(cut) < 2:
+                    raise FrontierError(
+                        f"test text {name} has one window of {context} tokens: the error of a "
+                        "measurement needs two or more"
+                    )
+                tests.append(_Test(name, context, cut, digest_of(cut)))
+        return tests
+
+
 def frontier(
     model: PreTrainedModel,
     recipes: Mapping[str, Recipe],
     budgets: Sequence[float],
-    test: Mapping[str, Tensor],
+    texts: FrontierTexts,
     *,
     calibrate_one: Callable[..., ClusterProfile],
-    contexts: Sequence[int] | None = None,
     asked: str = SAVE,
-    before: Sequence[int] = (),
-    file: str | Path | None = None,
-    about: Mapping[str, Any] | None = None,
+    kept: PointFile | None = None,
     on_refusal: Refusal | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress = quiet,
@@ -142,17 +197,12 @@ def frontier(
         recipes: name -> arguments of ``calibrate_one``, or a ready profile, which is measured once
             whatever the budgets.
         budgets: shares to ask for, above 0 and below 1.
-        test: name -> windows of tokens ``[N, S]`` int64 that calibration has not seen.
+        texts: that calibration has not seen.
         calibrate_one: called with a recipe's arguments and the budget as ``save=`` or
             ``removed=``; returns a profile. Usually `calibrate` with model and text bound.
-        contexts: context lengths, tokens; None for the width of each text's windows.
-        before: tokens that every window of ``test`` begins with, such as a beginning-of-sequence
-            token: the shorter windows that are cut from it begin with them too.
         asked: what budgets are shares of: "save", of the K,V bytes, or "removed", of the heads.
-        file: JSON file to which every point is written as it comes. Points that it holds are
-            not measured again.
-        about: what identifies the run apart from the points' own keys (model, calibration text,
-            seed): a file about something else is refused.
+        kept: the file to which every point is written as it comes, about this model, calibration
+            text and seed. Points that it holds are not measured again.
         on_refusal: called with (recipe, budget, error) if a calibration cannot do what is asked,
             which is then left out; None raises the error.
         tokens_per_batch: of a forward, unless one window has more.
@@ -162,14 +212,14 @@ def frontier(
         The points asked for, by recipe, budget, text and context.
 
     Raises:
-        FrontierError: budgets, contexts or texts that cannot be used, or the file's contents.
+        FrontierError: budgets, contexts or texts that cannot be used.
         CalibrationError: from ``calibrate_one``, without ``on_refusal``.
     """
     if asked not in (SAVE, REMOVED):
         raise FrontierError(f"budgets are shares of {SAVE} or {REMOVED}, not of {asked!r}")
     tries = _tries(recipes, budgets)
-    bench = _Bench(model, _tests(test, contexts, tuple(before)), tokens_per_batch)
-    kept = PointFile(None if file is None else Path(file), about or {})
+    bench = _Bench(model, texts.cut(), tokens_per_batch)
+    kept = PointFile(None, {}) if kept is None else kept
     total = len(tries) * len(bench.tests)
     points: list[Point] = []
     for number, (name, recipe, budget) in enumerate(tries):
@@ -200,16 +250,6 @@ def frontier(
         points += [point for key in keys if (point := kept.get(key)) is not None]
     progress("done", total, total)
     return points
-
-
-@dataclass(frozen=True)
-class _Test:
-    """Windows ``[N, context]`` of one text."""
-
-    name: str
-    context: int
-    windows: Tensor
-    digest: str
 
 
 class _Bench:
@@ -271,36 +311,6 @@ def _tries(
             raise FrontierError(f"recipe {name} needs at least one budget")
         tries += [(name, recipe, budget) for budget in dict.fromkeys(budgets)]
     return tries
-
-
-def _tests(
-    test: Mapping[str, Tensor], contexts: Sequence[int] | None, before: tuple[int, ...]
-) -> list[_Test]:
-    """Every text cut to every context length."""
-    if not test or (contexts is not None and not contexts):
-        raise FrontierError("a frontier needs at least one test text and one context length")
-    tests = []
-    for name, windows in test.items():
-        if windows.ndim != 2 or windows.dtype != torch.long:
-            raise FrontierError(f"test text {name}: windows are a [N, S] int64 tensor of token ids")
-        width = windows.shape[1]
-        for context in dict.fromkeys([width] if contexts is None else contexts):
-            if not 2 <= context <= width:
-                raise FrontierError(
-                    f"test text {name}: a context is 2 to {width} tokens, the width of its "
-                    f"windows, not {context}"
-                )
-            try:
-                cut = cut_sequences(windows, context, before)
-            except CalibrationError as error:
-                raise FrontierError(str(error)) from error
-            if len(cut) < 2:
-                raise FrontierError(
-                    f"test text {name} has one window of {context} tokens: the error of a "
-                    "measurement needs two or more"
-                )
-            tests.append(_Test(name, context, cut, digest_of(cut)))
-    return tests
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

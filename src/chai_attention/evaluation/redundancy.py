@@ -8,7 +8,7 @@ that the first tokens of a request show are those of the whole request.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,12 +97,11 @@ def study(
     windows: Tensor,
     *,
     name: str,
-    sources: Sequence[str],
+    text: Mapping[str, Any],
     prompts: Sequence[Shown] = (),
     lengths: Sequence[int] | None = None,
     clusters: int | None = None,
     cells: int = 48,
-    seed: int = 0,
     batch_size: int = 4,
     progress: Progress = quiet,
 ) -> Redundancy:
@@ -112,13 +111,12 @@ def study(
         model: any supported model; layers with sliding-window attention are left out.
         windows: ``[N, S]`` int64 tokens, a request each.
         name: of the model, for the file.
-        sources: names of the texts, for the file.
+        text: sources (their names) and seed (that the windows were chosen by), for the file.
         prompts: (name, tokens ``[1, T]``, tokens as text) whose maps are kept to look at.
         lengths: first tokens that memberships are found from, ascending, at most S; the last is
             made S. None takes `default_lengths`.
         clusters: k of every layer. None takes the elbow of each layer's curve (CHAI, 3.2).
         cells: maps of prompts are pooled to at most so many cells per side.
-        seed: that the windows were chosen by, for the file.
         batch_size: requests that run at once.
         progress: called with (what, done, in all).
 
@@ -162,11 +160,10 @@ def study(
         },
         machine={**machine(input_device(model).type), "transformers": transformers.__version__},
         text={
-            "sources": list(sources),
+            **text,
             "requests": len(windows),
             "length": size,
             "digest": digest_of(windows),
-            "seed": seed,
         },
         lengths=steps,
         layers=layers,
