@@ -15,7 +15,7 @@ from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables,
 from chai_attention.membership import Membership
 from chai_attention.runtime.plan import LayerPlan
 
-DIM, PAGE, LOCAL_PAGE, HEADS, LONGEST = 16, 16, 8, 6, 100
+DIM, PAGE, LOCAL_PAGE, HEADS, LONGEST = 16, 32, 16, 6, 100
 REP = (0, 0, 2, 2, 0, 5)
 
 
