@@ -41,7 +41,10 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     table = torch.tensor([[2, 0]], dtype=torch.int32)
     slots = table[0, position // page].long() * page + position % page
     local_slots = local.block_table[0, position // page].long() * page + position % page
-    write_paged(key, value, *pages, slots, member, None, local, local_slots, scales)
+    stored = torch.empty_like(key), torch.empty_like(value)
+    write_paged(key, value, *pages, slots, member, None, local, local_slots, scales, stored)
+    for got, states, scale in zip(stored, (key, value), scales, strict=True):
+        assert torch.equal(got, as_stored(states, scale))
     query = torch.randn(1, heads, dim, dtype=torch.float64)
     # keys and values as they are after rounding, at their own size
     keys = (as_stored(key, scales[0]) * scales[0]).transpose(0, 1)[None]
@@ -64,11 +67,17 @@ def test_pages_that_were_written_are_the_definition(heads, kv_heads, clusters, s
     assert_close(got * scales[1], want)
 
 
-def test_scales_need_pages_of_eight_bits():
+def test_scales_and_rounded_numbers_need_pages_of_eight_bits():
     member = random_membership(4, 2)
     pages = [torch.zeros(2, 16, n, 8) for n in (2, 4)]
     key = torch.zeros(1, 4, 8)
     with pytest.raises(AttentionInputError, match="scales"):
         write_paged(key, key, *pages, torch.zeros(1).long(), member, scales=(0.5, 1.0))
+    with pytest.raises(AttentionInputError, match="memory for rounded ones"):
+        write_paged(key, key, *pages, torch.zeros(1).long(), member, stored=(key, key))
+    narrow_pages = [each.to(FLOAT8) for each in pages]
+    for wrong in (key.half(), key[:, :2]):
+        with pytest.raises(AttentionInputError, match="do not fit"):
+            write_paged(key, key, *narrow_pages, torch.zeros(1).long(), member, stored=(key, wrong))
     with pytest.raises(AttentionInputError, match="cannot take"):
         write_paged(key, key, pages[0].to(FLOAT8), pages[1], torch.zeros(1).long(), member)

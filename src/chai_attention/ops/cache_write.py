@@ -87,6 +87,7 @@ def write_paged(
     local: LocalPages | None = None,
     local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    stored: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write T tokens of any sequences into pages.
 
@@ -102,6 +103,8 @@ def write_paged(
         local: takes K, and V, of the heads that far pages do not hold; its block table is not used.
         local_slot_mapping: ``[T]`` int64, as ``slot_mapping`` for the local pages.
         scales: what K and V are divided by in 8-bit pages, far and local.
+        stored: filled with `fp8.as_stored` of all of ``key`` and ``value``, also of tokens that are
+            left out; of their shapes and dtypes. For 8-bit pages alone.
 
     Raises:
         AttentionInputError: shapes or dtypes that do not fit together, or strided head dimensions.
@@ -131,6 +134,11 @@ def write_paged(
         )
     else:
         fits = fits and not membership.streaming
+    if stored is not None:
+        fits = fits and is_fp8
+        for states, out in zip((key, value), stored, strict=True):
+            fits = fits and (out.shape, out.dtype) == (states.shape, states.dtype)
+            fits = fits and out.stride(-1) == 1
     _check(
         fits and (is_fp8 or scales == (1.0, 1.0)), key, value, key_pages, value_pages,
         membership, is_fp8,
@@ -139,13 +147,16 @@ def write_paged(
         from chai_attention.ops.triton import write
 
         write.write_paged(
-            key, value, key_pages, value_pages, slot_mapping, membership,
-            membership_ids, local, local_slot_mapping, scales,
+            key, value, key_pages, value_pages, slot_mapping, membership, membership_ids,
+            local, local_slot_mapping, scales, stored,
         )  # fmt: skip
         return
     new_key, new_value = key, value
     if is_fp8:
         new_key, new_value = narrow(key, scales[0]), narrow(value, scales[1])
+        if stored is not None:
+            stored[0].copy_(new_key)
+            stored[1].copy_(new_value)
     ids = torch.zeros(tokens) if membership_ids is None else membership_ids
     ids = ids.long()
     _put(new_key, key_pages, membership.key_heads[ids], slot_mapping)
@@ -178,8 +189,8 @@ def _check(
             f"new K {tuple(key.shape)} and V {tuple(value.shape)} do not fit caches "
             f"{tuple(keys.shape)} and {tuple(values.shape)} of {membership.batch} memberships "
             f"with {membership.kept_keys} kept K heads and {membership.kept_values} V heads, "
-            "local pages or places of the other heads are missing or do not fit, or scales are "
-            "given for pages that are not of 8 bits"
+            "local pages or places of the other heads are missing or do not fit, or scales or "
+            "memory for rounded ones are given for pages that are not of 8 bits"
         )
     if not is_fp8 and (key.dtype != keys.dtype or value.dtype != values.dtype):
         raise AttentionInputError(

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.ops import cache_write
-from chai_attention.ops.fp8 import FLOAT8, widen_pages
+from chai_attention.ops.fp8 import FLOAT8, as_stored, widen_pages
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton import widen, write
 from helpers import TOLERANCE, random_membership
@@ -54,6 +54,49 @@ def test_write_rounds_like_the_reference(dtype, scales):
         results.append([x.view(torch.uint8) for x in (*pages, local.key)])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("kv_heads", "streaming", "windowed", "rows"),
+    [(6, 0, False, 1), (6, 0, True, 1), (6, 2, True, 1), (3, 2, True, 1), (6, 0, False, 3)],
+)
+def test_write_also_gives_back_what_pages_hold(dtype, kv_heads, streaming, windowed, rows):
+    heads, dim, value_dim, page, tokens, scales = 6, 48, 40, 16, 40, (0.5, 3.0)
+    member = random_membership(heads, 2, rows, kv_heads, streaming)
+    # views into one tensor, as projections leave them
+    fused = torch.cat(
+        [rounded_down(tokens, kv_heads, dim, scale=scale) for scale in scales], 2
+    ).to(dtype)  # fmt: skip
+    key, value = fused[..., :dim], fused[..., dim : dim + value_dim]
+    key[3, 0, 5], value[4, 1, 6] = 1e4, -1e4
+    lines = torch.arange(tokens, dtype=torch.int32) % rows if rows > 1 else None
+    position = torch.arange(tokens)
+    slots = torch.where(position % 11 == 1, -1, position + 3)
+    local_slots = torch.where(position % 7 == 2, -1, position + 5)
+    kept, kept_values = member.kept_keys, member.kept_values
+    written = []
+    for stored in (None, [torch.full(x.shape, torch.nan, dtype=dtype) for x in (key, value)]):
+        pages = [
+            torch.zeros(3, page, n, d, device=DEVICE).to(FLOAT8)
+            for n, d in (
+                (kept, dim), (kept_values, value_dim),
+                (kv_heads - kept, dim), (kv_heads - kept_values, value_dim),
+            )
+        ]  # fmt: skip
+        local = LocalPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 8, 2)
+        room = None if stored is None else tuple(x.to(DEVICE) for x in stored)
+        write.write_paged(
+            key.to(DEVICE), value.to(DEVICE), *pages[:2], slots.to(DEVICE), member.to(DEVICE),
+            None if lines is None else lines.to(DEVICE), local if windowed else None,
+            local_slots.to(DEVICE) if windowed else None, scales, room,
+        )  # fmt: skip
+        written.append([x.view(torch.uint8) for x in pages])
+    for got, want, scale in zip(room, (key, value), scales, strict=True):
+        assert torch.equal(got.cpu(), as_stored(want, scale))
+    # and the pages are what they are without
+    for got, want in zip(*written, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

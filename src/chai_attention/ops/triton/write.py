@@ -30,6 +30,13 @@ def _load(ptr, row, head, token, stride_b, stride_h, stride_s, d, mask):
 
 
 @triton.jit
+def _store(ptr, states, head, token, stride_h, stride_s, d, mask):
+    """Write tokens ``[BLOCK, WIDE]`` of a sequence where `_load` would read them."""
+    at = head * stride_h + token.to(tl.int64) * stride_s
+    tl.store(ptr + at[:, None] + d[None, :], states.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _narrow(new, inverse, dtype: tl.constexpr, IS_NARROW: tl.constexpr):
     """What 8-bit pages hold (`ops.fp8.narrow`)."""
     if IS_NARROW:
@@ -62,24 +69,26 @@ def _remember(
     ]
 )  # fmt: skip
 def _write(
-    k_ptr, v_ptr, key_ptr, value_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr,
-    k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, ids_ptr,
+    k_ptr, v_ptr, key_ptr, value_ptr, k_stored_ptr, v_stored_ptr, ring_ptr, first_ptr, v_ring_ptr,
+    v_first_ptr, k_head_ptr, v_head_ptr, removed_ptr, v_removed_ptr, start_ptr, slot_ptr, ids_ptr,
     sink_ptr, local_slot_ptr,
     tokens, size, kept, kept_values, removed, removed_values, ring_size, ring_shift,
     key_inverse, value_inverse,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_keyb, stride_keyh, stride_keys, stride_valueb, stride_valueh, stride_values,
+    stride_ksh, stride_kss, stride_vsh, stride_vss,
     stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
     stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs, stride_sinks, stride_t,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
-    IS_NARROW: tl.constexpr,
+    IS_NARROW: tl.constexpr, HAS_STORED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one place: of K, of V, of the removed heads' K, or of their V.
 
     With pages, ``slot_ptr`` holds each token's slot in them. With local pages, ``ring_ptr`` and
-    ``v_ring_ptr`` are those, and ``local_slot_ptr`` holds its slot there.
+    ``v_ring_ptr`` are those, and ``local_slot_ptr`` holds its slot there. ``*_stored_ptr`` gets
+    what 8-bit pages hold in the dtype of new K and V, of all heads and tokens.
     """
     place, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -100,52 +109,76 @@ def _write(
         ids = tl.zeros([BLOCK], tl.int64)
         if HAS_IDS:
             ids += tl.load(ids_ptr + token, mask=given, other=0)
+    read = there
+    if HAS_STORED:
+        read = given
     if place < kept:
         d = tl.arange(0, DP)
-        mask = there[:, None] & (d < D)[None, :]
-        head = tl.load(k_head_ptr + ids * kept + place, mask=there, other=0)
+        inside = (d < D)[None, :]
+        head = tl.load(k_head_ptr + ids * kept + place, mask=read, other=0)
+        mask = read[:, None] & inside
         new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
+        held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
         tl.store(
-            key_ptr + place * stride_keyh + key_at[:, None] + d[None, :],
-            _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+            key_ptr + place * stride_keyh + key_at[:, None] + d[None, :], held,
+            mask=there[:, None] & inside,
         )  # fmt: skip
+        if HAS_STORED:
+            _store(k_stored_ptr, held, head, token, stride_ksh, stride_kss, d, mask)
     elif place < kept + kept_values:
         place -= kept
         d = tl.arange(0, DVP)
-        mask = there[:, None] & (d < DV)[None, :]
-        head = tl.load(v_head_ptr + ids * kept_values + place, mask=there, other=0)
+        inside = (d < DV)[None, :]
+        head = tl.load(v_head_ptr + ids * kept_values + place, mask=read, other=0)
+        mask = read[:, None] & inside
         new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
+        held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
         tl.store(
-            value_ptr + place * stride_valueh + value_at[:, None] + d[None, :],
-            _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW), mask=mask,
+            value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], held,
+            mask=there[:, None] & inside,
         )  # fmt: skip
-    elif LOCAL_PAGE > 0:
+        if HAS_STORED:
+            _store(v_stored_ptr, held, head, token, stride_vsh, stride_vss, d, mask)
+    elif LOCAL_PAGE > 0 or HAS_STORED:
         place -= kept + kept_values
-        slot = tl.load(local_slot_ptr + token, mask=given, other=-1).to(tl.int64)
-        there = slot >= 0
-        slot = tl.maximum(slot, 0)
-        page, within = slot // LOCAL_PAGE, slot % LOCAL_PAGE
+        page = tl.zeros([BLOCK], tl.int64)
+        within = page
+        if LOCAL_PAGE > 0:
+            slot = tl.load(local_slot_ptr + token, mask=given, other=-1).to(tl.int64)
+            there = slot >= 0
+            slot = tl.maximum(slot, 0)
+            page, within = slot // LOCAL_PAGE, slot % LOCAL_PAGE
+            if not HAS_STORED:
+                read = there
         if place < removed:
-            head = tl.load(removed_ptr + ids * removed + place, mask=there, other=0)
+            head = tl.load(removed_ptr + ids * removed + place, mask=read, other=0)
             d = tl.arange(0, DP)
-            mask = there[:, None] & (d < D)[None, :]
+            inside = (d < D)[None, :]
+            mask = read[:, None] & inside
             new = _load(k_ptr, row, head, token, stride_kb, stride_kh, stride_ks, d, mask)
-            at = page * stride_rb + place * stride_rh + within * stride_rs
-            tl.store(
-                ring_ptr + at[:, None] + d[None, :],
-                _narrow(new, key_inverse, ring_ptr.dtype.element_ty, IS_NARROW), mask=mask,
-            )  # fmt: skip
+            held = _narrow(new, key_inverse, key_ptr.dtype.element_ty, IS_NARROW)
+            if LOCAL_PAGE > 0:
+                at = page * stride_rb + place * stride_rh + within * stride_rs
+                tl.store(
+                    ring_ptr + at[:, None] + d[None, :], held, mask=there[:, None] & inside
+                )  # fmt: skip
+            if HAS_STORED:
+                _store(k_stored_ptr, held, head, token, stride_ksh, stride_kss, d, mask)
         elif HAS_VALUE_RING:
             place -= removed
-            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=there, other=0)
+            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=read, other=0)
             d = tl.arange(0, DVP)
-            mask = there[:, None] & (d < DV)[None, :]
+            inside = (d < DV)[None, :]
+            mask = read[:, None] & inside
             new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
-            at = page * stride_vrb + place * stride_vrh + within * stride_vrs
-            tl.store(
-                v_ring_ptr + at[:, None] + d[None, :],
-                _narrow(new, value_inverse, v_ring_ptr.dtype.element_ty, IS_NARROW), mask=mask,
-            )  # fmt: skip
+            held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
+            if LOCAL_PAGE > 0:
+                at = page * stride_vrb + place * stride_vrh + within * stride_vrs
+                tl.store(
+                    v_ring_ptr + at[:, None] + d[None, :], held, mask=there[:, None] & inside
+                )  # fmt: skip
+            if HAS_STORED:
+                _store(v_stored_ptr, held, head, token, stride_vsh, stride_vss, d, mask)
     elif HAS_LOCAL:  # else no program comes here
         place -= kept + kept_values
         in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
@@ -188,6 +221,7 @@ class _Places(NamedTuple):
         slots: ``[T]`` of tokens in pages; `ops.cache_write.write_paged` says the next two, too.
         local_slots: ``[T]`` in local pages.
         membership_ids: ``[T]``.
+        stored: K and V ``[T, G, D]`` as 8-bit pages hold them, to write to.
     """
 
     tokens: int
@@ -199,6 +233,7 @@ class _Places(NamedTuple):
     slots: Tensor | None = None
     local_slots: Tensor | None = None
     membership_ids: Tensor | None = None
+    stored: tuple[Tensor, Tensor] | None = None
 
 
 def write_dense(
@@ -228,6 +263,7 @@ def write_paged(
     local: LocalPages | None = None,
     local_slot_mapping: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    stored: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
     states = (key, value, key_pages, value_pages)
@@ -237,7 +273,7 @@ def write_paged(
     )
     places = _Places(
         key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
-        local_slots=local_slot_mapping, membership_ids=membership_ids,
+        local_slots=local_slot_mapping, membership_ids=membership_ids, stored=stored,
     )  # fmt: skip
     _launch(states, membership, local, places, scales)
 
@@ -256,9 +292,12 @@ def _launch(
     kept, kept_values = membership.kept_keys, membership.kept_values
     removed = removed_values = local_page = 0
     ring = first = value_ring = value_first = sink_positions = None
-    local_strides = [0] * 13
-    if isinstance(local, LocalPages):
+    local_strides, stored_strides = [0] * 13, [0] * 4
+    if places.stored is not None or isinstance(local, LocalPages):
         removed, removed_values = membership.kv_heads - kept, membership.kv_heads - kept_values
+    if places.stored is not None:
+        stored_strides = [x.stride(axis) for x in places.stored for axis in (1, 0)]
+    if isinstance(local, LocalPages):
         ring, value_ring, local_page = local.key, local.value, local.page
         local_strides[:3] = (ring.stride(axis) for axis in (0, 2, 1))
         local_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
@@ -275,7 +314,7 @@ def _launch(
     block = min(max(1, ELEMENTS // wide), power_of_2(places.tokens))
     heads = kept + kept_values + removed + removed_values
     _write[(cdiv(places.tokens, block), heads, places.batch)](
-        *states, ring, first, value_ring, value_first,
+        *states, *(places.stored or (None, None)), ring, first, value_ring, value_first,
         membership.key_heads.contiguous(), membership.value_heads.contiguous(),
         membership.removed_key_heads.contiguous() if removed else None,
         membership.removed_value_heads.contiguous() if removed_values else None,
@@ -284,7 +323,8 @@ def _launch(
         places.tokens, places.size, kept, kept_values, removed, removed_values,
         *((local.size, local.shift) if isinstance(local, RollingBuffer) else (1, 0)),
         *(1 / scale for scale in scales),
-        *(stride for group in places.strides for stride in group), *local_strides,
+        *(stride for group in places.strides for stride in group), *stored_strides,
+        *local_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=power_of_2(dim), DV=value_dim,
         DVP=power_of_2(value_dim), BLOCK=block, PAGE=places.page,
@@ -292,6 +332,6 @@ def _launch(
         SINKS=local.sinks.shape[2] if isinstance(local, RollingBuffer) else 0,
         HAS_IDS=places.membership_ids is not None,
         HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
-        IS_NARROW=states[2].dtype.itemsize == 1,
+        IS_NARROW=states[2].dtype.itemsize == 1, HAS_STORED=places.stored is not None,
         num_warps=4,
     )  # fmt: skip
