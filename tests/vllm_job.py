@@ -81,7 +81,8 @@ def run(job: dict[str, Any], log: Path) -> dict[str, Any]:
 
     Returns:
         ``parts`` with what each gave, ``blocks`` and ``block_size`` of the cache, the blocks that
-        are ``free`` before and behind the parts, ``preemptions``.
+        are ``free`` before and behind the parts, ``preemptions``; how often layers ``copied`` 8-bit
+        pages, and how often they had no room to.
 
     Raises:
         RuntimeError: with the log, if the engine failed.
@@ -132,6 +133,8 @@ def _engine(job: dict[str, Any]) -> Any:
             flash.FlashSchedules.for_model = _planned
         if job["scales"] is not None:
             _set_scales(*job["scales"])
+        if options.get("kv_cache_dtype") == "fp8":
+            _count_copies()
     if any(part["do"] == "score" for part in job["parts"]):
         from chai_attention.integrations.vllm.scoring import SETTINGS
 
@@ -165,6 +168,25 @@ def _set_scales(key: float, value: float) -> None:
     attention.set_default_quant_scales = scaled
 
 
+_copied: list[bool] = []  # how often 8-bit pages were to be copied, and whether there was room
+
+
+def _count_copies() -> None:
+    """Let shorter chunks attend to new tokens as they come, and to copies of pages."""
+    from chai_attention.integrations.vllm import attend
+    from chai_attention.integrations.vllm.copies import DequantisationWorkspace
+
+    widen = DequantisationWorkspace.widen
+    attend.LEAST_VARLEN = attend.LEAST_QUERIES = 24  # some are shorter
+
+    def counted(*args: Any) -> Any:
+        copies = widen(*args)
+        _copied.append(copies is not None)
+        return copies
+
+    DequantisationWorkspace.widen = counted
+
+
 def _do(job: dict[str, Any]) -> dict[str, Any]:
     llm = _engine(job)
     one_process = job["options"].get("tensor_parallel_size", 1) == 1 and (
@@ -185,6 +207,7 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
         "blocks": config.num_gpu_blocks,
         "block_size": config.block_size,
         "preemptions": sum(counted),
+        "copied": [_copied.count(True), _copied.count(False)],
         "counted": any(impl.model_state._planned for impl in impls if hasattr(impl, "model_state")),
         "flash": sum(impl._flash is not None for impl in impls if hasattr(impl, "_flash")),
         "held": any(getattr(impl, "_held", None) is not None for impl in impls),

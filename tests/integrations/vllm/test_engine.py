@@ -297,7 +297,8 @@ def test_draft_tokens_of_n_grams(kind, engine, tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["static", "online", "static window", "streaming", "online window"]
+    "kind",
+    ["static", "online", "static window", "streaming", "online window", "online streaming"],
 )
 def test_pages_of_8_bits(kind, engine, tiny) -> None:
     profile = PROFILES[kind]
@@ -309,8 +310,26 @@ def test_pages_of_8_bits(kind, engine, tiny) -> None:
     )  # fmt: skip
     assert found["preemptions"] >= 1
     assert found["parts"][1]["cached"][1:] == [64, 64, 64]
+    # chunks and prefix hits behind a context read copies
+    copied, refused = found["copied"]
+    assert copied >= 2  # the layers with clusters
+    assert not refused
     for part, prompts in zip(found["parts"], (MIXED, SHARED), strict=True):
         assert max(narrow_losses(tiny, profile, prompts, part["ids"])) < LOCAL
+
+
+@pytest.mark.parametrize("kind", ["static window", "streaming"])
+def test_chunks_of_a_long_prompt_read_copies_of_8_bit_pages(kind, engine, tiny) -> None:
+    # beside decodes, and beside each other; the window's pages before a chunk are given back
+    prompts = prompts_of([260, 30, 300, 7, 190], seed=8)
+    found = engine(
+        tiny, [generate(prompts, FEW)], PROFILES[kind], own=True,
+        kv_cache_dtype="fp8", block_size=PAGE, max_num_batched_tokens=96,
+    )  # fmt: skip
+    copied, refused = found["copied"]
+    assert copied >= 5 * 2  # steps, and the layers with clusters
+    assert not refused
+    assert max(narrow_losses(tiny, PROFILES[kind], prompts, found["parts"][0]["ids"])) < LOCAL
 
 
 @pytest.mark.parametrize("kind", ["static", "static window", "online"])

@@ -133,9 +133,11 @@ def test_capacity_of_the_default_recipe_grows_with_the_context(context: int, gai
     assert found.token_bytes == (524_288, 524_288 * 28 // 64)
     assert found.window_bytes == 132 * 524_288 * 36 // 64
     # nothing is taken for requests that do not run
-    # prompts with a window read 8-bit pages as they are
+    # prompts read copies of 8-bit pages, of local ones those of a step and of 16 windows
     narrow = EngineOptions(80 * GB, cache_element_size=1)
-    assert estimate(describe(LLAMA_7B), windowed(128), narrow, **options).budget.copies == 0
+    far, local = 32768 * 28 * 128, (171 + 16 * (5 + 1)) * 48 * 36 * 128
+    copies = estimate(describe(LLAMA_7B), windowed(128), narrow, **options).budget.copies
+    assert copies == (far + local) * 2
     crowd = EngineOptions(80 * GB, requests=1024)
     more = estimate(describe(LLAMA_7B), windowed(128), crowd, **options)
     fewer = found.clustered.blocks - more.clustered.blocks

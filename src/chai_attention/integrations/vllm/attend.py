@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chai_attention.integrations.vllm.copies import LEAST_QUERIES, DequantisationWorkspace
 from chai_attention.integrations.vllm.decode_graphs import DecodeGraphs, DecodeMemory
 from chai_attention.integrations.vllm.layers import Pages
 from chai_attention.integrations.vllm.memberships import (
@@ -24,64 +25,10 @@ from chai_attention.ops import (
     paged_prefill,
     varlen_prefill,
 )
-from chai_attention.ops.fp8 import FLOAT8, widen_pages
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.runtime.plan import LayerPlan
 
 LEAST_VARLEN = 65  # queries of the longest prompt that are worth attending without pages
-# tokens whose 8-bit pages are copied at a time; prompts behind more read the pages themselves
-MOST_COPIED = 32768
-
-
-def workspace_tokens(batch_tokens: int, longest: int) -> int:
-    """For how many tokens of pages the workspace has room.
-
-    Args:
-        batch_tokens: of a step, vLLM's ``max_num_batched_tokens``.
-        longest: of a request, its ``max_model_len``.
-    """
-    return min(batch_tokens + longest, MOST_COPIED)
-
-
-class DequantisationWorkspace:
-    """Memory for copies of 8-bit pages in the model's dtype, which matrix products take.
-
-    The layers of a model use it one after the other. It is taken before vLLM plans its pages.
-
-    Args:
-        tokens: room for the pages of so many.
-        dtype: of the copies.
-        device: of the cache.
-    """
-
-    def __init__(self, tokens: int, dtype: torch.dtype, device: torch.device):
-        self._tokens = tokens
-        self._memory = torch.empty(0, dtype=dtype, device=device)
-
-    def reserve(self, numbers: int) -> None:
-        """Take memory for a layer whose pages hold so many numbers per token."""
-        if self._memory.numel() < self._tokens * numbers:
-            self._memory = self._memory.new_empty(self._tokens * numbers)
-
-    def widen(self, pages: tuple[Tensor, Tensor], used: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Copy pages of K and V in the wider dtype.
-
-        Args:
-            pages: ``[P, N, heads, D]`` each.
-            used: ``[n]`` int64, which of them.
-
-        Returns:
-            ``[n, N, heads, D]`` each; None where there is no room for so many.
-        """
-        shapes = [torch.Size((used.shape[0], *states.shape[1:])) for states in pages]
-        end = shapes[0].numel()
-        if end + shapes[1].numel() > self._memory.numel():
-            return None
-        keys = self._memory[:end].view(shapes[0])
-        values = self._memory[end : end + shapes[1].numel()].view(shapes[1])
-        widen_pages(pages[0], used, keys)
-        widen_pages(pages[1], used, values)
-        return keys, values
 
 
 class StepAttention:
@@ -95,7 +42,7 @@ class StepAttention:
         memberships: of the layer's requests.
         scale: factor on the scores.
         softcap: as in `ops.reference.clustered_attention`.
-        workspace: for copies of 8-bit pages.
+        workspace: for copies of 8-bit pages; None if pages are of the model's dtype.
     """
 
     def __init__(
@@ -124,18 +71,9 @@ class StepAttention:
     def reads_new(self, step: ChaiMetadata) -> bool:
         """Whether some requests attend to K and V of new tokens as they come, not in pages.
 
-        Asked where pages are of 8 bits.
+        Asked where pages are of 8 bits, for static memberships.
         """
-        return bool(step.prefills) and (
-            self.plan.needs_probe or any(part.is_new for part in self._prefills(step, True))
-        )
-
-    def _prefills(self, step: ChaiMetadata, is_fp8: bool) -> list[SubBatch]:
-        """The requests behind the decodes, by the operation that they need."""
-        # prompts read 8-bit pages as copies, which windows have none of
-        return step.prefill_batches(
-            None if is_fp8 and not self.plan.has_recent_window else LEAST_VARLEN
-        )
+        return any(part.is_new for part in step.prefill_batches(LEAST_VARLEN))
 
     def local_pages(
         self, pages: Pages, table: Tensor | None, far_table: Tensor
@@ -176,7 +114,7 @@ class StepAttention:
             part = step.decode_batch
             self._decode(part, step.max_seq_len, query[part.tokens], pages, out[part.tokens])
         if step.prefills:
-            for part in self._prefills(step, pages.key.dtype == FLOAT8):
+            for part in step.prefill_batches(LEAST_VARLEN):
                 self._prefill(step, part, query, key, value, pages, out)
             if self.plan.needs_probe:
                 self._behind_probes(step, query, key, value, out)
@@ -217,15 +155,32 @@ class StepAttention:
         if part.is_new:
             varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
             return
+        copies = self._copies(step, part, pages)
+        if copies is not None:
+            paged_prefill(queries, copies, call, out[part.tokens], probe)
+            if not step.is_warm_up:  # which compiles the kernels of both ways
+                return
         local = self.local_pages(pages, part.local_table, part.block_table)
-        far, table = (pages.key, pages.value), part.block_table
-        if pages.key.dtype == FLOAT8 and self.workspace is not None:
-            used, places = step.prefill_pages(pages.key.shape[1])
-            widened = self.workspace.widen(far, used)
-            if widened is not None:
-                far, table = widened, places
-        kv = PagedKV(*far, table, part.seq_lens, local)
+        kv = PagedKV(pages.key, pages.value, part.block_table, part.seq_lens, local)
         paged_prefill(queries, kv, call, out[part.tokens], probe)
+
+    def _copies(self, step: ChaiMetadata, part: SubBatch, pages: Pages) -> PagedKV | None:
+        """Copies of the 8-bit pages that some requests read; None where they read the pages."""
+        if self.workspace is None or part.max_query_len < LEAST_QUERIES:
+            return None
+        asked = part.start, part.stop
+        far, local = step.used_pages(*asked, pages.key.shape[1]), None
+        if pages.local_key is not None and part.local_table is not None:
+            # the host may take the window for later than it is
+            recent, sinks = self.plan.recent + self.workspace.drafts, self.plan.sinks
+            local = step.used_local_pages(*asked, pages.local_key.shape[1], recent, sinks)
+        copies = self.workspace.widen(pages, far, local)
+        if copies is None:
+            return None
+        window = self.local_pages(
+            copies, None if local is None else local.block_table, far.block_table
+        )
+        return PagedKV(copies.key, copies.value, far.block_table, part.seq_lens, window)
 
     def _new(self, key: Tensor, value: Tensor) -> PackedKV:
         """K and V of prompts that attend to them as they come."""

@@ -68,6 +68,7 @@ class DecodeMemory:
         far, local = pages
         lengths = torch.zeros(2, most, dtype=torch.int32, device=device)
         self._all = SubBatch(
+            start=0,
             tokens=slice(0, most),
             query_start_loc=torch.arange(most + 1, dtype=torch.int32, device=device),
             max_query_len=1,

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from chai_attention.errors import ChaiError
-from chai_attention.integrations.vllm.attend import MOST_COPIED, workspace_tokens
 from chai_attention.integrations.vllm.command_line import OptionError, Options
+from chai_attention.integrations.vllm.copies import MOST_COPIED, workspace_numbers
 from chai_attention.integrations.vllm.layers import (
     PAGE,
     LayerShard,
@@ -169,7 +169,7 @@ class Budget:
         total: all that vLLM may use.
         weights: the model's, of one rank.
         activations: of the largest batch, roughly.
-        copies: of 8-bit pages, for prompts of layers without an exact window.
+        copies: of 8-bit pages, for prompts.
         tables: of online memberships, a row for each block.
     """
 
@@ -281,9 +281,13 @@ def estimate(
     total, weights = int(engine.gpu_bytes * engine.utilization), weight_bytes // ranks
     copies = 0
     if cached < element_size:
-        copied = [layer for layer in layers if layer.needs_workspace]
-        numbers = max((layer.layout(size, size).numbers_per_token for layer in copied), default=0)
-        copies = workspace_tokens(batch_tokens, engine.longest) * numbers * element_size
+        local_page = kept.local_page or PAGE
+        numbers = (
+            workspace_numbers(layer, size, size, batch_tokens, engine.longest, local_page)
+            for layer in layers
+            if layer.needs_workspace
+        )
+        copies = max(numbers, default=0) * element_size
     left = total - weights - activations - RUNTIME
     if left - copies <= 0:
         raise ChaiError(

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm import warm_up
-from chai_attention.integrations.vllm.attend import DequantisationWorkspace, StepAttention
+from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.backend import (
     PACKED_LAYOUTS,
     ChaiBackend,
@@ -22,6 +22,7 @@ from chai_attention.integrations.vllm.backend import (
     run_natively,
     with_prefixes,
 )
+from chai_attention.integrations.vllm.copies import DequantisationWorkspace
 from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds, flash_kernels
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership, PageMemberships
@@ -118,8 +119,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         device = torch.device(current_platform.device_type)
         self._workspace: DequantisationWorkspace | None = None
         if self.is_fp8 and self.layer.needs_workspace:
-            self._workspace = self.model_state.workspace(device)
-            self._workspace.reserve(self.layout.numbers_per_token)
+            self._workspace = self.model_state.workspace(self.layer, module.head_size_v, device)
         self._held = self.model_state.hold(self.layer, device)
         self._kinds = None if self.is_fp8 else HeadKinds.of(self.layer)
         self._flash = None
@@ -245,22 +245,26 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedModelError("clustered heads do not quantise attention's output")
         if attn_metadata is None:
+            if self.is_fp8:
+                _room_for(key, value)
             return output.fill_(0)
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         out = output[:tokens].view(tokens, self.num_heads, -1)
         pages = self._pages(kv_cache)
-        scales = self._scales
-        if self.is_fp8 and self._attention.reads_new(step):
-            # new tokens have to be what others read in pages
-            key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
-            scales = (1.0, 1.0)
+        scales, stored = self._scales, None
         # Requests of a step may share pages that one of them is writing (prefix caching). So first
         # all memberships are decided, then all pages are written, and then requests read either.
         if isinstance(self._memberships, PageMemberships):
+            if self.is_fp8 and step.new:
+                # decided on what others read in pages, which is not written yet
+                key, value = as_stored(key, scales[0]), as_stored(value, scales[1])
+                scales = (1.0, 1.0)
             self._memberships.probe(
                 step, query, key, value, self._attention.scale, self.softcap
             )  # fmt: skip
+        elif self.is_fp8 and self._attention.reads_new(step):
+            stored = _room_for(key, value)
         member, ids = self._memberships.of(step.token_pages)
         if ids is None and member.batch > 1:
             ids = torch.arange(tokens, dtype=torch.int32)
@@ -268,9 +272,19 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         write_paged(
             key, value, pages.key, pages.value, step.slot_mapping, member, ids,
             self._attention.local_pages(pages, table, step.block_table), scales=scales,
-            local_slot_mapping=self._attention.local_slots(step, pages),
+            local_slot_mapping=self._attention.local_slots(step, pages), stored=stored,
         )  # fmt: skip
+        if stored is not None:  # new tokens have to be what others read in pages
+            key, value = stored
         self._attention.run(step, query, key, value, pages, out)
         if self._scales[1] != 1:
             out.mul_(self._scales[1])
         return output
+
+
+def _room_for(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for new K and V as pages hold them.
+
+    They are not rounded in place: what vLLM compiles around attention takes them for unchanged.
+    """
+    return key.new_empty(key.shape), value.new_empty(value.shape)

@@ -183,8 +183,8 @@ class LayerShard:
 
     @property
     def needs_workspace(self) -> bool:
-        """Whether prompts read copies of 8-bit pages: `attend.DequantisationWorkspace`."""
-        return not self.plan.is_identity and not self.plan.has_recent_window
+        """Whether prompts read copies of 8-bit pages: `copies.DequantisationWorkspace`."""
+        return not self.plan.is_identity
 
     @property
     def kind(self) -> Hashable:

@@ -14,9 +14,12 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from chai_attention.integrations.vllm.layers import sink_pages
+
+Counts = NDArray[np.int64]
 Asked = ParamSpec("Asked")
 Made = TypeVar("Made")
 
@@ -101,6 +104,17 @@ class RequestSpans:
         found = (self._query_lens > 0) & (self._seq_lens <= self._query_lens)
         return [self[index] for index in np.flatnonzero(found).tolist()]
 
+    def lengths(self, start: int, stop: int) -> tuple[Counts, Counts]:
+        """Tokens of some requests before the step, and with its own: zeros for those without any.
+
+        Args:
+            start: the first request.
+            stop: behind the last one.
+        """
+        new = self._query_lens[start:stop]
+        length = np.where(new > 0, self._seq_lens[start:stop], 0)
+        return np.maximum(length - new, 0), length
+
     def behind(self, first: int) -> list[RequestSpan]:
         """Requests with new tokens, from an index on."""
         return [self[n + first] for n in np.flatnonzero(self._query_lens[first:] > 0).tolist()]
@@ -122,6 +136,7 @@ class SubBatch(NamedTuple):
     """Neighbouring requests of a step that one operation attends with.
 
     Attributes:
+        start: the first one's place in the step.
         tokens: theirs among those of the step.
         query_start_loc: ``[n + 1]`` int32, where each request's tokens begin, counted from those of
             the first one, and the end.
@@ -134,6 +149,7 @@ class SubBatch(NamedTuple):
         local_table: ``[n, max_local_pages]`` int32, None without local pages.
     """
 
+    start: int
     tokens: slice
     query_start_loc: Tensor
     max_query_len: int
@@ -143,6 +159,24 @@ class SubBatch(NamedTuple):
     block_table: Tensor
     seq_lens: Tensor
     local_table: Tensor | None
+
+    @property
+    def stop(self) -> int:
+        """Behind the last one's place in the step."""
+        return self.start + self.seq_lens.shape[0]
+
+
+class UsedPages(NamedTuple):
+    """Pages that some requests of a step read, one request's after the other's.
+
+    Attributes:
+        pages: ``[n]`` int64, their numbers.
+        block_table: ``[B', max_pages]`` int32, where each request's pages are among these; any of
+            them for pages that are not read.
+    """
+
+    pages: Tensor
+    block_table: Tensor
 
 
 class NewRequests(NamedTuple):
@@ -251,18 +285,17 @@ class ChaiMetadata:
         return self._sub_batch(0, self.num_decodes, tokens, 1, is_new=False, has_new=False)
 
     @_once
-    def prefill_batches(self, least: int | None) -> list[SubBatch]:
+    def prefill_batches(self, least: int) -> list[SubBatch]:
         """The requests behind the decodes: with context, and behind them those without any.
 
         Args:
-            least: tokens of the longest prompt without context that are worth a batch of their own;
-                None for one batch of all.
+            least: tokens of the longest prompt without context that are worth a batch of their own.
         """
         prefills = self.prefills
         new = len(prefills)
         while new and prefills[new - 1].context_len == 0:
             new -= 1
-        if least is None or max((each.query_len for each in prefills[new:]), default=0) < least:
+        if max((each.query_len for each in prefills[new:]), default=0) < least:
             new = len(prefills)
         batches = []
         border = prefills[new].req_index if new < len(prefills) else len(self.requests)
@@ -288,6 +321,7 @@ class ChaiMetadata:
     ) -> SubBatch:
         own, starts = slice(start, stop), self.query_start_loc[start : stop + 1]
         return SubBatch(
+            start,
             tokens,
             starts - tokens.start if tokens.start else starts,
             max_query_len,
@@ -300,26 +334,49 @@ class ChaiMetadata:
         )
 
     @_once
-    def prefill_pages(self, page: int) -> tuple[Tensor, Tensor]:
-        """The pages of all requests behind the decodes, one after the other, and a block table.
-
-        For layers that attend to copies of these pages.
+    def used_pages(self, start: int, stop: int, page: int) -> UsedPages:
+        """All far pages of some requests, for layers that attend to copies of these pages.
 
         Args:
+            start: the first request's place in the step.
+            stop: behind the last one's.
             page: N, tokens of a page.
-
-        Returns:
-            ``[n]`` int64 numbers of pages, and ``[B - num_decodes, most]`` int32 places among them.
         """
-        requests = (self.requests[n] for n in range(self.num_decodes, len(self.requests)))
-        count = torch.tensor([-(-r.seq_len // page) if r.query_len else 0 for r in requests])
-        first = count.cumsum(0) - count
-        row = torch.repeat_interleave(count)
-        column = torch.arange(len(row)) - first[row]
-        most = torch.arange(max(1, int(count.max())))
-        table = (first[:, None] + most).clamp_max(max(0, len(row) - 1)).int()
-        row, column, table = (self._sent(x) for x in (row, column, table))
-        return self.block_table[row + self.num_decodes, column].long(), table
+        _, length = self.requests.lengths(start, stop)
+        return self._used(self.block_table[start:stop], length * 0, -(-length // page), 0)
+
+    @_once
+    def used_local_pages(
+        self, start: int, stop: int, page: int, recent: int, sinks: int
+    ) -> UsedPages:
+        """Local pages of some requests that new tokens see, and those of the new tokens.
+
+        Args:
+            start: the first request's place in the step.
+            stop: behind the last one's.
+            page: N, tokens of a local page.
+            recent: w.
+            sinks: s.
+        """
+        assert self.local is not None
+        context, length = self.requests.lengths(start, stop)
+        begin = np.maximum(context - recent + 1, 0) // page
+        table = self.local.block_table[start:stop]
+        return self._used(table, begin, -(-length // page), sink_pages(sinks, page))
+
+    def _used(self, table: Tensor, begin: Counts, end: Counts, first: int) -> UsedPages:
+        """Each request's first pages, and those from ``begin`` to ``end``; by its block table."""
+        lead = np.minimum(first, begin)
+        skipped, count = begin - lead, lead + end - begin
+        place = count.cumsum() - count  # of each request's first page
+        row = np.repeat(np.arange(len(count)), count)
+        index = np.arange(len(row)) - place[row]
+        column = index + np.where(index < lead[row], 0, skipped[row])
+        every = np.arange(max(1, int(end.max(initial=0))))
+        there = np.where(every < lead[:, None], every, every - skipped[:, None])
+        places = np.clip(place[:, None] + there, 0, max(0, len(row) - 1)).astype(np.int32)
+        at = (self._sent(torch.from_numpy(x)) for x in (row, column))
+        return UsedPages(table[tuple(at)].long(), self._sent(torch.from_numpy(places)))
 
     @_once
     def deciders(self, start: int, end: int, least: int) -> NewRequests | None:

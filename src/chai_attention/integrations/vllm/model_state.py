@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chai_attention.integrations.vllm import memberships
-from chai_attention.integrations.vllm.attend import DequantisationWorkspace, workspace_tokens
+from chai_attention.integrations.vllm.copies import DequantisationWorkspace, workspace_numbers
 from chai_attention.integrations.vllm.decode_graphs import DecodeMemory
 from chai_attention.integrations.vllm.flash import FlashSchedules
 from chai_attention.integrations.vllm.layers import (
@@ -128,13 +128,28 @@ class ModelState:
             self._first_pages = torch.zeros(self.max_requests, dtype=torch.int32, device=device)
         return self._first_pages
 
-    def workspace(self, device: torch.device) -> DequantisationWorkspace:
-        """Memory for copies of 8-bit pages, shared by all layers."""
+    def workspace(
+        self, layer: LayerShard, value_dim: int, device: torch.device
+    ) -> DequantisationWorkspace:
+        """Memory for copies of 8-bit pages, shared by all layers, with room for those of one."""
+        model, head_dim = self.config.model_config, self.config.model_config.get_head_size()
+        drafted = self.config.speculative_config
+        # of two steps, as one may be under way when the next is described
+        drafts = 0 if drafted is None else 2 * drafted.num_speculative_tokens
         if self._workspace is None:
-            model = self.config.model_config
-            batch_tokens = self.config.scheduler_config.max_num_batched_tokens
-            tokens = workspace_tokens(batch_tokens, model.max_model_len)
-            self._workspace = DequantisationWorkspace(tokens, model.dtype, device)
+            self._workspace = DequantisationWorkspace(model.dtype, device, drafts)
+        page = self.config.cache_config.block_size or PAGE_MULTIPLE
+        self._workspace.reserve(
+            workspace_numbers(
+                layer,
+                head_dim,
+                value_dim,
+                self.config.scheduler_config.max_num_batched_tokens,
+                model.max_model_len,
+                local_page_tokens(self.layers, page, head_dim, value_dim),
+                drafts,
+            )
+        )
         return self._workspace
 
     @property
