@@ -176,8 +176,9 @@ class ClusterProfile:
             folder = Path(name) / EXPORTED
             if not os.path.lexists(folder):
                 raise ProfileError(
-                    f"cannot read a profile from the folder {name}: it holds no {EXPORTED}, which "
-                    "chai export writes"
+                    f"cannot read a profile from the folder {name}, which holds no {EXPORTED}: "
+                    "give the file of a profile (chai calibrate --out FILE), the name of a "
+                    "published schedule, or a folder that chai export wrote"
                 )
             return cls.load(folder)
         if not os.path.lexists(name):

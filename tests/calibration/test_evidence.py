@@ -1,9 +1,12 @@
 """Evidence for several windows at once: the same as one after the other, from fewer runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from chai_attention.calibration.evidence import EvidenceStore
+from chai_attention.calibration.recall import RecallSequences
 from chai_attention.calibration.settings import Settings
 from chai_attention.runtime.shape import describe
 from tiny_models import tiny_model
@@ -53,11 +56,13 @@ def test_without_costs_nothing_is_known_of_streaming():
     assert found.offsets is not None
 
 
-def test_tokens_that_count_are_those_of_gradient_costs_only():
+def test_other_costs_than_gradients_know_nothing_of_recalling():
     model, ids = tiny_model("llama"), torch.randint(3, 97, (2, 24))
     counted = torch.zeros(2, 24, dtype=torch.bool)
     counted[:, -3:] = True
     for cost, same in (("gradient", False), ("value", True)):
-        settings = settings_of(model, cost=cost)
-        some = EvidenceStore(model, ids, counted=counted).get(settings).costs
+        settings = replace(settings_of(model, cost=cost), recall=1.0)
+        store = EvidenceStore(model, ids)
+        store.use_recall(RecallSequences(ids, counted))
+        some = store.get(settings).costs
         assert torch.equal(some, EvidenceStore(model, ids).get(settings).costs) == same

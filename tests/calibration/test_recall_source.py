@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chai_attention.calibration import calibrate
+from chai_attention.calibration.costs import ExactWindow, collect_costs
 from chai_attention.calibration.evidence import RECALL_COSTS, EvidenceStore
 from chai_attention.calibration.evidence_file import EvidenceFile
 from chai_attention.calibration.recall import recall_sequences
@@ -83,8 +84,10 @@ def test_costs_of_recalling_are_added_by_weight(model, windows):
     store.use_recall(recall)
     assert store.missing(settings, [RECENT]) == [RECALL_COSTS]
     both = store.get_all(settings, [RECENT])[RECENT]
-    alone = EvidenceStore(model, recall.tokens, counted=recall.counted)
-    alone = alone.get_all(settings, [RECENT])[RECENT]
+    exact = ExactWindow(RECENT, settings.sinks, plain.offsets)
+    (alone,) = collect_costs(
+        model, recall.tokens, "gradient", exact=[exact], counted=recall.counted
+    )
     torch.testing.assert_close(both.streaming, plain.streaming + 0.5 * alone.streaming)
     assert (alone.streaming > 0).all()
     assert torch.equal(both.grams, plain.grams)

@@ -24,6 +24,7 @@ POINT = Point(
     standard_error=0.004,
     seconds=12.5,
 )
+key_of = PointFile.key_of
 ABOUT = {"model": "tiny", "seed": 0, "sizes": (1, 2)}
 
 
@@ -41,20 +42,20 @@ def test_points_come_back_as_they_were(tmp_path):
     for point in (POINT, other):
         PointFile(path, ABOUT).add(point)
     assert load_points(path) == [POINT, other]
-    assert PointFile(path, ABOUT).get(POINT.key) == POINT
+    assert PointFile(path, ABOUT).get(key_of(POINT)) == POINT
     assert [file.name for file in tmp_path.iterdir()] == ["f.json"]
 
 
 def test_a_key_is_what_was_asked_not_what_was_found():
     found = {"rise": 0.5, "seconds": 1.0, "saved": 0.3, "windows": 3, "baseline": 3.0}
-    assert replace(POINT, **found).key == POINT.key
+    assert key_of(replace(POINT, **found)) == key_of(POINT)
     asked = {
         "recipe": "x", "settings": {"cost": "gradient"}, "asked": "removed", "budget": 0.2,
         "text": "u", "digest": "f", "context": 8,
     }  # fmt: skip
-    keys = {replace(POINT, **{name: value}).key for name, value in asked.items()}
-    assert len(keys | {POINT.key}) == len(asked) + 1
-    assert replace(POINT, settings={"recent": 0, "cost": "value"}).key == POINT.key
+    keys = {key_of(replace(POINT, **{name: value})) for name, value in asked.items()}
+    assert len(keys | {key_of(POINT)}) == len(asked) + 1
+    assert key_of(replace(POINT, settings={"recent": 0, "cost": "value"})) == key_of(POINT)
 
 
 def test_a_point_measured_again_replaces_itself(tmp_path):

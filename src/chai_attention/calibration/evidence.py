@@ -62,15 +62,12 @@ class EvidenceStore:
         sequences: ``[N, S]`` tokens.
         batch_size: sequences per forward.
         file: keeps sums on disk, and gives those of an interrupted calibration back.
-        counted: ``[N, S]`` bool, tokens whose loss counts in gradient costs, such as the answers
-            of `calibration.recall`; None for all.
     """
 
     model: PreTrainedModel
     sequences: Tensor
     batch_size: int = BATCH_SIZE
     file: EvidenceFile | None = None
-    counted: Tensor | None = None
     _grams: Tensor | None = None
     _offsets: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _costs: dict[tuple[str, int, int], Costs] = field(default_factory=dict)
@@ -192,12 +189,10 @@ class EvidenceStore:
 
     def _collect(self, what: str, exact: Sequence[tuple[int, int]], report: Report) -> None:
         """Collect costs of these exact windows, in one pass."""
-        kind, tokens, counted = what.split()[0], self.sequences, self.counted
+        kind, tokens, counted = what.split()[0], self.sequences, None
         if what == RECALL_COSTS:
             assert self._recall is not None
             tokens, counted = self._recall.tokens, self._recall.counted
-        elif kind != GRADIENT:
-            counted = None
         shape = describe(self.model)
         sums = empty_sums(len(exact), shape.layers, shape.heads)
         start, keep = self._kept(f"{kind} {exact}", {"costs": sums}, tokens, counted)

@@ -31,7 +31,6 @@ class HeadSplits:
         recent: w, at least 1.
         sinks: s.
         share: whether heads may use each other's scores of far keys.
-        stream: whether heads may see local keys only.
         ranks: that hold different K/V heads, and share and save by themselves (see `best_splits`).
     """
 
@@ -40,7 +39,6 @@ class HeadSplits:
     recent: int
     sinks: int
     share: bool = True
-    stream: bool = True
     ranks: int = 1
 
     @cached_property
@@ -52,7 +50,7 @@ class HeadSplits:
         return [
             _splits(
                 costs.double().numpy().tobytes() if self.share and free else None,
-                streaming.double().numpy().tobytes() if self.stream and free else None,
+                streaming.double().numpy().tobytes() if free else None,
                 shape.kv_heads,
                 shape.heads,
                 self.ranks,

@@ -65,9 +65,10 @@ def recall_sequences(
     length: int,
     *,
     seed: int = 0,
-    chat: bool | None = None,
 ) -> RecallSequences:
     """Hide facts in sequences and ask for all of them at the end, with their answers.
+
+    Text and questions are put into the tokenizer's chat template, if it has one.
 
     Args:
         tokenizer: of the model.
@@ -76,15 +77,13 @@ def recall_sequences(
         samples: N sequences.
         length: S tokens per sequence.
         seed: of everything that is drawn. A sequence depends on its number, not on ``samples``.
-        chat: whether to put the text and the questions into the tokenizer's chat template; None
-            for yes if it has one.
 
     Raises:
         CalibrationError: sequences too short for a fact and its question, too little text, or a
             chat template that cannot be used.
     """
     _check(text, samples, length)
-    writer = _Writer(tokenizer, CALIBRATION, chat)
+    writer = _Writer(tokenizer, CALIBRATION)
     tokens = torch.empty(samples, length, dtype=torch.long)
     counted = torch.zeros(samples, length, dtype=torch.bool)
     for number in range(samples):
@@ -133,12 +132,10 @@ _Written = list[tuple[int, bool]]  # tokens, and whether they are an answer's
 class _Writer:
     """Puts sequences together, token by token."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, wording: Wording, chat: bool | None = None
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wording: Wording):
         self._tokenizer = tokenizer
         self._wording = wording
-        chat = bool(tokenizer.chat_template) if chat is None else chat
+        chat = bool(tokenizer.chat_template)
         # before the first message, from a question to its answer, on to the next question
         frame = _chat_frame(tokenizer) if chat else ("", "\n", "\n\n")
         self._begins = beginning(tokenizer)  # there are models that cannot read without

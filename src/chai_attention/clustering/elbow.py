@@ -36,13 +36,13 @@ def error_curve(gram: Tensor, kv_heads: int, target: str, ranks: int = 1) -> lis
         ranks: that cluster H / ranks neighbouring heads each, by themselves.
     """
     local = kv_heads // ranks
-    parts = [_errors(part, local, target) for _, part in rank_parts(gram, ranks)]
+    parts = [absolute_errors(part, local, target) for _, part in rank_parts(gram, ranks)]
     errors = [sum(each) for each in zip(*parts, strict=True)]
     first = errors[0]
     return [error / first for error in errors] if first > 0 else [0.0 for _ in errors]
 
 
-def _errors(gram: Tensor, kv_heads: int, target: str) -> list[float]:
+def absolute_errors(gram: Tensor, kv_heads: int, target: str) -> list[float]:
     """`error_curve` of one rank's heads, absolute."""
     batch = gram[None].double()
     heads = gram.shape[0]

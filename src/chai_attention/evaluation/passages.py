@@ -10,15 +10,14 @@ import torch
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _LAST = re.compile(r"(?P<word>[A-Za-z]{3,})[.!?][\"')\]]*")
 _MARKS = "\"'()[].,;:!?"
+LEAST, MOST = 30, 150  # words of a passage
 
 
-def last_word_items(
-    texts: Sequence[str], *, count: int, seed: int = 0, least: int = 30, most: int = 150
-) -> list[dict[str, str]]:
+def last_word_items(texts: Sequence[str], *, count: int, seed: int = 0) -> list[dict[str, str]]:
     """Cut passages out of a text that end with a word which occurred in them before.
 
     A passage is the beginning of a paragraph (paragraphs are separated by blank lines), up to
-    the first word from the ``least``-th on that ends a sentence, has three or more letters and
+    the first word from the thirtieth on that ends a sentence, has three or more letters and
     occurred earlier in the passage, as nearly all answers of LAMBADA do (Paperno et al. 2016,
     section 4): so the context says the answer, and a model that attends to it can know. The full
     stop goes, words are separated by single spaces. One paragraph yields at most one passage.
@@ -27,8 +26,6 @@ def last_word_items(
         texts: documents.
         count: passages wanted; if the text has more, the seed decides which, in its order.
         seed: of the choice.
-        least: words of a passage at least.
-        most: words of a passage at most.
 
     Returns:
         At most ``count`` rows ``{"text": passage}``, the columns of LAMBADA's data sets.
@@ -37,7 +34,7 @@ def last_word_items(
     for text in texts:
         for paragraph in _PARAGRAPHS.split(text):
             words = paragraph.split()
-            end = _end(words, least, most)
+            end = _end(words)
             if end is not None:
                 index, word = end
                 items.append({"text": " ".join([*words[:index], word])})
@@ -47,12 +44,12 @@ def last_word_items(
     return items
 
 
-def _end(words: Sequence[str], least: int, most: int) -> tuple[int, str] | None:
+def _end(words: Sequence[str]) -> tuple[int, str] | None:
     """Where a passage can end, and the word there without its full stop."""
     seen: set[str] = set()
-    for index, word in enumerate(words[:most]):
+    for index, word in enumerate(words[:MOST]):
         match = _LAST.fullmatch(word)
-        if index + 1 >= least and match and match["word"].lower() in seen:
+        if index + 1 >= LEAST and match and match["word"].lower() in seen:
             return index, match["word"]
         seen.add(word.strip(_MARKS).lower())
     return None

@@ -58,11 +58,6 @@ class Point:
     standard_error: float
     seconds: float
 
-    @property
-    def key(self) -> str:
-        """What was asked, without what was found."""
-        return key_of(*(getattr(self, name) for name in ASKED))
-
 
 def key_of(*asked: Any) -> str:
     """The key of a point from its fields `ASKED`, in that order."""
@@ -77,7 +72,7 @@ class PointFile(RowFile[Point]):
     @classmethod
     def key_of(cls, row: Point) -> str:
         """What was asked."""
-        return row.key
+        return key_of(*(getattr(row, name) for name in ASKED))
 
     @classmethod
     def parse(cls, item: Any) -> Point:

@@ -58,7 +58,10 @@ class Profiled(Comparator):
 
     def settings(self) -> Mapping[str, Any]:
         """The profile's digest, and its clusters and streaming heads per layer."""
-        return {"profile": profile_digest(self.profile), **head_counts(self.profile)}
+        counts: dict[str, Any] = {"clusters": list(self.profile.clusters)}
+        if self.profile.streaming is not None:
+            counts["streaming"] = [len(heads) for heads in self.profile.streaming]
+        return {"profile": profile_digest(self.profile), **counts}
 
 
 class LowBitCache(Comparator):
@@ -87,7 +90,12 @@ class LowBitCache(Comparator):
 
     def looks_ahead(self, context: int) -> bool:
         """Where the context is too short to decide memberships, the answer helps to do so."""
-        return self._profile is not None and decides_late(self._profile, context)
+        profile = self._profile
+        return (
+            profile is not None
+            and profile.membership != STATIC
+            and context < profile.probe_start + profile.window
+        )
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share of the K and V of a prompt of ``length`` tokens."""
@@ -99,11 +107,6 @@ class LowBitCache(Comparator):
     def settings(self) -> Mapping[str, Any]:
         """The profile, if there is one."""
         return {} if self._profile is None else {"profile": profile_digest(self._profile)}
-
-
-def decides_late(profile: ClusterProfile, context: int) -> bool:
-    """Whether a context is too short to decide memberships, which later tokens then do."""
-    return profile.membership != STATIC and context < profile.probe_start + profile.window
 
 
 def low_bit_share(
@@ -119,14 +122,6 @@ def low_bit_share(
     clustered = (kept * length + sliding) / (full * length + sliding)
     window = 1 - profile.saved(shape, length) - clustered
     return clustered * share + window
-
-
-def head_counts(profile: ClusterProfile) -> dict[str, Any]:
-    """Clusters per layer, and streaming heads where there are any, for the record."""
-    counts: dict[str, Any] = {"clusters": list(profile.clusters)}
-    if profile.streaming is not None:
-        counts["streaming"] = [len(heads) for heads in profile.streaming]
-    return counts
 
 
 def profile_digest(profile: ClusterProfile) -> str:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chai_attention.benchmarking.timing import machine
 from chai_attention.calibration.statistics import observe
 from chai_attention.clustering.agreement import adjusted_rand, kept_share
-from chai_attention.clustering.elbow import elbow
-from chai_attention.clustering.kmeans import inertia, kmeans
+from chai_attention.clustering.assign import SCORES
+from chai_attention.clustering.elbow import absolute_errors, elbow
+from chai_attention.clustering.kmeans import kmeans
 from chai_attention.evaluation.frontier import digest_of
 from chai_attention.evaluation.head_sums import HeadSums
 from chai_attention.evaluation.map_pictures import MapPictures
@@ -194,15 +195,12 @@ def _layer(
     grams = sums.grams(place)  # [N, L, H, H]
     requests, lengths, heads, _ = grams.shape
     whole = grams[:, -1]
-    pooled = whole.mean(0)[None]
-    curve: list[float] = []
-    for k in range(1, heads + 1):
-        error = float(inertia(pooled, kmeans(pooled, k)))
-        curve.append(min([error, *curve[-1:]]))  # a worse local optimum than with fewer clusters
+    pooled = whole.mean(0)
+    curve = absolute_errors(pooled, heads, SCORES)
     first = curve[0] or 1.0
     bend = elbow(list(range(1, heads + 1)), [error / first for error in curve])
     k = bend if clusters is None else clusters
-    static = kmeans(pooled, k)[0]
+    static = kmeans(pooled[None], k)[0]
     single = None
     if 1 < k < heads:
         member = kmeans(grams.flatten(0, 1), k).view(requests, lengths, heads)

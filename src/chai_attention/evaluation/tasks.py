@@ -106,8 +106,11 @@ def task_sources(
                 )
         elif data is not None:
             rows = _read(_file(data, name))
-        digest = "hub" if rows is None else _digest(rows)
-        sources.append(TaskSource(name, None if rows is None else tuple(rows), digest))
+        if rows is None:
+            sources.append(TaskSource(name, None, "hub"))
+        else:
+            found = digest(json.dumps(rows, sort_keys=True, ensure_ascii=False))
+            sources.append(TaskSource(name, tuple(rows), found))
     return sources
 
 
@@ -168,8 +171,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EvaluationError(f"{path} holds no items: it needs one JSON object per line")
     return rows
-
-
-def _digest(rows: Sequence[dict[str, Any]]) -> str:
-    content = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
-    return digest(content)

@@ -11,7 +11,6 @@ from chai_attention.integrations.vllm.options import (
     Asked,
     choose_page,
     mark,
-    named_profile,
     profile_of,
     refuse,
     refuse_layer,
@@ -111,7 +110,7 @@ def test_where_the_profile_comes_from(tmp_path) -> None:
 
 def test_a_folder_without_a_profile_says_so(tmp_path) -> None:
     with pytest.raises(ProfileError, match=r"holds no chai_profile\.json: give the file"):
-        named_profile(str(tmp_path))
+        ClusterProfile.resolve(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,12 @@ class Press(Comparator):
     def press_for(self, tokens: int, channels: int) -> Any:
         """Return kvpress's press for a prompt of ``tokens`` and heads of size ``channels``."""
 
-    @property
-    def _library(self) -> Any:
-        return load_presses()
-
     def settings(self) -> Mapping[str, Any]:
         """The budget."""
         return {"save": self._save}
 
     def _check(self, model: PreTrainedModel) -> None:
-        supported = self._library.SUPPORTED_MODELS
+        supported = load_presses().SUPPORTED_MODELS
         if not isinstance(model, supported) or not all(describe(model).clusterable):
             names = ", ".join(kind.__name__ for kind in supported)
             raise UnsupportedModelError(
@@ -134,7 +130,7 @@ class Think(Press):
     def press_for(self, tokens: int, channels: int) -> Any:
         """ThinKPress for the budget."""
         share = (pruned_channels(channels, self._save) + 0.5) / channels  # it rounds down
-        return self._library.ThinKPress(
+        return load_presses().ThinKPress(
             key_channel_compression_ratio=share, window_size=THINK_WINDOW
         )
 
@@ -154,7 +150,7 @@ class SnapKV(Press):
         """SnapKVPress for the budget and a prompt of this length."""
         kept = kept_tokens(tokens, self._save)
         share = 0.0 if kept == tokens else 1 - (kept + 0.5) / tokens  # it rounds what is kept down
-        return self._library.SnapKVPress(
+        return load_presses().SnapKVPress(
             compression_ratio=share, window_size=max(1, min(SNAPKV_WINDOW, kept // 2))
         )
 

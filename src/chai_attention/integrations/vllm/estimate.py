@@ -21,7 +21,7 @@ from chai_attention.integrations.vllm.layers import (
     local_pages_of,
 )
 from chai_attention.integrations.vllm.memberships import row_bytes
-from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem, named_profile
+from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem
 from chai_attention.integrations.vllm.shares import Savings, layer_shards, savings
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import ModelShape, describe
@@ -327,7 +327,7 @@ def estimate_config(
     size = element_size(text, given)
     engine = EngineOptions.of(given, gpu_bytes, text.max_position_embeddings)
     return estimate(
-        describe(config), named_profile(profile), engine,
+        describe(config), ClusterProfile.resolve(profile), engine,
         weight_bytes=parameters(config) * size, vocabulary=text.vocab_size, element_size=size,
     )  # fmt: skip
 

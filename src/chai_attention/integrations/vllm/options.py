@@ -36,7 +36,7 @@ def profile_of(config: Any) -> ClusterProfile:
             '{"chai": {"profile": "FILE"}}'
         )
     if "profile" in options:
-        return named_profile(str(options["profile"]))
+        return ClusterProfile.resolve(str(options["profile"]))
     model = Path(config.model_config.model)
     if not (model / EXPORTED).is_file():
         raise ProfileError(
@@ -44,21 +44,6 @@ def profile_of(config: Any) -> ClusterProfile:
             f'\'{{"chai": {{"profile": "FILE"}}}}\', or a model folder with {EXPORTED} in it'
         )
     return ClusterProfile.load(model / EXPORTED)
-
-
-def named_profile(name: str) -> ClusterProfile:
-    """A published schedule by its name, a file, or the one in an exported model's folder.
-
-    Raises:
-        ProfileError: none of them.
-    """
-    folder = Path(name)
-    if name and folder.is_dir() and not (folder / EXPORTED).is_file():
-        raise ProfileError(
-            f"the folder {name} holds no {EXPORTED}: give the file of a profile (chai calibrate "
-            "--out FILE), the name of a published schedule, or a folder that chai export wrote"
-        )
-    return ClusterProfile.resolve(name)
 
 
 def mark(config: Any, profile: ClusterProfile) -> None:

@@ -16,7 +16,7 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.hub import find_model
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.layers import PAGE, LayerShard
-from chai_attention.integrations.vllm.options import Asked, named_profile, page_problem, refuse
+from chai_attention.integrations.vllm.options import Asked, page_problem, refuse
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import EXPORTED, PUBLISHED, ClusterProfile
@@ -98,7 +98,7 @@ def check(model: str, profile: str, options: Options, page: int | None) -> Clust
     Raises:
         ChaiError: says in one line what to do.
     """
-    chosen = named_profile(profile)
+    chosen = ClusterProfile.resolve(profile)
     asked = Asked.of_options(options)
     refuse(asked, chosen)
     backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
