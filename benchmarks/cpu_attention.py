@@ -1,12 +1,12 @@
-"""One layer's attention on this CPU: baselines, both codes, and what is chosen, timed in turns.
+"""One layer's attention on this CPU: baselines, our two implementations, and which one is chosen.
 
     taskset -c 0,1 env OMP_NUM_THREADS=2 python benchmarks/cpu_attention.py --out cpu_attention.json
 
 LLaMA-7B's heads: 8 clusters without a window, with one of 32 + 4, and 8 clusters beside 12
 streaming heads with one of 128 + 4. Every call is checked against the float64 definition first.
-Calls take turns, so that what else goes on meets all of them; figures are medians, and the shortest
-times. The baseline is the fastest attention without clusters, by its median. On a machine that does
-other work, ``--one-thread`` counts the time of one thread alone, waiting left out.
+Calls take turns, so that other work on the machine slows all of them; figures are medians and the
+shortest times. The baseline is the fastest attention without clusters, by its median. On a machine
+that does other work, ``--one-thread`` counts the time of one thread alone, waiting left out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ usage: python benchmarks/equal_bytes.py MODEL --profile default.json --profile s
 Windows of a text are scored in their second half, given the first (as `chai eval`'s perplexity,
 without its harness). Methods that act on the K,V cache are scored in two calls, so that all that
 is scored reads the finished cache. For every profile, those with a budget get the share that the
-profile saves at that length, exact windows included. Every row is written when it is there, and is
+profile saves at that length, exact windows included. Every row is written as it comes, and is
 not measured again.
 """
 

@@ -1,8 +1,8 @@
-"""Where local K and V of the exact window can stand in vLLM's pages: bytes of either way.
+"""Bytes of two ways to keep local K and V of the exact window in vLLM's pages.
 
-*In the page*: every page has w + s more places for what it does not keep of its tokens, w of them a
-ring, not longer than the page. *Local pages*: pages of their own, as many for a request
-as its window needs, out of the same blocks (`estimate.Blocks`).
+*In the page*: every page has w + s more places for K and V of heads that it does not keep; w of
+them are a ring, not longer than the page. *Local pages*: a request has as many other pages as its
+window needs, from the same blocks (`estimate.Blocks`).
 
     python benchmarks/local_store.py
 """

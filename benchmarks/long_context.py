@@ -1,11 +1,10 @@
 """Long contexts on one card: calibration, evaluation and kernels at 8k to 128k tokens, as JSON.
 
-A model of LLaMA-7B's shape with random weights, bfloat16. Windows of tokens at random: what things
-take does not depend on what they say. Calibration is its evidence, one window of each length: the
-pass for attention maps and offsets, and the one for gradient costs of all exact windows from 32 to
-512 keys, which share, none and every pair of heads are read off. Results are written as they come,
-and a run that was stopped goes on. What would begin after ``--limit`` seconds is left out, and
-named.
+A model of LLaMA-7B's shape with random weights, bfloat16, reads windows of random tokens: time and
+memory do not depend on the text. Of calibration the two passes for evidence are measured, on one
+window of each length: the one for attention maps and offsets, and the one for gradient costs of all
+exact windows from 32 to 512 keys. Results are written as they come, and a stopped run continues.
+What would begin after ``--limit`` seconds is left out, and named.
 
     python benchmarks/long_context.py --out long.json
     python benchmarks/long_context.py --tiny --out tiny.json      # on a CPU, to see that it runs

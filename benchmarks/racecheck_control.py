@@ -2,10 +2,9 @@
 
     compute-sanitizer --tool racecheck python benchmarks/racecheck_control.py
 
-What racecheck says about this kernel, it says of the way and not of what the Hopper prefill kernel
-does with it: the writer waits for "free", writes, has its warp meet and arrives at "full" with the
-bytes of a copy that the copy engine counts down; the readers wait for "full", read, meet and arrive
-at "free".
+What racecheck reports here is about the pattern itself, not about how the Hopper prefill kernel uses
+it: the writer waits for "free", writes, has its warp meet and arrives at "full" with the bytes of a
+copy that the copy engine counts down; the readers wait for "full", read, meet and arrive at "free".
 """
 
 # Kernels are Triton's language in Python's syntax.

@@ -1,4 +1,4 @@
-"""Small tables of heads: made, kept on their device, and checked."""
+"""Makes small tables of heads, keeps them on their device, and checks them."""
 
 from __future__ import annotations
 

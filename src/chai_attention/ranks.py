@@ -1,7 +1,7 @@
 """How tensor parallelism divides the heads of a layer among ranks, as in vLLM.
 
-Every rank holds H / N neighbouring query heads and the K/V heads that they read: G / N of them, or
-one where there are fewer K/V heads than ranks, of which several ranks then hold the same.
+Every rank holds H / N neighbouring query heads and the G / N K/V heads that they read. With fewer
+K/V heads than ranks every rank holds one, and several ranks hold the same.
 """
 
 from __future__ import annotations

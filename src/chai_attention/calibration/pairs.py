@@ -5,11 +5,12 @@ keys, the last w and the first s, and uses the other head's only for far ones; t
 weighed by their log-sum-exp, the far one's shifted by an offset (see `ops.windowed`). A streaming
 head has no far part.
 
-Windows of several w are told from one set of maps: keys are cut into bands by their distance, so
-that what is local and what is far to each w are runs of bands, merged by their log-sum-exp.
+One set of maps serves windows of several sizes w. Keys are cut into bands by their distance from
+the query, so that the local keys of each w are some first bands, and its far keys the others.
+Outputs of bands are merged by their log-sum-exp.
 
-Everything goes by blocks of queries: the more keys they see, the fewer queries, so that the memory
-does not depend on how long the text is.
+Queries are computed in blocks, which are smaller where they see more keys, so that memory does not
+depend on the length of the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures how many facts hidden in held-out text a model recalls, in other words."""
+"""Measures how many facts hidden in held-out text a model recalls, in words new to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to recall from as a source of calibration: made of the sequences of the other text."""
+"""Calibration sequences with facts to recall, made from the other calibration text."""
 
 from __future__ import annotations
 

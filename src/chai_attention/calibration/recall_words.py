@@ -1,7 +1,6 @@
 """Words and phrasings of the facts to recall.
 
-What is learnt from, what a calibration measures its promise on, and evaluation share no name and
-no phrasing.
+Calibration, its promise and evaluation share no name and no phrasing.
 """
 
 from __future__ import annotations

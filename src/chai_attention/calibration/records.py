@@ -1,4 +1,4 @@
-"""The text or chat of a record of a data set, or a guess at it, with a warning."""
+"""Finds the text or chat in a record of a data set, and warns where it has to guess."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats written out by a model's chat template: a program that a stranger may have written."""
+"""Writes chats by a model's chat template, a program that may fail in any way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents as tokens, of which sequences of any length are cut."""
+"""Documents as tokens, from which sequences of any length are cut."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which heads keep K in the cheapest split of a layer, by a linear or integer program.
 
-The p-median problem with a third choice for every head. Its linear relaxation is nearly always
-integral, and costs less to solve than the integer program; what costs more than an answer that is
-known already cannot be part of a better one and is left out.
+It is the p-median problem, in which a head may also stream. Its linear relaxation is nearly always
+integral and is solved faster than the integer program. Choices that alone cost more than a known
+answer are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`evaluate`: score comparators on the same items; a run that was stopped goes on from there."""
+"""`evaluate`: score comparators on the same items; a stopped run continues with what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the texts of an evaluation are, asked before the model is loaded."""
+"""Checks the lengths of an evaluation's texts before the model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparators that are a cluster profile, which the library itself runs as it is served."""
+"""Comparators that are a cluster profile, run by the library itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Scoring in processes side by side.
 
-An evaluation of a small model waits for Python most of the time: one process leaves a GPU idle.
-Here every comparator and task is a job of its own, dealt to processes that have a model each.
+One process that evaluates a small model leaves a GPU idle most of the time. Here every pair of a
+comparator and a task is a job, and several processes, each with the model, work on the jobs.
 """
 
 from __future__ import annotations

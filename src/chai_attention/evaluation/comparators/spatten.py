@@ -2,8 +2,8 @@
 
 Importance, as published: of a token, the attention probabilities that it has received, summed over
 heads, queries and layers so far; of a head, the absolute values of its outputs, summed over tokens
-and layers so far. (That head 3 of one layer has something to do with head 3 of the next is part of
-the method.) Before every layer the least important go, and what has gone does not come back in a
+and layers so far. (The method takes head 3 of one layer and head 3 of the next for
+related.) Before every layer the least important go, and what has gone does not come back in a
 deeper layer. The first layers keep all, later ones less and less, linearly in depth.
 
 How that acts in one forward over a whole item. A server would process the prompt, prune by what it

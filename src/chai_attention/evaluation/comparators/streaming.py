@@ -29,7 +29,7 @@ class StreamingHeads(Profiled):
     """K/V heads whose query heads see local keys only; all others stay as they are.
 
     Run by the library itself, as a profile. K and V of a streaming K/V head go together, so that
-    its bytes may be by up to one head more than what is asked for.
+    up to one head more than asked for is saved.
 
     Args:
         save: share of the K,V bytes per token to save.

@@ -1,7 +1,7 @@
 """Options of ``vllm serve`` as its parser reads them, for those that clustered heads depend on.
 
-vLLM's own parser would do, but importing it takes longer than all that is asked here, and
-estimates are made without vLLM.
+vLLM's own parser takes longer to import than all of this takes, and estimates are made without
+vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layers of grouped queries in which no head shares: vLLM's FlashAttention for kept heads.
+"""vLLM's FlashAttention for kept heads, in layers of grouped queries in which no head shares.
 
 A head that keeps its far keys sees all its keys in far pages, so it attends as in any model.
 FlashAttention reads K and V once for all query heads of a K/V head, where our kernels do so for

@@ -4,8 +4,8 @@ Prefixes: vLLM finds a cached page by its tokens and those before it, and every 
 page takes over the membership of its first one. So all pages of a prefix must have been written
 with the membership that the first page's tokens alone decide. That holds if the whole probe window
 stands in the first page (`options.page_problem`), and if the request that wrote them decided on the
-whole window. One whose prompt, or whose first chunk of it, was shorter decided on less: its pages
-stay out of the cache (`Decided`).
+whole window. A request with a shorter prompt, or a shorter first chunk, decided on fewer tokens:
+its pages stay out of the cache (`Decided`).
 
 Local pages are pages of a sliding window, with one exception: the pages of a request's first
 tokens, the sinks, stay (`LocalManager`). A prefix is found again if its first pages are and those

@@ -5,9 +5,9 @@ other requests that share its first page (prefix caching). The number of that pa
 it belongs to the request until its K and V are dropped, and a request that reads the page needs
 the membership that wrote it.
 
-So every page has a row of tables in every layer that decides memberships. The tables are made once
-vLLM has made its pages, of the memory that is left. To leave enough, the layers hold as much from
-when their weights are loaded, and vLLM counts it as taken (`row_bytes`, `planned_pages`).
+So every page has a row of tables in every layer that decides memberships. The tables are allocated
+after vLLM's pages. To leave room for them, the layers reserve as much memory when their weights are
+loaded, which vLLM counts as used (`row_bytes`, `planned_pages`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""vLLM in a process of its own, which scores tokens and ends when it is told to.
+"""vLLM in a process of its own, which scores tokens.
 
-The process holds the weights and all of vLLM: whatever becomes of it, its memory is free once it
-is gone, ranks included, and what vLLM prints stands in a file. `ScoringEngine` starts it, and
-`main` is what runs in it. They exchange JSON, line by line: first what the engine is started with
-(``{"llm": arguments of vllm.LLM}``), to which the answer is ``{"ready": true}``, then messages
-(`answer`). What goes wrong is answered with ``{"error": text}``, and ends the process. So does the
-end of its input.
+All of vLLM is in that process, so that its memory is free when it ends, also after an error.
+What it prints goes into a file. `ScoringEngine` starts it, and `main` runs in it. They exchange
+JSON, line by line: first the arguments of vLLM (``{"llm": arguments of vllm.LLM}``), which the
+process answers with ``{"ready": true}``, then messages (`answer`). It answers an error with
+``{"error": text}`` and ends. It also ends at the end of its input.
 """
 
 from __future__ import annotations

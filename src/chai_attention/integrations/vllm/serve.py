@@ -1,6 +1,6 @@
 """``chai serve``: vLLM's own server, started with what clustered heads need.
 
-What the server would stop at is found before it is started, as its engine needs half a minute.
+Errors are found before it is started, as its engine needs half a minute.
 """
 
 from __future__ import annotations

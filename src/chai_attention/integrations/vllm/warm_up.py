@@ -1,7 +1,7 @@
 """Steps that make a layer compile its kernels before any request waits for them.
 
 Kernels are compiled for tile sizes, which depend on how many tokens and requests a step has. These
-steps have every kind of it. They read page 0, which no request holds, and write to no page.
+steps cover all sizes. They read page 0, which no request holds, and write to no page.
 """
 
 from __future__ import annotations
