@@ -2,9 +2,10 @@
 
     compute-sanitizer --tool racecheck python benchmarks/racecheck_control.py
 
-What racecheck reports here is about the pattern itself, not about how the Hopper prefill kernel uses
-it: the writer waits for "free", writes, has its warp meet and arrives at "full" with the bytes of a
-copy that the copy engine counts down; the readers wait for "full", read, meet and arrive at "free".
+What racecheck reports here is about the pattern itself, not about how the Hopper prefill kernel
+uses it: the writer waits for "free", writes, has its warp meet and arrives at "full" with the bytes
+of a copy that the copy engine counts down; the readers wait for "full", read, meet and arrive at
+"free".
 """
 
 # Kernels are Triton's language in Python's syntax.
