@@ -11,10 +11,21 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request
 
-from chai_attention.integrations.vllm.kv_cache import LocalManager, LocalSpec, probed
+from chai_attention.integrations.vllm.kv_cache import (
+    FarManager,
+    LocalManager,
+    LocalSpec,
+    far_pages,
+)
 
 FAR, LOCAL, HASH, HIT = 32, 48, 16, 96  # tokens of pages, of their hashes, and between hits
 RECENT = 50
@@ -29,17 +40,18 @@ def local_spec(sinks: int, probe: int = 0, recent: int = RECENT) -> LocalSpec:
 
 
 def manager_of(sinks: int, blocks: int = 200, probe: int = 0, caching: bool = True):
-    far = FullAttentionSpec(block_size=FAR, **HEADS)
-    groups = [
-        KVCacheGroupSpec(["far"], probed(far, probe) if probe else far),
-        KVCacheGroupSpec(["local"], local_spec(sinks, probe)),
-    ]
-    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
-    made = KVCacheManager(
-        config, 4096, HIT, HASH if caching else HIT, enable_caching=caching, max_in_flight_tokens=64
-    )
+    far = far_pages(FullAttentionSpec(block_size=FAR, **HEADS), probe)
+    made = managed(far, local_spec(sinks, probe), blocks, caching)
     assert isinstance(local_of(made), LocalManager)
     return made
+
+
+def managed(far: FullAttentionSpec, local: SlidingWindowSpec, blocks: int, caching: bool = True):
+    groups = [KVCacheGroupSpec(["far"], far), KVCacheGroupSpec(["local"], local)]
+    config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    return KVCacheManager(
+        config, 4096, HIT, HASH if caching else HIT, enable_caching=caching, max_in_flight_tokens=64
+    )
 
 
 def local_of(manager: KVCacheManager) -> LocalManager:
@@ -195,3 +207,107 @@ def test_requests_at_random_leave_no_page_behind() -> None:
         manager.free(one)
     assert manager.block_pool.get_num_free_blocks() == 39
     assert not local_of(manager).req_to_blocks
+
+
+def state(manager: KVCacheManager) -> list[object]:
+    """All that the managers of both kinds of pages know of requests, and what is free."""
+    single = manager.coordinator.single_type_managers
+    held = [
+        {name: [page.block_id for page in pages] for name, pages in one.req_to_blocks.items()}
+        for one in single
+    ]
+    cached = [dict(one.num_cached_block) for one in single]
+    return [held, cached, manager.block_pool.get_num_free_blocks()]
+
+
+class Twice:
+    """Asks two managers of pages the same, who have to give the same answers."""
+
+    def __init__(self, ours: KVCacheManager, theirs: KVCacheManager):
+        self.both = ours, theirs
+        self.running: dict[str, tuple[Request, Request]] = {}
+        self.refused = self.found = self.grown = 0
+
+    def agree(self, results: list[object]) -> object:
+        assert results[0] == results[1]
+        assert state(self.both[0]) == state(self.both[1])
+        return results[0]
+
+    def begin(self, name: str, tokens: list[int], chunk: int) -> None:
+        new = request(name, tokens), request(name, tokens)
+        hits = [one.get_computed_blocks(own) for one, own in zip(self.both, new, strict=True)]
+        found = self.agree([hit[1] for hit in hits])
+        chunk = min(chunk, len(tokens) - found)
+        made = [
+            one.allocate_slots(own, chunk, found, hit[0], full_sequence_must_fit=True)
+            for one, own, hit in zip(self.both, new, hits, strict=True)
+        ]
+        if self.agree([one and one.get_block_ids() for one in made]) is None:
+            self.refused += 1
+            return
+        self.found += found
+        self.running[name] = new
+        for own in new:
+            own.num_computed_tokens += found + chunk
+
+    def go_on(self, name: str, chunk: int, drafts: int, in_flight: int) -> bool:
+        """Compute ``chunk`` tokens; False if there is no room."""
+        new = self.running[name]
+        made = []
+        for one, own in zip(self.both, new, strict=True):
+            own.num_in_flight_tokens = in_flight
+            if own.num_computed_tokens >= own.num_tokens:
+                own.append_output_token_ids([7] * chunk)
+            made.append(one.allocate_slots(own, chunk, num_lookahead_tokens=drafts))
+        pages = self.agree([one and one.get_block_ids() for one in made])
+        if pages is None:
+            return False
+        self.grown += any(pages)
+        for one, own in zip(self.both, new, strict=True):
+            own.num_computed_tokens += chunk
+            one.cache_blocks(own, own.num_computed_tokens)
+        self.agree([None, None])
+        return True
+
+    def end(self, name: str) -> None:
+        for one, own in zip(self.both, self.running.pop(name), strict=True):
+            one.free(own)
+        self.agree([None, None])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_answers_at_once_are_those_of_vllms_own_managers(caching) -> None:
+    chosen = random.Random(5)
+    far = FullAttentionSpec(block_size=FAR, **HEADS)
+    window = SlidingWindowSpec(block_size=LOCAL, sliding_window=RECENT, **HEADS)
+    ours = managed(far_pages(far, 0), local_spec(sinks=0), 60, caching)
+    theirs = managed(far, window, 60, caching)
+    for made, kinds in (
+        (ours, [FarManager, LocalManager]),
+        (theirs, [FullAttentionManager, SlidingWindowManager]),
+    ):
+        assert [type(one) for one in made.coordinator.single_type_managers] == kinds
+    twice = Twice(ours, theirs)
+    texts = [[chosen.randrange(50) for _ in range(300)] for _ in range(3)]
+    steps = 0
+    for number in range(400):
+        if len(twice.running) < 8:
+            some = [*chosen.choice(texts)[: chosen.randint(1, 300)], number]
+            twice.begin(str(number), some, chosen.randint(1, 120))
+        for name in list(twice.running):
+            own = twice.running[name][0]
+            left = own.num_tokens - own.num_computed_tokens
+            chunk = min(left, chosen.randint(1, 120)) if left > 0 else 1
+            drafts = chosen.choice([0, 0, 0, 3])
+            room = twice.go_on(name, chunk, drafts, chosen.choice([0, 1, chunk]))
+            steps += room
+            if not room or chosen.random() < 0.03:  # preempted, or it has ended
+                twice.refused += not room
+                twice.end(name)
+    assert steps > 2000
+    assert twice.grown < steps // 4  # most need no page
+    assert twice.refused > 5
+    assert twice.found > (3000 if caching else -1)
+    for name in list(twice.running):
+        twice.end(name)
+    assert ours.block_pool.get_num_free_blocks() == 59

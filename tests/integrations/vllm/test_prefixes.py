@@ -19,8 +19,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of, with_prefixes
-from chai_attention.integrations.vllm.kv_cache import ProbedManager, ProbedSpec, probed
+from chai_attention.integrations.vllm.backend import ChaiBackend, backend_of, with_far_pages
+from chai_attention.integrations.vllm.kv_cache import FarManager, FarSpec, far_pages
 from chai_attention.integrations.vllm.layers import PageLayout
 
 PAGE, PROBE = 16, 10
@@ -31,10 +31,10 @@ PLAIN = FullAttentionSpec(
 
 @pytest.fixture
 def manager() -> KVCacheManager:
-    group = KVCacheGroupSpec(["layer"], probed(PLAIN, PROBE))
+    group = KVCacheGroupSpec(["layer"], far_pages(PLAIN, PROBE))
     config = KVCacheConfig(num_blocks=40, kv_cache_tensors=[], kv_cache_groups=[group])
     made = KVCacheManager(config, 256, PAGE, PAGE, enable_caching=True)
-    assert isinstance(made.coordinator.single_type_managers[0], ProbedManager)
+    assert isinstance(made.coordinator.single_type_managers[0], FarManager)
     return made
 
 
@@ -93,9 +93,9 @@ def test_found_pages_and_what_follows_them_are_found_again(manager) -> None:
 
 
 def test_a_probe_that_ends_behind_the_first_page_is_refused() -> None:
-    assert probed(PLAIN, PAGE).probe_end == PAGE
+    assert far_pages(PLAIN, PAGE).probe_end == PAGE
     with pytest.raises(UnsupportedModelError, match="--block-size 32 or more") as raised:
-        probed(PLAIN, PAGE + 1)
+        far_pages(PLAIN, PAGE + 1)
     assert "--no-enable-prefix-caching" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -103,12 +103,12 @@ def test_a_probe_that_ends_behind_the_first_page_is_refused() -> None:
 def test_all_layers_of_a_model_go_to_one_manager() -> None:
     clustered = backend_of(PageLayout(3, 8, 64, 64), ChaiBackend.layouts, PROBE)
     specs = {
-        "plain": with_prefixes(ChaiBackend, PROBE).customize_spec(PLAIN),
+        "plain": with_far_pages(ChaiBackend, PROBE).customize_spec(PLAIN),
         "clustered": clustered.customize_spec(PLAIN),
     }
-    assert all(type(spec) is ProbedSpec for spec in specs.values())
+    assert all(type(spec) is FarSpec for spec in specs.values())
     assert specs["clustered"].page_size_bytes == PAGE * 64 * (3 + 8) * 4
     assert UniformTypeKVCacheSpecs.from_specs(specs) is not None
     same = [clustered.customize_spec(PLAIN)] * 2
-    assert ProbedSpec.merge(same) == same[0]
+    assert FarSpec.merge(same) == same[0]
     assert pickle.loads(pickle.dumps(same[0])) == same[0]  # ranks send it to the engine

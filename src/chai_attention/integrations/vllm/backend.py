@@ -13,7 +13,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from chai_attention.integrations.vllm.kv_cache import probed
+from chai_attention.integrations.vllm.kv_cache import far_pages
 from chai_attention.integrations.vllm.layers import PAGE_MULTIPLE, PageLayout
 from chai_attention.integrations.vllm.options import EIGHT_BITS
 
@@ -38,7 +38,7 @@ class ChaiBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *EIGHT_BITS]
     forward_includes_kv_cache_update = True
     layout: ClassVar[PageLayout | None] = None
-    probe_end: ClassVar[int] = 0  # see `ProbedSpec`; 0 where it does not matter
+    probe_end: ClassVar[int | None] = None  # see `FarSpec`; None for pages as vLLM has them
     # layouts in which a page of a layer is one run of memory, whatever other layers have
     layouts: ClassVar[tuple[KVCacheLayout, ...]] = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
 
@@ -110,12 +110,12 @@ class ChaiBackend(AttentionBackend):
             num_head_slots=1,
             state_content_bytes=cls.layout.page_bytes(1, element),
         )
-        return probed(own, cls.probe_end) if cls.probe_end else own
+        return own if cls.probe_end is None else far_pages(own, cls.probe_end)
 
 
 @cache
 def backend_of(
-    layout: PageLayout, layouts: tuple[KVCacheLayout, ...], probe_end: int = 0
+    layout: PageLayout, layouts: tuple[KVCacheLayout, ...], probe_end: int | None = None
 ) -> type[ChaiBackend]:
     """The backend class of layers with these pages and layouts of the cache."""
     known = {"layout": layout, "layouts": layouts, "probe_end": probe_end}
@@ -244,14 +244,14 @@ def _in_a_page(layout: KVCacheLayout) -> list[int]:
     return [dim for dim in layout.value if dim]
 
 
-def with_prefixes(native: type[Any], probe_end: int) -> type[Any]:
-    """Return a native backend whose pages are found again as those of clustered layers are.
+def with_far_pages(native: type[Any], probe_end: int) -> type[Any]:
+    """Return a native backend whose pages are looked after as those of clustered layers are.
 
     One manager looks after the pages of all layers, so all need the same rule.
     """
 
     def customize_spec(cls: type[Any], spec: Any) -> Any:
-        return probed(native.customize_spec(spec), probe_end)
+        return far_pages(native.customize_spec(spec), probe_end)
 
     return type(native.__name__, (native,), {"customize_spec": classmethod(customize_spec)})
 

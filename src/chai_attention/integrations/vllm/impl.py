@@ -20,7 +20,7 @@ from chai_attention.integrations.vllm.backend import (
     limited_to,
     native_backend,
     run_natively,
-    with_prefixes,
+    with_far_pages,
 )
 from chai_attention.integrations.vllm.copies import DequantisationWorkspace
 from chai_attention.integrations.vllm.flash import FlashStepAttention, HeadKinds, flash_kernels
@@ -102,7 +102,7 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         own = PACKED_LAYOUTS if self.model_state.has_local_pages else ChaiBackend.layouts
         layouts = common_layouts(own, native if some else None)
         self.model_state.add_local_layer(module, layouts)
-        probe_end = self.model_state.prefix_probe
+        probe_end = self.model_state.far_probe
         if plan.is_identity and native is not None:
             # local pages are kept in layouts that vLLM's attention reads but does not name
             if (
@@ -110,8 +110,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
                 or self.model_state.has_local_pages
             ):
                 native = limited_to(native, layouts)
-            if probe_end:
-                native = with_prefixes(native, probe_end)
+            if probe_end is not None:
+                native = with_far_pages(native, probe_end)
             run_natively(module, native, act_dtype)
             return
         self.layout = self.layer.layout(self.head_size, module.head_size_v)

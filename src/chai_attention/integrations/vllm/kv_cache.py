@@ -41,11 +41,12 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbedSpec(FullAttentionSpec):
-    """Pages of a model with online memberships and prefix caching; of all its layers.
+class FarSpec(FullAttentionSpec):
+    """Pages of all layers of a model whose far pages are not simply vLLM's.
 
     Attributes:
-        probe_end: tokens of a prompt that decide its membership, counted from its first one.
+        probe_end: tokens of a prompt that decide its membership, counted from its first one; 0
+            where memberships do not depend on requests, or no prefix is found again.
     """
 
     probe_end: int = 0
@@ -61,6 +62,9 @@ class Decided(Manager):
 
     A class to put before vLLM's manager. Managers of all groups of pages come to the same decision,
     as all of them see the same tokens of every request.
+
+    vLLM asks every manager some five questions per running request and step. Most requests need no
+    page then and have no new full one: such questions are answered here, as vLLM's manager would.
     """
 
     def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any):
@@ -72,7 +76,7 @@ class Decided(Manager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Take note of a request's first chunk.
+        """Take pages for ``num_tokens``, and note of a request's first chunk, which needs some.
 
         Args:
             request_id: whose.
@@ -80,23 +84,30 @@ class Decided(Manager):
             args: vLLM's; the first are the tokens without drafts.
             kwargs: the same.
         """
+        pages = self.req_to_blocks.get(request_id)
+        if pages and num_tokens <= len(pages) * self.block_size:
+            return []
         if self._probe_end and request_id not in self._begun:
             found = self.num_cached_block.get(request_id, 0) > 0  # pages of one that decided so
             tokens = args[0] if args else kwargs.get("num_tokens_main_model", num_tokens)
             self._begun[request_id] = None if found else int(tokens)
         return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
-    def cache_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Let later requests find the full pages of ``request``, if it decided as they would.
 
         Args:
             request: vLLM's.
+            num_tokens: those whose full pages may be found.
             args: as vLLM's.
             kwargs: the same.
         """
-        begun = self._begun.get(request.request_id)
+        name = request.request_id
+        if num_tokens // self.block_size <= self.num_cached_block.get(name, 0):
+            return
+        begun = self._begun.get(name)
         if begun is None or min(begun, request.num_prompt_tokens) >= self._probe_end:
-            super().cache_blocks(request, *args, **kwargs)
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Forget a request that ended or has to start anew."""
@@ -104,12 +115,16 @@ class Decided(Manager):
         return super().pop_blocks_for_free(request_id)
 
 
-class ProbedManager(Decided, FullAttentionManager):
-    """vLLM's manager of pages that are kept until a request ends."""
+class FarManager(Decided, FullAttentionManager):
+    """vLLM's manager of pages that are kept until a request ends.
+
+    Beside pages of another size vLLM's own takes note of a prompt's last page in every step, as
+    prefixes of some models may end within it. Here they end where pages of all kinds do.
+    """
 
 
-def probed(spec: FullAttentionSpec, probe_end: int) -> ProbedSpec:
-    """The same pages, found again as `ProbedManager` allows.
+def far_pages(spec: FullAttentionSpec, probe_end: int) -> FarSpec:
+    """The same pages, looked after by `FarManager`.
 
     Raises:
         UnsupportedModelError: the first page does not hold the probe window.
@@ -118,7 +133,7 @@ def probed(spec: FullAttentionSpec, probe_end: int) -> ProbedSpec:
     if problem is not None:
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
     known = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
-    return ProbedSpec(**known, probe_end=probe_end)
+    return FarSpec(**known, probe_end=probe_end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +142,7 @@ class LocalSpec(SlidingWindowSpec):
 
     Attributes:
         sinks: s, first tokens that are never given back.
-        probe_end: as in `ProbedSpec`; 0 where memberships do not depend on requests.
+        probe_end: as in `FarSpec`; 0 where memberships do not depend on requests.
     """
 
     sinks: int = 0
@@ -154,6 +169,8 @@ class LocalManager(Decided, SlidingWindowManager):
     def __init__(self, kv_cache_spec: LocalSpec, *args: Any, **kwargs: Any):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._sinks = kv_cache_spec.sink_pages
+        many = 2**40
+        self._seen = many - self.get_num_skipped_tokens(many)  # the last tokens, which are kept
 
     def remove_skipped_blocks(
         self, request_id: str, computed_tokens: int, *args: Any, **kwargs: Any
@@ -162,9 +179,11 @@ class LocalManager(Decided, SlidingWindowManager):
 
         Asked for every request in every step; few of them have a page to give back.
         """
+        last = (computed_tokens - self._seen) // self.block_size - 1
+        if last < self._sinks:
+            return
         pages = self.req_to_blocks.get(request_id)
-        last = self.get_num_skipped_tokens(computed_tokens) // self.block_size - 1
-        if not pages or last < self._sinks or pages[min(last, len(pages) - 1)].is_null:
+        if not pages or (last < len(pages) and pages[last].is_null):
             return
         # what is not there is not given back
         first = pages[: self._sinks]
@@ -214,6 +233,9 @@ class LocalManager(Decided, SlidingWindowManager):
         **kwargs: Any,
     ) -> int:
         """Pages that a request takes out of those that are free, found ones included."""
+        pages = self.req_to_blocks.get(request_id)
+        if pages and num_tokens <= len(pages) * self.block_size and not new_computed_blocks:
+            return 0
         count: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
@@ -245,7 +267,7 @@ def _hashes_of_pages(block_hashes: Any, pool: Any, page: int) -> Any:
 
 # vLLM registers its own kinds when it first looks one up, unless there are any by then
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
-KVCacheSpecRegistry.register(ProbedSpec, ProbedManager, FullAttentionSpec)
+KVCacheSpecRegistry.register(FarSpec, FarManager, FullAttentionSpec)
 KVCacheSpecRegistry.register(LocalSpec, LocalManager, SlidingWindowSpec)
 
 

@@ -113,6 +113,11 @@ class ModelState:
             (layer.plan.probe_end for layer in self.layers if layer.plan.needs_probe), default=0
         )
 
+    @property
+    def far_probe(self) -> int | None:
+        """``probe_end`` of `kv_cache.FarSpec`; None where far pages are simply vLLM's."""
+        return self.prefix_probe if self.prefix_probe or self.has_local_pages else None
+
     @classmethod
     def of(cls, config: Any) -> ModelState:
         """The model of ``config``; the same object for all its layers."""
