@@ -28,10 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from chai_attention.ops.triton.hopper_fetch import (
     FIELDS,
     barrier,
+    barriers,
     blocks_of,
+    buffers,
     fetch,
-    reinterpret,
+    release,
     told,
+    told_all,
 )
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -49,13 +52,6 @@ def _store_layout(width):
         block_bases=[],
         shape=[64, width],
     )
-
-
-@gluon.jit
-def _release(bar):
-    """Say that this warpgroup, all of its warps, is through with a buffer."""
-    barrier()
-    mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
@@ -78,26 +74,28 @@ def _blank(v_bufs, stage, stop, BLOCK: gl.constexpr, PIECES: gl.constexpr):
 
 
 @gluon.jit
+def update(s, best, weight, factor, MASKED: gl.constexpr = True):
+    """Weights of a block from its scores, factor of the sums so far, running maximum and sum."""
+    new = gl.maximum(best, gl.max(s, axis=1) * factor)
+    base = new
+    if MASKED:
+        base = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
+    p = gl.exp2(s * factor - base[:, None])
+    old = gl.exp2(best - base)
+    return p, old, new, weight * old + gl.sum(p, axis=1)
+
+
+@gluon.jit
 def _softmax(
     s, best, weight, factor, at, position, MASKED: gl.constexpr, LOW: gl.constexpr = 0
 ):  # fmt: skip
-    """Weights of a block, factor of the sums so far, running maximum and sum.
-
-    MASKED: queries see keys from LOW on and up to their position.
-    """
+    """`update`; MASKED: queries see keys from LOW on and up to their position."""
     if MASKED:
         seen = at[None, :] <= position[:, None]
         if LOW > 0:
             seen = seen & (at >= LOW)[None, :]
         s = gl.where(seen, s, float("-inf"))
-    top = gl.max(s, axis=1) * factor
-    new = gl.maximum(best, top)
-    base = new
-    if MASKED:
-        base = gl.where(new == float("-inf"), 0.0, new)  # a row may have seen nothing yet
-    p = gl.exp2(s * factor - base[:, None])
-    old = gl.exp2(best - base)
-    return p, old, new, weight * old + gl.sum(p, axis=1)
+    return update(s, best, weight, factor, MASKED)
 
 
 @gluon.jit
@@ -131,7 +129,7 @@ def _step(
     # the softmax
     mbarrier.wait(full.index((lap + 1) % STAGES), ((lap + 1) // STAGES) & 1)
     acc, p16, p, old = warpgroup_mma_wait(0, deps=[acc_later, p16, p, old])
-    _release(free.index(stage))
+    release(free.index(stage))
     acc = acc * gl.convert_layout(old, out_row)[:, None]
     return acc, gl.convert_layout(p.to(DTYPE), weights), best, weight
 
@@ -159,12 +157,7 @@ def _attend(
     laps = 0
     mbarrier.wait(q_full, 0)
     while told(item_buf, 0) > 0:
-        row = told(item_buf, 1)
-        pair = told(item_buf, 2)
-        first = told(item_buf, 3)
-        begin = told(item_buf, 4)
-        queries = told(item_buf, 5)
-        size = told(item_buf, 6)
+        row, pair, first, begin, queries, size = told_all(item_buf, 1, 7)
         blocks = blocks_of(first, queries, size, 2 * ROWS, BLOCK)
         # every query of both halves sees the first `whole` blocks whole; not the last block,
         # which is masked even where it need not be
@@ -185,7 +178,7 @@ def _attend(
         at = last + gl.arange(0, BLOCK, layout=by_key)
         p, _old, best, weight = _softmax(s, best, weight, factor, at, position, True)
         p16 = gl.convert_layout(p.to(DTYPE), weights)
-        _release(free.index(stage))
+        release(free.index(stage))
         stage = (done + 1) % STAGES
         mbarrier.wait(full.index(stage), ((done + 1) // STAGES) & 1)
         if RAGGED:  # noqa: SIM102 - known when compiled
@@ -206,10 +199,10 @@ def _attend(
             )  # fmt: skip
             laps += 1
         stage = (done + blocks) % STAGES
-        _release(q_free)
+        release(q_free)
         turn += 1
         acc = warpgroup_mma(p16, v_all.index(stage), acc)
-        _release(free.index(stage))
+        release(free.index(stage))
         done += blocks + 1
 
         share = 1.0 / weight
@@ -251,33 +244,10 @@ def prefill_hopper(
     is `hopper_work.plan`'s. Else it is the head tiles that have work.
     """
     DTYPE: gl.constexpr = q_tiles.dtype
-    q_shape: gl.constexpr = [2] + q_tiles.block_type.shape  # noqa: RUF005
-    q_bufs = gl.allocate_shared_memory(DTYPE, q_shape, q_tiles.layout)
-    # filled piece by piece; pieces lie as the parts of the whole block's tile do
-    pieces: gl.constexpr = STAGES * BLOCK * D // (k_tiles.block_type.nbytes // 2)
-    k_shape: gl.constexpr = [pieces] + k_tiles.block_type.shape  # noqa: RUF005
-    k_bufs = gl.allocate_shared_memory(DTYPE, k_shape, k_tiles.layout)
-    v_shape: gl.constexpr = [pieces * M] + v_tiles.block_type.shape  # noqa: RUF005
-    v_bufs = gl.allocate_shared_memory(DTYPE, v_shape, v_tiles.layout)
-    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    k_all = reinterpret(k_bufs, DTYPE, [STAGES, BLOCK, D], flat)
-    v_all = reinterpret(v_bufs, DTYPE, [STAGES, BLOCK, M * D], flat)
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    item_buf = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], shared)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_free = gl.allocate_shared_memory(gl.int64, [1], bar)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_free, count=2)  # both halves have to be through
-    for half in gl.static_range(2):
-        mbarrier.init(turns.index(half), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
-    fence_async_shared()
+    q_bufs, k_bufs, v_bufs, k_all, v_all, _one = buffers(
+        q_tiles, k_tiles, v_tiles, 2, STAGES, BLOCK, D, M
+    )
+    item_buf, q_full, q_free, _full, _free, full, free, turns = barriers(FIELDS, STAGES, False)
     if not HAS_LSE:
         lse_ptr = out_ptr
     # functions take no None

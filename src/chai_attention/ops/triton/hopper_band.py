@@ -15,44 +15,16 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from chai_attention.ops.triton.hopper_fetch import barrier
-from chai_attention.ops.triton.hopper_local import SINKS_MOST, leave, release
-from chai_attention.ops.triton.hopper_pages import BOX
+from chai_attention.ops.triton.hopper import update
+from chai_attention.ops.triton.hopper_fetch import release
+from chai_attention.ops.triton.hopper_local import SINKS_MOST, blank_boxes, leave
 
 NEVER = gl.constexpr(1 << 29)  # keys, more than there are
-
-
-@gluon.jit
-def blank(v, first, stop):
-    """Zeros in place of V but for the tokens from ``first`` on and before ``stop`` of a block.
-
-    Other sequences' V stands there, or anything: their weights are 0, but 0 times NaN is not.
-    """
-    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = gl.arange(0, BOX, layout=gl.SliceLayout(1, spread))
-    for part in gl.static_range(v.shape[0] // BOX):  # few registers are free
-        rows = v.slice(part * BOX, BOX)
-        here = rows.load(spread)
-        keep = (token + part * BOX >= first) & (token + part * BOX < stop)
-        rows.store(gl.where(keep[:, None], here, gl.zeros_like(here)))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def _update(s, best, weight, factor):
-    """Weights of a block from its scores, factor of the sums so far, running maximum and sum."""
-    new = gl.maximum(best, gl.max(s, axis=1) * factor)
-    base = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
-    p = gl.exp2(s * factor - base[:, None])
-    old = gl.exp2(best - base)
-    return p, old, new, weight * old + gl.sum(p, axis=1)
 
 
 @gluon.jit
@@ -60,9 +32,9 @@ def _scores(
     HALF: gl.constexpr, s, key, first, position, recent, size, v, factor, best, weight,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """`_update` with a block of the band, of which the first key is ``key``."""
+    """`hopper.update` with a block of the band, of which the first key is ``key``."""
     if (key < first) | (key + BLOCK > size):
-        blank(v, first - key, size - key)
+        blank_boxes(v, first - key, size - key)
     lowest = first + recent - 1 + HALF * ROWS  # the half's first query
     if (key + BLOCK - 1 > lowest) | (key <= lowest + ROWS - 1 - recent) | (key < SINKS):
         at = key + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s.type.layout))
@@ -70,7 +42,7 @@ def _scores(
             at = gl.where(at >= SINKS, at, NEVER)
         behind = (position[:, None] - at[None, :]).to(gl.uint32)  # what lies ahead is far behind
         s = gl.where(behind < recent.to(gl.uint32), s, float("-inf"))
-    return _update(s, best, weight, factor)
+    return update(s, best, weight, factor)
 
 
 @gluon.jit
@@ -98,7 +70,7 @@ def attend_band(
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
         v = v_one.index(stage * M).slice(0, SINKS_MOST)
         if (SINKS < SINKS_MOST) | (size < SINKS_MOST):
-            blank(v, 0, gl.minimum(size, SINKS))
+            blank_boxes(v, 0, gl.minimum(size, SINKS))
         none = gl.full([ROWS, SINKS_MOST], 0.0, gl.float32, layout=few)
         sink_s = warpgroup_mma(
             q, k_all.index(stage).slice(0, SINKS_MOST).permute([1, 0]), none, use_acc=False
@@ -106,7 +78,7 @@ def attend_band(
         sink = gl.arange(0, SINKS_MOST, layout=gl.SliceLayout(0, few))
         here = gl.convert_layout(position, few_row)
         seen = (sink < SINKS)[None, :] & (sink[None, :] <= here[:, None])
-        sink_p, faded, best, weight = _update(
+        sink_p, faded, best, weight = update(
             gl.where(seen, sink_s, float("-inf")), gl.convert_layout(best, few_row),
             gl.convert_layout(weight, few_row), factor,
         )  # fmt: skip

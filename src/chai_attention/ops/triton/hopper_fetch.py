@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from chai_attention.ops.triton.hopper_work import dense_work, packed_work
 
@@ -22,10 +22,12 @@ FIELDS = gl.constexpr(7)  # of an item in shared memory: whether there is one, a
 
 
 @gluon.jit
-def tell(item_buf, field: gl.constexpr, number):
-    """Write one field of an item, for the halves."""
+def tell(item_buf, numbers):
+    """Write the fields of an item, for the halves."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    item_buf.index(field).store(gl.full([1], number, gl.int32, layout=one))
+    for field in gl.static_range(len(numbers)):
+        item_buf.index(field).store(gl.full([1], numbers[field], gl.int32, layout=one))
+    barrier()
 
 
 @gluon.jit
@@ -33,6 +35,87 @@ def told(item_buf, field: gl.constexpr):
     """Read one field."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.max(item_buf.index(field).load(one), axis=0)
+
+
+@gluon.jit
+def told_all(item_buf, FIRST: gl.constexpr, STOP: gl.constexpr):
+    """Read the fields from one on and up to another one."""
+    made = ()
+    for field in gl.static_range(FIRST, STOP):
+        made = made + (told(item_buf, field),)  # type: ignore[assignment]  # noqa: RUF005
+    return made
+
+
+@gluon.jit
+def finish(item_buf, full, free, turn):
+    """Tell the halves that the list has ended."""
+    mbarrier.wait(free, (turn & 1) ^ 1)
+    tell(item_buf, (0,))
+    mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def release(bar):
+    """Say that this warpgroup, all of its warps, is through with a buffer."""
+    barrier()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def buffers(
+    q_tiles, k_tiles, v_tiles, PLACES: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr,
+    D: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """Shared memory: ``PLACES`` of Q; pieces of K and V; K and V of blocks, and V of a member.
+
+    It is filled piece by piece; pieces lie as the parts of the whole block's tile do.
+    """
+    DTYPE: gl.constexpr = q_tiles.dtype
+    q_shape: gl.constexpr = [PLACES] + q_tiles.block_type.shape  # noqa: RUF005
+    q_bufs = gl.allocate_shared_memory(DTYPE, q_shape, q_tiles.layout)
+    pieces: gl.constexpr = STAGES * BLOCK * D // (k_tiles.block_type.nbytes // 2)
+    k_shape: gl.constexpr = [pieces] + k_tiles.block_type.shape  # noqa: RUF005
+    k_bufs = gl.allocate_shared_memory(DTYPE, k_shape, k_tiles.layout)
+    v_shape: gl.constexpr = [pieces * M] + v_tiles.block_type.shape  # noqa: RUF005
+    v_bufs = gl.allocate_shared_memory(DTYPE, v_shape, v_tiles.layout)
+    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    k_all = reinterpret(k_bufs, DTYPE, [STAGES, BLOCK, D], flat)
+    v_all = reinterpret(v_bufs, DTYPE, [STAGES, BLOCK, M * D], flat)
+    v_one = reinterpret(v_bufs, DTYPE, [STAGES * M, BLOCK, D], flat)
+    return q_bufs, k_bufs, v_bufs, k_all, v_all, v_one
+
+
+@gluon.jit
+def barriers(FIELDS: gl.constexpr, STAGES: gl.constexpr, OWN_Q: gl.constexpr):
+    """Memory of an item; barriers of it, of two places of Q, of stages, of the halves' turns.
+
+    Without ``OWN_Q`` an item comes with its Q, and one barrier is of both.
+    """
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    item_buf = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], shared)
+    item_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    item_free = gl.allocate_shared_memory(gl.int64, [1], bar)
+    q_full = item_full
+    q_free = item_free
+    if OWN_Q:
+        q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+        q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    mbarrier.init(item_full, count=1)
+    mbarrier.init(item_free, count=2)  # both halves have to be through
+    for place in gl.static_range(2):
+        mbarrier.init(turns.index(place), count=1)
+        if OWN_Q:
+            mbarrier.init(q_full.index(place), count=1)
+            mbarrier.init(q_free.index(place), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    fence_async_shared()
+    return item_buf, item_full, item_free, q_full, q_free, full, free, turns
 
 
 @gluon.jit
@@ -101,14 +184,7 @@ def fetch(
         head = gl.load(query_ptr + pair)
         key = gl.load(key_ptr + pair)
         mbarrier.wait(q_free, (turn & 1) ^ 1)
-        tell(item_buf, 0, 1)
-        tell(item_buf, 1, row)
-        tell(item_buf, 2, pair)
-        tell(item_buf, 3, first)
-        tell(item_buf, 4, begin)
-        tell(item_buf, 5, count)
-        tell(item_buf, 6, keys)
-        barrier()
+        tell(item_buf, (1, row, pair, first, begin, count, keys))
         mbarrier.expect(q_full, 2 * q_tiles.block_type.nbytes)
         for half in gl.static_range(2):
             _fetch_tile(
@@ -142,8 +218,4 @@ def fetch(
         done += blocks + 1
         turn += 1
         item = gl.atomic_add(next_ptr, 1)
-    # the end of the list, for the halves
-    mbarrier.wait(q_free, (turn & 1) ^ 1)
-    tell(item_buf, 0, 0)
-    barrier()
-    mbarrier.arrive(q_full, count=1)
+    finish(item_buf, q_full, q_free, turn)

@@ -19,8 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from chai_attention.ops.triton.hopper_fetch import _fetch_tile, barrier
+from chai_attention.ops.triton.hopper import update
+from chai_attention.ops.triton.hopper_fetch import _fetch_tile, barrier, release
 
+BOX = gl.constexpr(16)  # tokens that pages are made of
 SINKS_MOST = gl.constexpr(16)  # sinks are a block of so many keys; more have no kernel here
 
 
@@ -55,6 +57,20 @@ def blank(v, first, stop):
 
 
 @gluon.jit
+def blank_boxes(v, first, stop):
+    """`blank`, 16 tokens at a time: few registers are free."""
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token = gl.arange(0, BOX, layout=gl.SliceLayout(1, spread))
+    for part in gl.static_range(v.shape[0] // BOX):
+        rows = v.slice(part * BOX, BOX)
+        here = rows.load(spread)
+        keep = (token + part * BOX >= first) & (token + part * BOX < stop)
+        rows.store(gl.where(keep[:, None], here, gl.zeros_like(here)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
 def _continue(
     q, k, v, acc, best, weight, seen, factor, DTYPE: gl.constexpr
 ):  # fmt: skip
@@ -67,16 +83,12 @@ def _continue(
     zero = gl.full([acc.shape[0], KEYS], 0.0, gl.float32, layout=layout)
     s = warpgroup_mma(q, k, zero, use_acc=False)
     s = gl.where(seen, s, float("-inf"))
-    best = gl.convert_layout(best, by_row)
-    weight = gl.convert_layout(weight, by_row)
-    new = gl.maximum(best, gl.max(s, axis=1) * factor)
-    base = gl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
-    p = gl.exp2(s * factor - base[:, None])
-    old = gl.exp2(best - base)
-    weight = weight * old + gl.sum(p, axis=1)
+    p, old, best, weight = update(
+        s, gl.convert_layout(best, by_row), gl.convert_layout(weight, by_row), factor
+    )
     acc = acc * gl.convert_layout(old, out_row)[:, None]
     acc = warpgroup_mma(gl.convert_layout(p.to(DTYPE), weights), v, acc)
-    return acc, new, weight
+    return acc, best, weight
 
 
 @gluon.jit
@@ -137,13 +149,6 @@ def attend_local(
         leave(full, free, done, STAGES)
         done += 1
     return acc, best, weight, done
-
-
-@gluon.jit
-def release(bar):
-    """Say that this warpgroup, all of its warps, is through with a buffer."""
-    barrier()
-    mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit

@@ -14,27 +14,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from chai_attention.ops.triton.hopper_fetch import _fetch_block, _fetch_tile, barrier, tell
-from chai_attention.ops.triton.hopper_window import _fetch_queries
+from chai_attention.ops.triton.hopper_far import fetch_far, fetch_queries
+from chai_attention.ops.triton.hopper_fetch import _fetch_tile, finish, tell
+from chai_attention.ops.triton.hopper_local import BOX
 from chai_attention.ops.triton.hopper_work import packed_work
 
-BOX = gl.constexpr(16)  # tokens
 COLUMNS = gl.constexpr(64)  # of a head: as wide as the swizzle
 # of an item: is there one, first query, far blocks, members, first token, queries, keys, first
 # local key, local blocks, members' heads and offsets; the place of the representative's Q, twice
 FIELDS = gl.constexpr(15)
-
-
-@gluon.jit
-def block_at(i, blocks, LOW: gl.constexpr):
-    """Which far block comes i-th: the last one, then backwards.
-
-    Masked ones come first: where queries see no keys before LOW, block 0 is the second.
-    """
-    n = blocks - 1 - i
-    if LOW > 0:
-        n = gl.where(i == 0, n, gl.where(i == 1, 0, n + 1))
-    return n
 
 
 @gluon.jit
@@ -94,29 +82,18 @@ def _fetch_local(
             at = gl.where(n == 0, 0, at - BLOCK)
             final = gl.where(n == 0, gl.minimum(last, SINKS - 1), last)
         # all places are looked up before the first is needed
-        k0, k1, k2, k3 = _pages(k_table, at, final, k_page)
-        v0, v1, v2, v3 = _pages(v_table, at, final, v_page)
+        k_pages = _pages(k_table, at, final, k_page)
+        v_pages = _pages(v_table, at, final, v_page)
         stage = done % STAGES
         bar = full.index(stage)
         mbarrier.wait(free.index(stage), ((done // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, BYTES)
         for box in gl.static_range(4):
-            k_line = k0
-            v_line = v0
-            if box == 1:
-                k_line = k1
-                v_line = v1
-            elif box == 2:
-                k_line = k2
-                v_line = v2
-            elif box == 3:
-                k_line = k3
-                v_line = v3
             token = at + box * BOX
-            _fetch_box(far_k, local_k, k_away, k_head, k_line, token % k_page, bar, k_parts, stage,
-                       box, D, 1)  # fmt: skip
-            _fetch_box(far_v, local_v, v_away, v_head, v_line, token % v_page, bar, v_parts, stage,
-                       box, D, M)  # fmt: skip
+            _fetch_box(far_k, local_k, k_away, k_head, k_pages[box], token % k_page, bar, k_parts,
+                       stage, box, D, 1)  # fmt: skip
+            _fetch_box(far_v, local_v, v_away, v_head, v_pages[box], token % v_page, bar, v_parts,
+                       stage, box, D, M)  # fmt: skip
         done += 1
     return done
 
@@ -136,8 +113,6 @@ def fetch_pages(
     HAS_OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
-    K_BYTES: gl.constexpr = BLOCK * D * 2
-    V_BYTES: gl.constexpr = M * K_BYTES
     done = 0
     asked = 0
     turn = 0
@@ -165,57 +140,25 @@ def fetch_pages(
             offset = gl.load(offsets + head).to(gl.int32, bitcast=True)
             next_offset = gl.load(offsets + gl.maximum(next_head, 0)).to(gl.int32, bitcast=True)
         mbarrier.wait(item_free, (turn & 1) ^ 1)
-        tell(item_buf, 0, 1)
-        tell(item_buf, 1, first)
-        tell(item_buf, 2, blocks)
-        tell(item_buf, 3, lanes)
-        tell(item_buf, 4, begin)
-        tell(item_buf, 5, queries)
-        tell(item_buf, 6, length)
-        tell(item_buf, 7, local)
-        tell(item_buf, 8, local_blocks)
-        tell(item_buf, 9, head)
-        tell(item_buf, 10, next_head)
-        tell(item_buf, 11, offset)
-        tell(item_buf, 12, next_offset)
-        tell(item_buf, 13, asked % 2)
-        tell(item_buf, 14, asked % 2)
-        barrier()
+        tell(item_buf, (
+            1, first, blocks, lanes, begin, queries, length, local, local_blocks, head, next_head,
+            offset, next_offset, asked % 2, asked % 2,
+        ))  # fmt: skip
         mbarrier.arrive(item_full, count=1)
         turn += 1
         if blocks > 0:
-            _fetch_queries(
+            fetch_queries(
                 q_tiles, q_bufs, q_full, q_free, asked, 0, gl.load(query_ptr + pair), begin + first,
                 ROWS,
             )  # fmt: skip
             asked += 1
-            key = gl.load(key_ptr + pair)
-            for i in range(0, blocks + 1):
-                stage = (done + i) % STAGES
-                bar = full.index(stage)
-                mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
-                has_k = i < blocks
-                has_v = i > 0
-                is_one = lanes == 1
-                mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
-                mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
-                mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
-                mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
-                _fetch_block(
-                    k_tiles, k_bufs, bar, stage, row, key, block_at(i, blocks, SINKS) * BLOCK,
-                    length, table_ptr, stride_table, 0, 1, has_k, BLOCK, D, PAGE,
-                )  # fmt: skip
-                for member in gl.static_range(M):
-                    # lanes without a member read any head, unused, but where there is one alone
-                    place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
-                    _fetch_block(
-                        v_tiles, v_bufs, bar, stage, row, place,
-                        block_at(i - 1, blocks, SINKS) * BLOCK, length, table_ptr, stride_table,
-                        member, M, has_v & ((lanes > 1) | (member == 0)), BLOCK, D, PAGE,
-                    )  # fmt: skip
-            done += blocks + 1
+            done = fetch_far(
+                k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, row, pair,
+                gl.load(key_ptr + pair), 0, blocks, lanes, length, value_ptr, table_ptr,
+                stride_table, BLOCK, D, M, STAGES, SINKS, PAGE,
+            )  # fmt: skip
         for _ in range(0, lanes):
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, 0, head, begin + first, ROWS)
+            fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, 0, head, begin + first, ROWS)
             asked += 1
             place = pair // head_tiles * GROUPS + head // SHARED
             done = _fetch_local(
@@ -228,8 +171,4 @@ def fetch_pages(
             )  # fmt: skip
             head = next_head
         item = gl.atomic_add(next_ptr, 1)
-    # the end of the list, for the halves
-    mbarrier.wait(item_free, (turn & 1) ^ 1)
-    tell(item_buf, 0, 0)
-    barrier()
-    mbarrier.arrive(item_full, count=1)
+    finish(item_buf, item_full, item_free, turn)

@@ -12,99 +12,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from chai_attention.ops.triton.hopper import LOG2_E, _softmax, _step, _store_layout
+from chai_attention.ops.triton.hopper import LOG2_E, _store_layout
+from chai_attention.ops.triton.hopper_far import attend_far, fetch_far, fetch_queries
 from chai_attention.ops.triton.hopper_fetch import (
-    _fetch_block,
-    _fetch_tile,
-    barrier,
-    reinterpret,
+    barriers,
+    buffers,
+    finish,
+    release,
     tell,
     told,
+    told_all,
 )
-from chai_attention.ops.triton.hopper_local import (
-    attend_local,
-    blank,
-    fetch_local,
-    halves,
-    leave,
-    release,
-)
+from chai_attention.ops.triton.hopper_local import attend_local, fetch_local, halves
 from chai_attention.ops.triton.hopper_work import dense_work, packed_work
 
 # of an item: is there one, row, pair, first query, far blocks, members, first token, queries
 FIELDS = gl.constexpr(8)
-
-
-@gluon.jit
-def _far(
-    HALF: gl.constexpr, q, k_all, v_all, v_one, full, free, turns, q_done, blocks, done, laps,
-    reach, lowest, there, factor,
-    ROWS: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-    EACH: gl.constexpr, RAGGED: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """A half's far keys, of which each query sees those up to ``reach``, at least ``lowest``.
-
-    RAGGED: behind the first ``there`` keys stand those of other sequences.
-    """
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(0, output, 2)
-    by_row: gl.constexpr = gl.SliceLayout(1, scores)
-    by_key: gl.constexpr = gl.SliceLayout(0, scores)
-    zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
-    best = gl.full([ROWS], float("-inf"), gl.float32, layout=by_row)
-    weight = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
-    acc = gl.full([ROWS, WIDTH], 0.0, gl.float32, layout=output)
-    if HALF == 0:
-        # the last block may be the other half's alone
-        for _ in range(0, gl.where((blocks - 1) * BLOCK > lowest + ROWS - 1, 1, 0)):
-            if blocks > 1:
-                leave(full, free, done, STAGES)
-                mbarrier.wait(turns.index(0), (laps & 1) ^ 1)
-                mbarrier.arrive(turns.index(1), count=1)
-                laps += 1
-                done += 1
-                blocks -= 1
-    # every query sees the first `whole` blocks whole; not the last block, which is masked even
-    # where it need not be
-    whole = gl.minimum(gl.maximum(lowest + 1, 0) // BLOCK, blocks - 1)
-    stage = done % STAGES
-    mbarrier.wait(full.index(stage), (done // STAGES) & 1)
-    s = warpgroup_mma(q, k_all.index(stage).permute([1, 0]), zero, use_acc=False)
-    last = (blocks - 1) * BLOCK
-    at = last + gl.arange(0, BLOCK, layout=by_key)
-    p, _old, best, weight = _softmax(s, best, weight, factor, at, reach, True)
-    p16 = gl.convert_layout(p.to(DTYPE), weights)
-    release(free.index(stage))
-    stage = (done + 1) % STAGES
-    mbarrier.wait(full.index(stage), ((done + 1) // STAGES) & 1)
-    if RAGGED:  # noqa: SIM102 - known when compiled
-        if last + BLOCK > there:
-            for part in gl.static_range(WIDTH // v_one.shape[2]):
-                blank(v_one.index(stage * (v_one.shape[0] // STAGES) + part), 0, there - last)
-    for n in range(1, blocks - whole):
-        acc, p16, best, weight = _step(
-            HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
-            last - n * BLOCK, reach, factor, ROWS, BLOCK, STAGES, True, DTYPE, EACH,
-        )  # fmt: skip
-        laps += 1
-    for n in range(blocks - whole, blocks):
-        acc, p16, best, weight = _step(
-            HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
-            last - n * BLOCK, reach, factor, ROWS, BLOCK, STAGES, False, DTYPE, EACH,
-        )  # fmt: skip
-        laps += 1
-    release(q_done)
-    stage = (done + blocks) % STAGES
-    acc = warpgroup_mma(p16, v_all.index(stage * EACH), acc)
-    release(free.index(stage))
-    return acc, best, weight, done + blocks + 1, laps
 
 
 @gluon.jit
@@ -164,13 +89,7 @@ def _attend(
     laps = 0
     mbarrier.wait(item_full, 0)
     while told(item_buf, 0) > 0:
-        row = told(item_buf, 1)
-        pair = told(item_buf, 2)
-        first = told(item_buf, 3)
-        blocks = told(item_buf, 4)
-        lanes = told(item_buf, 5)
-        begin = told(item_buf, 6)
-        queries = told(item_buf, 7)
+        row, pair, first, blocks, lanes, begin, queries = told_all(item_buf, 1, 8)
         if RAGGED:
             size = queries - recent - SINKS
         release(item_free)
@@ -181,10 +100,10 @@ def _attend(
         q = q_bufs.index(place * 2 + HALF).reshape([ROWS, D])
         if (blocks > 0) & (lanes == 1):
             mbarrier.wait(q_full.index(place), (asked // 2) & 1)
-            alone, top, share, done, laps = _far(
+            alone, top, share, done, laps = attend_far(
                 HALF, q, k_all, v_one, v_one, full, free, turns, q_free.index(place), blocks,
                 done, laps, reach, lowest, size + recent, factor, ROWS, BLOCK, D, STAGES, M,
-                RAGGED, DTYPE,
+                RAGGED, False, 0, DTYPE,
             )  # fmt: skip
             asked += 1
             done = _local(
@@ -203,10 +122,10 @@ def _attend(
             if M > 1:  # noqa: SIM102 - known when compiled
                 if blocks > 0:
                     mbarrier.wait(q_full.index(place), (asked // 2) & 1)
-                    acc, best, weight, done, laps = _far(
+                    acc, best, weight, done, laps = attend_far(
                         HALF, q, k_all, v_all, v_one, full, free, turns, q_free.index(place),
                         blocks, done, laps, reach, lowest, size + recent, factor, ROWS, BLOCK,
-                        M * D, STAGES, 1, RAGGED, DTYPE,
+                        M * D, STAGES, 1, RAGGED, False, 0, DTYPE,
                     )  # fmt: skip
                     part, other = halves(acc, M, one)
                     asked += 1
@@ -236,8 +155,6 @@ def _fetch(
     HAS_IDS: gl.constexpr,
 ):  # fmt: skip
     """Take items from the list and bring their Q, K and V to shared memory."""
-    K_BYTES: gl.constexpr = BLOCK * D * 2
-    V_BYTES: gl.constexpr = M * K_BYTES
     done = 0
     asked = 0
     turn = 0
@@ -266,49 +183,21 @@ def _fetch(
         for member in gl.static_range(1, M):
             lanes += (gl.load(head_ptr + pair * M + member) >= 0).to(gl.int32)
         mbarrier.wait(item_free, (turn & 1) ^ 1)
-        tell(item_buf, 0, 1)
-        tell(item_buf, 1, row)
-        tell(item_buf, 2, pair)
-        tell(item_buf, 3, first)
-        tell(item_buf, 4, blocks)
-        tell(item_buf, 5, lanes)
-        tell(item_buf, 6, begin)
-        tell(item_buf, 7, queries)
-        barrier()
+        tell(item_buf, (1, row, pair, first, blocks, lanes, begin, queries))
         mbarrier.arrive(item_full, count=1)
         turn += 1
         if blocks > 0:
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer,
+            fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer,
                            gl.load(query_ptr + pair), begin + first, ROWS)  # fmt: skip
             asked += 1
-            key = gl.load(key_ptr + pair)
-            for i in range(0, blocks + 1):
-                stage = (done + i) % STAGES
-                n = far + (blocks - 1 - i) * BLOCK
-                bar = full.index(stage)
-                mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
-                has_k = i < blocks
-                has_v = i > 0
-                is_one = lanes == 1
-                mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
-                mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
-                mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
-                mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
-                _fetch_block(
-                    k_tiles, k_bufs, bar, stage, outer, key, n, size, work_ptr, 0, 0, 1, has_k,
-                    BLOCK, D, 0,
-                )  # fmt: skip
-                for member in gl.static_range(M):
-                    # lanes without a member read any head, unused, but where there is one alone
-                    place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
-                    _fetch_block(
-                        v_tiles, v_bufs, bar, stage, outer, place, n + BLOCK, size, work_ptr, 0,
-                        member, M, has_v & ((lanes > 1) | (member == 0)), BLOCK, D, 0,
-                    )  # fmt: skip
-            done += blocks + 1
+            done = fetch_far(
+                k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair,
+                gl.load(key_ptr + pair), far, blocks, lanes, size, value_ptr, work_ptr, 0,
+                BLOCK, D, M, STAGES, 0, 0,
+            )  # fmt: skip
         for member in range(0, lanes):
             head = gl.load(head_ptr + pair * M + member)
-            _fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer, head, begin + first, ROWS)
+            fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer, head, begin + first, ROWS)
             asked += 1
             done = fetch_local(
                 local_k_tiles, local_v_tiles, k_one, v_one, full, free, done, outer,
@@ -316,25 +205,7 @@ def _fetch(
                 BLOCK, D, M, STAGES, SINKS,
             )  # fmt: skip
         item = gl.atomic_add(next_ptr, 1)
-    # the end of the list, for the halves
-    mbarrier.wait(item_free, (turn & 1) ^ 1)
-    tell(item_buf, 0, 0)
-    barrier()
-    mbarrier.arrive(item_full, count=1)
-
-
-@gluon.jit
-def _fetch_queries(
-    tiles, bufs, full, free, asked, outer, head, token, ROWS: gl.constexpr
-):  # fmt: skip
-    """Bring both halves' Q of a head to one of two places."""
-    place = asked % 2
-    mbarrier.wait(free.index(place), ((asked // 2) & 1) ^ 1)
-    bar = full.index(place)
-    mbarrier.expect(bar, 2 * tiles.block_type.nbytes)
-    for half in gl.static_range(2):
-        at = [outer, head, token + half * ROWS, 0]
-        _fetch_tile(tiles, at, bar, bufs.index(place * 2 + half))
+    finish(item_buf, item_full, item_free, turn)
 
 
 @gluon.jit(
@@ -360,36 +231,12 @@ def prefill_window(
     without context are packed, and the list is `hopper_work.plan`'s.
     """
     DTYPE: gl.constexpr = q_tiles.dtype
-    q_shape: gl.constexpr = [4] + q_tiles.block_type.shape  # noqa: RUF005
-    q_bufs = gl.allocate_shared_memory(DTYPE, q_shape, q_tiles.layout)
-    k_shape: gl.constexpr = [STAGES] + k_tiles.block_type.shape  # noqa: RUF005
-    k_bufs = gl.allocate_shared_memory(DTYPE, k_shape, k_tiles.layout)
-    v_shape: gl.constexpr = [STAGES * M] + v_tiles.block_type.shape  # noqa: RUF005
-    v_bufs = gl.allocate_shared_memory(DTYPE, v_shape, v_tiles.layout)
-    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    k_all = reinterpret(k_bufs, DTYPE, [STAGES, BLOCK, D], flat)
-    v_all = reinterpret(v_bufs, DTYPE, [STAGES, BLOCK, M * D], flat)
-    v_one = reinterpret(v_bufs, DTYPE, [STAGES * M, BLOCK, D], flat)
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    item_buf = gl.allocate_shared_memory(gl.int32, [FIELDS, 1], shared)
-    item_full = gl.allocate_shared_memory(gl.int64, [1], bar)
-    item_free = gl.allocate_shared_memory(gl.int64, [1], bar)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
-    mbarrier.init(item_full, count=1)
-    mbarrier.init(item_free, count=2)  # both halves have to be through
-    for place in gl.static_range(2):
-        mbarrier.init(turns.index(place), count=1)
-        mbarrier.init(q_full.index(place), count=1)
-        mbarrier.init(q_free.index(place), count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
-    fence_async_shared()
+    q_bufs, k_bufs, v_bufs, k_all, v_all, v_one = buffers(
+        q_tiles, k_tiles, v_tiles, 4, STAGES, BLOCK, D, M
+    )
+    item_buf, item_full, item_free, q_full, q_free, full, free, turns = barriers(
+        FIELDS, STAGES, True
+    )
     if not HAS_OFFSET:
         offset_ptr = work_ptr
     if not HAS_IDS:

@@ -16,11 +16,11 @@ from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper import prefill_hopper
-from chai_attention.ops.triton.hopper_local import SINKS_MOST
+from chai_attention.ops.triton.hopper_local import BOX, SINKS_MOST
 from chai_attention.ops.triton.hopper_paged_window import (
     prefill_paged_window as _prefill_paged_window,
 )
-from chai_attention.ops.triton.hopper_pages import BOX, COLUMNS
+from chai_attention.ops.triton.hopper_pages import COLUMNS
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan
 from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for

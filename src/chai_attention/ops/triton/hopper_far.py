@@ -1,0 +1,167 @@
+"""Far keys in prefill with an exact window on Hopper GPUs: how they come, and attention to them.
+
+`hopper_window` and `hopper_paged_window` begin with this part. It is that of `hopper`, but the last
+block may be one half's alone, and its Q, K and V come for one member where a tile has no more.
+"""
+
+# Kernels are Triton's language in Python's syntax: only their launchers have types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+from chai_attention.ops.triton.hopper import _softmax, _step
+from chai_attention.ops.triton.hopper_fetch import _fetch_block, _fetch_tile, release
+from chai_attention.ops.triton.hopper_local import blank, blank_boxes, leave
+
+
+@gluon.jit
+def block_at(i, blocks, LOW: gl.constexpr):
+    """Which far block comes i-th: the last one, then backwards.
+
+    Masked ones come first: where queries see no keys before LOW, block 0 is the second.
+    """
+    n = blocks - 1 - i
+    if LOW > 0:
+        n = gl.where(i == 0, n, gl.where(i == 1, 0, n + 1))
+    return n
+
+
+@gluon.jit
+def attend_far(
+    HALF: gl.constexpr, q, k_all, v_all, v_one, full, free, turns, q_done, blocks, done, laps,
+    reach, lowest, there, factor,
+    ROWS: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    EACH: gl.constexpr, RAGGED: gl.constexpr, PAGED: gl.constexpr, LOW: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """A half's far keys, of which each query sees those up to ``reach``, at least ``lowest``.
+
+    RAGGED: behind the first ``there`` keys stand those of other sequences, or anything. PAGED:
+    queries see keys from LOW on, and blocks come as `block_at` says.
+    """
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(0, output, 2)
+    by_row: gl.constexpr = gl.SliceLayout(1, scores)
+    by_key: gl.constexpr = gl.SliceLayout(0, scores)
+    zero = gl.full([ROWS, BLOCK], 0.0, gl.float32, layout=scores)
+    best = gl.full([ROWS], float("-inf"), gl.float32, layout=by_row)
+    weight = gl.full([ROWS], 0.0, gl.float32, layout=by_row)
+    acc = gl.full([ROWS, WIDTH], 0.0, gl.float32, layout=output)
+    every = blocks
+    if HALF == 0:
+        # the last block may be the other half's alone
+        for _ in range(0, gl.where((blocks - 1) * BLOCK > lowest + ROWS - 1, 1, 0)):
+            if blocks > 1:
+                leave(full, free, done, STAGES)
+                mbarrier.wait(turns.index(0), (laps & 1) ^ 1)
+                mbarrier.arrive(turns.index(1), count=1)
+                laps += 1
+                done += 1
+                blocks -= 1
+    # every query sees the first `whole` blocks whole; not the last block, which is masked even
+    # where it need not be
+    whole = gl.minimum(gl.maximum(lowest + 1, 0) // BLOCK, blocks - 1)
+    stage = done % STAGES
+    mbarrier.wait(full.index(stage), (done // STAGES) & 1)
+    s = warpgroup_mma(q, k_all.index(stage).permute([1, 0]), zero, use_acc=False)
+    left = every - blocks  # by this half
+    last = (blocks - 1) * BLOCK
+    if PAGED:
+        last = block_at(left, every, LOW) * BLOCK
+    at = last + gl.arange(0, BLOCK, layout=by_key)
+    p, _old, best, weight = _softmax(s, best, weight, factor, at, reach, True, LOW)
+    p16 = gl.convert_layout(p.to(DTYPE), weights)
+    release(free.index(stage))
+    stage = (done + 1) % STAGES
+    mbarrier.wait(full.index(stage), ((done + 1) // STAGES) & 1)
+    if RAGGED:  # noqa: SIM102 - known when compiled
+        if last + BLOCK > there:
+            for part in gl.static_range(WIDTH // v_one.shape[2]):
+                v = v_one.index(stage * (v_one.shape[0] // STAGES) + part)
+                if PAGED:
+                    blank_boxes(v, 0, there - last)
+                else:
+                    blank(v, 0, there - last)
+    masked = blocks - whole
+    if PAGED:
+        masked = gl.minimum(blocks, masked + (1 if LOW > 0 else 0))
+    for n in range(1, masked):
+        acc, p16, best, weight = _step(
+            HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
+            block_at(left + n, every, LOW) * BLOCK if PAGED else last - n * BLOCK, reach, factor,
+            ROWS, BLOCK, STAGES, True, DTYPE, EACH, LOW,
+        )  # fmt: skip
+        laps += 1
+    for n in range(masked, blocks):
+        acc, p16, best, weight = _step(
+            HALF, q, k_all, v_all, full, free, turns, acc, p16, best, weight, laps, done + n,
+            0, reach, factor, ROWS, BLOCK, STAGES, False, DTYPE, EACH,
+        )  # fmt: skip
+        laps += 1
+    release(q_done)
+    stage = (done + blocks) % STAGES
+    acc = warpgroup_mma(p16, v_all.index(stage * EACH), acc)
+    release(free.index(stage))
+    return acc, best, weight, done + blocks + 1, laps
+
+
+@gluon.jit
+def fetch_far(
+    k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair, key, begin, blocks, lanes,
+    size, value_ptr, table_ptr, stride_table,
+    BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    LOW: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Bring the blocks that `attend_far` takes; the number of stages so far.
+
+    A stage holds K of one block and V of the block before, of ``lanes`` members.
+    """
+    K_BYTES: gl.constexpr = BLOCK * D * 2
+    V_BYTES: gl.constexpr = M * K_BYTES
+    for i in range(0, blocks + 1):
+        stage = (done + i) % STAGES
+        n = begin + (blocks - 1 - i) * BLOCK
+        bar = full.index(stage)
+        mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
+        has_k = i < blocks
+        has_v = i > 0
+        is_one = lanes == 1
+        mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
+        mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
+        mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
+        mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
+        _fetch_block(
+            k_tiles, k_bufs, bar, stage, outer, key,
+            block_at(i, blocks, LOW) * BLOCK if PAGE > 0 else n,
+            size, table_ptr, stride_table, 0, 1, has_k, BLOCK, D, PAGE,
+        )  # fmt: skip
+        for member in gl.static_range(M):
+            # lanes without a member read any head, unused, but where there is one alone
+            place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
+            _fetch_block(
+                v_tiles, v_bufs, bar, stage, outer, place,
+                block_at(i - 1, blocks, LOW) * BLOCK if PAGE > 0 else n + BLOCK,
+                size, table_ptr, stride_table, member, M,
+                has_v & ((lanes > 1) | (member == 0)), BLOCK, D, PAGE,
+            )  # fmt: skip
+    return done + blocks + 1
+
+
+@gluon.jit
+def fetch_queries(
+    tiles, bufs, full, free, asked, outer, head, token, ROWS: gl.constexpr
+):  # fmt: skip
+    """Bring both halves' Q of a head to one of two places."""
+    place = asked % 2
+    mbarrier.wait(free.index(place), ((asked // 2) & 1) ^ 1)
+    bar = full.index(place)
+    mbarrier.expect(bar, 2 * tiles.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = [outer, head, token + half * ROWS, 0]
+        _fetch_tile(tiles, at, bar, bufs.index(place * 2 + half))
