@@ -9,8 +9,9 @@ from chai_attention.calibration.pairs import bands_of, gradient_costs, value_cos
 from chai_attention.calibration.statistics import GramStatistics, observe
 from chai_attention.evaluation.head_sums import HeadSums
 from chai_attention.evaluation.map_pictures import MapPictures
-from chai_attention.integrations.transformers import logits, plain
+from chai_attention.integrations.transformers import logits
 from chai_attention.integrations.transformers.intervene import LayerCall
+from chai_attention.ops import reference_backend
 from largest_tensor import largest_tensor
 from tiny_models import tiny_model
 
@@ -142,7 +143,7 @@ def test_a_models_evidence_makes_nothing_that_grows_with_the_square_of_the_lengt
     """Forward and backward, loss included; of Gemma 2's sliding layers a mask for all heads."""
     size, exact = 900, [ExactWindow(4, 2), ExactWindow(64, 2)]
     monkeypatch.setattr(pairs, "SCORES", 60_000)
-    monkeypatch.setattr(plain, "SCORES", 60_000)
+    monkeypatch.setattr(reference_backend, "SCORES", 60_000)
     monkeypatch.setattr(logits, "LOGITS", 60_000)
     monkeypatch.setattr(backward, "KEEP_BYTES", keep)
     model, ids = tiny_model(family), torch.randint(3, 97, (1, size))

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel, Stat
 
 from chai_attention.benchmarking.correctness import relative_error
 from chai_attention.errors import UnsupportedModelError
+from chai_attention.integrations.transformers.graphs import captured, capturing
 
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -152,21 +153,8 @@ class PlainStep:
     def _capture(self, token: Tensor) -> None:
         """Record a step; what it writes on the way is overwritten by the real one."""
         self._ids, self._positions = token.clone(), torch.full_like(token, self._count)
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                self._forward()
-                rewind(self._cache, self._count)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, stream=stream):
-                self._logits = self._forward()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"a step of {type(self._model).__name__} cannot be captured in a graph: {error}"
-            ) from error
+        with capturing(f"a step of {type(self._model).__name__}"):
+            graph, self._logits = captured(self._forward, lambda: rewind(self._cache, self._count))
         rewind(self._cache, self._count)
         self._graph = graph
 

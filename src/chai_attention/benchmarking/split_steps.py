@@ -21,6 +21,7 @@ from chai_attention.benchmarking.plain_steps import moved, rewind, step_mask
 from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import StaticClusteredCache
+from chai_attention.integrations.transformers.graphs import capturing
 from chai_attention.integrations.transformers.modules import decoder_layers
 
 Forward = Callable[..., Any]
@@ -97,15 +98,9 @@ class SplitStep:
         self._rewind()
         if self._is_clustered:
             self._cache.begin(None, len(self._cache.layers))
-        try:
+        with capturing(f"layers of {type(self._model).__name__}"):
             for run in self._runs:
                 run.capture()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"layers of {type(self._model).__name__} cannot be captured in a graph: {error}"
-            ) from error
         self._rewind()
         self._captured = True
 
@@ -178,14 +173,11 @@ class _Run:
     def capture(self) -> None:
         """Record the graph."""
         self._graph = torch.cuda.CUDAGraph()
-        with self._on_device():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.graph(self._graph, stream=stream):
-                (hidden, *rest), options = self._inputs
-                for forward in self._forwards:
-                    out = forward(hidden, *rest, **options)
-                    hidden = out[0] if isinstance(out, tuple) else out
+        with self._on_device(), torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
+            (hidden, *rest), options = self._inputs
+            for forward in self._forwards:
+                out = forward(hidden, *rest, **options)
+                hidden = out[0] if isinstance(out, tuple) else out
         self._out = out
 
     def replay(self, place: int, hidden: Tensor, *rest: Any, **options: Any) -> Any:

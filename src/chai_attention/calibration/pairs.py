@@ -24,7 +24,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.transformers.room import ROWS, SCORES
+from chai_attention.integrations.transformers.room import ROWS
+from chai_attention.ops.reference_backend import SCORES
 
 ALIGNED = 16  # queries of a block are a multiple of this, where there are so many
 

@@ -14,7 +14,7 @@ from chai_attention.integrations.transformers.logits import (
     summed_loss,
     token_losses,
 )
-from chai_attention.ops import cpu_attention
+from chai_attention.ops import cpu_attention, reference_backend
 from largest_tensor import largest_tensor
 from tiny_models import CONFIGS, tiny_model
 
@@ -186,7 +186,7 @@ def test_batches_of_long_windows_are_smaller_everywhere(monkeypatch):
 @pytest.mark.parametrize("scores", [1, 999, 2000])
 def test_capped_scores_of_blocks_are_those_of_all_queries(scores, grad, monkeypatch):
     """Gemma 2's attention, which no fused kernel computes: a mask, or none, and gradients."""
-    monkeypatch.setattr(plain, "SCORES", 1 << 27)
+    monkeypatch.setattr(reference_backend, "SCORES", 1 << 27)
     model, ids = tiny_model("gemma2"), tokens(29)
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(grad)
 
@@ -197,13 +197,13 @@ def test_capped_scores_of_blocks_are_those_of_all_queries(scores, grad, monkeypa
 
     with capture(model, lambda call, out: None), torch.set_grad_enabled(grad):
         want = run()
-        monkeypatch.setattr(plain, "SCORES", scores)
+        monkeypatch.setattr(reference_backend, "SCORES", scores)
         got = run()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_capped_scores_of_a_whole_text_are_never_made(monkeypatch):
-    monkeypatch.setattr(plain, "SCORES", 20_000)
+    monkeypatch.setattr(reference_backend, "SCORES", 20_000)
     query = torch.randn(1, 4, 300, 8, requires_grad=True)
     key = torch.randn(1, 2, 300, 8)
     with largest_tensor() as made:

@@ -10,8 +10,8 @@ launched by Python, and takes minutes where a capture takes two decode steps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,38 @@ _KNOWN = frozenset((
     "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "return_dict",
     "logits_to_keep", "cache_position",
 ))  # fmt: skip
+
+
+@contextmanager
+def capturing(what: str, advice: str = "") -> Iterator[None]:
+    """Capture something inside the block.
+
+    Raises:
+        UnsupportedModelError: it cannot be captured in a CUDA graph.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{what} cannot be captured in a CUDA graph ({error}){advice}"
+        ) from error
+
+
+def captured(
+    step: Callable[[], Tensor], rewind: Callable[[], None]
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Run ``step`` once, which compiles kernels and makes tables, ``rewind`` and capture it."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        rewind()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        made = step()
+    return graph, made
 
 
 class DecodeGraph:
@@ -150,28 +182,14 @@ class DecodeGraph:
             self._ids = input_ids.clone()
             self._positions = torch.full_like(self._ids, count)
         self._mask = self.cache.whole_mask(self._ids)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
         self.cache.keeps_padding = True
+        advice = ": pass disable_compile=True to generate(), or call the model itself"
         try:
-            with torch.cuda.stream(stream):
-                self._forward()  # compiles kernels, makes tables that are made once
-                self.cache.rewind(count)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, stream=stream):
-                logits = self._forward()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"a decode step of {type(self.model).__name__} cannot be captured in a CUDA graph "
-                f"({error}): pass disable_compile=True to generate(), or call the model itself"
-            ) from error
+            with capturing(f"a decode step of {type(self.model).__name__}", advice):
+                graph, self._logits = captured(self._forward, lambda: self.cache.rewind(count))
         finally:
             self.cache.keeps_padding = False
             self.cache.rewind(count)
-        self._logits = logits
         self._parameters = list(self.model.parameters())
         self._state = self._now()
         self._graph = graph

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from chai_attention.integrations.transformers.room import SCORES
+from chai_attention.ops.reference_backend import queries_at_once
 
 
 def plain_attention(
@@ -42,7 +42,7 @@ def plain_attention(
     group = query.shape[1] // key.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
     (batch, heads, queries, _), size = query.shape, key.shape[2]
-    step = max(1, SCORES // (batch * heads * size))
+    step = queries_at_once(batch, heads, size)
     parts = []
     for start in range(0, queries, step):
         rows = slice(start, min(start + step, queries))

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from chai_attention.integrations.transformers.logits import LOGITS
+from chai_attention.ops.reference_backend import SCORES
 
 ACTIVATIONS = 40  # of a layer and token, in hidden sizes, roughly
 ROWS = 256  # queries whose attention maps exist at a time, at most
-SCORES = 2**28  # scores of all heads that do, at most: 1 GB in float32
 MAPS = 5  # of them, roughly: scores, weights, slopes, workspaces
 WIDEST = 16  # a file of 2-bit weights becomes so much larger in float32
 
