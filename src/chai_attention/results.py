@@ -103,6 +103,11 @@ def verified(data: Any, version: int, *, signed: bool = False) -> dict[str, Any]
     return body
 
 
+def problem_of(error: Exception) -> str:
+    """What an error says of a file's contents; a KeyError says only the key."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
 def require_same(
     path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], error: type[ChaiError]
 ) -> None:
@@ -216,9 +221,8 @@ class RowFile(Generic[Row]):
             body = verified(data, cls.version)
             return dict(body["about"]), [cls.parse(item) for item in body[cls.rows]]
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise cls.error(
-                f"{path} is no file of {cls.what} of this release ({reason}): {remedy}"
+                f"{path} is no file of {cls.what} of this release ({problem_of(error)}): {remedy}"
             ) from error
 
     def get(self, key: str) -> Row | None:

@@ -27,7 +27,7 @@ from chai_attention.calibration.text_files import (
     reason_of,
     records_of,
 )
-from chai_attention.calibration.token_text import TokenText
+from chai_attention.calibration.token_text import TokenText, drawn
 from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.hub import require_dataset
 from chai_attention.integrations.transformers.devices import input_device
@@ -209,13 +209,7 @@ def windows_of(
         return found.sequences(samples, length, seed)
     if texts.ndim != 2 or texts.shape[1] < length or not len(texts) or texts.dtype != torch.long:
         raise CalibrationError(f"sequences must be a [N, {length}] int64 tensor of token ids")
-    sequences = texts[:, :length]
-    if len(sequences) > samples:
-        generator = torch.Generator().manual_seed(seed)
-        sequences = sequences[
-            torch.randperm(len(sequences), generator=generator)[:samples].sort().values
-        ]
-    return sequences
+    return texts[drawn(len(texts), samples, seed), :length]
 
 
 def as_tokens(texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenText:

@@ -86,10 +86,7 @@ class TokenText:
                 f"calibration needs at least {max(room, 1)} tokens of text (--length), "
                 f"this text has {len(self)}"
             )
-        chosen = torch.arange(count)
-        if count > samples:
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randperm(count, generator=generator)[:samples].sort().values
+        chosen = drawn(count, samples, seed)
         ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         shares = chosen.tensor_split(torch.searchsorted(chosen, ends)[:-1])
         starts = [0, *ends.tolist()[:-1]]
@@ -116,3 +113,11 @@ class TokenText:
             if not alone:
                 rest = span[whole:]
         return parts
+
+
+def drawn(total: int, most: int, seed: int) -> Tensor:
+    """Numbers below ``total``, ascending: all, or ``most`` of them that the seed decides."""
+    if total <= most:
+        return torch.arange(total)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[:most].sort().values

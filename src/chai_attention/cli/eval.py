@@ -216,7 +216,7 @@ def eval_command(
             loaded,
             tokenizer,
             what,
-            prepare(loaded, tokenizer, calibration, bar.tell)
+            partial(prepare, loaded, tokenizer, calibration, bar.tell)
             if served is None
             else served.comparators,
             processes=Processes(jobs, load) if jobs > 1 else None,

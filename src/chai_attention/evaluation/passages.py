@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
+from chai_attention.calibration.token_text import drawn
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")
 _LAST = re.compile(r"(?P<word>[A-Za-z]{3,})[.!?][\"')\]]*")
@@ -38,10 +38,7 @@ def last_word_items(texts: Sequence[str], *, count: int, seed: int = 0) -> list[
             if end is not None:
                 index, word = end
                 items.append({"text": " ".join([*words[:index], word])})
-    if len(items) > count:
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-        items = [items[index] for index in sorted(order[:count].tolist())]
-    return items
+    return [items[index] for index in drawn(len(items), count, seed).tolist()]
 
 
 def _end(words: Sequence[str]) -> tuple[int, str] | None:

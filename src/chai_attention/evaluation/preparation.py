@@ -99,35 +99,26 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
     progress: Progress,
-) -> Callable[[Sequence[str]], Mapping[str, Comparator]]:
-    """Return what `evaluate` calls to have comparators made and fitted.
+    names: Sequence[str],
+) -> Mapping[str, Comparator]:
+    """Make comparators, and fit those that need it.
 
     Text is read, and windows are written by the model, only when one of them may learn from it.
 
     Raises:
-        EvaluationError: when called, for "profile" without a profile.
-        CalibrationError: when called, for text that cannot be used.
+        EvaluationError: "profile" without a profile.
+        CalibrationError: text that cannot be used.
     """
+    from chai_attention.evaluation.comparators import registry
 
-    def make(names: Sequence[str]) -> Mapping[str, Comparator]:
-        from chai_attention.evaluation.comparators import registry
-
-        tokens: list[Tensor] = []
-        if set(names) - {MHA, PROFILE}:
-            length = sequence_length(model, length=calibration.length)
-            windows, _ = mixed_sequences(
-                calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
-            )
-            tokens = list(windows)
-        return registry.comparators(
-            names,
-            model=model,
-            tokens=tokens,
-            profile=calibration.profile,
-            save=calibration.save,
-            seed=calibration.seed,
-            tokenizer=tokenizer,
-            progress=progress,
+    tokens: list[Tensor] = []
+    if set(names) - {MHA, PROFILE}:
+        length = sequence_length(model, length=calibration.length)
+        windows, _ = mixed_sequences(
+            calibration.sources, model, tokenizer, calibration.samples, length, calibration.seed
         )
-
-    return make
+        tokens = list(windows)
+    return registry.comparators(
+        names, model=model, tokens=tokens, profile=calibration.profile, save=calibration.save,
+        seed=calibration.seed, tokenizer=tokenizer, progress=progress,
+    )  # fmt: skip

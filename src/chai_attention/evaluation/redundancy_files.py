@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_attention.errors import ChaiError
-from chai_attention.results import from_json, verified, write_result
+from chai_attention.results import from_json, problem_of, verified, write_result
 
 SCHEMA_VERSION = 1
 KIND = "redundancy"
@@ -149,9 +149,8 @@ def parse_redundancy(data: Any, path: Path) -> Redundancy:
         study = from_json(Redundancy, data)
         _check(study)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RedundancyError(
-            f"{path} is no redundancy study of this release ({reason}): make it again"
+            f"{path} is no redundancy study of this release ({problem_of(error)}): make it again"
         ) from error
     if not study.layers:
         raise RedundancyError(f"{path} holds no layer: make it again")

@@ -23,7 +23,7 @@ from chai_attention.reports.page_profile import explorer_profile, profile_sectio
 from chai_attention.reports.page_quality import FRONTIER_OF, eval_section, frontier_section
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
-from chai_attention.results import read_result, verified
+from chai_attention.results import problem_of, read_result, verified
 
 _COMMANDS = "chai calibrate, chai eval, chai frontier, chai bench --out or chai redundancy"
 
@@ -108,8 +108,7 @@ def files_of(runs: Sequence[Path]) -> list[Path]:
 
 def broken(name: str | Path, error: Exception) -> str:
     """What to say of a file whose contents cannot be shown."""
-    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return f"{name} is damaged, or another release wrote it ({reason}): make it again"
+    return f"{name} is damaged, or another release wrote it ({problem_of(error)}): make it again"
 
 
 # what contents of another form end in: a report is made of whatever a file holds

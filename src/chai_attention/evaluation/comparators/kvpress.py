@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import ceil
@@ -72,7 +72,9 @@ class Press(Comparator):
         self._check(model)
         with ExitStack() as hooks:
             for layer, module in attention_modules(model).items():
-                hook = module.register_forward_hook(self._compress_layer(layer), with_kwargs=True)
+                hook = module.register_forward_hook(
+                    partial(self._compress, layer), with_kwargs=True
+                )
                 hooks.callback(hook.remove)
             yield
 
@@ -93,28 +95,25 @@ class Press(Comparator):
                 f"{type(model).__name__}: leave {self.name} out of the comparison"
             )
 
-    def _compress_layer(self, layer: int) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-        ) -> None:
-            filled = kwargs.get("past_key_values")
-            if filled is None:
-                return
-            held = filled.layers[layer]
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            tokens = held.keys.shape[2]
-            if tokens != hidden.shape[1]:  # the prompt has been compressed before
-                return
-            press = self.press_for(tokens, held.keys.shape[3])
-            seen = {
-                "hidden_states": hidden,
-                "position_embeddings": kwargs["position_embeddings"],
-            }
-            held.keys, held.values = press.compress(
-                module, hidden, held.keys, held.values, None, seen
-            )
-
-        return hook
+    def _compress(
+        self,
+        layer: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+    ) -> None:
+        filled = kwargs.get("past_key_values")
+        if filled is None:
+            return
+        held = filled.layers[layer]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        tokens = held.keys.shape[2]
+        if tokens != hidden.shape[1]:  # the prompt has been compressed before
+            return
+        press = self.press_for(tokens, held.keys.shape[3])
+        seen = {"hidden_states": hidden, "position_embeddings": kwargs["position_embeddings"]}
+        held.keys, held.values = press.compress(module, hidden, held.keys, held.values, None, seen)
 
 
 class Think(Press):
