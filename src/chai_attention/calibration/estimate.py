@@ -84,7 +84,9 @@ def estimate(
     measured = chosen.holds_out
     held_out, longer = request.held_out if measured else 0, None
     if any(source.name == SELF for source in request.sources):
-        seconds["text that the model writes"] = _writing(model, request, samples + held_out, length)
+        seconds["text that the model writes"] = _writing(
+            model, request, samples + held_out, length, chosen.seed
+        )
         sequences = _stand_in(model, length)
         if files := [source for source in request.sources if source.name != SELF]:
             replace(request, sources=files).read(model, tokenizer, chosen, progress)
@@ -93,7 +95,9 @@ def estimate(
         sequences, samples = data.sequences[:BATCH_SIZE], len(data.sequences)
         held_out = 0 if data.held_out is None else len(data.held_out)
         longer = data.longer
-    _begin_memory(model)
+    for device in devices_of(model):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     clock = _Clock(progress)
     for part in (sequences[:1], sequences):  # the first pays for one-time set-up
         clock.reset()
@@ -157,14 +161,16 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _writing(model: PreTrainedModel, request: TextRequest, sequences: int, length: int) -> float:
+def _writing(
+    model: PreTrainedModel, request: TextRequest, sequences: int, length: int, seed: int
+) -> float:
     """Seconds that the model needs to write its share of the sequences."""
     weights = {source.name: source.weight for source in request.sources}
     share = sequences * weights[SELF] / sum(weights.values())
     rows = max(1, min(rows_at_once(WRITTEN_AT_ONCE, length), round(share)))
     tokens = min(WRITTEN, length)
-    self_text(model, 1, 2, seed=request.seed)
-    spent = _seconds(lambda: self_text(model, rows, tokens, seed=request.seed))
+    self_text(model, 1, 2, seed=seed)
+    spent = _seconds(lambda: self_text(model, rows, tokens, seed=seed))
     return spent * -(-share // rows) * (length - 1) / max(1, tokens - 1)
 
 
@@ -178,12 +184,6 @@ def _stand_in(model: PreTrainedModel, length: int) -> Tensor:
 def _finish_work() -> None:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         torch.cuda.synchronize(index)
-
-
-def _begin_memory(model: PreTrainedModel) -> None:
-    for device in devices_of(model):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
 
 def _memory(model: PreTrainedModel) -> int:

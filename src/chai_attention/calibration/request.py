@@ -50,7 +50,6 @@ class TextRequest:
         samples: sequences to learn from; None for the cost's usual number.
         held_out: further sequences to measure a loss on.
         length: tokens per sequence; None for what the settings and the model make of it.
-        seed: which sequences.
         probe_from: where the probe tokens begin: "start", or "content" after a chat template.
     """
 
@@ -58,14 +57,13 @@ class TextRequest:
     samples: int | None = None
     held_out: int = HELD_OUT
     length: int | None = None
-    seed: int = 0
     probe_from: str = START
 
-    def check(self) -> None:
-        """Raise `CalibrationError` for what can be seen without a model."""
+    def check(self, seed: int) -> None:
+        """Raise `CalibrationError` for what can be seen without a model, such as this seed."""
         if self.probe_from not in (START, CONTENT):
             raise CalibrationError(f"--probe-from is start or content, not {self.probe_from!r}")
-        check_numbers(1 if self.samples is None else self.samples, self.seed)
+        check_numbers(1 if self.samples is None else self.samples, seed)
         for source in self.sources:
             check_source(source.name)
 
@@ -73,15 +71,15 @@ class TextRequest:
         """Sequences to learn from, with these settings."""
         return usual_samples(chosen) if self.samples is None else self.samples
 
-    def about(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What identifies the text and the model, to the bit."""
+    def about(self, model: PreTrainedModel, seed: int) -> dict[str, Any]:
+        """What identifies the sequences and the model, to the bit."""
         packages = ("chai-attention", "torch", "transformers")
         return {
             "weights": weights_digest(model),
             "dtype": str(model.dtype),
             "device": input_device(model).type,
             "text": [[s.name, s.weight, file_digest(s.name)] for s in self.sources],
-            "sizes": [self.samples, self.held_out, self.length, self.seed],
+            "sizes": [self.samples, self.held_out, self.length, seed],
             "versions": {name: version(name) for name in packages},
         }
 
@@ -100,12 +98,12 @@ class TextRequest:
     def settle(
         self, settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> Resolved:
-        """Resolve settings for a model and this text, and find where its probe tokens begin.
+        """Resolve settings for a model, and find where its probe tokens begin.
 
         Raises:
             CalibrationError: options that contradict each other, or no chat template.
         """
-        chosen = replace(settings.resolve(describe(model)), seed=self.seed)
+        chosen = settings.resolve(describe(model))
         if self.probe_from == CONTENT:
             chosen = replace(chosen, probe_start=template_tokens(tokenizer))
         return chosen
@@ -129,13 +127,13 @@ class TextRequest:
         written = any(source.name == SELF for source in self.sources)
         times = [] if written or not chosen.holds_out else stretches(model, chosen, length)
         texts = read_sources(
-            self.sources, tokenizer, samples + held_out, length, self.seed,
+            self.sources, tokenizer, samples + held_out, length, chosen.seed,
             longest=length * max([1, *times]), progress=progress,
         )  # fmt: skip
 
         def read(samples: int, length: int) -> tuple[Tensor, Tensor]:
             return mixed_sequences(
-                self.sources, model, tokenizer, samples, length, self.seed,
+                self.sources, model, tokenizer, samples, length, chosen.seed,
                 texts=texts, kept=kept, progress=progress,
             )  # fmt: skip
 
@@ -169,7 +167,7 @@ def calibrate_on(
     Raises:
         CalibrationError: as `calibrate`, and for text that cannot be had.
     """
-    file = None if evidence is None else EvidenceFile(evidence, request.about(model))
+    file = None if evidence is None else EvidenceFile(evidence, request.about(model, settings.seed))
     try:
         chosen = request.settle(settings, model, tokenizer)
         data = request.read(model, tokenizer, chosen, progress, file)

@@ -217,13 +217,14 @@ def calibrate_command(
         recall=recall,
         max_recall_loss=options.share("--max-recall-loss", max_recall_loss),
         tensor_parallel=tensor_parallel,
+        seed=seed,
     )
     sources = parse_sources(named)
     options.keep_inputs([out], [model, device_map, *(source.name for source in sources)])
-    request = TextRequest(sources, samples, held_out, length, seed, probe_from)
+    request = TextRequest(sources, samples, held_out, length, probe_from)
     evidence = out.with_name(f"{out.name}{EVIDENCE}")
     # a missing file, or one in the way, should not wait for the model to load
-    request.check()
+    request.check(seed)
     check_place(evidence)
     if settings.refit not in (None, "none"):
         require_file(corrections_file(out), FileError)

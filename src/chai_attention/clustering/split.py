@@ -150,7 +150,8 @@ class _Heads:
         order = np.argsort(more, axis=1, kind="stable")
         place = np.arange(self.kv_heads)
         without_k = place < given_up[:, None]  # in that order
-        whole = np.where(without_k, np.take_along_axis(_rows(self.streamed, kept), order, 1), 0.0)
+        streamed = np.broadcast_to(self.streamed, kept.shape)
+        whole = np.where(without_k, np.take_along_axis(streamed, order, 1), 0.0)
         rest = np.where(without_k, np.take_along_axis(with_value, order, 1), 0.0)
         nothing = np.zeros((len(kept), 1))
         costs = np.concatenate([nothing, whole.cumsum(1)], 1)
@@ -271,11 +272,6 @@ def _greedy(part: _Heads) -> np.ndarray:
         seen.append(fewer)
         kept = fewer[costs.min(1).argmin()]
     return np.concatenate(seen)
-
-
-def _rows(row: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """A row as often as ``like`` has some."""
-    return np.broadcast_to(row, like.shape)
 
 
 def _checked(cost: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -70,7 +70,8 @@ class QuantisedClusteredLayer(ClusteredLayer):
         """Attend as `ClusteredLayer` does, over what dequantising gives."""
         for name, packed in self._packed.items():
             buffer = self._buffers[name]
-            buffer.replace(torch.cat([self._dequantise(packed), packed.rest], buffer.token_axis))
+            whole = self._quantiser.dequantize(packed.codes, packed.meta)
+            buffer.replace(torch.cat([whole, packed.rest], buffer.token_axis))
         out = super().attend(query, padding, scale, softcap)
         self._pack()
         return out
@@ -121,6 +122,3 @@ class QuantisedClusteredLayer(ClusteredLayer):
         meta["compute_dtype"] = states.dtype
         codes, meta = self._quantiser.cuda(codes, meta, device=states.device)
         return Packed(codes, meta, rest)
-
-    def _dequantise(self, packed: Packed) -> Tensor:
-        return self._quantiser.dequantize(packed.codes, packed.meta)
