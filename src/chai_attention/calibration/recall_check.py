@@ -81,7 +81,8 @@ class RecallCheck:
         fit = [a[0].float().mean().item() >= LEAST_RECALLED for a in answers]
         if not all(fit):
             told = [
-                f"{int(a[0].sum())} of {len(a[0])} ({_facts(task.facts)}, {task.length} tokens)"
+                f"{int(a[0].sum())} of {len(a[0])} ({task.facts} fact{'s' * (task.facts > 1)}, "
+                f"{task.length} tokens)"
                 for task, a, good in zip(self.tasks, answers, fit, strict=True)
                 if not good
             ]
@@ -138,10 +139,6 @@ class RecallCheck:
             found.append(answers)
             done += len(task.cases)
         return found
-
-
-def _facts(count: int) -> str:
-    return f"{count} fact{'s' * (count > 1)}"
 
 
 def recall_check(

@@ -38,10 +38,8 @@ def assign(gram: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> 
     """
     if target == SCORES:
         return kmeans(gram, clusters)
-    if target != K_BYTES:
-        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     gram = working_precision(gram)
-    return _kept_groups(squared_distances(gram), clusters, kv_heads, tie_scale(gram))
+    return _by_cost(squared_distances(gram), clusters, kv_heads, target, tie_scale(gram))
 
 
 def assign_by_cost(cost: Tensor, clusters: int, kv_heads: int, target: str = SCORES) -> Tensor:
@@ -59,17 +57,16 @@ def assign_by_cost(cost: Tensor, clusters: int, kv_heads: int, target: str = SCO
     Raises:
         ValueError: as `assign`.
     """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     cost = working_precision(cost)
     tie = TIE * cost.abs().amax((1, 2)).clamp_min(1e-30)
+    return _by_cost(cost, clusters, kv_heads, target, tie)
+
+
+def _by_cost(cost: Tensor, clusters: int, kv_heads: int, target: str, tie: Tensor) -> Tensor:
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
     if target == SCORES:
         return kmedoids(cost, cost.shape[-1], clusters, tie)
-    return _kept_groups(cost, clusters, kv_heads, tie)
-
-
-def _kept_groups(cost: Tensor, clusters: int, kv_heads: int, tie: Tensor) -> Tensor:
-    """Choose ``clusters / (H / G)`` K/V heads that keep their K."""
     group = cost.shape[-1] // kv_heads
     if clusters % group:
         raise ValueError(f"target k-bytes needs k to be a multiple of {group}, not {clusters}")

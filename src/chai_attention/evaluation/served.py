@@ -277,7 +277,8 @@ class ServedScorer(Scorer):
         """Let the model write, and score the answers that it did not write."""
         from chai_attention.integrations.lm_eval.scoring import recalled
 
-        engine = self._engine(longest_of(cases))
+        # the model reads all but the last token
+        engine = self._engine(max(len(case.prompt) + len(case.answer) for case in cases) - 1)
         asked = [(case.prompt.tolist(), len(case.answer)) for case in cases]
         written = engine.write(asked, lambda done: report(done, len(cases)))
         correct = torch.zeros(len(cases), dtype=torch.bool)
@@ -291,8 +292,3 @@ class ServedScorer(Scorer):
         for index, (value, _) in zip(wrong, engine.score(rows), strict=True):
             nll[index] = -value
         return recalled(cases, correct, nll)
-
-
-def longest_of(cases: Sequence[RecallCase]) -> int:
-    """Tokens that the model reads of the longest question and answer."""
-    return max(len(case.prompt) + len(case.answer) for case in cases) - 1

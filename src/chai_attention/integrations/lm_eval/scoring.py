@@ -64,7 +64,8 @@ def score_task(lm: ChaiLM, task: Task, limit: int | None = None) -> Scored:
         for key, value in found["results"][name].items()
         if isinstance(value, int | float) and "stderr" not in key and "," in key
     }
-    return Scored(kind, items, metrics, _mean_length(lm))
+    length = round(float(np.mean([sum(lengths) for lengths in lm.lengths.values()])))
+    return Scored(kind, items, metrics, length)
 
 
 def score_text(lm: ChaiLM, windows: Tensor) -> Scored:
@@ -149,7 +150,3 @@ def _number(value: float, item: int) -> float:
             f"the log-likelihood of item {item} is {value}: run the model in float32 or bfloat16"
         )
     return float(value)
-
-
-def _mean_length(lm: ChaiLM) -> int:
-    return round(float(np.mean([context + answer for context, answer in lm.lengths.values()])))

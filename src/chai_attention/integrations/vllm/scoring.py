@@ -174,7 +174,9 @@ class ScoringEngine:
             self._process.wait()
         self.kill()
         self._failed = True
-        said = answer.get("error") or f"its process ended ({_ending(self._process.returncode)})"
+        code = self._process.returncode
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        said = answer.get("error") or f"its process ended ({ended})"
         reason = reason_of(said, self.log.read_text(errors="replace"))
         raise EvaluationError(
             f"vLLM failed to {doing} ({self._what}): {reason}{_advice(reason)}; its log: {self.log}"
@@ -232,10 +234,6 @@ def _advice(reason: str) -> str:
     if not re.search(r"memory|KV cache|ended \(signal 9", reason):
         return ""
     return " (more GPUs: --tensor-parallel; fewer rows: --batch-size; or shorter texts)"
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
     added = [_PAGE, str(PAGE)] if package == "vllm" and not given.is_given(_PAGE) else []
     page = given.count(_PAGE, PAGE if added else 0) or None
     path = profile_path(model, profile)
-    check(model, path, given, page)
+    _check(model, path, given, page)
     additional["chai"] = {"profile": path}
     command = [sys.executable, "-m", *_SERVERS[str(package)], model]
     command += ["--attention-backend", "CUSTOM", _ADDITIONAL, json.dumps(additional)]
@@ -84,34 +84,6 @@ def profile_path(model: str, profile: str | None) -> str:
             f"{', '.join(PUBLISHED)}, or serve a folder that chai export wrote"
         )
     return model
-
-
-def check(model: str, profile: str, options: Options, page: int | None) -> ClusterProfile:
-    """Read the profile, and refuse what cannot work with it.
-
-    Args:
-        model: as vLLM takes it.
-        profile: of `profile_path`.
-        options: of the server.
-        page: tokens of a page; None where vLLM chooses.
-
-    Raises:
-        ChaiError: says in one line what to do.
-    """
-    chosen = ClusterProfile.resolve(profile)
-    asked = Asked.of_options(options)
-    refuse(asked, chosen)
-    backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
-        "backend"
-    )
-    if backend is not None and str(backend).upper() != "CUSTOM":
-        raise UnsupportedModelError(
-            f"clustered heads are an attention backend of their own: leave out {backend} "
-            "(--attention-backend, --attention-config)"
-        )
-    if not any(options.is_given(name) for name in _OTHER_CONFIG):
-        _check_model(model, chosen, options, asked, page)
-    return chosen
 
 
 def layers_of(
@@ -135,15 +107,34 @@ def layers_of(
     return layers
 
 
-def _check_model(
-    model: str, profile: ClusterProfile, options: Options, asked: Asked, page: int | None
-) -> None:
-    """Compare profile and options with the model's config, if it can be read here."""
+def _check(model: str, profile: str, options: Options, page: int | None) -> None:
+    """Refuse what cannot work with a profile, compared with the model's config if it is here.
+
+    Args:
+        model: as vLLM takes it.
+        profile: of `profile_path`.
+        options: of the server.
+        page: tokens of a page; None where vLLM chooses.
+
+    Raises:
+        ChaiError: says in one line what to do.
+    """
+    chosen, asked = ClusterProfile.resolve(profile), Asked.of_options(options)
+    refuse(asked, chosen)
+    backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
+        "backend"
+    )
+    if backend is not None and str(backend).upper() != "CUSTOM":
+        raise UnsupportedModelError(
+            f"clustered heads are an attention backend of their own: leave out {backend} "
+            "(--attention-backend, --attention-config)"
+        )
+    if any(options.is_given(name) for name in _OTHER_CONFIG):
+        return
     config = _local_config(model)
     if config is None or options.is_given("--trust-remote-code"):
         return
-    ranks = options.count("--tensor-parallel-size", 1)
-    layers = layers_of(model, config, profile, ranks)
+    layers = layers_of(model, config, chosen, options.count("--tensor-parallel-size", 1))
     ends = [layer.plan.probe_end for layer in layers if layer.plan.needs_probe]
     problem = page_problem(max(ends), page) if ends and page and asked.caches_prefixes else None
     if problem is not None:
