@@ -308,6 +308,11 @@ class ClusterProfile:
             return len({head // group for head in self.far_representatives(layer)})
         return min(k, self.kept_values(layer, shape))
 
+    def keeps_at_most(self, shape: ModelShape) -> bool:
+        """Whether `kept_keys` is a bound: the number of kept K heads depends on the request."""
+        grouped = shape.kv_heads < shape.heads
+        return self.representatives is None and self.target == "scores" and grouped
+
     def kept_values(self, layer: int, shape: ModelShape) -> int:
         """V heads that layer keeps for all tokens: those that some far-seeing head reads."""
         group = shape.group_size

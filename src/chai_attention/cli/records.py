@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from chai_attention.cli.tables import is_bound
 from chai_attention.profile import ClusterProfile, ModelShape, sliding_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def profile_record(
         record["window_bytes"] = profile.window_bytes(shape, element_size)
         if not all(shape.clusterable) and shape.sliding_window:
             record["sliding_window_bytes"] = sliding_bytes(shape, element_size)
-        record["kept_k_heads_are"] = "at most" if is_bound(profile, shape) else "exact"
+        record["kept_k_heads_are"] = "at most" if profile.keeps_at_most(shape) else "exact"
         for layer, row in enumerate(record["layers"]):
             row["kept_k_heads"] = profile.kept_keys(layer, shape)
             row["kept_v_heads"] = profile.kept_values(layer, shape)

@@ -44,7 +44,7 @@ def profile_table(profile: ClusterProfile, shape: ModelShape | None) -> str:
             others = shape.heads - len(profile.streaming_heads(layer))
             row["clusters"] = f"{k} of {others}"
             kept, values = profile.kept_keys(layer, shape), profile.kept_values(layer, shape)
-            bound = is_bound(profile, shape) and 1 < kept < shape.kv_heads
+            bound = profile.keeps_at_most(shape) and 1 < kept < shape.kv_heads
             row["K heads kept"] = f"{'at most ' if bound else ''}{kept} of {shape.kv_heads}"
             row["V heads kept"] = f"{values} of {shape.kv_heads}"
         table.add_row(*(row[name] for name in names))
@@ -66,7 +66,7 @@ def _ranges(heads: Sequence[int]) -> str:
 def summary_line(profile: ClusterProfile, shape: ModelShape, element_size: int) -> str:
     """K,V bytes per token before and after."""
     full, kept = profile.bytes_per_token(shape, element_size)
-    bound = "at least " if is_bound(profile, shape) else ""
+    bound = "at least " if profile.keeps_at_most(shape) else ""
     line = (
         f"K,V cache: {full:,} bytes per token, {kept:,} with clusters: "
         f"{bound}{1 - kept / max(1, full):.1%} saved"
@@ -189,12 +189,6 @@ def _counted(found: Mapping[str, Any], name: str) -> str:
     """An entry that counts something."""
     value = found.get(name)
     return f"{value}" if isinstance(value, int) else "an unknown number of"
-
-
-def is_bound(profile: ClusterProfile, shape: ModelShape) -> bool:
-    """Whether the number of kept K heads depends on the request."""
-    online = profile.representatives is None
-    return online and profile.target == "scores" and shape.kv_heads < shape.heads
 
 
 def _error(profile: ClusterProfile, layer: int) -> str:

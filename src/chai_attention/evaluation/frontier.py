@@ -274,7 +274,6 @@ class _Bench:
                 f"the perplexity on {test.name} is not a number: run the model in float32"
             )
         heads = self._shape.heads
-        grouped = self._shape.kv_heads < heads
         return {
             "text": test.name,
             "digest": test.digest,
@@ -282,7 +281,7 @@ class _Bench:
             "windows": len(test.windows),
             "removed": 1 - sum(profile.clusters) / (heads * self._shape.layers),
             "saved": profile.saved(self._shape, test.context),
-            "at_least": profile.representatives is None and profile.target == "scores" and grouped,
+            "at_least": profile.keeps_at_most(self._shape),
             "baseline": self._baselines[place].perplexity,
             "rise": rise.rise,
             "standard_error": rise.standard_error,
