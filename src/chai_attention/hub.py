@@ -23,8 +23,8 @@ def find_model(name: str) -> bool:
         name: a folder, a ``.gguf`` file, a name on the hub, or "smollm2-135m".
 
     Returns:
-        Whether only files that are already here can be had: those of a folder, or the copy of a
-        hub that cannot be reached now.
+        Whether only files on this machine can be used: those of a folder, or a copy that was
+        downloaded from the hub, which cannot be reached now.
 
     Raises:
         LoadError: a name that leads nowhere, or to something that is no model.

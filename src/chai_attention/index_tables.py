@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def table_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """A table for everybody to read and nobody to write: ``[n]`` int64."""
+    """A shared table that must not be written to: ``[n]`` int64."""
     if device.type == "cuda":  # where making it waits for all that runs
         return _kept_table(numbers, device)
     return torch.tensor(numbers, dtype=torch.long, device=device)

@@ -29,7 +29,7 @@ def parse_json(text: str) -> Any:
     """Parse JSON (RFC 8259) that has one meaning only and fits the numbers of a machine.
 
     Python's own reader also takes NaN and Infinity, makes infinity of 1e999, keeps the last of
-    several equal keys, and passes on what is nested too deeply for whoever walks it.
+    several equal keys, and accepts what is nested too deeply for a recursive function.
 
     Raises:
         ValueError: it is not JSON; a number that is not finite, or a whole one of 2^64 or more; a

@@ -35,7 +35,7 @@ class Finish:
         data: tokens that were learnt from, and that are measured on.
         recall: questions to ask as well; None for none.
         batch_size: sequences per forward.
-        steps: what is told how far it is.
+        steps: reports the progress.
     """
 
     model: PreTrainedModel

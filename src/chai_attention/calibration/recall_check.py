@@ -22,7 +22,7 @@ FACTS = (1, 4)
 CASES = 48  # of a task, in sequences
 LEAST_LONG_CASES = 16  # in longer ones, or one for each of these
 LEAST_RECALLED = 0.2  # share of its cases that the full model recalls, or a task says nothing
-FIRST_CASES = 16  # nobody asks a model on that gets all of these wrong
+FIRST_CASES = 16  # a model that gets all of these wrong is asked no more
 
 Answers = tuple[Tensor, Tensor]  # correct [N] bool, nll [N] float32
 
@@ -75,7 +75,7 @@ class RecallCheck:
     def begin(self, model: PreTrainedModel, progress: Report) -> None:
         """Ask the model without clustered heads; tasks that it fails are left out.
 
-        Perplexity can be promised for any model, but nobody can lose what was never there.
+        Perplexity can be promised for any model, recall only where the model recalls at all.
         """
         answers = self._answers(model, progress, give_up=True)
         fit = [a[0].float().mean().item() >= LEAST_RECALLED for a in answers]

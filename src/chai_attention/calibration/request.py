@@ -119,7 +119,7 @@ class TextRequest:
         """Read the text, once for sequences of all lengths that are tried.
 
         Raises:
-            CalibrationError: text that cannot be had, or too little of it.
+            CalibrationError: text that cannot be read, or too little of it.
         """
         samples, length = self.samples_for(chosen), sequence_length(model, chosen, self.length)
         held_out = self.held_out if chosen.holds_out else 0
@@ -165,7 +165,7 @@ def calibrate_on(
             calibration is continued from. Whoever writes the profile deletes it.
 
     Raises:
-        CalibrationError: as `calibrate`, and for text that cannot be had.
+        CalibrationError: as `calibrate`, and for text that cannot be read.
     """
     file = None if evidence is None else EvidenceFile(evidence, request.about(model, settings.seed))
     try:

@@ -230,7 +230,7 @@ class Resolved(Settings):
 
     @property
     def asks_recall(self) -> bool:
-        """Whether a loss that is measured is told in facts recalled, too."""
+        """Whether recall of facts is measured beside the loss."""
         return self.streams or self.max_recall_loss is not None
 
     @property

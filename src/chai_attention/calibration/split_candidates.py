@@ -19,7 +19,7 @@ from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.ranks import distinct_ranks
 from chai_attention.runtime.shape import ModelShape
 
-USUAL_RECENT = 128  # what share of the bytes a share of the heads is, is told with this w
+USUAL_RECENT = 128  # w by which a share of the heads is turned into a share of the bytes
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ class Steps:
     """Numbers what is going on: ``step 2 of 5: gradient costs``.
 
     Args:
-        progress: who is told.
+        progress: called with every step.
         total: steps in all.
         at_most: whether a search may end before them.
     """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from chai_attention.errors import ChaiError, FileError
 
-MOST = 2000  # characters of a line; what is longer quotes something that nobody reads
+MOST = 2000  # characters of a line; longer ones quote a text that is too long to read
 # how torch says that there is not enough memory, for a size that can or cannot be counted
 _NO_MEMORY = (
     "out of memory",

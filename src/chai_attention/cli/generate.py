@@ -108,7 +108,7 @@ def _piped_in(*, asked: bool) -> str:
     """The prompt from standard input, without the end of its last line.
 
     Raises:
-        LoadError: nobody pipes anything in, or what comes is no text.
+        LoadError: nothing is piped in, or it is no text.
     """
     if sys.stdin is None or (sys.stdin.isatty() and not asked):
         raise LoadError("no prompt: give --prompt, or pipe one in")

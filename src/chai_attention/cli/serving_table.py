@@ -23,7 +23,7 @@ def serving_table(
     Args:
         found: the estimate.
         contexts: tokens of a request, a row for each.
-        requests: that are to be served at a time; None: 16, of which nobody asks whether they fit.
+        requests: to be served at a time; None: gains are told for 16, and not whether they fit.
     """
     full, kept = found.token_bytes
     ranks = found.savings.ranks

@@ -254,7 +254,7 @@ class _Best:
 
 
 def _cheapest_stream(part: _Heads) -> np.ndarray:
-    """Who keeps K where nobody shares: all but the 0, 1, 2, ... cheapest that stream."""
+    """Who keeps K where no head shares: all but the 0, 1, 2, ... cheapest, which stream."""
     order = np.argsort(part.streamed, kind="stable")
     kept = np.ones((part.kv_heads + 1, part.kv_heads), dtype=bool)
     for count in range(part.kv_heads + 1):

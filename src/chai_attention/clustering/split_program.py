@@ -104,7 +104,7 @@ class Program:
         return kept
 
     def _alike(self, size: int, y: int, z: int, n: int) -> list[LinearConstraint]:
-        """All ranks keep as many K heads, and V heads that somebody reads, as the first."""
+        """All ranks keep as many K heads, and V heads that are read, as the first."""
         if self.ranks == 1:
             return []
         heads, groups = self.nearest.shape

@@ -115,7 +115,7 @@ def evaluate(
             raise EvaluationError(f"no comparator {', '.join(missing)}")
         for name in waiting:
             for task, settings in tasks.items():
-                # what was kept so far was found by what was asked, not by what came of it
+                # results were looked up by what was asked for; now the settings are known, too
                 asked = {**asked_of(name, what), "settings": made[name].settings()}
                 if (name, task) in results and folder.get(run, settings, asked) is None:
                     del results[name, task]

@@ -70,7 +70,7 @@ class LowBitCache(Comparator):
     Local K and V of heads that share or stream stay in 16 bits.
 
     Args:
-        name: of the method; clusters are told in front of it.
+        name: of the method; "chai+" is put before it where there are clusters.
         profile: the clusters; None for all heads.
     """
 

@@ -143,7 +143,7 @@ class RunFolder:
         return result
 
     def put(self, result: Result) -> None:
-        """Write a result; nobody ever sees a part of it.
+        """Write a result, whole or not at all.
 
         Raises:
             EvaluationError: the file cannot be written.

@@ -99,7 +99,7 @@ def curve(
         style: number of its colour and marker.
         line: as matplotlib has them: "-", "--", or "" for points only.
         marked: with a marker at every point.
-        tips: a text for every point, which a page shows to whoever points at it; none takes the
+        tips: a text for every point, which a page shows as its tooltip; none takes the
             values.
     """
     x, y, errors = zip(*points, strict=True) if points else ((), (), ())

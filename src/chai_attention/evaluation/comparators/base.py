@@ -16,7 +16,7 @@ from chai_attention.runtime.shape import ModelShape, describe
 
 
 class Comparator(Method):
-    """One row of a quality table: a method, with what is told of it.
+    """One row of a quality table: a method, its name and its source.
 
     Comparators need only be right, not fast: most of them compute what their method would keep or
     skip, without the memory or time that a serving implementation would save. They can be pickled:

@@ -93,7 +93,7 @@ class Quantised(LowBitCache):
         return bits_per_value(self._bits, _group(model)) / FULL_BITS
 
     def settings(self) -> Mapping[str, Any]:
-        """What the quantiser is told, and the profile."""
+        """The quantiser's settings, and the profile."""
         told = {"bits": self._bits, "largest_group": LARGEST_GROUP, "residual": RESIDUAL}
         return {**told, **super().settings()}
 

@@ -336,7 +336,7 @@ def element_size(config: PreTrainedConfig, options: Options) -> int:
     """Bytes of a number of the model's weights and hidden states as vLLM runs it."""
     saved = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     named = options.text("--dtype") or "auto"
-    # vLLM runs checkpoints in float32 as float16 unless it is told otherwise
+    # vLLM runs checkpoints in float32 as float16 unless --dtype says otherwise
     if named not in ("auto", *_SIZES):
         raise OptionError(f"--dtype is one of auto, {', '.join(_SIZES)}, not {named!r}")
     dtype = saved if named == "auto" and saved != "float32" else named

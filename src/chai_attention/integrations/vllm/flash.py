@@ -140,7 +140,7 @@ class _Heads:
 
 
 class Schedule(NamedTuple):
-    """What FlashAttention is told about a step.
+    """How FlashAttention runs a step.
 
     Attributes:
         metadata: int32, of its own make; None if it works that out in every layer.

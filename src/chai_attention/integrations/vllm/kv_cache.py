@@ -1,4 +1,4 @@
-"""What vLLM's manager of the K,V cache is told: which prefixes it may find again, and local pages.
+"""For vLLM's manager of the K,V cache: which prefixes it may find again, and local pages.
 
 Prefixes: vLLM finds a cached page by its tokens and those before it, and every request that reads a
 page takes over the membership of its first one. So all pages of a prefix must have been written
@@ -274,8 +274,8 @@ KVCacheSpecRegistry.register(LocalSpec, LocalManager, SlidingWindowSpec)
 class LocalLayer(AttentionLayerBase):
     """The layer by which vLLM keeps local pages: it has pages, and never runs.
 
-    What an exact window needs of the heads that far pages do not hold stands in its pages, which
-    hold one clustered layer's local K and V after the other's. One for all layers of a rank makes
+    Its pages hold what an exact window needs of the heads that far pages do not hold: the local K
+    and V of one clustered layer after the other. As all layers of a rank share this one, they make
     one group of pages: vLLM forms groups by how many layers have pages of each size.
 
     Args:

@@ -71,7 +71,7 @@ def vllm_command(model: str, profile: str | None, options: Sequence[str]) -> lis
 
 
 def profile_path(model: str, profile: str | None) -> str:
-    """The profile that vLLM is told to read: ``profile``, else the one in the model's folder.
+    """The profile that vLLM reads: ``profile``, else the one in the model's folder.
 
     Raises:
         ProfileError: the folder holds none.
