@@ -59,7 +59,7 @@ class TextRequest:
     length: int | None = None
     probe_from: str = START
 
-    def check(self, seed: int) -> None:
+    def check(self, seed: int = 0) -> None:
         """Raise `CalibrationError` for what can be seen without a model, such as this seed."""
         if self.probe_from not in (START, CONTENT):
             raise CalibrationError(f"--probe-from is start or content, not {self.probe_from!r}")
