@@ -1,8 +1,8 @@
-"""Clustered attention on the CPU: matrix products in blocks, whose cost follows the work left.
+"""Clustered attention on the CPU, by matrix products in blocks: fewer scores take less time.
 
 One block of scores and one softmax per cluster, then a product with the V of each member; neither K
 nor the probabilities are ever copied per member head. Scores are computed in float32 whatever the
-dtype, as fused attention does. K and V are read best head by head (``[B, heads, S, D]`` in memory).
+dtype, as fused attention does. K and V are read fastest as ``[B, heads, S, D]``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ An operation takes queries, the K and V that they attend to, which lie in one of
 (`DenseKV`, `PagedKV`, `PackedKV`), and an `AttentionCall`, which says how. What an exact recent
 window needs beside them stands in `local_pages.LocalPages`, `RollingBuffer` or `local.LocalKeys`.
 
-They stay as they were made. They are not frozen, though: each layer of each step makes some, and
-frozen ones take 15 times as long to make.
+Nothing changes them once they are made. They are not frozen, because every layer makes some in
+every step, and a frozen one takes 15 times as long to make.
 """
 
 from __future__ import annotations

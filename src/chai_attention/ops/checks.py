@@ -1,4 +1,4 @@
-"""What attention refuses before anything runs; kernels would read memory that is not theirs.
+"""Checks of arguments, because with wrong ones kernels would read memory that is not theirs.
 
 Nothing is read on the host.
 """

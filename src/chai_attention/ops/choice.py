@@ -1,9 +1,8 @@
 """Which code attends on this CPU: our blocks of matrix products, or torch's fused attention.
 
-Neither is the faster one everywhere. On a CPU that multiplies whole tiles of bfloat16 torch's
-kernel may be twice as fast as it is in float32, on another one with instructions for the same
-numbers several times slower than plain products. So both run a small problem once for each kind of
-call, and the faster one is taken from then on, in this process. They differ by rounding only.
+Neither is faster everywhere. In bfloat16, torch's kernel may be twice as fast as in float32 on one
+CPU, and several times slower than plain products on another. So both run a small problem once for
+each kind of call, and this process takes the faster one from then on. They differ by rounding only.
 """
 
 from __future__ import annotations

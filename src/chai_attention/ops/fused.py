@@ -1,9 +1,8 @@
 """Clustered attention by torch's fused attention, in few calls.
 
-Members compute their representative's scores once more, each for itself: its K is read from the
-cache of the CPU, not from memory. That is faster where torch's kernel runs at the speed of memory
-(`choice` measures it). A call takes consecutive clusters of equal size; K is expanded over their
-members without a copy.
+Every member computes its representative's scores again, from K that is then in the CPU's cache.
+That is faster where torch's kernel runs at the speed of memory (`choice` measures it). A call takes
+consecutive clusters of equal size; K is expanded over their members without a copy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An exact recent window over pages: local K and V of removed heads have their own.
+"""An exact recent window over pages: local K and V of removed heads stand in pages of their own.
 
 A server keeps two kinds of pages. *Far pages* hold K and V of the kept heads for all tokens. *Local
-pages* hold K of the removed heads, and V of heads that stream, for the tokens that somebody still
-sees local: the last *w* and the first *s* ones, the sinks. Pages that lie wholly between them are
-given back.
+pages* hold K of the removed heads, and V of heads that stream, for tokens that are still local
+to a query: the last *w* and the first *s*, the sinks. Pages that lie wholly between them are given
+back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memberships whose rows change while kernels, and CUDA graphs, read their tables."""
+"""Tables of many memberships, which change in place while kernels and CUDA graphs read them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What an exact recent window is: local keys by own scores, far ones shared.
 
-Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other
-keys are seen with its representative's, whose log-sum-exp is shifted by a calibrated offset, or
-not at all by a streaming head. The paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
+Every head sees the last *w* keys and the first *s* real ones with its own Q and K. All other keys
+it sees with its representative's, and a calibrated offset is added to their log-sum-exp; streaming
+heads do not see them. The paper (CHAI, ICML 2024) has no such window: w = 0 is its method.
 """
 
 from __future__ import annotations

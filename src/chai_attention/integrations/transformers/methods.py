@@ -1,4 +1,4 @@
-"""Other ways to compute a model's attention, and predictions through the K,V cache of one."""
+"""Other ways to compute a model's attention, and predictions through their K,V caches."""
 
 from __future__ import annotations
 

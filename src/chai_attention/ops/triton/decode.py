@@ -1,10 +1,7 @@
-"""Parts common to all decode kernels: scores, rows of tables, sizes of tiles."""
+"""Parts common to all decode kernels: scores, memberships, sizes of tiles."""
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
 

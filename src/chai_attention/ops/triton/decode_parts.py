@@ -6,9 +6,6 @@ log-sum-exp. `launch_decode` launches both.
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait

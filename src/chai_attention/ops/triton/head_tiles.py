@@ -8,9 +8,6 @@ Streaming heads stand in head tiles of their own, before the others: they share 
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -10,10 +10,6 @@ It serves whole prompts and their continuations without padding, of equal length
 K and V in tensors or in pages; `prefill` serves the rest.
 """
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 from triton.experimental import gluon

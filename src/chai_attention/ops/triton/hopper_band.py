@@ -1,14 +1,10 @@
-"""Local keys out of pages on Hopper GPUs: what happens to a tile once its far keys are done.
+"""Attention to local keys out of pages on Hopper GPUs, which comes after the far ones.
 
 The online softmax of the far keys, whose scores are the representative's, goes on for every member
 with its own Q and K over the sinks and the band of its last keys. The second half's band begins
 `ROWS` keys behind the first one's, and each half leaves the blocks that only the other one sees.
 `hopper_pages` brings the keys.
 """
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 

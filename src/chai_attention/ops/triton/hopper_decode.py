@@ -1,15 +1,11 @@
 """Decode for Hopper GPUs, in Gluon: parts of the far keys by the tensor cores, K and V as they lie.
 
-One query has so little work a byte that instructions, not bytes, can be what a kernel waits for: in
-`decode_parts` every number of K and V is loaded to registers, widened and multiplied there. Here
+One query has so little work per byte that instructions, not bytes, can limit a kernel:
+`decode_parts` loads every number of K and V to registers, widens it and multiplies it there. Here
 one warp only asks the tensor memory accelerator for tiles of K and V, and the tensor cores read
 them from shared memory: scores are ``K q`` and outputs ``V^T p``, so that 64 keys or columns of V
 fill the rows of a product and the query is one of 8 columns.
 """
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 

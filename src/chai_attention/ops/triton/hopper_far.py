@@ -1,12 +1,8 @@
 """Far keys in prefill with an exact window on Hopper GPUs: how they come, and attention to them.
 
-`hopper_window` and `hopper_paged_window` begin with this part. It is that of `hopper`, but the last
-block may be one half's alone, and its Q, K and V come for one member where a tile has no more.
+`hopper_window` and `hopper_paged_window` begin with this part. It works as `hopper` does, but the
+last block may belong to one half alone, and a tile of one member gets V of that member only.
 """
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 

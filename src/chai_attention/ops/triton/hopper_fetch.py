@@ -1,8 +1,4 @@
-"""The part of the Hopper kernel that brings Q, K and V to shared memory."""
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
+"""What Hopper's prefill kernels share: memory, barriers, and how Q, K and V come to it."""
 
 from __future__ import annotations
 

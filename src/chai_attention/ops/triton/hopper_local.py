@@ -1,13 +1,9 @@
-"""The exact window in prefill on Hopper GPUs: what happens to a tile once its far keys are done.
+"""Local keys in prefill on Hopper GPUs: how they come, and attention to them, after the far ones.
 
 The online softmax of the far keys, whose scores are the representative's, goes on for every member
 with its own Q and K over the sinks and the band of its last keys. Both halves of a tile see bands
 that are shifted by `ROWS` keys, so that each leaves out one of the band's blocks.
 """
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 

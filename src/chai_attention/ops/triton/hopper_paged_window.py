@@ -5,10 +5,6 @@ among them those that are local, and local keys in far or local pages (`hopper_p
 of a block are multiplied together with those of the block before (`hopper_band`).
 """
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 from triton.experimental import gluon

@@ -1,12 +1,8 @@
 """What the Hopper kernel over pages with an exact window fetches: far keys, then local ones.
 
 Local K and V of a head stand in far pages where the cache keeps them, else in local pages. They
-come in boxes of 16 tokens, of which all pages are made.
+come in boxes of 16 tokens, into which all pages can be cut.
 """
-
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 

@@ -4,10 +4,6 @@ The far part is that of `hopper`; `hopper_local` goes on with it for every membe
 streaming heads have no far part. Sequences are of equal length, or packed prompts without context.
 """
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 from triton.experimental import gluon

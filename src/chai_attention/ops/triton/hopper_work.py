@@ -1,9 +1,5 @@
 """The Hopper kernel's list of work: which tile of which sequence an item is."""
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 import torch

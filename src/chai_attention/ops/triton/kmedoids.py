@@ -7,9 +7,6 @@ are what is chosen: heads, or whole K/V heads in grouped-query attention.
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 from functools import lru_cache
 
 import torch

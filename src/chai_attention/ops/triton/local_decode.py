@@ -1,15 +1,12 @@
 """One query's exact attention to its nearest keys: the sinks and the last ones, by own scores.
 
-A function of the kernel that computes parts of the far keys (`decode_parts`): programs of their
-own, which start first. Kept heads find their local K and V in the cache, the others in rings and
-sinks beside a dense cache, or in local pages beside far ones.
+The kernel of the far keys (`decode_parts`) calls it in programs of their own, which start first.
+Kept heads find their local K and V in the cache, the others in rings and sinks beside a dense
+cache, or in local pages beside far ones.
 """
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait

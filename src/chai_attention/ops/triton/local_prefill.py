@@ -5,10 +5,6 @@ one key with their log-sum-exp as its score and their output as its V, and goes 
 and its band of keys. `ops.local` is the same in PyTorch.
 """
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 import torch

@@ -1,15 +1,12 @@
-"""Rows of a membership that change while kernels read its tables: one launch for all tables.
+"""Changes rows of a membership in all of its tables, in one launch.
 
-A list on the device says which tables there are and where they lie. A program writes one row of one
-of them: from whom every head follows it works out, as `Membership` and `head_tiles` do, each head's
+A list on the device says which tables there are and where. A program writes one row of one table:
+from each head's representative it computes, as `Membership` and `head_tiles` do, the head's
 cluster, its places in the caches and its head tile.
 """
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -5,10 +5,6 @@ members at once, as in `prefill`. The same online softmax then goes on for every
 Q and K: over the sinks, and over the band of its last keys. Streaming heads have no far part.
 """
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
-
 from __future__ import annotations
 
 import logging

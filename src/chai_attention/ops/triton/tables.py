@@ -6,9 +6,6 @@ are still in registers.
 
 from __future__ import annotations
 
-# Kernels are Triton's language in Python's syntax: only their launchers have types.
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 from dataclasses import dataclass
 
 import torch
