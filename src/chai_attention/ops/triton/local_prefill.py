@@ -14,38 +14,13 @@ from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall
 from chai_attention.ops.local import LocalKeys
-from chai_attention.ops.triton.decode import LOG2_E, _scores_base2, padded
+from chai_attention.ops.triton.decode import LOG2_E, padded
 from chai_attention.ops.triton.launch_prefill import precision_of
+from chai_attention.ops.triton.prefill import _go_on
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 from chai_attention.ops.windowed import WindowTables
 
 BLOCK = 32  # keys of a step
-
-
-@triton.jit
-def _attend(
-    q, k_base, v_base, column, there, seen, best, weight, acc, d, dv, scale, softcap,
-    stride_ks, stride_vs,
-    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Some keys, at ``column`` of the local ones where ``there``; ``seen`` by each query."""
-    at = column.to(tl.int64)
-    k = tl.load(
-        k_base + at[None, :] * stride_ks + d[:, None],
-        mask=there[None, :] & (d < D)[:, None], other=0.0,
-    )  # fmt: skip
-    v = tl.load(
-        v_base + at[:, None] * stride_vs + dv[None, :],
-        mask=there[:, None] & (dv < DV)[None, :], other=0.0,
-    )  # fmt: skip
-    s = _scores_base2(tl.dot(q, k, input_precision=PRECISION) * scale, softcap, HAS_SOFTCAP)
-    s = tl.where(seen, s, float("-inf"))
-    new = tl.maximum(best, tl.max(s, axis=1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
-    p = tl.exp2(s - base[:, None])
-    old = tl.exp2(best - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
-    return new, weight * old + tl.sum(p, axis=1), acc
 
 
 @triton.jit(do_not_specialize=["queries", "length", "columns", "late", "recent"])
@@ -100,9 +75,11 @@ def _local(
         j = tl.arange(0, SINKS_P)
         # sinks that a sequence lacks stand behind all queries
         sink = tl.load(sink_ptr + row * stride_sinks + j, mask=j < SINKS, other=length)
-        best, weight, acc = _attend(
-            q, k_base, v_base, j, sink < length, sink[None, :] <= position[:, None], best, weight,
-            acc, d, dv, scale, softcap, stride_ks, stride_vs, D, DV, HAS_SOFTCAP, PRECISION,
+        sink_at = j.to(tl.int64)
+        best, weight, acc = _go_on(
+            q, k_base, v_base, sink_at * stride_ks, sink_at * stride_vs, sink < length,
+            sink[None, :] <= position[:, None], best, weight, acc, d, dv, scale, softcap,
+            D, DV, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     begin = tl.maximum(length - queries + tl.program_id(0) * ROWS - recent + 1, 0)
     stop = tl.minimum(length - queries + (tl.program_id(0) + 1) * ROWS, length)
@@ -113,9 +90,10 @@ def _local(
             tl.load(ordinary_ptr + row * stride_ordinary + n, mask=there, other=0) != 0
         )
         seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - recent)
-        best, weight, acc = _attend(
-            q, k_base, v_base, SINKS + n - (length - columns), there, seen & there[None, :], best,
-            weight, acc, d, dv, scale, softcap, stride_ks, stride_vs, D, DV, HAS_SOFTCAP, PRECISION,
+        at = (SINKS + n - (length - columns)).to(tl.int64)
+        best, weight, acc = _go_on(
+            q, k_base, v_base, at * stride_ks, at * stride_vs, there, seen & there[None, :], best,
+            weight, acc, d, dv, scale, softcap, D, DV, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     acc = tl.where(weight[:, None] > 0, acc / tl.where(weight > 0, weight, 1.0)[:, None], 0.0)
     tl.store(

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
-from chai_attention.ops.triton.decode import LOG2_E, _membership_of, _scores_base2, padded
+from chai_attention.ops.triton.decode import LOG2_E, _membership_of, padded
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
-from chai_attention.ops.triton.prefill import _in_groups, _sequence_of, _tile
+from chai_attention.ops.triton.prefill import _go_on, _in_groups, _sequence_of, _tile
 from chai_attention.ops.triton.sizes import power_of_2
 
 logger = logging.getLogger("chai_attention")
@@ -57,28 +57,6 @@ def _tokens(n, there, table, page, across, along, PAGE: tl.constexpr):
         return n.to(tl.int64) * along
     number = tl.load(table + n // page, mask=there, other=0).to(tl.int64)
     return number * across + (n % page).to(tl.int64) * along
-
-
-@triton.jit
-def _attend(
-    q, k_base, v_base, k_at, v_at, there, seen, best, weight, acc, d, dv, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Go on over some keys: those ``there`` are read, and each query sees those ``seen``."""
-    k = tl.load(
-        k_base + k_at[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
-    ).to(q.dtype)  # fmt: skip
-    v = tl.load(
-        v_base + v_at[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
-    ).to(q.dtype)  # fmt: skip
-    s = _scores_base2(tl.dot(q, k, input_precision=PRECISION) * scale, softcap, HAS_SOFTCAP)
-    s = tl.where(seen, s, float("-inf"))
-    new = tl.maximum(best, tl.max(s, axis=1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
-    p = tl.exp2(s - base[:, None])
-    old = tl.exp2(best - base)
-    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
-    return new, weight * old + tl.sum(p, axis=1), acc
 
 
 @triton.jit(
@@ -207,7 +185,7 @@ def _prefill_window(
             sink = tl.arange(0, SINKS_P)
             has = sink < tl.minimum(SINKS, stop)
             sees = has[None, :] & (sink[None, :] <= position[:, None])
-            top, share, part = _attend(
+            top, share, part = _go_on(
                 q, k_base, v_base, _tokens(sink, has, k_table, k_page, k_across, k_along, PAGE),
                 _tokens(sink, has, v_table, v_page, v_across, v_along, PAGE), has, sees,
                 top, share, part, d, dv, scale, softcap, D, DV, HAS_SOFTCAP, PRECISION,
@@ -216,7 +194,7 @@ def _prefill_window(
             n = first + tl.arange(0, LOCAL)
             there = n < stop
             seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - recent)
-            top, share, part = _attend(
+            top, share, part = _go_on(
                 q, k_base, v_base, _tokens(n, there, k_table, k_page, k_across, k_along, PAGE),
                 _tokens(n, there, v_table, v_page, v_across, v_along, PAGE), there,
                 seen & there[None, :],

@@ -79,6 +79,28 @@ def _tile(
 
 
 @triton.jit
+def _go_on(
+    q, k_base, v_base, k_at, v_at, there, seen, best, weight, acc, d, dv, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Go on over some keys: those ``there`` are read, and each query sees those ``seen``."""
+    k = tl.load(
+        k_base + k_at[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
+    ).to(q.dtype)  # fmt: skip
+    v = tl.load(
+        v_base + v_at[:, None] + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
+    ).to(q.dtype)  # fmt: skip
+    s = _scores_base2(tl.dot(q, k, input_precision=PRECISION) * scale, softcap, HAS_SOFTCAP)
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(best, tl.max(s, axis=1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: weight 0, not NaN
+    p = tl.exp2(s - base[:, None])
+    old = tl.exp2(best - base)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
+    return new, weight * old + tl.sum(p, axis=1), acc
+
+
+@triton.jit
 def _sequence_of(item, start_ptr, batch, ROWS: tl.constexpr):
     """The sequence that a tile of packed tokens belongs to, and that sequence's first tile.
 
