@@ -90,115 +90,6 @@ def _in_pages(
 
 
 @triton.jit
-def _step(
-    start, q, where, row, length, place, d, dv,
-    k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr, v_ring_ptr,
-    v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
-    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_table,
-    stride_local_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh, stride_fs,
-    stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
-    LOCAL: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_VALUE_RING: tl.constexpr,
-):  # fmt: skip
-    """Scores of LOCAL keys from ``start`` on, of the sinks and then the last ones, and their V."""
-    j = start + tl.arange(0, LOCAL)
-    is_sink = j < SINKS
-    position = length - recent + j - SINKS
-    inside = (j >= SINKS) & (position >= 0) & (position < length)
-    if SINKS > 0:
-        sink = j  # of a sequence in pages: its first tokens
-        if LOCAL_PAGE == 0:
-            sink = tl.load(sink_ptr + row * stride_sinks + j, mask=is_sink, other=-1)
-            sink = sink.to(tl.int32)
-        # a sink among the last keys counts once, there
-        position = tl.where(is_sink, sink, position)
-        inside = inside | (is_sink & (sink >= 0) & (sink < length - recent))
-    if HAS_VALID:
-        inside = inside & (
-            tl.load(valid_ptr + row * stride_mb + position, mask=inside, other=0) != 0
-        )
-    if LOCAL_PAGE > 0:
-        k = _in_pages(
-            k_ptr, ring_ptr, where, kept, row, position, d, inside, table_ptr, local_table_ptr,
-            stride_table, stride_local_table, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh,
-            stride_rs, D, PAGE, LOCAL_PAGE,
-        )  # fmt: skip
-        v = _in_pages(
-            v_ptr, v_ring_ptr, place, kept_values, row, position, dv, inside, table_ptr,
-            local_table_ptr, stride_table, stride_local_table, stride_vb, stride_vh, stride_vs,
-            stride_vrb, stride_vrh, stride_vrs, DV, PAGE, LOCAL_PAGE,
-        )  # fmt: skip
-        k, v = k.to(tl.float32), v.to(tl.float32)
-    else:
-        # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
-        at = ((position + ring_shift) % ring_size).to(tl.int64)
-        k = _held(
-            k_ptr, ring_ptr, first_ptr, where, kept, row, position, at, j, d, inside,
-            is_sink, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh, stride_rs, stride_fb,
-            stride_fh, stride_fs, D, SINKS, True,
-        )  # fmt: skip
-        v = _held(
-            v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, position, at, j, dv,
-            inside, is_sink, stride_vb, stride_vh, stride_vs, stride_vrb, stride_vrh, stride_vrs,
-            stride_vfb, stride_vfh, stride_vfs, DV, SINKS, HAS_VALUE_RING,
-        )  # fmt: skip
-    s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
-    return tl.where(inside, s, float("-inf")), v
-
-
-@triton.jit
-def _local(
-    head, place, row, membership_id, length, dv,
-    q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr,
-    v_ring_ptr, v_first_ptr, key_place_ptr,
-    scale, softcap, recent, ring_size, ring_shift, kept, kept_values,
-    stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_mb, stride_table, stride_local_table, stride_rb, stride_rh, stride_rs,
-    stride_fb, stride_fh, stride_fs, stride_sinks,
-    stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr,
-    LOCAL: tl.constexpr, STEPS: tl.constexpr, SINKS: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_VALUE_RING: tl.constexpr,
-):  # fmt: skip
-    """Maximum and weight of one head's own scores, and V weighted with them.
-
-    ``ring_ptr`` and ``v_ring_ptr`` are rings, or local pages if there is a ``LOCAL_PAGE``.
-    """
-    d = tl.arange(0, DP)
-    q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
-    q = q.to(tl.float32) * scale
-    where = tl.load(key_place_ptr + membership_id * KV_HEADS + head // GROUP).to(tl.int64)
-    # each key of a step has sums of its own until the end: those of a step would have to wait for
-    # all warps, time and again
-    best = tl.full([LOCAL], float("-inf"), dtype=tl.float32)
-    weight = tl.zeros([LOCAL], dtype=tl.float32)
-    acc = tl.zeros([LOCAL, DVP], dtype=tl.float32)
-    for step in tl.range(0, STEPS, num_stages=1):
-        s, v = _step(
-            step * LOCAL, q, where, row, length, place, d, dv,
-            k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr, sink_ptr,
-            v_ring_ptr, v_first_ptr, softcap, recent, ring_size, ring_shift, kept, kept_values,
-            stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_mb,
-            stride_table, stride_local_table, stride_rb, stride_rh, stride_rs, stride_fb, stride_fh,
-            stride_fs, stride_sinks, stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh,
-            stride_vfs, D, DV, PAGE, LOCAL_PAGE, LOCAL, SINKS, HAS_VALID, HAS_SOFTCAP,
-            HAS_VALUE_RING,
-        )  # fmt: skip
-        new = tl.maximum(best, s)
-        base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
-        p = tl.exp2(s - base)
-        old = tl.exp2(best - base)
-        weight = weight * old + p
-        acc = acc * old[:, None] + p[:, None] * v
-        best = new
-    top = tl.max(best, axis=0)
-    share = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
-    return top, tl.sum(weight * share, axis=0), tl.sum(acc * share[:, None], axis=0)
-
-
-@triton.jit
 def local_part(
     program, q_ptr, k_ptr, v_ptr, length_ptr, valid_ptr, table_ptr, ids_ptr, value_ptr, head_ptr,
     acc_ptr, sum_ptr, ring_ptr, first_ptr, v_ring_ptr, v_first_ptr, sink_ptr, local_table_ptr,
@@ -214,7 +105,10 @@ def local_part(
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_VALUE_RING: tl.constexpr,
 ):  # fmt: skip
-    """One member's nearest keys, a part behind the ``splits`` parts of its head tile's far keys."""
+    """One member's nearest keys, a part behind the ``splits`` parts of its head tile's far keys.
+
+    ``ring_ptr`` and ``v_ring_ptr`` are rings, or local pages if there is a ``LOCAL_PAGE``.
+    """
     lane, program = program % M, program // M
     head_tile, row = program % head_tiles, (program // head_tiles).to(tl.int64)
     membership_id = _membership_of(row, ids_ptr, stride_t, HAS_IDS)
@@ -224,23 +118,75 @@ def local_part(
         length = tl.load(length_ptr + row).to(tl.int32) if HAS_LENGTH else size
         place = tl.load(value_ptr + lane_at).to(tl.int64)
         dv = tl.arange(0, DVP)
-        best, weight, out = _local(
-            head, place, row, membership_id, length, dv,
-            q_ptr, k_ptr, v_ptr, valid_ptr, table_ptr, local_table_ptr, ring_ptr, first_ptr,
-            sink_ptr, v_ring_ptr, v_first_ptr, key_place_ptr, scale, softcap, recent,
-            ring_size, ring_shift, kept, kept_values,
-            stride_qb, stride_qk, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-            stride_vs, stride_mb, stride_table, stride_local_table, stride_rb, stride_rh,
-            stride_rs, stride_fb, stride_fh, stride_fs, stride_sinks,
-            stride_vrb, stride_vrh, stride_vrs, stride_vfb, stride_vfh, stride_vfs,
-            D, DP, DV, DVP, GROUP, KV_HEADS, PAGE, LOCAL_PAGE, LOCAL, STEPS, SINKS,
-            HAS_VALID, HAS_SOFTCAP, HAS_VALUE_RING,
-        )  # fmt: skip
+        d = tl.arange(0, DP)
+        q = tl.load(q_ptr + row * stride_qb + head * stride_qk + d, mask=d < D, other=0.0)
+        q = q.to(tl.float32) * scale
+        where = tl.load(key_place_ptr + membership_id * KV_HEADS + head // GROUP).to(tl.int64)
+        # each key of a step has sums of its own until the end: those of a step would have to wait
+        # for all warps, time and again
+        best = tl.full([LOCAL], float("-inf"), dtype=tl.float32)
+        weight = tl.zeros([LOCAL], dtype=tl.float32)
+        acc = tl.zeros([LOCAL, DVP], dtype=tl.float32)
+        for step in tl.range(0, STEPS, num_stages=1):
+            # the sinks, and then the last keys
+            j = step * LOCAL + tl.arange(0, LOCAL)
+            is_sink = j < SINKS
+            position = length - recent + j - SINKS
+            inside = (j >= SINKS) & (position >= 0) & (position < length)
+            if SINKS > 0:
+                sink = j  # of a sequence in pages: its first tokens
+                if LOCAL_PAGE == 0:
+                    sink = tl.load(sink_ptr + row * stride_sinks + j, mask=is_sink, other=-1)
+                    sink = sink.to(tl.int32)
+                # a sink among the last keys counts once, there
+                position = tl.where(is_sink, sink, position)
+                inside = inside | (is_sink & (sink >= 0) & (sink < length - recent))
+            if HAS_VALID:
+                inside = inside & (
+                    tl.load(valid_ptr + row * stride_mb + position, mask=inside, other=0) != 0
+                )
+            if LOCAL_PAGE > 0:
+                k = _in_pages(
+                    k_ptr, ring_ptr, where, kept, row, position, d, inside, table_ptr,
+                    local_table_ptr, stride_table, stride_local_table, stride_kb, stride_kh,
+                    stride_ks, stride_rb, stride_rh, stride_rs, D, PAGE, LOCAL_PAGE,
+                )  # fmt: skip
+                v = _in_pages(
+                    v_ptr, v_ring_ptr, place, kept_values, row, position, dv, inside, table_ptr,
+                    local_table_ptr, stride_table, stride_local_table, stride_vb, stride_vh,
+                    stride_vs, stride_vrb, stride_vrh, stride_vrs, DV, PAGE, LOCAL_PAGE,
+                )  # fmt: skip
+                k, v = k.to(tl.float32), v.to(tl.float32)
+            else:
+                # K and V stand in a cache, or in a ring and sinks: the same for all keys of a head
+                at = ((position + ring_shift) % ring_size).to(tl.int64)
+                k = _held(
+                    k_ptr, ring_ptr, first_ptr, where, kept, row, position, at, j, d, inside,
+                    is_sink, stride_kb, stride_kh, stride_ks, stride_rb, stride_rh, stride_rs,
+                    stride_fb, stride_fh, stride_fs, D, SINKS, True,
+                )  # fmt: skip
+                v = _held(
+                    v_ptr, v_ring_ptr, v_first_ptr, place, kept_values, row, position, at, j, dv,
+                    inside, is_sink, stride_vb, stride_vh, stride_vs, stride_vrb, stride_vrh,
+                    stride_vrs, stride_vfb, stride_vfh, stride_vfs, DV, SINKS, HAS_VALUE_RING,
+                )  # fmt: skip
+            s = _scores_base2(tl.sum(k * q[None, :], axis=1), softcap, HAS_SOFTCAP)
+            s = tl.where(inside, s, float("-inf"))
+            new = tl.maximum(best, s)
+            base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
+            p = tl.exp2(s - base)
+            old = tl.exp2(best - base)
+            weight = weight * old + p
+            acc = acc * old[:, None] + p[:, None] * v
+            best = new
+        top = tl.max(best, axis=0)
+        share = tl.exp2(best - tl.where(top == float("-inf"), 0.0, top))
+        total, out = tl.sum(weight * share, axis=0), tl.sum(acc * share[:, None], axis=0)
         part = row * head_tiles + head_tile
         sets, sums = splits + 1, splits + M
         tl.store(acc_ptr + ((part * sets + splits) * M + lane) * DVP + dv, out)
-        tl.store(sum_ptr + (part * sums + splits + lane) * 2, best)
-        tl.store(sum_ptr + (part * sums + splits + lane) * 2 + 1, weight)
+        tl.store(sum_ptr + (part * sums + splits + lane) * 2, top)
+        tl.store(sum_ptr + (part * sums + splits + lane) * 2 + 1, total)
 
 
 @triton.jit(
