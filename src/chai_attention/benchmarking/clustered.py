@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chai_attention.benchmarking.cases import AttentionShape, Case
+from chai_attention.integrations.transformers.buffers import pick_heads
 from chai_attention.membership import Membership
 from chai_attention.ops import (
     AttentionCall,
@@ -78,11 +79,8 @@ class Layout:
 
 def random_inputs(case: Case, shape: AttentionShape, dtype: torch.dtype, device: str) -> Inputs:
     """Draw normally distributed Q, K and V."""
-    sizes = (
-        (shape.heads, case.queries),
-        (shape.kv_heads, case.tokens),
-        (shape.kv_heads, case.tokens),
-    )
+    kv = shape.kv_heads, case.tokens
+    sizes = (shape.heads, case.queries), kv, kv
     return Inputs(
         *(
             torch.randn(case.batch, heads, tokens, shape.head_dim, device=device, dtype=dtype)
@@ -128,8 +126,8 @@ def with_streaming(
 
 def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend:
     """Store K and V as a cache would, and return the call that attends: ``[B, Q, H, D]``."""
-    key = _pick(inputs.key, member.key_heads)
-    value = _pick(inputs.value, member.value_heads)
+    key = pick_heads(inputs.key, member.key_heads)
+    value = pick_heads(inputs.value, member.value_heads)
     if value.is_cuda and not member.is_identity:  # as the cache keeps it, token by token
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
     stored = Inputs(inputs.query, key, value)
@@ -147,7 +145,7 @@ def clustered_call(inputs: Inputs, member: Membership, layout: Layout) -> Attend
     if windowed_too:
         keys, tables = _local_keys(inputs, layout)
         return partial(windowed_attention, inputs.query, DenseKV(key, value), keys, tables, asked)
-    query = _pick(inputs.query, member.slot_heads)
+    query = pick_heads(inputs.query, member.slot_heads)
 
     def call() -> Tensor:
         return attention(query, key, value, member, scale=inputs.scale)[0]
@@ -161,7 +159,7 @@ def rolling_buffer(key: Tensor, value: Tensor, member: Membership, layout: Layou
     count = min(layout.sinks, size)
 
     def memories(states: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-        removed = _pick(states, heads)
+        removed = pick_heads(states, heads)
         ring = removed.new_zeros(*removed.shape[:2], layout.recent, removed.shape[3])
         last = torch.arange(max(0, size - layout.recent), size, device=key.device)
         ring[:, :, last % layout.recent] = removed[:, :, last]
@@ -211,7 +209,7 @@ def local_pages(inputs: Inputs, member: Membership, layout: Layout) -> LocalPage
     table = torch.full((batch, count), -1, dtype=torch.int32, device=device)
     table[:, used] = order.int()
     key, value = (
-        _in_pages(_pick(states[:, :, token[token < size]], heads), order, page)
+        _in_pages(pick_heads(states[:, :, token[token < size]], heads), order, page)
         for states, heads in (
             (inputs.key, member.removed_key_heads),
             (inputs.value, member.removed_value_heads),
@@ -297,9 +295,3 @@ def _in_pages(states: Tensor, order: Tensor, page: int) -> Tensor:
 def _lengths(inputs: Inputs) -> Tensor:
     batch, size = inputs.key.shape[0], inputs.key.shape[2]
     return torch.full((batch,), size, dtype=torch.int32, device=inputs.key.device)
-
-
-def _pick(states: Tensor, heads: Tensor) -> Tensor:
-    """Rows of ``[B, heads, S, D]`` in the order ``[B, n]``; contiguous."""
-    index = heads[:, :, None, None].expand(-1, -1, *states.shape[2:])
-    return states.gather(1, index)

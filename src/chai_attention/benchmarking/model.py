@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from chai_attention.benchmarking.cases import BenchmarkError, name_of
+from chai_attention.benchmarking.cases import DECODE, PREFILL, BenchmarkError, Case, name_of
 from chai_attention.benchmarking.ceilings import Ceilings, drift, measure_ceilings
 from chai_attention.benchmarking.memory import (
     free_bytes,
@@ -24,12 +24,7 @@ from chai_attention.benchmarking.memory import (
     score_bytes,
 )
 from chai_attention.benchmarking.model_checks import check_model, plain_implementations
-from chai_attention.benchmarking.model_work import (
-    first_token,
-    model_work,
-    next_token,
-    weight_bytes,
-)
+from chai_attention.benchmarking.model_work import model_work, weight_bytes
 from chai_attention.benchmarking.runners import make_runner, measure_speed
 from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.benchmarking.timing import machine
@@ -272,25 +267,22 @@ def measure_run(
         except UnsupportedModelError as error:
             return {**row, "missing": str(error)}
         memory, peak = runner.memory(), peak_bytes(device)
-        weights, last = weight_bytes(model)
+        weights = weight_bytes(model)
         ideal = partial(
-            model_work,
-            shape=shape,
-            weights=(weights, last),
-            element_size=model.dtype.itemsize,
+            model_work, shape=shape, weights=weights, element_size=model.dtype.itemsize,
             profile=profile,
-        )
+        )  # fmt: skip
         middle = tokens + 1 + request.new_tokens // 2
         return {
             **row,
             "ttft_us": speed.ttft.us,
             "ttft_iqr_us": speed.ttft.iqr_us,
-            "ideal_ttft_us": ideal(first_token(batch, tokens)).ideal_us(ceilings),
+            "ideal_ttft_us": ideal(Case(PREFILL, batch, tokens)).ideal_us(ceilings),
             "tpot_us": min([speed.tpot_us, *backends.values()]),
-            "ideal_tpot_us": ideal(next_token(batch, middle)).ideal_us(ceilings),
+            "ideal_tpot_us": ideal(Case(DECODE, batch, middle)).ideal_us(ceilings),
             "kv_bytes": memory.total_bytes,
             "full_kv_bytes": memory.full_bytes,
-            "weight_bytes": weights,
+            "weight_bytes": weights[0],
             "peak_bytes": peak,
             **({"peak_bytes_of": peaks_of_gpus()} if several else {}),
             **({"tpot_us_by_backend": backends} if backends else {}),

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from chai_attention.benchmarking.cases import DECODE, PREFILL, AttentionShape, Case
+from chai_attention.benchmarking.cases import AttentionShape, Case
 from chai_attention.benchmarking.ceilings import Work, attention_work
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import ModelShape
@@ -60,13 +60,3 @@ def model_work(
         )  # fmt: skip
         flops, moved = flops + part.flops, moved + part.bytes
     return Work(moved, flops)
-
-
-def first_token(batch: int, tokens: int) -> Case:
-    """The forward over a prompt."""
-    return Case(PREFILL, batch, tokens)
-
-
-def next_token(batch: int, tokens: int) -> Case:
-    """A forward over one token per sequence behind ``tokens`` others."""
-    return Case(DECODE, batch, tokens)

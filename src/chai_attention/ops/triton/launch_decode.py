@@ -281,13 +281,8 @@ def _launch(
     lse: Tensor | None,
 ) -> None:
     """Write ``out [B, H, Dv]``, of any strides but the last, and ``lse [B, k]``."""
-    key, value, member, softcap, splits = (
-        kv.key,
-        kv.value,
-        call.membership,
-        call.softcap,
-        grid.splits,
-    )
+    key, value, member = kv.key, kv.value, call.membership
+    softcap, splits = call.softcap, grid.splits
     batch, dim, value_dim = query.shape[0], query.shape[2], value.shape[3]
     members, wide, kv_heads = head_tiles.members, padded(value_dim), member.kv_heads
     table: Tensor | None = None
