@@ -11,7 +11,7 @@ every step, and a frozen one takes 15 times as long to make.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ class PagedKV:
             membership with streaming heads needs one.
         max_seqlen_k: bound of ``seq_lens`` that decode's splits of the context are chosen for; None
             for what the block table can hold.
+        shared: what kernels need to know of the pages alone, the window's too, which is made once
+            for all calls with this dictionary: those of one layer. None to make it anew.
     """
 
     key: Tensor
@@ -92,6 +94,7 @@ class PagedKV:
     seq_lens: Tensor
     window: LocalPages | None = None
     max_seqlen_k: int | None = None
+    shared: dict[Any, Any] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,11 +128,14 @@ class PackedQueries:
             theirs, of which the representatives' are read in place.
         query_start_loc: ``[B + 1]`` int32, where each sequence begins, and the end.
         max_seqlen_q: no sequence has more new tokens.
+        shared: what kernels need to know of ``query_start_loc`` alone, which is made once for all
+            calls with this dictionary: those of a model's layers in one step. None to make it anew.
     """
 
     query: Tensor
     query_start_loc: Tensor
     max_seqlen_q: int
+    shared: dict[Any, Any] | None = None
 
 
 class Probe(NamedTuple):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LocalPages:
     """K and V that far pages do not hold, near the end and at the start of every sequence.
 

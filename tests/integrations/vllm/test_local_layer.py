@@ -51,8 +51,8 @@ def test_eight_bit_pages_are_seen_as_floats() -> None:
     assert keys.data_ptr() > local.kv_cache.data_ptr()
 
 
-def test_a_cache_for_trials_gets_free() -> None:
-    """The engine ran out of memory: vLLM makes one to measure CUDA graphs by, then the real one."""
+def clustered(blocks: int | None) -> tuple[ChaiAttention, LocalLayer]:
+    """A layer whose vLLM plans so many pages, and that of its local pages."""
     rep = (0, 0, 2, 2, 4)
     plan = LayerPlan(0, 5, 5, 2, 8, "scores", rep, recent=4, sinks=1, streaming=(4,))
     impl = object.__new__(ChaiAttention)
@@ -63,11 +63,37 @@ def test_a_cache_for_trials_gets_free() -> None:
     impl.layout, impl.local_layout = impl.layer.layout(8, 8), impl.layer.local_layout(8, 8)
     numbers = impl.local_layout.numbers_per_token
     local = LocalLayer(None, None, {"layer": impl.local_layout}, numbers, [1], int, 4, 1, 0)
-    cache_config = SimpleNamespace(num_gpu_blocks=None)
-    model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
+    cache_config = SimpleNamespace(num_gpu_blocks=blocks)
     impl.model_state = SimpleNamespace(
         local=local, max_requests=3, config=SimpleNamespace(cache_config=cache_config)
     )
+    return impl, local
+
+
+def test_pages_are_viewed_once_for_a_planned_cache_and_anew_for_any_other() -> None:
+    impl, local = clustered(4)
+    far, near = impl.layout.numbers_per_token, impl.local_layout.numbers_per_token
+    caches = [torch.full((4, 1, 16, far), float(n)) for n in range(2)]
+    local_caches = [torch.full((4, 1, 16, near), float(n)) for n in range(2)]
+    local.kv_cache = local_caches[0]
+    impl.prepare(caches[0])
+    held = impl._pages(caches[0])
+    assert impl._pages(caches[0]) is held
+    assert held.shared == {}
+    for one in (0, 1):  # other far pages, then other local ones, then both by turns
+        for other in (0, 1):
+            local.kv_cache = local_caches[other]
+            pages = impl._pages(caches[one])
+            assert (pages is held) == (one == other == 0)
+            assert [float(x.mean()) for x in pages[:4]] == [one, one, other, other]
+            assert pages is held or pages.shared is None
+
+
+def test_a_cache_for_trials_gets_free() -> None:
+    """The engine ran out of memory: vLLM makes one to measure CUDA graphs by, then the real one."""
+    impl, local = clustered(None)
+    numbers = impl.local_layout.numbers_per_token
+    model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
     far_memory = np.zeros((4, 1, 16, impl.layer.layout(8, 8).numbers_per_token), np.float32)
     local_memory = np.zeros((4, 1, 16, numbers), np.float32)
     local.kv_cache = torch.from_numpy(local_memory)

@@ -150,7 +150,7 @@ class StepAttention:
             probe = Probe(query, key, value, self.plan.probe_end)
         if self.plan.has_recent_window:
             offset = self.memberships.offsets(part.first_pages)
-        queries = PackedQueries(query, part.query_start_loc, part.max_query_len)
+        queries = PackedQueries(query, part.query_start_loc, part.max_query_len, part.shared)
         call = AttentionCall(member, self.scale, self.softcap, ids, offset)
         if part.is_new:
             varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
@@ -161,7 +161,9 @@ class StepAttention:
             if not step.is_warm_up:  # which compiles the kernels of both ways
                 return
         local = self.local_pages(pages, part.local_table, part.block_table)
-        kv = PagedKV(pages.key, pages.value, part.block_table, part.seq_lens, local)
+        kv = PagedKV(
+            pages.key, pages.value, part.block_table, part.seq_lens, local, shared=pages.shared
+        )  # fmt: skip
         paged_prefill(queries, kv, call, out[part.tokens], probe)
 
     def _copies(self, step: ChaiMetadata, part: SubBatch, pages: Pages) -> PagedKV | None:

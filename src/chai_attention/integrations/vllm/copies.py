@@ -108,12 +108,12 @@ class DequantisationWorkspace:
         ends = [width * used.pages.shape[0] for width, (*_, used) in zip(widths, held, strict=True)]
         if sum(ends) > self._memory.numel():
             return None
-        copies: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor]] = []
         start = 0
         for (key, _, used), layout, width, size in zip(held, layouts, widths, ends, strict=True):
             room, start = self._memory[start : start + size], start + size
             count, page = used.pages.shape[0], key.shape[1]
             run = key.as_strided((key.shape[0], width), (key.stride(0), 1))
             widen_pages(run, used.pages, room.view(count, width))
-            copies += layout.split(room.view(count, 1, page, width // page))
-        return Pages(*copies)
+            copies.append(layout.split(room.view(count, 1, page, width // page)))
+        return Pages(*copies[0], *copies[1]) if len(copies) > 1 else Pages(*copies[0])

@@ -68,6 +68,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self.softcap = logits_soft_cap or None
         self.model_state = ModelState.of(get_current_vllm_config())
         self._name: str | None = None  # of the layer, once its weights are loaded
+        # caches that stay, and views of them
+        self._viewed: tuple[Tensor, Tensor | None, Pages] | None = None
         self._is_prepared = False  # for a cache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -157,8 +159,10 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self._is_prepared = True
         # caches before that are for trials
         is_planned = cache.shape[0] == self.model_state.config.cache_config.num_gpu_blocks
+        self._viewed = None
         if is_planned:
             self._held = None  # what is made now was counted
+            self._viewed = cache, self._local_cache(), self._view(cache)._replace(shared={})
         self._memberships: FixedMembership | PageMemberships = (
             PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe
@@ -209,7 +213,19 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
     # ---- one step
 
     def _pages(self, cache: Tensor) -> Pages:
-        """View the layer's pages, far and local."""
+        """View the layer's pages, far and local: always the same views of a planned cache."""
+        if self._viewed is not None:
+            own, local, pages = self._viewed
+            if own is cache and local is self._local_cache():
+                return pages
+        return self._view(cache)
+
+    def _local_cache(self) -> Tensor | None:
+        if self.local_layout is None or self.model_state.local is None:
+            return None
+        return self.model_state.local.kv_cache
+
+    def _view(self, cache: Tensor) -> Pages:
         dtype = FLOAT8 if self.is_fp8 else cache.dtype
         far = self.layout.split(cache.view(dtype) if self.is_fp8 else cache)
         if self.local_layout is None or self.model_state.local is None or self._name is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,19 +79,23 @@ class PageLayout:
 
 
 class Pages(NamedTuple):
-    """A layer's pages, for one step: vLLM replaces caches, so these views must not be kept.
+    """A layer's pages: views of a cache, kept only for the one that vLLM has planned.
+
+    It makes others for trials, which have to get free.
 
     Attributes:
         key: ``[P, N, kept K heads, D]``.
         value: ``[P, N, kept V heads, Dv]``.
         local_key: ``[P, N', removed K heads, D]`` of local pages; None if far pages hold all heads.
         local_value: ``[P, N', removed V heads, Dv]``; the same.
+        shared: `PagedKV.shared` of these pages; None for pages of one step.
     """
 
     key: Tensor
     value: Tensor
     local_key: Tensor | None = None
     local_value: Tensor | None = None
+    shared: dict[Any, Any] | None = None
 
 
 def local_page(page: int, far: int, local: int, recent: int) -> int:

@@ -147,6 +147,7 @@ class SubBatch(NamedTuple):
         block_table: ``[n, max_pages]`` int32.
         seq_lens: ``[n]`` int32.
         local_table: ``[n, max_local_pages]`` int32, None without local pages.
+        shared: `PackedQueries.shared` of all layers.
     """
 
     start: int
@@ -159,6 +160,7 @@ class SubBatch(NamedTuple):
     block_table: Tensor
     seq_lens: Tensor
     local_table: Tensor | None
+    shared: dict[Any, Any] | None = None
 
     @property
     def stop(self) -> int:
@@ -331,6 +333,7 @@ class ChaiMetadata:
             self.block_table[own],
             self.seq_lens[own],
             None if self.local is None else self.local.block_table[own],
+            {},
         )
 
     @_once

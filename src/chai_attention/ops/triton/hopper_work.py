@@ -9,10 +9,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from chai_attention.ops.call import PackedQueries
 from chai_attention.ops.triton.head_tiles import HeadTiles
-from chai_attention.ops.triton.sizes import power_of_2
+from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
+COPIES = 32  # of a list that calls share, made at a time: one for each layer of most models
 
 
 @gluon.jit
@@ -73,14 +75,18 @@ def packed_work(
 
 
 @triton.jit(
-    do_not_specialize=["head_tiles", "batch"],
+    do_not_specialize=["head_tiles", "batch", "size"],
     do_not_specialize_on_alignment=["start_ptr", "ids_ptr"],
 )
 def _plan(
-    start_ptr, ids_ptr, head_ptr, plan_ptr, head_tiles, batch, stride_t,
+    start_ptr, ids_ptr, head_ptr, plan_ptr, head_tiles, batch, stride_t, size,
     HEAD_TILES_P: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Where each sequence's items begin, then the end of the list, then a counter at 0."""
+    """Where each sequence's items begin, then the end of the list, then a counter at 0.
+
+    Every program makes a copy, of ``size`` numbers.
+    """
+    plan_ptr += tl.program_id(0) * size
     before = 0
     c = tl.arange(0, HEAD_TILES_P)
     for first in range(0, batch, SEQUENCES):
@@ -103,14 +109,32 @@ def _plan(
     tl.store(plan_ptr + batch + 1, 0)
 
 
-def plan(head_tiles: HeadTiles, query_starts: Tensor, ids: Tensor | None, tile: int) -> Tensor:
-    """Make the list of packed sequences: ``[B + 2]`` int32, see `_plan`."""
+def plan(
+    head_tiles: HeadTiles, query_starts: Tensor, ids: Tensor | None, tile: int, copies: int = 1
+) -> Tensor:
+    """Make the list of packed sequences: ``[copies, B + 2]`` int32, see `_plan`."""
     batch = query_starts.shape[0] - 1
-    made = torch.empty(batch + 2, dtype=torch.int32, device=query_starts.device)
-    _plan[(1,)](
+    size = cdiv(batch + 2, 4) * 4  # kernels expect lists at multiples of 16 bytes
+    made = torch.empty(copies, size, dtype=torch.int32, device=query_starts.device)
+    _plan[(copies,)](
         query_starts, ids, head_tiles.head, made, head_tiles.count, batch,
-        head_tiles.stride,
+        head_tiles.stride, size,
         HEAD_TILES_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
         HAS_IDS=ids is not None, num_warps=4,
     )  # fmt: skip
-    return made
+    return made[:, : batch + 2]
+
+
+def plan_of(head_tiles: HeadTiles, queries: PackedQueries, ids: Tensor | None, tile: int) -> Tensor:
+    """Return a list to use up: ``[B + 2]`` int32.
+
+    Where all head tiles of all sequences have work, the list depends on the sequences alone. Then
+    calls that share what is made of these (`PackedQueries.shared`) take one copy each.
+    """
+    starts, shared = queries.query_start_loc, queries.shared
+    if shared is None or ids is not None or head_tiles.stride or not head_tiles.exact:
+        return plan(head_tiles, starts, ids, tile)[0]
+    copies: list[Tensor] = shared.setdefault((plan, head_tiles.count, tile), [])
+    if not copies:
+        copies += plan(head_tiles, starts, None, tile, COPIES).unbind()
+    return copies.pop()

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.local import LocalKeys
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper import prefill_hopper
@@ -22,7 +23,7 @@ from chai_attention.ops.triton.hopper_paged_window import (
 )
 from chai_attention.ops.triton.hopper_pages import COLUMNS
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
-from chai_attention.ops.triton.hopper_work import plan
+from chai_attention.ops.triton.hopper_work import plan_of
 from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for
 from chai_attention.ops.triton.sizes import cdiv
 from chai_attention.ops.windowed import WindowTables
@@ -81,7 +82,7 @@ def prefill_packed(
         (query.shape[2] // (2 * ROWS) + batch) * head_tiles.count, (query, key, value), box,
         heads, head_tiles, out,
         lse, (0, *out.stride()), (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)),
-        None, plan(head_tiles, starts, ids, 2 * ROWS), None, starts, lengths, table, ids,
+        None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, lengths, table, ids,
         call.scale, 0, 0, head_tiles.count, 0, 0, batch,
         0 if table is None else table.stride(0), head_tiles.stride,
         RAGGED=True, PAGE=page, HAS_IDS=ids is not None,
@@ -160,7 +161,7 @@ def prefill_packed_window(
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _prefill_window[(min(processors(query.device), programs),)](
         tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
-        None, plan(head_tiles, starts, ids, 2 * ROWS), None, starts, ids,
+        None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, ids,
         *head_tiles.tables, offset, out,
         call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
         head_tiles.streaming, 0, 0, batch, head_tiles.stride,
@@ -199,21 +200,15 @@ def prefill_paged_window(
     assert local is not None
     starts, table, query = queries.query_start_loc, kv.block_table, queries.query
     batch, (total, _, dim) = starts.shape[0] - 1, query.shape
-    pages = [x.transpose(1, 2) for x in (kv.key, kv.value, local.key, local.value)]
-    some = next(x for x in pages if x.shape[1])
-    # what has no heads is described to the kernel as something else, and not read
-    far_key, far_value, local_key, local_value = (x if x.shape[1] else some for x in pages)
-    size = box_of(kv.key.shape[1])
-    # parts of a block have to be as wide as the swizzle
-    box = [1, 1, size, dim if size == BLOCK else COLUMNS.value]
-    little = [1, 1, BOX.value, COLUMNS.value]
+    tiles = None if kv.shared is None else kv.shared.get(_tiles_of_pages)
+    if tiles is None:
+        tiles = _tiles_of_pages(kv, local)
+        if kv.shared is not None:
+            kv.shared[_tiles_of_pages] = tiles
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _prefill_paged_window[(min(processors(out.device), programs),)](
         tiles_of(query.transpose(0, 1)[None], [1, 1, ROWS, dim]),
-        tiles_of(far_key, box), tiles_of(far_value, box),
-        tiles_of(far_key, little), tiles_of(far_value, little),
-        tiles_of(local_key, little), tiles_of(local_value, little),
-        plan(head_tiles, starts, ids, 2 * ROWS), starts, kv.seq_lens, table,
+        *tiles, plan_of(head_tiles, queries, ids, 2 * ROWS), starts, kv.seq_lens, table,
         local.block_table, ids, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
         call.scale, local.recent, head_tiles.count, head_tiles.streaming, batch,
@@ -224,6 +219,23 @@ def prefill_paged_window(
         SHARED=member.group_size, GROUPS=member.kv_heads, PAGE=kv.key.shape[1],
         LOCAL_PAGE=local.page, HAS_IDS=ids is not None, HAS_OFFSET=offset is not None,
         num_warps=4,
+    )  # fmt: skip
+
+
+def _tiles_of_pages(kv: PagedKV, local: LocalPages) -> tuple[TensorDescriptor, ...]:
+    """Far pages in large boxes, the same in little ones, local pages; K and V each."""
+    pages = [x.transpose(1, 2) for x in (kv.key, kv.value, local.key, local.value)]
+    some = next(x for x in pages if x.shape[1])
+    # what has no heads is described to the kernel as something else, and not read
+    far_key, far_value, local_key, local_value = (x if x.shape[1] else some for x in pages)
+    size, dim = box_of(kv.key.shape[1]), kv.key.shape[3]
+    # parts of a block have to be as wide as the swizzle
+    box = [1, 1, size, dim if size == BLOCK else COLUMNS.value]
+    little = [1, 1, BOX.value, COLUMNS.value]
+    return (
+        tiles_of(far_key, box), tiles_of(far_value, box),
+        tiles_of(far_key, little), tiles_of(far_value, little),
+        tiles_of(local_key, little), tiles_of(local_value, little),
     )  # fmt: skip
 
 

@@ -214,7 +214,7 @@ class _Places(NamedTuple):
     Attributes:
         tokens: of a sequence; of all sequences for pages.
         batch: sequences; 1 for pages.
-        strides: of new K, new V, the K and the V cache, of row or page, head and token each.
+        strides: of new K, new V, the K and the V cache, of row or page, head and token each: 12.
         size: capacity of dense caches.
         start: ``[B]``, position of each sequence's first new token; of dense caches.
         page: tokens of a page; 0 for dense caches.
@@ -226,7 +226,7 @@ class _Places(NamedTuple):
 
     tokens: int
     batch: int
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...]
     size: int = 0
     start: Tensor | None = None
     page: int = 0
@@ -247,7 +247,7 @@ def write_dense(
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
     states = (key, value, keys, values)
-    strides = tuple(x.stride()[:3] for x in states)
+    strides = tuple(stride for x in states for stride in x.stride()[:3])
     places = _Places(key.shape[2], key.shape[0], strides, size=keys.shape[2], start=start)
     _launch(states, membership, local, places)
 
@@ -267,15 +267,23 @@ def write_paged(
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
     states = (key, value, key_pages, value_pages)
+    token, head, _ = key.stride()
+    value_token, value_head, _ = value.stride()
     strides = (
-        *((0, x.stride(1), x.stride(0)) for x in states[:2]),
-        *((x.stride(0), x.stride(2), x.stride(1)) for x in states[2:]),
-    )
+        0, head, token, 0, value_head, value_token,
+        *_page_strides(key_pages), *_page_strides(value_pages),
+    )  # fmt: skip
     places = _Places(
         key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
         local_slots=local_slot_mapping, membership_ids=membership_ids, stored=stored,
     )  # fmt: skip
     _launch(states, membership, local, places, scales)
+
+
+def _page_strides(pages: Tensor) -> tuple[int, int, int]:
+    """Of page, head and token of ``[P, N, heads, D]``."""
+    page, token, head, _ = pages.stride()
+    return page, head, token
 
 
 def _launch(
@@ -288,7 +296,7 @@ def _launch(
     """Write new K and V, the first two ``states``, into the caches, the others."""
     if not places.tokens:
         return
-    dim, value_dim = (x.shape[-1] for x in states[:2])
+    dim, value_dim = states[0].shape[-1], states[1].shape[-1]
     kept, kept_values = membership.kept_keys, membership.kept_values
     removed = removed_values = local_page = 0
     ring = first = value_ring = value_first = sink_positions = None
@@ -299,8 +307,7 @@ def _launch(
         stored_strides = [x.stride(axis) for x in places.stored for axis in (1, 0)]
     if isinstance(local, LocalPages):
         ring, value_ring, local_page = local.key, local.value, local.page
-        local_strides[:3] = (ring.stride(axis) for axis in (0, 2, 1))
-        local_strides[6:9] = (value_ring.stride(axis) for axis in (0, 2, 1))
+        local_strides[:3], local_strides[6:9] = _page_strides(ring), _page_strides(value_ring)
     elif local is not None:
         removed = membership.kv_heads - kept
         ring, first, sink_positions = local.ring, local.sinks, by_row(local.sink_positions)
@@ -322,8 +329,7 @@ def _launch(
         sink_positions, by_row(places.local_slots),
         places.tokens, places.size, kept, kept_values, removed, removed_values,
         *((local.size, local.shift) if isinstance(local, RollingBuffer) else (1, 0)),
-        *(1 / scale for scale in scales),
-        *(stride for group in places.strides for stride in group), *stored_strides,
+        1 / scales[0], 1 / scales[1], *places.strides, *stored_strides,
         *local_strides,
         0 if membership.batch == 1 else 1,
         D=dim, DP=power_of_2(dim), DV=value_dim,
