@@ -238,6 +238,8 @@ def prefill_window(
     if not HAS_IDS:
         ids_ptr = work_ptr
     if RAGGED:
+        local_k_tiles = k_tiles  # the same keys, of which each query sees some local
+        local_v_tiles = v_tiles
         next_ptr = work_ptr + batch + 1
         pairs = 0
         items = gl.load(work_ptr + batch)

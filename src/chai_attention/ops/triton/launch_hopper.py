@@ -157,10 +157,9 @@ def prefill_packed_window(
     batch, (total, _, dim) = starts.shape[0] - 1, queries.query.shape
     box = [1, 1, BLOCK, dim]
     query, key, value = (x.transpose(0, 1)[None] for x in (queries.query, kv.key, kv.value))
-    k_tiles, v_tiles = tiles_of(key, box), tiles_of(value, box)
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     _prefill_window[(min(processors(query.device), programs),)](
-        tiles_of(query, [1, 1, ROWS, dim]), k_tiles, v_tiles, k_tiles, v_tiles,
+        tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box), None, None,
         None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, ids,
         *head_tiles.tables, offset, out,
         call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
