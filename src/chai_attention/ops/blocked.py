@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV
-from chai_attention.ops.scratch import widened
+from chai_attention.ops.scratch import shaped, widened
 
 QUERY_BLOCK = 256  # rows of one score block in prefill: the block stays in the L2 cache
 KEY_BLOCK = 512  # keys converted to float32 at a time in decode, for the same reason
@@ -158,23 +158,18 @@ def _prefill(row: Row, clusters: Sequence[Cluster], out: Tensor, lse: Tensor | N
         for start, stop in _blocks(queries, QUERY_BLOCK):
             seen = past + stop  # keys the last query of the block sees
             rows = stop - start
-            room = _room(score_room, rows, seen)
+            room = shaped(score_room, rows, seen)
             scores = torch.mm(query[slot, start:stop], key[:seen].T, out=room)
-            probs = _softmax(row, scores, past + start, out=_room(prob_room, rows, seen))
+            probs = _softmax(row, scores, past + start, out=shaped(prob_room, rows, seen))
             if lse is not None:
                 lse[slot, start:stop] = _log_sum_exp(row, scores, probs)
             if low_room.numel():
-                probs = _room(low_room, rows, seen).copy_(probs)
+                probs = shaped(low_room, rows, seen).copy_(probs)
             for place, heads in cluster.columns:
                 first, *others = (out[start:stop, head] for head in heads)
                 torch.mm(probs, row.value[place, :seen], out=first)
                 for same in others:
                     same.copy_(first)
-
-
-def _room(memory: Tensor, rows: int, columns: int) -> Tensor:
-    """Use the first ``rows * columns`` numbers of ``memory`` as a matrix."""
-    return memory[: rows * columns].view(rows, columns)
 
 
 def _decode(row: Row, tables: RowTables, out: Tensor, lse: Tensor | None) -> None:

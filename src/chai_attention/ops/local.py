@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall
+from chai_attention.ops.scratch import shaped
 from chai_attention.ops.windowed import WindowTables, blocks_of
 
 SCORES = 2**22  # numbers in the scores that are held at a time, if of more sequences than one
@@ -133,9 +134,9 @@ def _attend(
         seen = columns - begin
         # the rows of all heads of a K/V head side by side: one product for them
         shape = (batch * groups, heads // groups * rows)
-        q = _room(query_room, batch, heads, rows, dim)
+        q = shaped(query_room, batch, heads, rows, dim)
         torch.mul(query[:, :, start:stop], call.scale, out=q)
-        scores = torch.bmm(q.view(*shape, dim), keys.mT, out=_room(score_room, *shape, seen))
+        scores = torch.bmm(q.view(*shape, dim), keys.mT, out=shaped(score_room, *shape, seen))
         if call.softcap is not None:
             scores.div_(call.softcap).tanh_().mul_(call.softcap)
         by_head = scores.view(batch, heads, rows, seen)
@@ -145,11 +146,11 @@ def _attend(
         if bias is not None:
             bias = bias[:, None, lacks:, begin:]
             by_head += bias if far is not None else bias[..., :seen]
-        probs = torch.softmax(scores, -1, out=_room(prob_room, *shape, seen))
+        probs = torch.softmax(scores, -1, out=shaped(prob_room, *shape, seen))
         if tables.padded:
             probs.nan_to_num_(0.0)
-        low = _room(low_room, *shape, seen).copy_(probs) if low_room.numel() else probs
-        result = torch.bmm(low, values, out=_room(result_room, *shape, values.shape[2]))
+        low = shaped(low_room, *shape, seen).copy_(probs) if low_room.numel() else probs
+        result = torch.bmm(low, values, out=shaped(result_room, *shape, values.shape[2]))
         weight = None if far is None else low.view(batch, heads, rows, seen)[..., -1:]
         _store(result.view(batch, heads, rows, -1), weight, far, start, out)
 
@@ -177,11 +178,3 @@ def _store(result: Tensor, weight: Tensor | None, far: Far | None, start: int, o
         out[:, skip:].addcmul_(weight, states)
     else:
         torch.addcmul(result, weight, states, out=out)
-
-
-def _room(memory: Tensor, *shape: int) -> Tensor:
-    """Use the first numbers of ``memory`` as a tensor of ``shape``."""
-    numbers = 1
-    for size in shape:
-        numbers *= size
-    return memory[:numbers].view(shape)

@@ -58,19 +58,19 @@ def fused_representatives(
         ``[B, n]`` int64, whom each of the clustered heads follows, by their numbers among
         themselves; None where there is no kernel.
     """
-    if query.device.type != "cuda" or find_spec("triton") is None:
+    kernels = _kernels(query, key, value, windows.tokens.shape[1])
+    if kernels is None:
         return None
-    from chai_attention.ops.triton import online
-
-    if not online.takes(query, key, windows, value):
-        return None
-    return online.representatives(query, key, value, windows, how)
+    found: Tensor = kernels.representatives(query, key, value, windows, how)
+    return found
 
 
-def _kernels(query: Tensor, key: Tensor, value: Tensor | None = None) -> ModuleType | None:
+def _kernels(
+    query: Tensor, key: Tensor, value: Tensor | None, window: int | None = None
+) -> ModuleType | None:
     """The launchers, if they take the shape."""
     if query.device.type != "cuda" or find_spec("triton") is None:
         return None
     from chai_attention.ops.triton import online
 
-    return online if online.fits(query, key, value) else None
+    return online if online.fits(query, key, value, window) else None

@@ -47,3 +47,8 @@ def widened(states: Tensor, dtype: torch.dtype) -> Tensor:
     if states.dtype == dtype:
         return states
     return scratch(tuple(states.shape), dtype).copy_(states)
+
+
+def shaped(memory: Tensor, *shape: int) -> Tensor:
+    """Use the first numbers of ``memory`` as a tensor of ``shape``."""
+    return memory[: prod(shape)].view(shape)

@@ -15,22 +15,18 @@ from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.head_tiles import heads_per_tile
 
 
-def fits(query: Tensor, key: Tensor, value: Tensor | None = None) -> bool:
-    """Whether the kernels take a window: up to 128 heads and tokens (64 with V), no float64."""
-    return _takes(query.shape[1], query.shape[2], query, key, value)
+def fits(
+    query: Tensor, key: Tensor, value: Tensor | None = None, window: int | None = None
+) -> bool:
+    """Whether the kernels take a window: up to 128 heads and tokens (64 with V), no float64.
 
-
-def takes(query: Tensor, key: Tensor, windows: Windows, value: Tensor | None = None) -> bool:
-    """The same of windows among packed tokens."""
-    return _takes(query.shape[1], windows.tokens.shape[1], query, key, value)
-
-
-def _takes(heads: int, window: int, query: Tensor, key: Tensor, value: Tensor | None) -> bool:
+    With ``window`` tokens each, windows are among packed tokens.
+    """
     most = probe.MAX_WINDOW if value is None else probe.MAX_VALUE_WINDOW
     states = (query, key) if value is None else (query, key, value)
     return (
-        heads <= kmeans.MAX_HEADS
-        and window <= most
+        query.shape[1] <= kmeans.MAX_HEADS
+        and (query.shape[2] if window is None else window) <= most
         and query.dtype != torch.float64
         and all(each.stride(-1) == 1 for each in states)
     )
@@ -57,7 +53,7 @@ def membership_of_window(
 def representatives(
     query: Tensor, key: Tensor, value: Tensor | None, windows: Windows, how: HeadClustering
 ) -> Tensor:
-    """`ops.online.fused_representatives` where it `takes` them."""
+    """`ops.online.fused_representatives` where it `fits`."""
     maps = probe.packed_maps(query, key, windows, scale=how.scale, softcap=how.softcap)
     group = query.shape[1] // key.shape[1]
     return _cluster(maps, value, how, group, None).representatives
