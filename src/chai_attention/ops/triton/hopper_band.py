@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from chai_attention.ops.triton.hopper import update
 from chai_attention.ops.triton.hopper_fetch import release
-from chai_attention.ops.triton.hopper_local import SINKS_MOST, blank_boxes, leave
+from chai_attention.ops.triton.hopper_local import BOX, SINKS_MOST, blank, leave
 
 NEVER = gl.constexpr(1 << 29)  # keys, more than there are
 
@@ -30,7 +30,7 @@ def _scores(
 ):  # fmt: skip
     """`hopper.update` with a block of the band, of which the first key is ``key``."""
     if (key < first) | (key + BLOCK > size):
-        blank_boxes(v, first - key, size - key)
+        blank(v, first - key, size - key, BOX)
     lowest = first + recent - 1 + HALF * ROWS  # the half's first query
     if (key + BLOCK - 1 > lowest) | (key <= lowest + ROWS - 1 - recent) | (key < SINKS):
         at = key + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s.type.layout))
@@ -66,7 +66,7 @@ def attend_band(
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
         v = v_one.index(stage * M).slice(0, SINKS_MOST)
         if (SINKS < SINKS_MOST) | (size < SINKS_MOST):
-            blank_boxes(v, 0, gl.minimum(size, SINKS))
+            blank(v, 0, gl.minimum(size, SINKS), BOX)
         none = gl.full([ROWS, SINKS_MOST], 0.0, gl.float32, layout=few)
         sink_s = warpgroup_mma(
             q, k_all.index(stage).slice(0, SINKS_MOST).permute([1, 0]), none, use_acc=False

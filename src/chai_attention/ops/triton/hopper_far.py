@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from chai_attention.ops.triton.hopper import _softmax, _step
 from chai_attention.ops.triton.hopper_fetch import _fetch_block, _fetch_tile, release
-from chai_attention.ops.triton.hopper_local import blank, blank_boxes, leave
+from chai_attention.ops.triton.hopper_local import BOX, blank, leave
 
 
 @gluon.jit
@@ -80,10 +80,7 @@ def attend_far(
         if last + BLOCK > there:
             for part in gl.static_range(WIDTH // v_one.shape[2]):
                 v = v_one.index(stage * (v_one.shape[0] // STAGES) + part)
-                if PAGED:
-                    blank_boxes(v, 0, there - last)
-                else:
-                    blank(v, 0, there - last)
+                blank(v, 0, there - last, BOX if PAGED else BLOCK)  # few registers are free
     masked = blocks - whole
     if PAGED:
         masked = gl.minimum(blocks, masked + (1 if LOW > 0 else 0))

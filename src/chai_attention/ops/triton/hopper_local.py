@@ -38,29 +38,18 @@ def halves(acc, M: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def blank(v, first, stop):
+def blank(v, first, stop, EACH: gl.constexpr):
     """Zeros in place of V but for the tokens from ``first`` on and before ``stop`` of a block.
 
     Other sequences' V stands there, or anything: their weights are 0, but 0 times NaN is not.
+    ``EACH`` tokens are in registers at a time.
     """
-    ROWS: gl.constexpr = v.shape[0]
     spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = gl.arange(0, ROWS, layout=gl.SliceLayout(1, spread))
-    here = v.load(spread)
-    v.store(gl.where(((token >= first) & (token < stop))[:, None], here, gl.zeros_like(here)))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def blank_boxes(v, first, stop):
-    """`blank`, 16 tokens at a time: few registers are free."""
-    spread: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = gl.arange(0, BOX, layout=gl.SliceLayout(1, spread))
-    for part in gl.static_range(v.shape[0] // BOX):
-        rows = v.slice(part * BOX, BOX)
+    token = gl.arange(0, EACH, layout=gl.SliceLayout(1, spread))
+    for part in gl.static_range(v.shape[0] // EACH):
+        rows = v.slice(part * EACH, EACH)
         here = rows.load(spread)
-        keep = (token + part * BOX >= first) & (token + part * BOX < stop)
+        keep = (token + part * EACH >= first) & (token + part * EACH < stop)
         rows.store(gl.where(keep[:, None], here, gl.zeros_like(here)))
     fence_async_shared()
     barrier()
@@ -109,7 +98,7 @@ def attend_local(
         mbarrier.wait(full.index(stage), (done // STAGES) & 1)
         if RAGGED:  # noqa: SIM102 - known when compiled
             if size < SINKS_MOST:
-                blank(v_one.index(stage * M), 0, size)
+                blank(v_one.index(stage * M), 0, size, BLOCK)
         sink = gl.arange(0, SINKS_MOST, layout=gl.SliceLayout(0, few))
         here = gl.convert_layout(position, gl.SliceLayout(1, few))
         acc, best, weight = _continue(
@@ -131,7 +120,7 @@ def attend_local(
         begin = first + n * BLOCK
         if RAGGED:  # noqa: SIM102 - known when compiled
             if (begin < 0) | (begin + BLOCK > size):
-                blank(v_one.index(stage * M), -begin, size - begin)
+                blank(v_one.index(stage * M), -begin, size - begin, BLOCK)
         at = begin + gl.arange(0, BLOCK, layout=by_key)
         seen = (at[None, :] <= position[:, None]) & (at[None, :] > (position - recent)[:, None])
         seen = seen & (at >= SINKS)[None, :]
