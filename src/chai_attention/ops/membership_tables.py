@@ -39,7 +39,6 @@ class MembershipTables:
         self.membership = membership
         self.offset = head_offsets(offsets, membership) if has_window else None  # [R, H]
         self._offsets = offsets
-        self._clustered = clustered
         self._part: tuple[Tensor, Tensor] | None = None
         if clustered is not None:
             heads, device = range(membership.heads), membership.representatives.device

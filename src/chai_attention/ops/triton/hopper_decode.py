@@ -41,7 +41,7 @@ def _scores_base2(s, softcap, HAS_SOFTCAP: gl.constexpr):
 @gluon.jit
 def _fetch(
     k_tiles, v_tiles, tile_bufs, full, free, table, place_ptr, key, count, start, stop,
-    D: gl.constexpr, SLOTS: gl.constexpr, PAGE: gl.constexpr,
+    SLOTS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Bring K of a block, then V of its members, to one place after another of a ring."""
     slot = 0
@@ -245,5 +245,5 @@ def parts(
                 scale, softcap, D, M, SLOTS, HAS_SOFTCAP, DTYPE)),
             (_fetch, (
                 k_tiles, v_tiles, tile_bufs, full, free, table, places, key, count, start, stop,
-                D, SLOTS, PAGE)),
+                SLOTS, PAGE)),
         ], [1], [24])  # fmt: skip

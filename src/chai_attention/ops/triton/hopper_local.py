@@ -80,8 +80,8 @@ def _continue(
 def attend_local(
     HALF: gl.constexpr, q, k_all, v_one, full, free, acc, best, weight, done, position, past,
     recent, blocks, size, factor,
-    ROWS: gl.constexpr, BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    SINKS: gl.constexpr, RAGGED: gl.constexpr, DTYPE: gl.constexpr,
+    BLOCK: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, SINKS: gl.constexpr,
+    RAGGED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One member's local keys: sums, maximum and weight, and the number of stages used so far.
 

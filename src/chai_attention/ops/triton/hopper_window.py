@@ -52,7 +52,7 @@ def _local(
     part, best, weight, done = attend_local(
         HALF, q, k_all, v_one, full, free, part, best, weight, done, position,
         past + first - HALF * ROWS, recent, local, past + queries, factor,
-        ROWS, BLOCK, M, STAGES, SINKS, RAGGED, DTYPE,
+        BLOCK, M, STAGES, SINKS, RAGGED, DTYPE,
     )  # fmt: skip
     release(q_free.index(place))
     share = gl.convert_layout(1.0 / weight, gl.SliceLayout(1, one))

@@ -56,7 +56,7 @@ def _costs(
 @triton.jit
 def _try_all(
     scratch_ptr, choices_ptr, unit, heads, units, count, tie,
-    NP: tl.constexpr, HB: tl.constexpr, UP: tl.constexpr,
+    NP: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The best of all choices of units: ``[UP]`` bool."""
     n = tl.arange(0, NP)
@@ -74,7 +74,7 @@ def _try_all(
 
 
 @triton.jit
-def _greedy(nearest, unit, real, heads, units, kept, tie, UP: tl.constexpr):
+def _greedy(nearest, unit, real, units, kept, tie, UP: tl.constexpr):
     """Add the unit that lowers the summed cost most, one after the other: ``[UP]`` bool."""
     best = tl.where(real, float("inf"), 0.0)  # [HP]; padding adds nothing to a sum
     chosen = unit < 0
@@ -149,9 +149,9 @@ def _kmedoids(
         nearest_ptr = scratch_ptr + heads * heads
         tl.store(nearest_ptr + head[:, None] * units + unit[None, :], nearest, mask=known)
         tl.debug_barrier()
-        chosen = _try_all(nearest_ptr, choices_ptr, unit, heads, units, count, tie, NP, HB, UP)
+        chosen = _try_all(nearest_ptr, choices_ptr, unit, heads, units, count, tie, NP, HB)
     else:
-        chosen = _greedy(nearest, unit, real, heads, units, kept_units, tie, UP)
+        chosen = _greedy(nearest, unit, real, units, kept_units, tie, UP)
         if kept_units > 1:  # a single one was the best already
             chosen = _swap(nearest, chosen, unit, units, tie, UP)
     mine = (head // UNIT)[:, None] == unit[None, :]
