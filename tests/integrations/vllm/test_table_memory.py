@@ -25,7 +25,7 @@ PAGES, DIM = 37, 64
 def test_what_is_counted_is_what_tables_of_all_pages_take(
     heads, groups, clusters, target, window, streaming, monkeypatch
 ) -> None:
-    chunks = pytest.importorskip("chai_attention.ops.triton.head_tiles")
+    head_tiles = pytest.importorskip("chai_attention.ops.triton.head_tiles")
     # on a GPU the host does not know who is in which cluster
     monkeypatch.setattr(Membership, "known_rows", None)
     table = tuple(tuple(float(a != b) for b in range(heads)) for a in range(heads))
@@ -48,14 +48,16 @@ def test_what_is_counted_is_what_tables_of_all_pages_take(
     for name in [*names, *(["key_place", "value_place"] if window else [])]:
         getattr(member, name)
     wide = 64
-    decode, prompts = (chunks.heads_per_tile(len(far), clusters, n // wide) for n in (1024, 256))
+    decode, prompts = (
+        head_tiles.heads_per_tile(len(far), clusters, n // wide) for n in (1024, 256)
+    )
     prompts = min(2, prompts) if window else prompts
-    chunks.head_tiles_of(member, decode)
-    chunks.head_tiles_of(member, prompts)
-    chunks.natural_head_tiles(member, prompts)
+    head_tiles.head_tiles_of(member, decode)
+    head_tiles.head_tiles_of(member, prompts)
+    head_tiles.natural_head_tiles(member, prompts)
     if window:
-        chunks.natural_head_tiles(member, 2)
-    made = [*vars(member).values(), *vars(member.far or member).values(), pages._rows.offset]
+        head_tiles.natural_head_tiles(member, 2)
+    made = [*vars(member).values(), *vars(member.far or member).values(), pages._tables.offset]
     for held in member.derived.values():
         made += [getattr(held, field.name) for field in fields(held)]
     tables = [one for one in made if isinstance(one, Tensor) and one.ndim > 1]  # with a row a page
