@@ -27,8 +27,7 @@ ROUNDS, SIZE = 20, 64
 def _write(tiles, tile, item, full, free, rounds):
     for turn in range(rounds):
         mbarrier.wait(free, (turn & 1) ^ 1)
-        tell(item, 0, turn)
-        barrier()
+        tell(item, (turn,))  # and its warp meets
         mbarrier.expect(full, tiles.block_type.nbytes)
         _fetch_tile(tiles, [0, 0], full, tile)
 
