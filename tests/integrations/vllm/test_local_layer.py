@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
 
@@ -60,6 +61,7 @@ def clustered(blocks: int | None) -> tuple[ChaiAttention, LocalLayer]:
     impl.scale, impl.softcap, impl.is_fp8 = 0.3, None, False
     impl._name, impl._workspace, impl._held = "layer", None, None
     impl._kinds = impl._flash = None
+    impl._viewed = WeakIdKeyDictionary()
     impl.layout, impl.local_layout = impl.layer.layout(8, 8), impl.layer.local_layout(8, 8)
     numbers = impl.local_layout.numbers_per_token
     local = LocalLayer(None, None, {"layer": impl.local_layout}, numbers, [1], int, 4, 1, 0)
@@ -89,9 +91,12 @@ def test_pages_are_viewed_once_for_a_planned_cache_and_anew_for_any_other() -> N
             assert pages is held or pages.shared is None
 
 
-def test_a_cache_for_trials_gets_free() -> None:
+@pytest.mark.parametrize(
+    "planned", [None, 4]
+)  # vLLM plans with the trial's pages meanwhile, or not
+def test_a_cache_for_trials_gets_free(planned: int | None) -> None:
     """The engine ran out of memory: vLLM makes one to measure CUDA graphs by, then the real one."""
-    impl, local = clustered(None)
+    impl, local = clustered(planned)
     numbers = impl.local_layout.numbers_per_token
     model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=16))
     far_memory = np.zeros((4, 1, 16, impl.layer.layout(8, 8).numbers_per_token), np.float32)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -68,8 +69,8 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         self.softcap = logits_soft_cap or None
         self.model_state = ModelState.of(get_current_vllm_config())
         self._name: str | None = None  # of the layer, once its weights are loaded
-        # caches that stay, and views of them
-        self._viewed: tuple[Tensor, Tensor | None, Pages] | None = None
+        # views of far pages and the local ones beside them, for as long as the far pages are there
+        self._viewed: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._is_prepared = False  # for a cache
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -157,12 +158,16 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         device, plan = cache.device, self.layer.plan
         self._scales = self._checkpoint_scales()
         self._is_prepared = True
-        # caches before that are for trials
+        # caches before that are for trials, but for one by which vLLM measures CUDA graphs
         is_planned = cache.shape[0] == self.model_state.config.cache_config.num_gpu_blocks
-        self._viewed = None
+        self._viewed.clear()
         if is_planned:
             self._held = None  # what is made now was counted
-            self._viewed = cache, self._local_cache(), self._view(cache)._replace(shared={})
+            # a view of the tensor itself would keep it, and vLLM lets a cache go after a trial
+            own = cache.new_empty(0).set_(
+                cache.untyped_storage(), cache.storage_offset(), cache.shape, cache.stride()
+            )
+            self._viewed[cache] = self._local_cache(), self._view(own)._replace(shared={})
         self._memberships: FixedMembership | PageMemberships = (
             PageMemberships(self.layer, cache.shape[0], device)
             if plan.needs_probe
@@ -214,10 +219,9 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
 
     def _pages(self, cache: Tensor) -> Pages:
         """View the layer's pages, far and local: always the same views of a planned cache."""
-        if self._viewed is not None:
-            own, local, pages = self._viewed
-            if own is cache and local is self._local_cache():
-                return pages
+        found: tuple[Tensor | None, Pages] | None = self._viewed.get(cache)
+        if found is not None and found[0] is self._local_cache():
+            return found[1]
         return self._view(cache)
 
     def _local_cache(self) -> Tensor | None:
