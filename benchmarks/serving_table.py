@@ -66,7 +66,8 @@ def rows_of(name: str, result: dict[str, Any], room: float) -> Rows:
 
 def table(folder: Path) -> str:
     """All results of a folder in Markdown, with gains on vLLM as it is, measured and ideal."""
-    found = results(folder)
+    # an engine that has not started yet knows no capacity
+    found = {name: each for name, each in results(folder).items() if "capacity" in each}
     lines = []
     for stock in (name for name in KINDS if KINDS[name].own is None):
         kinds = [name for name in found if stock_of(name) == stock]
