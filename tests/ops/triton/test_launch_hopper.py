@@ -15,6 +15,13 @@ HEADS, DIM, PAGE, LOCAL = 6, 64, 64, 48
 TILES = slice(1, 7)  # of pages, among the kernel's arguments
 
 
+@pytest.fixture(autouse=True)
+def kernels_device():
+    """The work list is a launch, too: by Triton's interpreter where there is no GPU."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
+
+
 class Launches:
     """In a kernel's place, keeps what it is launched with."""
 
