@@ -1,5 +1,7 @@
 """Decode over far and local pages on the CPU against attention computed head by head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -123,7 +125,7 @@ def test_what_does_not_fit_is_refused():
         dispatched.paged_decode(query, *case.pages, case.table, member, local=local, **options)
 
     def other(**parts):
-        return LocalPages(**{**vars(local), **parts})
+        return replace(local, **parts)
 
     call()
     for error, options in {

@@ -1,5 +1,7 @@
 """Prefill of packed sequences with an exact window against the definition, head by head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,7 +9,6 @@ from torch.testing import assert_close
 from chai_attention.membership import Membership
 from chai_attention.ops import Probe
 from chai_attention.ops.fp8 import FLOAT8
-from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from local_cases import local_pages, packed_recent_definition
@@ -136,15 +137,11 @@ def test_a_window_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"offset has shape \[4\]"):
         call(offset=offset[0])
     for name in ("key", "value"):
-        wrong = {**vars(local), name: getattr(local, name)[:, :, :0]}
+        wrong = {name: getattr(local, name)[:, :, :0]}
         with pytest.raises(ValueError, match=f"window.{name} has shape"):
-            call(local=LocalPages(**wrong))
+            call(local=replace(local, **wrong))
     with pytest.raises(ValueError, match="local pages are of"):
-        call(
-            local=LocalPages(
-                **{**vars(local), "key": local.key.half(), "value": local.value.half()}
-            )
-        )
+        call(local=replace(local, key=local.key.half(), value=local.value.half()))
     plain = Membership.identity(4)
     with pytest.raises(ValueError, match="offset belongs"):
         dispatched.varlen_prefill(

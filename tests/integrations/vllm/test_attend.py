@@ -6,7 +6,8 @@ import torch
 from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.layers import LayerShard, PageLayout, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
 from chai_attention.ops.cache_write import write_paged

@@ -15,7 +15,8 @@ from chai_attention.integrations.vllm.copies import (
 )
 from chai_attention.integrations.vllm.layers import LayerShard, PageLayout, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.ops import reference
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.fp8 import FLOAT8, as_stored

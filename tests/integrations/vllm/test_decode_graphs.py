@@ -11,7 +11,8 @@ from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.decode_graphs import DecodeGraphs, DecodeMemory, sizes_of
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.membership import Membership
 from chai_attention.runtime.plan import LayerPlan
 

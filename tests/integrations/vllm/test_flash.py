@@ -18,7 +18,8 @@ from chai_attention.integrations.vllm.flash import (
 )
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.ops.cache_write import write_paged
 from chai_attention.profile import ClusterProfile

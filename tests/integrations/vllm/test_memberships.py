@@ -8,7 +8,7 @@ import torch
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm.layers import LayerShard
 from chai_attention.integrations.vllm.memberships import PageMemberships, RequestTable, full_tokens
-from chai_attention.integrations.vllm.metadata import RequestSpan, RequestSpans
+from chai_attention.integrations.vllm.request_spans import RequestSpan, RequestSpans
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.runtime.plan import LayerPlan

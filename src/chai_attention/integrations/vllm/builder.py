@@ -16,8 +16,9 @@ from vllm.v1.attention.backend import (
 from chai_attention.integrations.vllm.flash import takes_flash
 from chai_attention.integrations.vllm.kv_cache import LocalLayer
 from chai_attention.integrations.vllm.memberships import RequestTable
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
 from chai_attention.integrations.vllm.model_state import ModelState
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 
 _STASH = "_chai_metadata"
 

@@ -6,13 +6,16 @@ pages once before. Decode reads them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from chai_attention.integrations.vllm.layers import LayerShard, PageLayout, Pages, local_pages_of
-from chai_attention.integrations.vllm.metadata import UsedPages
+from chai_attention.integrations.vllm.request_spans import Counts
 from chai_attention.ops.fp8 import widen_pages
 
 # queries of the longest chunk that are worth copies: those of the largest tiles
@@ -61,6 +64,48 @@ def workspace_numbers(
     window = local_pages_of(longest, local_page, plan.recent + drafts, plan.sinks) + 1
     pages = -(-min(batch_tokens, tokens) // local_page) + MOST_REQUESTS * window
     return far + pages * local_page * layout.numbers_per_token
+
+
+class UsedPages(NamedTuple):
+    """Pages that some requests of a step read, one request's after the other's.
+
+    Attributes:
+        pages: ``[n]`` int64, their numbers.
+        block_table: ``[B', max_pages]`` int32, where each request's pages are among these; any of
+            them for pages that are not read.
+    """
+
+    pages: Tensor
+    block_table: Tensor
+
+
+def pages_between(
+    table: Tensor,
+    begin: Counts,
+    end: Counts,
+    first: int,
+    send: Callable[[Tensor], Tensor],
+) -> UsedPages:
+    """Each request's first pages, and those from ``begin`` to ``end``; by its block table.
+
+    Args:
+        table: ``[B', max_pages]`` int32, the requests' block table.
+        begin: ``[B']``, of each request.
+        end: the same.
+        first: pages that are read, too, if they lie before.
+        send: brings a table to the device.
+    """
+    lead = np.minimum(first, begin)
+    skipped, count = begin - lead, lead + end - begin
+    place = count.cumsum() - count  # of each request's first page
+    row = np.repeat(np.arange(len(count)), count)
+    index = np.arange(len(row)) - place[row]
+    column = index + np.where(index < lead[row], 0, skipped[row])
+    every = np.arange(max(1, int(end.max(initial=0))))
+    there = np.where(every < lead[:, None], every, every - skipped[:, None])
+    places = np.clip(place[:, None] + there, 0, max(0, len(row) - 1)).astype(np.int32)
+    at = (send(torch.from_numpy(x)) for x in (row, column))
+    return UsedPages(table[tuple(at)].long(), send(torch.from_numpy(places)))
 
 
 class DequantisationWorkspace:

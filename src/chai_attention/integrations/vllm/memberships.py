@@ -23,7 +23,8 @@ from torch import Tensor
 
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.vllm.layers import LayerShard
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, RequestSpan
+from chai_attention.integrations.vllm.metadata import ChaiMetadata
+from chai_attention.integrations.vllm.request_spans import RequestSpan
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
 from chai_attention.ops.membership_tables import MembershipTables

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables, RequestSpans
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
+from chai_attention.integrations.vllm.request_spans import RequestSpans
 
 if TYPE_CHECKING:
     from chai_attention.integrations.vllm.model_state import ModelState
