@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,3 +160,21 @@ def test_sizes_grow_by_half_at_most_and_reach_the_most_requests(most: int) -> No
     assert sizes[-1] == min(most, 1024)
     assert sizes[0] == min(4, most)
     assert all(a < b <= 1.5 * a for a, b in pairwise(sizes))
+
+
+@pytest.mark.parametrize(
+    ("mode", "microbatches", "wanted"),
+    [(None, False, False), (0, False, False), (2, False, True), (2, True, False)],
+)
+def test_microbatches_and_eager_engines_have_no_graphs(
+    mode: int | None, microbatches: bool, wanted: bool
+) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM (make test-vllm)")
+    from chai_attention.integrations.vllm.model_state import ModelState
+
+    model = ModelState.__new__(ModelState)
+    model.config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        parallel_config=SimpleNamespace(enable_dbo=microbatches),
+    )
+    assert model.has_graphs == wanted

@@ -159,9 +159,13 @@ class ModelState:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether vLLM captures CUDA graphs."""
+        """Whether layers capture decodes: where vLLM has CUDA graphs.
+
+        Microbatches run side by side, which the layers' common memory is not for.
+        """
         mode = self.config.compilation_config.cudagraph_mode
-        return mode is not None and bool(mode)
+        side_by_side = getattr(self.config.parallel_config, "enable_dbo", False)
+        return mode is not None and bool(mode) and not side_by_side
 
     def decode_memory(self, cache: torch.Tensor) -> DecodeMemory:
         """What captured decodes read and write, shared by all layers.
