@@ -1,7 +1,7 @@
-"""Far keys in prefill with an exact window on Hopper GPUs: how they come, and attention to them.
+"""Attention to far keys in prefill with an exact window on Hopper GPUs.
 
 `hopper_window` and `hopper_paged_window` begin with this part. It works as `hopper` does, but the
-last block may belong to one half alone, and a tile of one member gets V of that member only.
+last block may belong to one half alone.
 """
 
 from __future__ import annotations
@@ -11,20 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from chai_attention.ops.triton.hopper import _softmax, _step
-from chai_attention.ops.triton.hopper_fetch import _fetch_block, _fetch_tile, release
+from chai_attention.ops.triton.hopper_fetch import block_at, release
 from chai_attention.ops.triton.hopper_local import BOX, blank, leave
-
-
-@gluon.jit
-def block_at(i, blocks, LOW: gl.constexpr):
-    """Which far block comes i-th: the last one, then backwards.
-
-    Masked ones come first: where queries see no keys before LOW, block 0 is the second.
-    """
-    n = blocks - 1 - i
-    if LOW > 0:
-        n = gl.where(i == 0, n, gl.where(i == 1, 0, n + 1))
-    return n
 
 
 @gluon.jit
@@ -102,59 +90,3 @@ def attend_far(
     acc = warpgroup_mma(p16, v_all.index(stage * EACH), acc)
     release(free.index(stage))
     return acc, best, weight, done + blocks + 1, laps
-
-
-@gluon.jit
-def fetch_far(
-    k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair, key, begin, blocks, lanes,
-    size, value_ptr, table_ptr, stride_table,
-    BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    LOW: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Bring the blocks that `attend_far` takes; the number of stages so far.
-
-    A stage holds K of one block and V of the block before, of ``lanes`` members.
-    """
-    K_BYTES: gl.constexpr = BLOCK * D * 2
-    V_BYTES: gl.constexpr = M * K_BYTES
-    for i in range(0, blocks + 1):
-        stage = (done + i) % STAGES
-        n = begin + (blocks - 1 - i) * BLOCK
-        bar = full.index(stage)
-        mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
-        has_k = i < blocks
-        has_v = i > 0
-        is_one = lanes == 1
-        mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
-        mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
-        mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
-        mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
-        _fetch_block(
-            k_tiles, k_bufs, bar, stage, outer, key,
-            block_at(i, blocks, LOW) * BLOCK if PAGE > 0 else n,
-            size, table_ptr, stride_table, 0, 1, has_k, BLOCK, D, PAGE,
-        )  # fmt: skip
-        for member in gl.static_range(M):
-            # lanes without a member read any head, unused, but where there is one alone
-            place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
-            _fetch_block(
-                v_tiles, v_bufs, bar, stage, outer, place,
-                block_at(i - 1, blocks, LOW) * BLOCK if PAGE > 0 else n + BLOCK,
-                size, table_ptr, stride_table, member, M,
-                has_v & ((lanes > 1) | (member == 0)), BLOCK, D, PAGE,
-            )  # fmt: skip
-    return done + blocks + 1
-
-
-@gluon.jit
-def fetch_queries(
-    tiles, bufs, full, free, asked, outer, head, token, ROWS: gl.constexpr
-):  # fmt: skip
-    """Bring both halves' Q of a head to one of two places."""
-    place = asked % 2
-    mbarrier.wait(free.index(place), ((asked // 2) & 1) ^ 1)
-    bar = full.index(place)
-    mbarrier.expect(bar, 2 * tiles.block_type.nbytes)
-    for half in gl.static_range(2):
-        at = [outer, head, token + half * ROWS, 0]
-        _fetch_tile(tiles, at, bar, bufs.index(place * 2 + half))

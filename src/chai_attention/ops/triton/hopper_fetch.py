@@ -147,6 +147,75 @@ def _fetch_block(
 
 
 @gluon.jit
+def block_at(i, blocks, LOW: gl.constexpr):
+    """Which far block comes i-th: the last one, then backwards.
+
+    Masked ones come first: where queries see no keys before LOW, block 0 is the second.
+    """
+    n = blocks - 1 - i
+    if LOW > 0:
+        n = gl.where(i == 0, n, gl.where(i == 1, 0, n + 1))
+    return n
+
+
+@gluon.jit
+def fetch_blocks(
+    k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair, key, begin, blocks, lanes,
+    size, value_ptr, table_ptr, stride_table,
+    BLOCK: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    LOW: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Bring blocks of keys, the last one first; the number of stages so far.
+
+    A stage of the ring holds K of one block and V, of ``lanes`` members, of the block before, as
+    the halves need them.
+    """
+    K_BYTES: gl.constexpr = BLOCK * D * 2
+    V_BYTES: gl.constexpr = M * K_BYTES
+    for i in range(0, blocks + 1):
+        stage = (done + i) % STAGES
+        n = begin + (blocks - 1 - i) * BLOCK
+        bar = full.index(stage)
+        mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
+        has_k = i < blocks
+        has_v = i > 0
+        is_one = lanes == 1
+        mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v & (lanes > 1))
+        mbarrier.expect(bar, 2 * K_BYTES, pred=has_k & has_v & is_one)
+        mbarrier.expect(bar, K_BYTES, pred=(i == 0) | ((i == blocks) & is_one))
+        mbarrier.expect(bar, V_BYTES, pred=(i == blocks) & (lanes > 1))
+        _fetch_block(
+            k_tiles, k_bufs, bar, stage, outer, key,
+            block_at(i, blocks, LOW) * BLOCK if PAGE > 0 else n,
+            size, table_ptr, stride_table, 0, 1, has_k, BLOCK, D, PAGE,
+        )  # fmt: skip
+        for member in gl.static_range(M):
+            # lanes without a member read any head, unused, but where there is one alone
+            place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
+            _fetch_block(
+                v_tiles, v_bufs, bar, stage, outer, place,
+                block_at(i - 1, blocks, LOW) * BLOCK if PAGE > 0 else n + BLOCK,
+                size, table_ptr, stride_table, member, M,
+                has_v & ((lanes > 1) | (member == 0)), BLOCK, D, PAGE,
+            )  # fmt: skip
+    return done + blocks + 1
+
+
+@gluon.jit
+def fetch_queries(
+    tiles, bufs, full, free, asked, outer, head, token, ROWS: gl.constexpr
+):  # fmt: skip
+    """Bring both halves' Q of a head to one of two places."""
+    place = asked % 2
+    mbarrier.wait(free.index(place), ((asked // 2) & 1) ^ 1)
+    bar = full.index(place)
+    mbarrier.expect(bar, 2 * tiles.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = [outer, head, token + half * ROWS, 0]
+        _fetch_tile(tiles, at, bar, bufs.index(place * 2 + half))
+
+
+@gluon.jit
 def fetch(
     q_tiles, k_tiles, v_tiles, q_bufs, k_bufs, v_bufs, item_buf, q_full, q_free, full, free,
     next_ptr, work_ptr, start_ptr, length_ptr, table_ptr, ids_ptr, query_ptr, key_ptr, value_ptr,
@@ -155,12 +224,7 @@ def fetch(
     STAGES: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, HAS_IDS: gl.constexpr,
     HAS_LENGTH: gl.constexpr,
 ):  # fmt: skip
-    """Take items from the list and bring their Q, K and V to shared memory.
-
-    A stage of the ring holds K of one block and V of the block before, as the halves need them.
-    """
-    K_BYTES: gl.constexpr = BLOCK * D * 2
-    V_BYTES: gl.constexpr = M * K_BYTES
+    """Take items from the list and bring their Q, K and V to shared memory."""
     done = 0
     turn = 0
     row = 0
@@ -190,28 +254,10 @@ def fetch(
             outer = row
             begin = 0
         blocks = blocks_of(first, count, keys, 2 * ROWS, BLOCK)
-        for i in range(0, blocks + 1):
-            stage = (done + i) % STAGES
-            n = begin + (blocks - 1 - i) * BLOCK
-            bar = full.index(stage)
-            mbarrier.wait(free.index(stage), (((done + i) // STAGES) & 1) ^ 1)
-            has_k = i < blocks
-            has_v = i > 0
-            mbarrier.expect(bar, K_BYTES + V_BYTES, pred=has_k & has_v)
-            mbarrier.expect(bar, K_BYTES, pred=i == 0)
-            mbarrier.expect(bar, V_BYTES, pred=i == blocks)
-            _fetch_block(
-                k_tiles, k_bufs, bar, stage, outer, key, n, keys, table_ptr, stride_table, 0, 1,
-                has_k, BLOCK, D, PAGE,
-            )  # fmt: skip
-            for member in gl.static_range(M):
-                # lanes without a member read any head, unused
-                place = gl.maximum(gl.load(value_ptr + pair * M + member), 0)
-                _fetch_block(
-                    v_tiles, v_bufs, bar, stage, outer, place, n + BLOCK, keys, table_ptr,
-                    stride_table, member, M, has_v, BLOCK, D, PAGE,
-                )  # fmt: skip
-        done += blocks + 1
+        done = fetch_blocks(
+            k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair, key, begin, blocks, M,
+            keys, value_ptr, table_ptr, stride_table, BLOCK, D, M, STAGES, 0, PAGE,
+        )  # fmt: skip
         turn += 1
         item = gl.atomic_add(next_ptr, 1)
     finish(item_buf, q_full, q_free, turn)

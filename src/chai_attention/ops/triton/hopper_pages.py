@@ -10,8 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from chai_attention.ops.triton.hopper_far import fetch_far, fetch_queries
-from chai_attention.ops.triton.hopper_fetch import _fetch_tile, finish, tell
+from chai_attention.ops.triton.hopper_fetch import (
+    _fetch_tile,
+    fetch_blocks,
+    fetch_queries,
+    finish,
+    tell,
+)
 from chai_attention.ops.triton.hopper_local import BOX
 from chai_attention.ops.triton.hopper_work import packed_work
 
@@ -148,7 +153,7 @@ def fetch_pages(
                 ROWS,
             )  # fmt: skip
             asked += 1
-            done = fetch_far(
+            done = fetch_blocks(
                 k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, row, pair,
                 gl.load(key_ptr + pair), 0, blocks, lanes, length, value_ptr, table_ptr,
                 stride_table, BLOCK, D, M, STAGES, SINKS, PAGE,

@@ -11,10 +11,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from chai_attention.ops.triton.hopper import LOG2_E, _store_layout
-from chai_attention.ops.triton.hopper_far import attend_far, fetch_far, fetch_queries
+from chai_attention.ops.triton.hopper_far import attend_far
 from chai_attention.ops.triton.hopper_fetch import (
     barriers,
     buffers,
+    fetch_blocks,
+    fetch_queries,
     finish,
     release,
     tell,
@@ -186,7 +188,7 @@ def _fetch(
             fetch_queries(q_tiles, q_bufs, q_full, q_free, asked, outer,
                            gl.load(query_ptr + pair), begin + first, ROWS)  # fmt: skip
             asked += 1
-            done = fetch_far(
+            done = fetch_blocks(
                 k_tiles, v_tiles, k_bufs, v_bufs, full, free, done, outer, pair,
                 gl.load(key_ptr + pair), far, blocks, lanes, size, value_ptr, work_ptr, 0,
                 BLOCK, D, M, STAGES, 0, 0,
