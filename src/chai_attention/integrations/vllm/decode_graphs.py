@@ -22,14 +22,19 @@ Attend = Callable[[SubBatch, int, Tensor, Tensor], None]  # batch, most keys, qu
 Replay = Callable[[], None]
 
 
-def sizes_of(most: int) -> tuple[int, ...]:
-    """Numbers of requests to capture, ascending; each at most half as large again as the last.
+def growing(most: int) -> tuple[int, ...]:
+    """Numbers of requests up to ``most``, ascending; each at most half as large again as the last.
 
     Args:
         most: requests of a step.
     """
-    steps = sorted({LEAST << n for n in range(12)} | {LEAST * 3 // 2 << n for n in range(12)})
-    return (*(size for size in steps if size < min(most, MOST)), min(most, MOST))
+    steps = sorted([*(LEAST << n for n in range(12)), *(LEAST * 3 // 2 << n for n in range(11))])
+    return (*(size for size in steps if size < most), most)
+
+
+def sizes_of(most: int) -> tuple[int, ...]:
+    """Numbers of requests to capture, for steps of ``most`` requests."""
+    return growing(min(most, MOST))
 
 
 class DecodeMemory:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from chai_attention.integrations.vllm.decode_graphs import growing
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
 from chai_attention.integrations.vllm.request_spans import RequestSpans
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 # tokens of a prompt's first chunk, and of further chunks: one for each size of the kernels' tiles
 FIRST_CHUNK = (128,)
 FURTHER_CHUNKS = (16, 64, 128)
+FEW = 8  # requests up to which each number of them is tried
 BESIDE = 16  # tokens of a short prompt's first chunk that goes together with a further one
 
 
 def steps(model: ModelState, cache: Tensor) -> Iterator[ChaiMetadata]:
     """All kinds of steps for a layer with this cache, pages ``[P, 1, N, numbers]``."""
     most = model.max_requests
-    batches = [*range(1, 9), *(b << n for n in range(2, 12) for b in (3, 4))]
-    yield from decodes(model, cache, [b for b in batches if b < most] + [most])
+    few = range(1, min(most, FEW) + 1)
+    yield from decodes(model, cache, [*few, *(size for size in growing(most) if size > FEW)])
     page, longest = cache.shape[2], model.config.model_config.max_model_len
     for tokens in FIRST_CHUNK:
         yield _prefill(model, cache, min(tokens, longest), 0)
