@@ -2,12 +2,13 @@
 
 Random weights, bfloat16, torch.compile and CUDA graphs as vLLM has them, prefix caching on. Every
 engine runs in a process of its own, its scheduler and model in a second one, as vLLM does it. It
-measures, in this order: K,V capacity; time to first token
-(of all rows of a batch) and time per output token (of steps in which all rows decode); throughput
-with more requests waiting than run, of lengths like those of chats and of long prompts; chats
-behind one system prompt, with hits in the prefix cache and without. With several cards as many
-engines run at the same time; models that need several cards ("33b ...", "66b ...") take --ranks.
-Results are written after each part; a run leaves out the parts that a file has already.
+measures, in this order: K,V capacity; bytes and operations per second of the GPU, at which tables
+tell the ideal; time to first token (of all rows of a batch) and time per output token (of steps in
+which all rows decode); throughput with more requests waiting than run, of lengths like those of
+chats and of long prompts; chats behind one system prompt, with hits in the prefix cache and
+without. With several cards as many engines run at the same time; models that need several cards
+("33b ...", "66b ...") take --ranks. Results are written after each part; a run leaves out the parts
+that a file has already.
 
     python benchmarks/serving.py time --work /tmp/serving --out results --cards 2
     python benchmarks/serving.py time --out results --only stock --only default --part chats
@@ -31,6 +32,7 @@ from serving_jobs import capacity, engine, in_process, kind_jobs, label, on_card
 from serving_kinds import KINDS, SHAPES, TINY
 from serving_loads import SHARED, Case, Scale, run_case, scale_of, shared_prompt
 from serving_loads import throughput as measure_throughput
+from serving_rates import measure_rates
 from serving_table import table
 
 PAGE = 64  # tokens, as `chai serve` has it
@@ -134,6 +136,8 @@ def run_job(job: dict[str, Any]) -> None:
     llm = engine(job)
     results.add("start_s", round(time.perf_counter() - start, 1))
     results.add("capacity", capacity(llm, scale.context))
+    if not tiny:
+        results.add("rates", llm.collective_rpc(measure_rates)[0])
     try:
         measure(llm, scale, vocabulary, parts, job["until"], results)
     finally:

@@ -2,7 +2,8 @@
 
 A step of decoding reads all weights and the K and V of its requests once. A prompt is multiplied
 with the weights, and its attention multiplies Q, K, probabilities and V. Both sides of a comparison
-run at the same bytes and operations per second; nothing else takes time.
+run at the same bytes and operations per second; nothing else takes time. Loads mix prompts and
+decodes, so what they could gain depends on these rates, too.
 """
 
 from __future__ import annotations
@@ -11,21 +12,43 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from serving_kinds import Kind, Shape
 
-BANDWIDTH = 3.0e12  # bytes/s that an H100 reads; of which ratios depend little
-COMPUTE = 6.0e14  # operations/s of 16-bit products that kernels reach on it
 Lengths = Sequence[tuple[int, int]]
+
+
+class Rates(NamedTuple):
+    """How fast a GPU is; `serving_rates` measures it.
+
+    Attributes:
+        bytes_s: bytes that it reads from its memory in a second.
+        operations_s: operations of 16-bit matrix products that it does in a second, under load.
+    """
+
+    bytes_s: float
+    operations_s: float
+
+
+H100 = Rates(3.0e12, 6.0e14)  # about what kernels reach on it; for results that have no rates
 
 
 @dataclass(frozen=True)
 class Ideal:
-    """Times of one engine if only bytes and operations took time; of all its ranks together."""
+    """Times of one engine if only bytes and operations took time.
+
+    Attributes:
+        shape: the model's.
+        kind: what the engine does with its heads.
+        ranks: GPUs, whose bytes and operations are counted together.
+        rates: of one GPU, the same for all that is compared: ratios of times mean something.
+    """
 
     shape: Shape
     kind: Kind
     ranks: int = 1
+    rates: Rates = H100
 
     @property
     def _element(self) -> int:
@@ -61,7 +84,7 @@ class Ideal:
     def step(self, lengths: Sequence[int]) -> float:
         """Seconds of a step in which requests of these lengths get a token."""
         read = self.weights + sum(map(self.cache_bytes, lengths))
-        return read / BANDWIDTH
+        return read / self.rates.bytes_s
 
     def attention(self, tokens: int, context: int = 0) -> float:
         """Operations of the attention of ``tokens`` behind ``context`` others."""
@@ -78,7 +101,7 @@ class Ideal:
     def prompt(self, tokens: int, context: int = 0) -> float:
         """Seconds of a prompt, or of a part of it."""
         work = 2 * self.shape.linear * tokens + self.attention(tokens, context)
-        return work / COMPUTE
+        return work / self.rates.operations_s
 
     def load(
         self, requests: Lengths, room: float, most: int, budget: int, shared: int = 0
@@ -132,13 +155,13 @@ class Ideal:
     def _mixed(self, scheduled: Sequence[tuple[_Request, int]]) -> float:
         """Seconds of a step that reads so many tokens of each request."""
         tokens = sum(count for _, count in scheduled)
-        products = 2 * self.shape.linear * tokens / COMPUTE
-        seconds = max(products, self.weights / BANDWIDTH)
+        products = 2 * self.shape.linear * tokens / self.rates.operations_s
+        seconds = max(products, self.weights / self.rates.bytes_s)
         for request, count in scheduled:
             if count == 1:
-                seconds += self.cache_bytes(request.cached) / BANDWIDTH
+                seconds += self.cache_bytes(request.cached) / self.rates.bytes_s
             else:
-                seconds += self.attention(count, request.cached) / COMPUTE
+                seconds += self.attention(count, request.cached) / self.rates.operations_s
         return seconds
 
 

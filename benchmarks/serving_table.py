@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import load_parts
-from serving_ideal import Ideal
+from serving_ideal import H100, Ideal, Rates
 from serving_kinds import KINDS, SHAPES, TINY, stock_of
 from serving_loads import SHARED, Case, requests_of, scale_of
 
@@ -24,18 +24,19 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in KINDS if name in found}
 
 
-def rows_of(name: str, result: dict[str, Any], room: float) -> Rows:
+def rows_of(name: str, result: dict[str, Any], room: float, rates: Rates) -> Rows:
     """What was measured of a kind, beside the ideal.
 
     Args:
         name: the kind's.
         result: of its file.
         room: bytes of the K,V cache of vLLM as it is, of all ranks.
+        rates: of the GPU, for the ideal.
     """
     kind = KINDS[name]
     tiny = result["about"]["tiny"]
     scale = scale_of(kind.model, tiny)
-    ideal = Ideal((TINY if tiny else SHAPES)[kind.model], kind, ranks_of(result))
+    ideal = Ideal((TINY if tiny else SHAPES)[kind.model], kind, ranks_of(result), rates)
     rows: Rows = {}
     if "capacity" in result:
         best = room / ideal.cache_bytes(scale.context)
@@ -49,7 +50,7 @@ def rows_of(name: str, result: dict[str, Any], room: float) -> Rows:
             rows[f"time per token {case.name}, ms"] = (times["tpot_ms"], step * 1e3, False)
         first = ideal.prompt(prompt) * case.batch
         rows[f"first token {case.name}, ms"] = (times["ttft_ms"], first * 1e3, False)
-    for load, rates in result["throughput"].items():
+    for load, found in result["throughput"].items():
         requests = requests_of(load, scale)
         if load == SHARED:
             requests = [(length + scale.system, output) for length, output in requests]
@@ -58,9 +59,9 @@ def rows_of(name: str, result: dict[str, Any], room: float) -> Rows:
         best = written / ideal.load(requests, *limits)
         if load == SHARED:
             row = f"{load}, without hits, output tokens/s"
-            rows[row] = (rates["uncached_tokens_s"], best, True)
+            rows[row] = (found["uncached_tokens_s"], best, True)
             best = written / ideal.load(requests, *limits, scale.system)
-        rows[f"{load}, output tokens/s"] = (rates["output_tokens_s"], best, True)
+        rows[f"{load}, output tokens/s"] = (found["output_tokens_s"], best, True)
     return rows
 
 
@@ -75,9 +76,13 @@ def table(folder: Path) -> str:
             continue
         base = found.get(stock, {})
         room = float(_room(base or found[kinds[0]]))
-        each = {name: rows_of(name, found[name], room) for name in kinds}
+        rates, where = rates_of(base)
+        each = {name: rows_of(name, found[name], room, rates) for name in kinds}
         named = [row for rows in each.values() for row in rows]
         lines += [
+            f"Ideals at {rates.bytes_s / 1e12:.2f} TB/s and {rates.operations_s / 1e12:.0f} "
+            f"TFLOP/s, {where}:",
+            "",
             f"| {stock} | {' | '.join(kinds)} |",
             "|---" * (len(kinds) + 1) + "|",
             *(
@@ -92,6 +97,17 @@ def table(folder: Path) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def rates_of(stock: dict[str, Any]) -> tuple[Rates, str]:
+    """The rates at which both sides of a comparison are ideal, and where they are from.
+
+    Args:
+        stock: the result of vLLM as it is; empty where there is none.
+    """
+    if "rates" not in stock:
+        return H100, "about an H100's, as the baseline's file has none"
+    return Rates(**stock["rates"]), "measured in the baseline's engine"
 
 
 def ranks_of(result: dict[str, Any]) -> int:

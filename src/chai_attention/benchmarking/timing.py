@@ -62,10 +62,7 @@ def _host(calls: Sequence[Call], seconds: float) -> Timing:
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < LEAST_REPEATS or (time.perf_counter() < end and len(times) < MOST_REPEATS):
-        call = calls[len(times) % len(calls)]
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
+        times.append(pass_us([calls[len(times) % len(calls)]], "cpu"))
     return summary(times)
 
 
@@ -100,6 +97,24 @@ def replays(us: float) -> tuple[int, int]:
     Attention to 128k tokens takes a second by some kernels, and warms a GPU up at once.
     """
     return (WARM_REPLAYS, LEAST_REPLAYS) if us < LONG_US else (1, LEAST_LONG)
+
+
+def pass_us(calls: Sequence[Call], device: str) -> float:
+    """Time one pass of calls, launched from Python one after the other.
+
+    Args:
+        calls: on CUDA, of more work than it takes to launch them.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Microseconds of all of them together.
+    """
+    if device == "cuda":
+        return _events(calls)
+    begun = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - begun) * 1e6
 
 
 def _events(calls: Sequence[Call]) -> float:
