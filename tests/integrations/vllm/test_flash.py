@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from chai_attention.integrations.vllm import flash
+from chai_attention.integrations.vllm import decode_graphs, flash
 from chai_attention.integrations.vllm.attend import StepAttention
+from chai_attention.integrations.vllm.decode_graphs import DecodeMemory
 from chai_attention.integrations.vllm.flash import (
     FlashSchedules,
     FlashStepAttention,
@@ -54,6 +55,7 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["launched", "captured"])
 @pytest.mark.parametrize("least", [0, 10, 1000], ids=lambda least: f"from {least} tokens on")
 @pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(
@@ -73,13 +75,16 @@ def test_both_kinds_of_heads_attend_as_defined(
     softcap: float | None,
     requests: list[tuple[int, int]],
     least: int,
+    captured: bool,
     monkeypatch,
 ) -> None:
     """Local pages before the window of a request's first new token are somebody else's."""
     monkeypatch.setattr(flash, "LEAST_TOKENS", least)
-    calls = check_step(heads, groups, streaming, softcap, requests, is_warm_up=False)
+    monkeypatch.setattr(decode_graphs, "_capture", lambda run, memory: run)
+    calls = check_step(heads, groups, streaming, softcap, requests, captured=captured)
     new = [count for _, count in requests]
-    assert calls == (max(new) == 1 or sum(new) >= least)
+    # with all requests of a step, or with its decodes alone
+    assert calls == (max(new) == 1 or sum(new) >= least or new[0] == 1)
 
 
 def check_step(
@@ -88,7 +93,8 @@ def check_step(
     streaming: tuple[int, ...],
     softcap: float | None,
     requests: list[tuple[int, int]],
-    is_warm_up: bool,
+    is_warm_up: bool = False,
+    captured: bool = False,
 ) -> int:
     """Compare a step with the definition; how often FlashAttention was called."""
     layer = served(heads, groups, streaming)
@@ -123,6 +129,13 @@ def check_step(
         softcap, CPU,
     )  # fmt: skip
     pages = Pages(*case.pages, case.local.key, case.local.value)
+    if captured:  # for a request more than there are
+        dims, sizes = (DIM, DIM), (16, 16)
+        memory = DecodeMemory(
+            len(requests) + 1, max(lengths), heads, dims, sizes, torch.float32, CPU
+        )
+        attention.capture(pages, memory)
+        calls.clear()
     out = torch.full((sum(new), heads, DIM), torch.nan)
     attention.run(step, query, key, value, pages, out)
     for row, (length, count) in enumerate(requests):
@@ -138,8 +151,8 @@ def check_step(
     return len(calls)
 
 
-@pytest.mark.parametrize("requests", [STEPS["decodes"], STEPS["prompts"]])
-def test_warm_up_compiles_the_kernels_of_both_ways(requests, monkeypatch) -> None:
+@pytest.mark.parametrize(("requests", "calls"), [(STEPS["decodes"], 2), (STEPS["prompts"], 1)])
+def test_warm_up_compiles_the_kernels_of_both_ways(requests, calls, monkeypatch) -> None:
     whole, run = [], StepAttention.run
 
     def counted(self, *args) -> None:
@@ -147,7 +160,7 @@ def test_warm_up_compiles_the_kernels_of_both_ways(requests, monkeypatch) -> Non
         run(self, *args)
 
     monkeypatch.setattr(StepAttention, "run", counted)
-    assert check_step(8, 4, (4, 5, 6, 7), None, requests, is_warm_up=True) == 1
+    assert check_step(8, 4, (4, 5, 6, 7), None, requests, is_warm_up=True) == calls
     assert whole == [FlashStepAttention, StepAttention]
 
 
@@ -269,7 +282,8 @@ def test_batch_invariant_results_have_one_part_and_no_schedule() -> None:
     schedules.add(4, 2)
     step = decoding(2)
     schedules.describe(step, 16)
-    assert FlashSchedules.of(step, 4, 2) == Schedule(None, 1)
+    assert FlashSchedules.of(step, 4, 2) == schedules.unplanned == Schedule(None, 1)
+    assert FlashSchedules(config(), Planner(), 10, torch.bfloat16, DIM, False).unplanned.splits == 0
 
 
 def test_trial_steps_have_no_schedule() -> None:

@@ -33,8 +33,6 @@ SHAPES = [  # heads, K/V heads, clusters, head size, page
 def decode(caplog, monkeypatch):
     """`kernels.paged_decode`, which must take the Hopper kernel, for heads of 64 too."""
     monkeypatch.setattr(launch_hopper_decode, "DIMS", (64, 128))
-    # also where the other kernel is as fast, whatever the number of processors
-    monkeypatch.setattr(launch_decode, "HOPPER_MEMBERS", 1 << 10)
 
     def call(*args, **options):
         caplog.clear()

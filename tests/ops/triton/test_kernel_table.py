@@ -151,7 +151,10 @@ STEPS = [
     *cases("paged", NARROW, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40, stored=FLOAT8),
     *cases("paged", [(6, 6, 2, 0, 32)], [steps(40, 7, 90)], tables=("shared",)),
     *cases("paged", [(6, 6, 2, 0, 32)], [steps(40, 7, 90)], tables="rows", softcap=3.0),
-    *cases("paged local", BOTH_PAGES, [steps(1, 63, 0, 129)], dtype=FLOATS, value_dim=40),
+    *cases("paged local", [x for x in BOTH_PAGES if x[2]], [steps(1, 63, 0, 129)], dtype=FLOATS,
+           value_dim=40),
+    *cases("paged local", [x for x in BOTH_PAGES if not x[2]], [steps(1, 63, 0, 129)],
+           dtype=(torch.float32, torch.float16, HALF), value_dim=40),
     *cases("paged local", [(6, 6, 2, 2, 64), (6, 2, 1, 2, 64), (4, 4, 0, 4, 64)],
            [steps(70, 5, 100)], stored=FLOAT8, **two(64, 48, 20, 4), offsets=False),
 ]  # fmt: skip

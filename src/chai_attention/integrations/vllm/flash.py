@@ -19,11 +19,12 @@ from chai_attention.index_tables import table_of
 from chai_attention.integrations.vllm.attend import StepAttention
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.integrations.vllm.metadata import ChaiMetadata
+from chai_attention.integrations.vllm.metadata import ChaiMetadata, SubBatch
 
 VERSION = 3  # of FlashAttention, for Hopper GPUs: no other was tried in these layers
-# Tokens of a step with prompts from which on it is worth it. Both kinds of heads are launched by
-# themselves, which shorter steps wait for: 1 x 2,048 took 62.5 ms on an H200, vLLM's own 45.9
+# Tokens of a step with prompts from which on it attends to all of them. Both kinds of heads are
+# launched by themselves, which shorter steps wait for: 1 x 2,048 took 62.5 ms on an H200, vLLM's
+# own 45.9. There it attends with the decodes alone
 LEAST_TOKENS = 4096
 
 
@@ -92,7 +93,7 @@ def flash_kernels(
 
 
 def takes_flash(step: ChaiMetadata) -> bool:
-    """Whether kept heads attend by FlashAttention in this step."""
+    """Whether kept heads of all requests of a step attend by FlashAttention."""
     return not step.prefills or step.num_actual_tokens >= LEAST_TOKENS
 
 
@@ -198,6 +199,11 @@ class FlashSchedules:
         """Say that some layer keeps so many query heads and K/V heads."""
         self._memory.setdefault((heads, kv_heads), None)
 
+    @property
+    def unplanned(self) -> Schedule:
+        """Leave the schedule to every layer, as in graphs of a step's decodes alone."""
+        return Schedule(None, 0 if self._schedule else 1)
+
     def describe(self, step: ChaiMetadata, page: int) -> None:
         """Make the schedules of a step, before any layer runs or a graph is replayed.
 
@@ -212,10 +218,8 @@ class FlashSchedules:
             and step.max_query_len == 1
             and step.num_actual_tokens <= (compilation.max_cudagraph_capture_size or 0)
         )
-        splits = 0
-        if self._schedule is None:
-            splits = 1
-        elif is_replayed:
+        splits = self.unplanned.splits
+        if is_replayed and self._schedule is not None:
             # memory for partial outputs is a graph's own, so there has to be a bound
             splits = self._config.attention_config.flash_attn_max_num_splits_for_cuda_graph
         made: dict[tuple[int, int], Schedule] = {}
@@ -278,6 +282,7 @@ class FlashStepAttention(StepAttention):
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         device: of the cache.
+        unplanned: how FlashAttention runs decodes of steps for which no schedule is made.
     """
 
     def __init__(
@@ -290,10 +295,12 @@ class FlashStepAttention(StepAttention):
         scale: float,
         softcap: float | None,
         device: torch.device,
+        unplanned: Schedule = Schedule(),  # noqa: B008 - nothing can change it
     ):
         super().__init__(layer.plan, memberships, scale, softcap)
         self.kinds = kinds
         self._flash = attend
+        self._unplanned = unplanned
         self._heads = _Heads(kinds, device)
         # a layer of their own, whose local pages are those of the whole one
         every = tuple(range(len(kinds.streaming)))
@@ -313,43 +320,83 @@ class FlashStepAttention(StepAttention):
         pages: Pages,
         out: Tensor,
     ) -> None:
-        """As `StepAttention.run`; in a CUDA graph both kinds of heads attend side by side."""
+        """As `StepAttention.run`; FlashAttention attends in one call where it `takes_flash`."""
         if step.is_warm_up or not takes_flash(step):
             super().run(step, query, key, value, pages, out)
             if not step.is_warm_up:  # which compiles the kernels of both ways
                 return
+        if step.prefills:  # decodes read pages only
+            key, value = (self._heads.streaming_states(x) for x in (key, value))
+        schedule = FlashSchedules.of(step, len(self.kinds.kept), self.kinds.kv_heads)
+
+        def attend_local(query: Tensor, pages: Pages, out: Tensor) -> None:
+            self._local.run(step, query, key, value, pages, out)
+
+        def attend_far(query: Tensor, out: Tensor) -> None:
+            self._far(step, step.max_query_len, step.max_seq_len, schedule, query, pages, out)
+
+        self._both(query, pages, out, attend_local, attend_far)
+
+    def _decode(
+        self, part: SubBatch, max_seq_len: int, query: Tensor, pages: Pages, out: Tensor
+    ) -> None:
+        """As `StepAttention._decode`, for decodes beside prompts that our kernels attend with."""
+
+        def attend_local(query: Tensor, pages: Pages, out: Tensor) -> None:
+            self._local._decode(part, max_seq_len, query, pages, out)
+
+        def attend_far(query: Tensor, out: Tensor) -> None:
+            self._far(part, 1, max_seq_len, self._unplanned, query, pages, out)
+
+        self._both(query, pages, out, attend_local, attend_far)
+
+    def _both(
+        self,
+        query: Tensor,
+        pages: Pages,
+        out: Tensor,
+        attend_local: Callable[[Tensor, Pages, Tensor], None],
+        attend_far: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        """Attend with both kinds of heads; side by side in a CUDA graph."""
         kept, streaming = self._heads.of_query(query)
         room, out_kept, out_streaming = self._heads.room(out)
         own = Pages(pages.key[:, :, :0], pages.value[:, :, :0], pages.local_key, pages.local_value)
-        if step.prefills:  # decodes read pages only
-            key, value = (self._heads.streaming_states(x) for x in (key, value))
         if out.is_cuda and torch.cuda.is_current_stream_capturing():
             here, beside = torch.cuda.current_stream(), _side_stream(out.device)
             beside.wait_stream(here)
             with torch.cuda.stream(beside):
-                self._local.run(step, streaming, key, value, own, out_streaming)
-            self._far(step, kept, pages, out_kept)
+                attend_local(streaming, own, out_streaming)
+            attend_far(kept, out_kept)
             here.wait_stream(beside)
         else:
-            self._local.run(step, streaming, key, value, own, out_streaming)
-            self._far(step, kept, pages, out_kept)
+            attend_local(streaming, own, out_streaming)
+            attend_far(kept, out_kept)
         self._heads.finish(room, out)
 
-    def _far(self, step: ChaiMetadata, query: Tensor, pages: Pages, out: Tensor) -> None:
-        """Attend with the kept heads of all requests, as vLLM does in any layer."""
-        schedule = FlashSchedules.of(step, len(self.kinds.kept), self.kinds.kv_heads)
+    def _far(
+        self,
+        requests: ChaiMetadata | SubBatch,
+        max_query_len: int,
+        max_seq_len: int,
+        schedule: Schedule,
+        query: Tensor,
+        pages: Pages,
+        out: Tensor,
+    ) -> None:
+        """Attend with the kept heads of some requests, as vLLM does in any layer."""
         self._flash(
             q=query,
             k=pages.key,
             v=pages.value,
             out=out,
-            cu_seqlens_q=step.query_start_loc,
-            max_seqlen_q=step.max_query_len,
-            seqused_k=step.seq_lens,
-            max_seqlen_k=step.max_seq_len,
+            cu_seqlens_q=requests.query_start_loc,
+            max_seqlen_q=max_query_len,
+            seqused_k=requests.seq_lens,
+            max_seqlen_k=max_seq_len,
             softmax_scale=self.scale,
             causal=True,
-            block_table=step.block_table,
+            block_table=requests.block_table,
             softcap=self.softcap or 0.0,
             scheduler_metadata=schedule.metadata,
             num_splits=schedule.splits,

@@ -40,10 +40,6 @@ REGISTERS = 65536  # of a processor
 MIN_KEYS_PER_SPLIT = 64
 MAX_SPLITS = 128
 MAX_WAVES = 8
-# the Hopper kernel. Where K is read once for this many V heads, the other is as fast in full
-# batches (14 x 8,192, 4 clusters: 353 us against 365 on an H100, 245 against 248 on an H200) and
-# slower in small ones (1 x 2,048: 10.8 us against 8.8 on an H100)
-HOPPER_MEMBERS = 8
 # a single program on nearly each processor reads about as fast as two, with half as many parts
 # (1 x 32,768, default recipe, H200: 65 us against 69)
 FULL_ENOUGH = 0.9
@@ -172,7 +168,6 @@ def choose_grid(
     tensor_cores = (
         head_tiles.count > head_tiles.streaming  # else all heads stream: local keys only
         and launch_hopper_decode.fits(query, key, value, table)
-        and (members < HOPPER_MEMBERS or programs <= slots // 4)
     )
     if tensor_cores:
         at_a_time = launch_hopper_decode.RESIDENT

@@ -1,7 +1,7 @@
 """One query's attention to its nearest keys in pages, where they are all that its head sees.
 
 Layers, or parts of one, whose heads all stream have no far keys: nothing is left to merge, and a
-program writes its head's output itself.
+program writes the output of all query heads of a K/V head itself, whose K and V it reads once.
 """
 
 from __future__ import annotations
@@ -14,36 +14,45 @@ from chai_attention.membership import Membership
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.checks import by_row
 from chai_attention.ops.triton.decode import _scores_base2, padded
+from chai_attention.ops.triton.launch_prefill import precision_of
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
-# numbers of K that a thread holds at a time: all keys of a window of 128 are asked for at once
-NUMBERS = 128
-WARPS = 8
+TILE_BYTES = 16384  # of K, and of V, that a program brings at a time
+STAGES = 3  # of the loads: the next pages are looked up while K and V of these are on their way
+WARPS = 4
 
 
 @triton.jit(
-    do_not_specialize=["heads", "recent", "stride_table"],
+    do_not_specialize=["groups", "recent", "stride_table"],
     do_not_specialize_on_alignment=["length_ptr", "table_ptr"],
 )
 def _local_only(
-    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, out_ptr, scale, softcap, heads, recent,
+    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, out_ptr, scale, softcap, groups, recent,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_table, stride_ob, stride_oh,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, GROUP: tl.constexpr,
-    LOCAL: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, LOCAL: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr,
+    SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The sinks and the last ``recent`` keys of one head, LOCAL of them at a time."""
-    head, row = tl.program_id(0) % heads, (tl.program_id(0) // heads).to(tl.int64)
-    place = (head // GROUP).to(tl.int64)
+    """The sinks and the last ``recent`` keys of one K/V head, LOCAL of them at a time.
+
+    Its GROUP query heads are rows of the products, which have ROWS at least.
+    """
+    group, row = tl.program_id(0) % groups, (tl.program_id(0) // groups).to(tl.int64)
+    place = group.to(tl.int64)
     length = tl.load(length_ptr + row).to(tl.int32)
+    lane = tl.arange(0, ROWS)
+    head = (group * GROUP + lane).to(tl.int64)
+    is_head = (lane < GROUP)[:, None]
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
-    q = tl.load(q_ptr + row * stride_qb + head * stride_qh + d, mask=d < D, other=0.0)
-    q = q.to(tl.float32) * scale
-    best = float("-inf")
-    weight = 0.0
-    acc = tl.zeros([DVP], dtype=tl.float32)
-    for step in tl.range(0, STEPS, num_stages=1):
+    q = tl.load(
+        q_ptr + row * stride_qb + head[:, None] * stride_qh + d[None, :],
+        mask=is_head & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+    best = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, DVP], dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         j = step * LOCAL + tl.arange(0, LOCAL)
         position = length - recent + j - SINKS
         inside = (j >= SINKS) & (position >= 0) & (position < length)
@@ -61,18 +70,27 @@ def _local_only(
             v_ptr + place * stride_vh + (page * stride_vb + at * stride_vs)[:, None] + dv[None, :],
             mask=inside[:, None] & (dv < DV)[None, :], other=0.0,
         )  # fmt: skip
-        s = _scores_base2(tl.sum(k.to(tl.float32) * q[None, :], axis=1), softcap, HAS_SOFTCAP)
-        s = tl.where(inside, s, float("-inf"))
-        new = tl.maximum(best, tl.max(s, axis=0))
+        # numbers of 8 bits are numbers of 16 bits, too
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [ROWS, LOCAL]
+        s = _scores_base2(s, softcap, HAS_SOFTCAP)
+        s = tl.where(inside[None, :], s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen: weight 0, not NaN
-        p = tl.exp2(s - base)
+        p = tl.exp2(s - base[:, None])
         old = tl.exp2(best - base)
-        weight = weight * old + tl.sum(p, axis=0)
-        acc = acc * old + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        weight = weight * old + tl.sum(p, axis=1)
+        rounded = p.to(q.dtype)
+        acc = tl.dot(rounded, v, acc * old[:, None], input_precision=PRECISION)
+        if q.dtype.primitive_bitwidth == 16:
+            # what rounding takes off a weight: products with 16 bits add up to about 16 digits
+            acc = tl.dot((p - rounded.to(tl.float32)).to(q.dtype), v, acc)
         best = new
-    out = tl.where(weight > 0, acc / tl.where(weight > 0, weight, 1.0), 0.0)
-    target = out_ptr + row * stride_ob + head * stride_oh + dv
-    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
+    out = tl.where((weight > 0)[:, None], acc / tl.where(weight > 0, weight, 1.0)[:, None], 0.0)
+    tl.store(
+        out_ptr + row * stride_ob + head[:, None] * stride_oh + dv[None, :],
+        out.to(out_ptr.dtype.element_ty), mask=is_head & (dv < DV)[None, :],
+    )  # fmt: skip
 
 
 def sees_local_only(membership: Membership, local: LocalPages) -> bool:
@@ -101,17 +119,18 @@ def decode_local_only(
         softcap: as in the reference.
     """
     batch, heads, dim = query.shape
-    value_dim = local.value.shape[3]
+    groups, value_dim = local.value.shape[2:]
     wide = max(padded(dim), padded(value_dim))
     keys = local.recent + local.sinks
-    block = min(power_of_2(keys), max(16, NUMBERS * WARPS * 32 // wide))
+    block = min(max(16, power_of_2(keys)), max(16, TILE_BYTES // (wide * query.element_size())))
     lengths, table = by_row(lengths), by_row(local.block_table)
-    _local_only[(batch * heads,)](
-        query, local.key, local.value, lengths, table, out, scale, softcap or 1.0, heads,
+    _local_only[(batch * groups,)](
+        query, local.key, local.value, lengths, table, out, scale, softcap or 1.0, groups,
         local.recent, *query.stride()[:2],
         *(x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1)),
         table.stride(0), *out.stride()[:2],
-        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
-        GROUP=heads // local.key.shape[2], LOCAL=block, STEPS=cdiv(keys, block), PAGE=local.page,
-        SINKS=local.sinks, HAS_SOFTCAP=softcap is not None, num_warps=WARPS,
+        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), GROUP=heads // groups,
+        ROWS=padded(heads // groups), LOCAL=block, STEPS=cdiv(keys, block), PAGE=local.page,
+        SINKS=local.sinks, HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query),
+        STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
