@@ -30,7 +30,8 @@ from chai_attention.integrations.vllm.memberships import FixedMembership, PageMe
 from chai_attention.integrations.vllm.metadata import ChaiMetadata
 from chai_attention.integrations.vllm.model_state import ModelState
 from chai_attention.integrations.vllm.options import EIGHT_BITS, refuse_layer
-from chai_attention.ops.cache_write import write_paged
+from chai_attention.membership import Membership
+from chai_attention.ops.cache_write import PageWriter
 from chai_attention.ops.fp8 import FLOAT8, as_stored
 
 
@@ -238,6 +239,16 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         local = self.model_state.local.split(self._name, dtype)
         return Pages(far[0], far[1], local[0], local[1])
 
+    def _writer(self, pages: Pages, member: Membership, step: ChaiMetadata) -> PageWriter:
+        """What writes to the pages: the same for all steps, where pages and membership are."""
+        shared: dict[Any, Any] = {} if pages.shared is None else pages.shared
+        writer: PageWriter | None = shared.get(PageWriter)
+        if writer is None or writer.membership is not member:
+            table = None if step.local is None else step.local.block_table
+            local = self._attention.local_pages(pages, table, step.block_table)
+            writer = shared[PageWriter] = PageWriter(pages.key, pages.value, member, local)
+        return writer
+
     def forward(
         self,
         layer: Any,
@@ -270,8 +281,11 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
                 _room_for(key, value)
             return output.fill_(0)
         step, tokens = attn_metadata, attn_metadata.num_actual_tokens
-        query, key, value = query[:tokens], key[:tokens], value[:tokens]
-        out = output[:tokens].view(tokens, self.num_heads, -1)
+        out = output
+        if query.shape[0] != tokens:
+            query, key, value, out = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
+        if out.ndim == 2:
+            out = out.view(tokens, self.num_heads, -1)
         pages = self._pages(kv_cache)
         scales, stored = self._scales, None
         # Requests of a step may share pages that one of them is writing (prefix caching). So first
@@ -289,11 +303,9 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
         member, ids = self._memberships.of(step.token_pages)
         if ids is None and member.batch > 1:
             ids = torch.arange(tokens, dtype=torch.int32)
-        table = None if step.local is None else step.local.block_table
-        write_paged(
-            key, value, pages.key, pages.value, step.slot_mapping, member, ids,
-            self._attention.local_pages(pages, table, step.block_table), scales=scales,
-            local_slot_mapping=self._attention.local_slots(step, pages), stored=stored,
+        self._writer(pages, member, step).write(
+            key, value, step.slot_mapping, ids, self._attention.local_slots(step, pages), scales,
+            stored,
         )  # fmt: skip
         if stored is not None:  # new tokens have to be what others read in pages
             key, value = stored

@@ -9,6 +9,7 @@ Streaming heads stand in head tiles of their own, before the others: they share 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
+from chai_attention.ops.triton.repeated import Repeated
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class HeadTiles:
     def stride(self) -> int:
         """From a sequence's row to the next one's: 0 if all share one."""
         return 0 if self.slot.shape[0] == 1 else 1
+
+    @cached_property
+    def launches(self) -> dict[Hashable, Repeated]:
+        """Launches over these tables, by what else they are compiled for."""
+        return {}
 
     @cached_property
     def used(self) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.local import LocalKeys
-from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper import prefill_hopper
@@ -25,6 +24,7 @@ from chai_attention.ops.triton.hopper_pages import COLUMNS
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan_of
 from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for
+from chai_attention.ops.triton.repeated import Repeated, aligned
 from chai_attention.ops.triton.sizes import cdiv
 from chai_attention.ops.windowed import WindowTables
 
@@ -46,16 +46,18 @@ def prefill(
 ) -> None:
     """Write ``out [B, Q, H, Dv]`` and ``lse [B, k, Q]`` for ``query [B, k, Q, D]``."""
     batch, _, queries, _ = query.shape
-    tiles = cdiv(queries, 2 * ROWS)
+    tiles, dim = cdiv(queries, 2 * ROWS), query.shape[3]
     work, count = head_tiles.used
-    _launch(
-        tiles * head_tiles.count * batch, (query, kv.key, kv.value), BLOCK, head_tiles.slot,
-        head_tiles, out, lse, out.stride(), (0, 0, 0) if lse is None else lse.stride(),
+    box = [1, 1, BLOCK, dim]
+    prefill_hopper[(min(processors(query.device), tiles * head_tiles.count * batch),)](
+        tiles_of(query, [1, 1, ROWS, dim]), tiles_of(kv.key, box), tiles_of(kv.value, box),
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None, None, None,
+        head_tiles.slot, head_tiles.slot, *head_tiles.tables[2:], out, lse,
         call.scale, queries, kv.key.shape[2], head_tiles.count, tiles, group_of(tiles), batch,
-        0, 0,
-        RAGGED=False, PAGE=0, HAS_IDS=False, HAS_LENGTH=False,
+        0, 0, *out.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()),
+        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, RAGGED=False, PAGE=0,
+        HAS_IDS=False, HAS_LENGTH=False, HAS_LSE=lse is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -68,25 +70,39 @@ def prefill_packed(
     lse: Tensor | None,
 ) -> None:
     """Write ``out [T, H, Dv]`` and ``lse [T, k]``; as `launch_prefill.packed_prefill`."""
-    starts, ids = queries.query_start_loc, call.membership_ids
-    batch, page, box, lengths, table = starts.shape[0] - 1, 0, BLOCK, None, None
-    query = queries.query.transpose(0, 1)[None]  # [1, heads, T, D]
+    starts, ids, query = queries.query_start_loc, call.membership_ids, queries.query
+    batch, (total, held, dim) = starts.shape[0] - 1, query.shape
+    page, lengths, table = 0, None, None
     if isinstance(kv, PackedKV):
-        key, value = (x.transpose(0, 1)[None] for x in (kv.key, kv.value))
+        box = [1, 1, BLOCK, dim]
+        tiles = _packed_tiles(kv.key, box), _packed_tiles(kv.value, box)
     else:
-        key, value = (x.transpose(1, 2) for x in (kv.key, kv.value))  # [P, heads, N, D]
-        page, lengths, table = key.shape[2], kv.seq_lens, kv.block_table
-        box = box_of(page)
-    heads = head_tiles.query if query.shape[1] == call.membership.heads else head_tiles.slot
-    _launch(
-        (query.shape[2] // (2 * ROWS) + batch) * head_tiles.count, (query, key, value), box,
-        heads, head_tiles, out,
-        lse, (0, *out.stride()), (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)),
+        page, lengths, table = kv.key.shape[1], kv.seq_lens, kv.block_table
+        tiles = _shared(kv, _tiles_of_far_pages)
+    heads = head_tiles.query if held == call.membership.heads else head_tiles.slot
+    strides = (
+        0, *out.stride()[:2], *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)))
+    )  # fmt: skip
+    given = [out] if lse is None else [out, lse]
+    key = (
+        prefill_packed, dim, page, held, strides, len(given), out.dtype,
+        *_dtypes(starts, lengths, table, ids),
+    )  # fmt: skip
+    launch = head_tiles.launches.get(key)
+    if launch is None:
+        launch = head_tiles.launches[key] = Repeated(
+            prefill_hopper, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
+            RAGGED=True, PAGE=page, HAS_IDS=ids is not None, HAS_LENGTH=lengths is not None,
+            HAS_LSE=lse is not None, num_warps=4,
+        )  # fmt: skip
+    programs = (total // (2 * ROWS) + batch) * head_tiles.count
+    launch(
+        (min(processors(query.device), programs), 1, 1), aligned(*given),
+        _packed_tiles(query, [1, 1, ROWS, dim]), *tiles,
         None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, lengths, table, ids,
+        head_tiles.slot, heads, *head_tiles.tables[2:], out, lse,
         call.scale, 0, 0, head_tiles.count, 0, 0, batch,
-        0 if table is None else table.stride(0), head_tiles.stride,
-        RAGGED=True, PAGE=page, HAS_IDS=ids is not None,
-        HAS_LENGTH=lengths is not None,
+        0 if table is None else table.stride(0), head_tiles.stride, *strides,
     )  # fmt: skip
 
 
@@ -154,20 +170,29 @@ def prefill_packed_window(
         out: any strides but the last.
     """
     starts, ids, offset = queries.query_start_loc, call.membership_ids, call.offset
-    batch, (total, _, dim) = starts.shape[0] - 1, queries.query.shape
+    query, batch = queries.query, starts.shape[0] - 1
+    total, _, dim = query.shape
+    strides = 0, *out.stride()[:2], 0 if offset is None else offset.stride(0)
+    key = (
+        prefill_packed_window, dim, kv.sinks, strides, out.dtype, *_dtypes(starts, ids, offset)
+    )  # fmt: skip
+    launch = head_tiles.launches.get(key)
+    if launch is None:
+        launch = head_tiles.launches[key] = Repeated(
+            _prefill_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
+            SINKS=kv.sinks, SHARED=call.membership.group_size, RAGGED=True,
+            HAS_IDS=ids is not None, HAS_OFFSET=offset is not None, num_warps=4,
+        )  # fmt: skip
     box = [1, 1, BLOCK, dim]
-    query, key, value = (x.transpose(0, 1)[None] for x in (queries.query, kv.key, kv.value))
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
-    _prefill_window[(min(processors(query.device), programs),)](
-        tiles_of(query, [1, 1, ROWS, dim]), tiles_of(key, box), tiles_of(value, box), None, None,
+    launch(
+        (min(processors(query.device), programs), 1, 1), aligned(out),
+        _packed_tiles(query, [1, 1, ROWS, dim]), _packed_tiles(kv.key, box),
+        _packed_tiles(kv.value, box), None, None,
         None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, ids,
         *head_tiles.tables, offset, out,
         call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
-        head_tiles.streaming, 0, 0, batch, head_tiles.stride,
-        0, *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=kv.sinks,
-        SHARED=call.membership.group_size, RAGGED=True, HAS_IDS=ids is not None,
-        HAS_OFFSET=offset is not None, num_warps=4,
+        head_tiles.streaming, 0, 0, batch, head_tiles.stride, *strides,
     )  # fmt: skip
 
 
@@ -199,30 +224,56 @@ def prefill_paged_window(
     assert local is not None
     starts, table, query = queries.query_start_loc, kv.block_table, queries.query
     batch, (total, _, dim) = starts.shape[0] - 1, query.shape
-    tiles = None if kv.shared is None else kv.shared.get(_tiles_of_pages)
-    if tiles is None:
-        tiles = _tiles_of_pages(kv, local)
-        if kv.shared is not None:
-            kv.shared[_tiles_of_pages] = tiles
+    strides = *out.stride()[:2], 0 if offset is None else offset.stride(0)
+    key = (
+        prefill_paged_window, dim, kv.key.shape[1], local.page, local.sinks, strides, out.dtype,
+        *_dtypes(starts, kv.seq_lens, table, local.block_table, ids, offset),
+    )  # fmt: skip
+    launch = head_tiles.launches.get(key)
+    if launch is None:
+        launch = head_tiles.launches[key] = Repeated(
+            _prefill_paged_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members,
+            STAGES=STAGES, SINKS=local.sinks, SHARED=member.group_size, GROUPS=member.kv_heads,
+            PAGE=kv.key.shape[1], LOCAL_PAGE=local.page, HAS_IDS=ids is not None,
+            HAS_OFFSET=offset is not None, num_warps=4,
+        )  # fmt: skip
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
-    _prefill_paged_window[(min(processors(out.device), programs),)](
-        tiles_of(query.transpose(0, 1)[None], [1, 1, ROWS, dim]),
-        *tiles, plan_of(head_tiles, queries, ids, 2 * ROWS), starts, kv.seq_lens, table,
+    launch(
+        (min(processors(out.device), programs), 1, 1), aligned(out),
+        _packed_tiles(query, [1, 1, ROWS, dim]), *_shared(kv, _tiles_of_pages),
+        plan_of(head_tiles, queries, ids, 2 * ROWS), starts, kv.seq_lens, table,
         local.block_table, ids, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
         call.scale, local.recent, head_tiles.count, head_tiles.streaming, batch,
         member.kept_keys, member.kept_values,
-        head_tiles.stride, table.stride(0), local.block_table.stride(0),
-        *out.stride()[:2], 0 if offset is None else offset.stride(0),
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES, SINKS=local.sinks,
-        SHARED=member.group_size, GROUPS=member.kv_heads, PAGE=kv.key.shape[1],
-        LOCAL_PAGE=local.page, HAS_IDS=ids is not None, HAS_OFFSET=offset is not None,
-        num_warps=4,
+        head_tiles.stride, table.stride(0), local.block_table.stride(0), *strides,
     )  # fmt: skip
 
 
-def _tiles_of_pages(kv: PagedKV, local: LocalPages) -> tuple[TensorDescriptor, ...]:
+def _shared(
+    kv: PagedKV, describe: Callable[[PagedKV], tuple[TensorDescriptor, ...]]
+) -> tuple[TensorDescriptor, ...]:
+    """Descriptions of the pages, made once for all calls that share what is made of them."""
+    if kv.shared is None:
+        return describe(kv)
+    tiles: tuple[TensorDescriptor, ...] | None = kv.shared.get(describe)
+    if tiles is None:
+        tiles = kv.shared[describe] = describe(kv)
+    return tiles
+
+
+def _tiles_of_far_pages(kv: PagedKV) -> tuple[TensorDescriptor, ...]:
+    """Far pages, K and V."""
+    size, dim = box_of(kv.key.shape[1]), kv.key.shape[3]
+    # parts of a block have to be as wide as the swizzle
+    box = [1, 1, size, dim if size == BLOCK else COLUMNS.value]
+    return tiles_of(kv.key.transpose(1, 2), box), tiles_of(kv.value.transpose(1, 2), box)
+
+
+def _tiles_of_pages(kv: PagedKV) -> tuple[TensorDescriptor, ...]:
     """Far pages in large boxes, the same in little ones, local pages; K and V each."""
+    local = kv.window
+    assert local is not None
     pages = [x.transpose(1, 2) for x in (kv.key, kv.value, local.key, local.value)]
     some = next(x for x in pages if x.shape[1])
     # what has no heads is described to the kernel as something else, and not read
@@ -243,50 +294,22 @@ def _local_blocks(recent: int) -> int:
     return cdiv(ROWS - 1 + recent, BLOCK) + 1
 
 
-def _launch(
-    programs: int,
-    states: tuple[Tensor, Tensor, Tensor],
-    box: int,
-    heads: Tensor,
-    head_tiles: HeadTiles,
-    out: Tensor,
-    lse: Tensor | None,
-    out_strides: tuple[int, ...],
-    lse_strides: tuple[int, ...],
-    *arguments: Any,
-    **constants: Any,
-) -> None:
-    """Launch with Q, K and V ``[rows, heads, tokens, D]`` as tiles of ``box`` tokens."""
-    query, key, value = states
-    dim, members = query.shape[3], head_tiles.members
-    # parts of a block have to be as wide as the swizzle
-    columns = dim if box == BLOCK else 64
-    lists, numbers = arguments[:7], arguments[7:]
-    prefill_hopper[(min(processors(query.device), programs),)](
-        tiles_of(query, [1, 1, ROWS, dim]),
-        tiles_of(key, [1, 1, box, columns]),
-        tiles_of(value, [1, 1, box, columns]),
-        *lists, head_tiles.slot, heads, head_tiles.key, head_tiles.head, head_tiles.value, out, lse,
-        *numbers, *out_strides[:3], *lse_strides,
-        ROWS=ROWS, BLOCK=BLOCK, D=dim, M=members, STAGES=STAGES,
-        HAS_LSE=lse is not None, num_warps=4, **constants,
-    )  # fmt: skip
-
-
 def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
     """Whether this kernel can run these tensors: head sizes 64 and 128, 16-bit, aligned."""
     dim = query.shape[-1]
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-        for x in (query, key, value)
-    )
-    return (
-        query.dtype.itemsize == key.dtype.itemsize == 2
-        and dim == value.shape[-1]
-        and dim in (64, 128)
-        and members * dim in WIDTHS
-        and aligned
-    )
+    if (
+        query.dtype.itemsize != 2
+        or key.dtype.itemsize != 2
+        or dim not in (64, 128)
+        or dim != value.shape[-1]
+        or members * dim not in WIDTHS
+        or not aligned(query, key, value)
+    ):
+        return False
+    strides = 0
+    for stride in (*query.stride()[:-1], *key.stride()[:-1], *value.stride()[:-1]):
+        strides |= stride
+    return not strides % 8
 
 
 def box_of(page: int) -> int:
@@ -298,6 +321,25 @@ def tiles_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe a tensor to the tensor memory accelerator, in tiles of ``block``."""
     layout = _layout(len(block))
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+class _Checked(TensorDescriptor):
+    """Triton's, without its checks, which take longer than all else of a launch."""
+
+    def __post_init__(self) -> None:
+        """`fits` has checked the tensor."""
+
+
+def _packed_tiles(states: Tensor, block: list[int]) -> TensorDescriptor:
+    """`tiles_of` packed states ``[T, heads, D]`` as ``[1, heads, T, D]``, of which some `fits`."""
+    tokens, heads, dim = states.shape
+    token, head, _ = states.stride()
+    shape, strides = [1, heads, tokens, dim], [heads * head, head, token, 1]
+    return _Checked(states, shape, strides, block, _layout(4))
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
 
 
 @cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -13,6 +14,7 @@ from chai_attention.ops.fp8 import LARGEST
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton.checks import by_row
+from chai_attention.ops.triton.repeated import Repeated, aligned
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 ELEMENTS = 4096  # numbers a program copies
@@ -205,34 +207,6 @@ def _write(
             )  # fmt: skip
 
 
-class _Places(NamedTuple):
-    """Where new tokens are and where they go.
-
-    Attributes:
-        tokens: of a sequence; of all sequences for pages.
-        batch: sequences; 1 for pages.
-        strides: of new K, new V, the K and the V cache, of row or page, head and token each: 12.
-        size: capacity of dense caches.
-        start: ``[B]``, position of each sequence's first new token; of dense caches.
-        page: tokens of a page; 0 for dense caches.
-        slots: ``[T]`` of tokens in pages; `ops.cache_write.write_paged` says the next two, too.
-        local_slots: ``[T]`` in local pages.
-        membership_ids: ``[T]``.
-        stored: K and V ``[T, G, D]`` as 8-bit pages hold them, to write to.
-    """
-
-    tokens: int
-    batch: int
-    strides: tuple[int, ...]
-    size: int = 0
-    start: Tensor | None = None
-    page: int = 0
-    slots: Tensor | None = None
-    local_slots: Tensor | None = None
-    membership_ids: Tensor | None = None
-    stored: tuple[Tensor, Tensor] | None = None
-
-
 def write_dense(
     key: Tensor,
     value: Tensor,
@@ -243,10 +217,136 @@ def write_dense(
     local: RollingBuffer | None = None,
 ) -> None:
     """`ops.cache_write.write_dense` in one launch."""
-    states = (key, value, keys, values)
-    strides = tuple(stride for x in states for stride in x.stride()[:3])
-    places = _Places(key.shape[2], key.shape[0], strides, size=keys.shape[2], start=start)
-    _launch(states, membership, local, places)
+    (batch, _, tokens, dim), value_dim = key.shape, value.shape[3]
+    if not tokens:
+        return
+    kept, kept_values = membership.kept_keys, membership.kept_values
+    removed = removed_values = 0
+    ring = first = value_ring = value_first = sink_positions = None
+    strides = [0] * 13
+    if local is not None:
+        removed = membership.kv_heads - kept
+        ring, first, sink_positions = local.ring, local.sinks, by_row(local.sink_positions)
+        strides[:6] = *ring.stride()[:3], *first.stride()[:3]
+        strides[12] = sink_positions.stride(0)
+        value_ring, value_first = local.value_ring, local.value_sinks
+        if value_ring is not None and value_first is not None:
+            removed_values = membership.kv_heads - kept_values
+            strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
+    block = min(_block(dim, value_dim), power_of_2(tokens))
+    heads = kept + kept_values + removed + removed_values
+    _write[(cdiv(tokens, block), heads, batch)](
+        key, value, keys, values, None, None, ring, first, value_ring, value_first,
+        membership.key_heads.contiguous(), membership.value_heads.contiguous(),
+        membership.removed_key_heads.contiguous() if removed else None,
+        membership.removed_value_heads.contiguous() if removed_values else None,
+        by_row(start), None, None, sink_positions, None,
+        tokens, keys.shape[2], kept, kept_values, removed, removed_values,
+        *((1, 0) if local is None else (local.size, local.shift)), 1.0, 1.0,
+        *(stride for x in (key, value, keys, values) for stride in x.stride()[:3]),
+        0, 0, 0, 0, *strides, 0 if membership.batch == 1 else 1,
+        **_constants(dim, value_dim, block),
+        PAGE=0, LOCAL_PAGE=0, SINKS=0 if local is None else local.sinks.shape[2],
+        HAS_IDS=False, HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
+        IS_NARROW=False, HAS_STORED=False,
+    )  # fmt: skip
+
+
+class PagedWrite:
+    """`ops.cache_write.PageWriter` in one launch; arguments and meaning are those there."""
+
+    def __init__(
+        self,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        membership: Membership,
+        local: LocalPages | None,
+    ):
+        self._pages = key_pages, value_pages
+        self._membership, self._local = membership, local
+        self._kinds: dict[Hashable, tuple[Repeated, tuple[Any, ...], int]] = {}
+
+    def __call__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        slot_mapping: Tensor,
+        membership_ids: Tensor | None,
+        local_slot_mapping: Tensor | None,
+        scales: tuple[float, float],
+        stored: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Launch, of arguments that fit together."""
+        tokens = key.shape[0]
+        if not tokens:
+            return
+        member, local = self._membership, self._local
+        block = min(_block(key.shape[2], value.shape[2]), power_of_2(tokens))
+        strides = (*key.stride()[1::-1], *value.stride()[1::-1])
+        stored_key = stored_value = None
+        stored_strides: tuple[int, ...] = (0, 0, 0, 0)
+        if stored is not None:
+            stored_key, stored_value = stored
+            stored_strides = (*stored_key.stride()[1::-1], *stored_value.stride()[1::-1])
+        slots, ids, local_slots = (
+            by_row(slot_mapping), by_row(membership_ids), by_row(local_slot_mapping)
+        )  # fmt: skip
+        given = [x for x in (key, value, slots, ids, local_slots, *(stored or ())) if x is not None]
+        kind = (block, strides, stored_strides, scales, *(x.dtype for x in given), ids is None)
+        found = self._kinds.get(kind)
+        if found is None:
+            has_ids, is_stored = ids is not None, stored is not None
+            found = self._kinds[kind] = self._kind(
+                key.shape[2], value.shape[2], block, strides, stored_strides, scales, has_ids,
+                is_stored,
+            )  # fmt: skip
+        launch, numbers, heads = found
+        removed, removed_values = numbers[3:5]
+        launch(
+            (cdiv(tokens, block), heads, 1), aligned(*given),
+            key, value, *self._pages, stored_key, stored_value,
+            None if local is None else local.key, None, None if local is None else local.value,
+            None, member.key_heads.contiguous(), member.value_heads.contiguous(),
+            member.removed_key_heads.contiguous() if removed else None,
+            member.removed_value_heads.contiguous() if removed_values else None,
+            None, slots, ids, None, local_slots, tokens, *numbers,
+        )  # fmt: skip
+
+    def _kind(
+        self,
+        dim: int,
+        value_dim: int,
+        block: int,
+        strides: tuple[int, ...],
+        stored_strides: tuple[int, ...],
+        scales: tuple[float, float],
+        has_ids: bool,
+        is_stored: bool,
+    ) -> tuple[Repeated, tuple[Any, ...], int]:
+        """Launches of a kind, the kernel's last arguments, and how many heads are read."""
+        member, local, (keys, values) = self._membership, self._local, self._pages
+        kept, kept_values = member.kept_keys, member.kept_values
+        removed = removed_values = 0
+        local_strides = [0] * 13
+        if is_stored or local is not None:
+            removed, removed_values = member.kv_heads - kept, member.kv_heads - kept_values
+        if local is not None:
+            local_strides[:3] = _page_strides(local.key)
+            local_strides[6:9] = _page_strides(local.value)
+        head, token, value_head, value_token = strides
+        numbers = (
+            0, kept, kept_values, removed, removed_values, 1, 0, 1 / scales[0], 1 / scales[1],
+            0, head, token, 0, value_head, value_token,
+            *_page_strides(keys), *_page_strides(values), *stored_strides, *local_strides,
+            0 if member.batch == 1 else 1,
+        )  # fmt: skip
+        launch = Repeated(
+            _write, **_constants(dim, value_dim, block),
+            PAGE=keys.shape[1], LOCAL_PAGE=0 if local is None else local.page, SINKS=0,
+            HAS_IDS=has_ids, HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
+            IS_NARROW=keys.dtype.itemsize == 1, HAS_STORED=is_stored,
+        )  # fmt: skip
+        return launch, numbers, kept + kept_values + removed + removed_values
 
 
 def write_paged(
@@ -263,18 +363,8 @@ def write_paged(
     stored: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`ops.cache_write.write_paged` in one launch."""
-    states = (key, value, key_pages, value_pages)
-    token, head, _ = key.stride()
-    value_token, value_head, _ = value.stride()
-    strides = (
-        0, head, token, 0, value_head, value_token,
-        *_page_strides(key_pages), *_page_strides(value_pages),
-    )  # fmt: skip
-    places = _Places(
-        key.shape[0], 1, strides, page=key_pages.shape[1], slots=slot_mapping,
-        local_slots=local_slot_mapping, membership_ids=membership_ids, stored=stored,
-    )  # fmt: skip
-    _launch(states, membership, local, places, scales)
+    write = PagedWrite(key_pages, value_pages, membership, local)
+    write(key, value, slot_mapping, membership_ids, local_slot_mapping, scales, stored)
 
 
 def _page_strides(pages: Tensor) -> tuple[int, int, int]:
@@ -283,58 +373,14 @@ def _page_strides(pages: Tensor) -> tuple[int, int, int]:
     return page, head, token
 
 
-def _launch(
-    states: tuple[Tensor, Tensor, Tensor, Tensor],
-    membership: Membership,
-    local: LocalPages | RollingBuffer | None,
-    places: _Places,
-    scales: tuple[float, float] = (1.0, 1.0),
-) -> None:
-    """Write new K and V, the first two ``states``, into the caches, the others."""
-    if not places.tokens:
-        return
-    dim, value_dim = states[0].shape[-1], states[1].shape[-1]
-    kept, kept_values = membership.kept_keys, membership.kept_values
-    removed = removed_values = local_page = 0
-    ring = first = value_ring = value_first = sink_positions = None
-    local_strides, stored_strides = [0] * 13, [0] * 4
-    if places.stored is not None or isinstance(local, LocalPages):
-        removed, removed_values = membership.kv_heads - kept, membership.kv_heads - kept_values
-    if places.stored is not None:
-        stored_strides = [x.stride(axis) for x in places.stored for axis in (1, 0)]
-    if isinstance(local, LocalPages):
-        ring, value_ring, local_page = local.key, local.value, local.page
-        local_strides[:3], local_strides[6:9] = _page_strides(ring), _page_strides(value_ring)
-    elif local is not None:
-        removed = membership.kv_heads - kept
-        ring, first, sink_positions = local.ring, local.sinks, by_row(local.sink_positions)
-        local_strides[:6] = *ring.stride()[:3], *first.stride()[:3]
-        local_strides[12] = sink_positions.stride(0)
-        value_ring, value_first = local.value_ring, local.value_sinks
-        if value_ring is not None and value_first is not None:
-            removed_values = membership.kv_heads - kept_values
-            local_strides[6:12] = *value_ring.stride()[:3], *value_first.stride()[:3]
-    wide = power_of_2(max(dim, value_dim))
-    block = min(max(1, ELEMENTS // wide), power_of_2(places.tokens))
-    heads = kept + kept_values + removed + removed_values
-    _write[(cdiv(places.tokens, block), heads, places.batch)](
-        *states, *(places.stored or (None, None)), ring, first, value_ring, value_first,
-        membership.key_heads.contiguous(), membership.value_heads.contiguous(),
-        membership.removed_key_heads.contiguous() if removed else None,
-        membership.removed_value_heads.contiguous() if removed_values else None,
-        by_row(places.start), by_row(places.slots), by_row(places.membership_ids),
-        sink_positions, by_row(places.local_slots),
-        places.tokens, places.size, kept, kept_values, removed, removed_values,
-        *((local.size, local.shift) if isinstance(local, RollingBuffer) else (1, 0)),
-        1 / scales[0], 1 / scales[1], *places.strides, *stored_strides,
-        *local_strides,
-        0 if membership.batch == 1 else 1,
-        D=dim, DP=power_of_2(dim), DV=value_dim,
-        DVP=power_of_2(value_dim), BLOCK=block, PAGE=places.page,
-        LOCAL_PAGE=local_page,
-        SINKS=local.sinks.shape[2] if isinstance(local, RollingBuffer) else 0,
-        HAS_IDS=places.membership_ids is not None,
-        HAS_LOCAL=removed > 0, HAS_VALUE_RING=removed_values > 0,
-        IS_NARROW=states[2].dtype.itemsize == 1, HAS_STORED=places.stored is not None,
-        num_warps=4,
-    )  # fmt: skip
+def _block(dim: int, value_dim: int) -> int:
+    """Tokens that a program copies at most."""
+    return max(1, ELEMENTS // power_of_2(max(dim, value_dim)))
+
+
+def _constants(dim: int, value_dim: int, block: int) -> dict[str, Any]:
+    """What all launches of the kernel are compiled for."""
+    return {
+        "D": dim, "DP": power_of_2(dim), "DV": value_dim, "DVP": power_of_2(value_dim),
+        "BLOCK": block, "num_warps": 4,
+    }  # fmt: skip
