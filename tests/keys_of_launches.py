@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 import chai_attention.ops.triton.backend as backend
 import compile_for_hopper as hopper
 from chai_attention.membership import Membership
-from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
+from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.repeated import Repeated
 from chai_attention.ops.triton.write import PagedWrite
@@ -68,32 +68,33 @@ def write(member: Membership, local: LocalPages | None, far: tuple, is_fp8: bool
                     )  # fmt: skip
 
 
-def prefill(member: Membership, local: LocalPages | None, far: tuple) -> None:
+def prefill(member: Membership, local: LocalPages | None, far: tuple, most: int) -> None:
+    """Of ``most`` queries at most; with 8-bit pages there is no packed K and V."""
     recent, sinks = (local.recent, local.sinks) if local else (0, 0)
-    for tokens, batch, shift, fused, ids, dtype in itertools.product(
-        (96, 130, 640), (1, 2, 16), (0, 1, 8), (False, True), (False, True),
-        (torch.int32, torch.int64),
+    is_fp8 = far[0].dtype.itemsize == 1
+    for tokens, batch, shift, fused, ids, dtype, scale in itertools.product(
+        (96, 640), (1, 2, 16), (0, 1, 8), (False, True), (False, True),
+        (torch.int32, torch.int64), (0.3, 1),
     ):  # fmt: skip
         key, value = (states(tokens, member.kv_heads, 0, fused) for _ in range(2))
         query = states(tokens, member.heads, 0, fused)
         out = states(tokens, member.heads, shift, fused)
         starts, lengths = vector(batch + 1, shift, dtype), vector(batch, shift, dtype)
         table = torch.zeros(batch, 16 + shift, dtype=torch.int32)
-        near = None
+        near, probe = None, Probe(query, key, value, 8)
         if local is not None:
             near = LocalPages(local.key, local.value, table, recent, sinks)
-        for offset in (None, torch.zeros(batch, member.heads)):
-            if (offset is None and member.streaming) or (offset is not None and not recent):
+        given = [PagedKV(*far, table, lengths, near), PackedKV(key, value, True, recent, sinks)]
+        choices = [None, torch.zeros(batch, member.heads)] if recent else [None]
+        softcaps = (None, 30, 30.0) if scale == 1 else (None,)
+        for offset, softcap, has_lse in itertools.product(choices, softcaps, (False, not recent)):
+            if offset is None and member.streaming:
                 continue
-            call = AttentionCall(
-                member, 0.3, membership_ids=vector(batch, shift) if ids else None, offset=offset
-            )
-            queries = PackedQueries(query, starts, tokens)
-            for kv in (
-                PackedKV(key, value, True, recent, sinks),
-                PagedKV(*far, table, lengths, near),
-            ):
-                backend.HOPPER.packed_prefill(queries, kv, call, out, None)
+            rows = vector(batch, shift) if ids else None
+            call = AttentionCall(member, scale, softcap, rows, offset, has_lse)
+            queries = PackedQueries(query, starts, most)
+            for kv in given[:1] if is_fp8 else given:
+                backend.HOPPER.packed_prefill(queries, kv, call, out, None if is_fp8 else probe)
 
 
 if __name__ == "__main__":
@@ -118,6 +119,6 @@ if __name__ == "__main__":
             none = torch.zeros(1, 1, dtype=torch.int32)
             local = LocalPages(*(pages(48, n) for n in removed), none, recent, 4)
         write(member, local, far, is_fp8)
-        if not is_fp8 and rows == 1:
-            prefill(member, local, far)
+        for most in (16, 64, 640) if rows == 1 else ():
+            prefill(member, local, far, most)
     print(*(f"{name}:{count}" for name, count in sorted(again.items())))

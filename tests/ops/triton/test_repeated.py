@@ -15,7 +15,10 @@ from triton.compiler import CompiledKernel
 from chai_attention.ops.triton.repeated import Repeated, aligned
 
 SCRIPT = Path(__file__).parents[2] / "keys_of_launches.py"
-KERNELS = {"_write", "prefill_hopper", "prefill_window", "prefill_paged_window"}
+KERNELS = {
+    "_plan", "_prefill", "_prefill_window", "_write", "prefill_hopper", "prefill_paged_window",
+    "prefill_window",
+}  # fmt: skip
 
 
 class Compiled(CompiledKernel):

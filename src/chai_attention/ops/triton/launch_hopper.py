@@ -24,7 +24,7 @@ from chai_attention.ops.triton.hopper_pages import COLUMNS
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan_of
 from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for
-from chai_attention.ops.triton.repeated import Repeated, aligned
+from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv
 from chai_attention.ops.windowed import WindowTables
 
@@ -86,7 +86,7 @@ def prefill_packed(
     given = [out] if lse is None else [out, lse]
     key = (
         prefill_packed, dim, page, held, strides, len(given), out.dtype,
-        *_dtypes(starts, lengths, table, ids),
+        *dtypes(starts, lengths, table, ids),
     )  # fmt: skip
     launch = head_tiles.launches.get(key)
     if launch is None:
@@ -101,7 +101,7 @@ def prefill_packed(
         _packed_tiles(query, [1, 1, ROWS, dim]), *tiles,
         None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, lengths, table, ids,
         head_tiles.slot, heads, *head_tiles.tables[2:], out, lse,
-        call.scale, 0, 0, head_tiles.count, 0, 0, batch,
+        float(call.scale), 0, 0, head_tiles.count, 0, 0, batch,
         0 if table is None else table.stride(0), head_tiles.stride, *strides,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def prefill_window(
         torch.zeros(1, dtype=torch.int32, device=query.device),  # the next item of the list
         work, count, None, None,
         *head_tiles.tables, offset, out,
-        call.scale, queries, 0 if far is None else key.shape[2], past, recent,
+        float(call.scale), queries, 0 if far is None else key.shape[2], past, recent,
         _local_blocks(recent), sinks - (past + queries - band), head_tiles.count,
         head_tiles.streaming, tiles, max(group_of(tiles), min(4, 256 // tiles)), 0, 0,
         *out.stride()[:3], 0 if offset is None else offset.stride(0),
@@ -174,7 +174,7 @@ def prefill_packed_window(
     total, _, dim = query.shape
     strides = 0, *out.stride()[:2], 0 if offset is None else offset.stride(0)
     key = (
-        prefill_packed_window, dim, kv.sinks, strides, out.dtype, *_dtypes(starts, ids, offset)
+        prefill_packed_window, dim, kv.sinks, strides, out.dtype, *dtypes(starts, ids, offset)
     )  # fmt: skip
     launch = head_tiles.launches.get(key)
     if launch is None:
@@ -191,7 +191,7 @@ def prefill_packed_window(
         _packed_tiles(kv.value, box), None, None,
         None, plan_of(head_tiles, queries, ids, 2 * ROWS), None, starts, ids,
         *head_tiles.tables, offset, out,
-        call.scale, 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
+        float(call.scale), 0, 0, 0, kv.recent, _local_blocks(kv.recent), 0, head_tiles.count,
         head_tiles.streaming, 0, 0, batch, head_tiles.stride, *strides,
     )  # fmt: skip
 
@@ -227,7 +227,7 @@ def prefill_paged_window(
     strides = *out.stride()[:2], 0 if offset is None else offset.stride(0)
     key = (
         prefill_paged_window, dim, kv.key.shape[1], local.page, local.sinks, strides, out.dtype,
-        *_dtypes(starts, kv.seq_lens, table, local.block_table, ids, offset),
+        *dtypes(starts, kv.seq_lens, table, local.block_table, ids, offset),
     )  # fmt: skip
     launch = head_tiles.launches.get(key)
     if launch is None:
@@ -244,7 +244,7 @@ def prefill_paged_window(
         plan_of(head_tiles, queries, ids, 2 * ROWS), starts, kv.seq_lens, table,
         local.block_table, ids, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
-        call.scale, local.recent, head_tiles.count, head_tiles.streaming, batch,
+        float(call.scale), local.recent, head_tiles.count, head_tiles.streaming, batch,
         member.kept_keys, member.kept_values,
         head_tiles.stride, table.stride(0), local.block_table.stride(0), *strides,
     )  # fmt: skip
@@ -336,10 +336,6 @@ def _packed_tiles(states: Tensor, block: list[int]) -> TensorDescriptor:
     token, head, _ = states.stride()
     shape, strides = [1, heads, tokens, dim], [heads * head, head, token, 1]
     return _Checked(states, shape, strides, block, _layout(4))
-
-
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if tensor is None else tensor.dtype for tensor in tensors]
 
 
 @cache

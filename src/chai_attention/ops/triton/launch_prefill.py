@@ -15,6 +15,7 @@ from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQuer
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.prefill import _prefill
+from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv
 
 logger = logging.getLogger("chai_attention")
@@ -151,14 +152,15 @@ def _launch_packed(
     """Launch; with a ``limit`` only so many first tokens, of sequences without context."""
     query, key, value = queries.query, kv.key, kv.value
     (total, held, dim), value_dim, members = query.shape, value.shape[-1], head_tiles.members
-    batch, ids = queries.query_start_loc.shape[0] - 1, call.membership_ids
+    starts, ids = queries.query_start_loc, call.membership_ids
+    batch = starts.shape[0] - 1
     k_tiles, v_tiles, tiles = key, value, False
     if isinstance(kv, PagedKV):
         page, table = key.shape[1], kv.block_table
-        strides = [x.stride(axis) for x in (key, value) for axis in (0, 2, 1)]
+        strides = tuple([x.stride(axis) for x in (key, value) for axis in (0, 2, 1)])
     else:
         page, table = 0, None
-        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)]
+        strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)
         whole = query.is_cuda and not kv.natural_order and call.membership.group_size == 1
         tiles = whole and tileable(key.transpose(0, 1)[None], value.transpose(0, 1)[None], False)
     if tiles:
@@ -178,18 +180,29 @@ def _launch_packed(
     else:
         count, pairs = cdiv(limit, tile.rows), batch * head_tiles.count
         programs = count * pairs
-    _prefill[(programs,)](
-        query, key, value, k_tiles, v_tiles, lengths, None, queries.query_start_loc, table, ids,
+    q_strides, out_strides = (0, *query.stride()[1::-1]), (0, *out.stride()[:2])
+    lse_strides = (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))
+    is_limited, has_softcap = limit is not None, call.softcap is not None
+    key_of_launch = (
+        _launch_packed, tile, dim, value_dim, page, held, tiles, is_limited, has_softcap,
+        q_strides, strides, out_strides, lse_strides,
+        *dtypes(query, key, out, lse, lengths, starts, table, ids),
+    )  # fmt: skip
+    launch = head_tiles.launches.get(key_of_launch)
+    if launch is None:
+        launch = head_tiles.launches[key_of_launch] = Repeated(
+            _prefill, PAGE=page, RAGGED=True, LIMITED=is_limited, HAS_IDS=ids is not None,
+            HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
+            **_constants(query, value, call, head_tiles, tile, lse),
+        )  # fmt: skip
+    launch(
+        (programs, 1, 1), aligned(query, key, value, out, *(() if lse is None else (lse,))),
+        query, key, value, k_tiles, v_tiles, lengths, None, starts, table, ids,
         head_tiles.slot, head_tiles.query if held == call.membership.heads else head_tiles.slot,
         *head_tiles.tables[2:], out, lse,
-        call.scale, call.softcap or 1.0, 0, 0, head_tiles.count, count, 2, pairs, batch, limit or 0,
-        0, query.stride(1), query.stride(0), *strides,
-        0, 0 if table is None else table.stride(0), head_tiles.stride,
-        0, out.stride(0), out.stride(1),
-        *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))),
-        PAGE=page, RAGGED=True, LIMITED=limit is not None, HAS_IDS=ids is not None,
-        HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
-        **_constants(query, value, call, head_tiles, tile, lse),
+        float(call.scale), float(call.softcap or 1.0), 0, 0, head_tiles.count, count, 2, pairs,
+        batch, limit or 0, *q_strides, *strides,
+        0, 0 if table is None else table.stride(0), head_tiles.stride, *out_strides, *lse_strides,
     )  # fmt: skip
 
 

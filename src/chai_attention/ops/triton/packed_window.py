@@ -18,6 +18,7 @@ from chai_attention.ops.triton.decode import LOG2_E, _membership_of, padded
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
 from chai_attention.ops.triton.prefill import _go_on, _in_groups, _sequence_of, _tile
+from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
 from chai_attention.ops.triton.sizes import power_of_2
 
 logger = logging.getLogger("chai_attention")
@@ -244,27 +245,41 @@ def prefill_packed_window(
         lengths, table, local_table = kv.seq_lens, kv.block_table, local.block_table
         states = (key, value, local.key, local.value)
         page, local_page, recent, sinks = key.shape[1], local.page, local.recent, local.sinks
-        strides = [x.stride(axis) for x in states for axis in (0, 2, 1)]
+        strides = tuple([x.stride(axis) for x in states for axis in (0, 2, 1)])
         places = member.key_place, member.value_place
     else:
         states = (key, value, key, value)
         page, local_page, recent, sinks = 0, 0, kv.recent, kv.sinks
-        strides = [0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6]
+        strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
-    _prefill_window[(count * head_tiles.count,)](
-        query, *states, lengths, queries.query_start_loc, table, local_table, ids,
+    starts, q_strides, out_strides = (
+        queries.query_start_loc,
+        query.stride()[1::-1],
+        out.stride()[:2],
+    )
+    key_of_launch = (
+        prefill_packed_window, tile, dim, value_dim, page, local_page, sinks, softcap is None,
+        q_strides, strides, out_strides,
+        *dtypes(query, key, out, lengths, starts, table, local_table, ids, offset),
+    )  # fmt: skip
+    launch = head_tiles.launches.get(key_of_launch)
+    if launch is None:
+        launch = head_tiles.launches[key_of_launch] = Repeated(
+            _prefill_window, D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
+            M=head_tiles.members, GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows,
+            BLOCK=tile.block, LOCAL=BLOCK_LOCAL, PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
+            SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
+            HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
+            PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    launch(
+        (count * head_tiles.count, 1, 1), aligned(query, *states, out),
+        query, *states, lengths, starts, table, local_table, ids,
         *head_tiles.tables, *places, offset, out,
-        call.scale, softcap or 1.0, head_tiles.count, batch, recent,
-        member.kept_keys, member.kept_values,
-        query.stride(1), query.stride(0), *strides,
+        float(call.scale), float(softcap or 1.0), head_tiles.count, batch, recent,
+        member.kept_keys, member.kept_values, *q_strides, *strides,
         0 if table is None else table.stride(0),
         0 if local_table is None else local_table.stride(0),
-        head_tiles.stride, 0 if offset is None else offset.stride(0), out.stride(0), out.stride(1),
-        D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), M=head_tiles.members,
-        GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows, BLOCK=tile.block, LOCAL=BLOCK_LOCAL,
-        PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
-        SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
-        HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
-        PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
+        head_tiles.stride, 0 if offset is None else offset.stride(0), *out_strides,
     )  # fmt: skip

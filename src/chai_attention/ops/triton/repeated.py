@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -17,8 +18,8 @@ from triton.compiler import CompiledKernel
 class Repeated:
     """Launches that the same compiled kernel runs.
 
-    From one to the next, no dtype changes and no number that the kernel specialises, and no
-    address but of the tensors that `aligned` is asked about.
+    From one to the next, no dtype changes, no number that the kernel specialises, and no address
+    that it specialises but of the tensors that `aligned` is asked about.
 
     Args:
         kernel: Triton's or Gluon's.
@@ -55,3 +56,8 @@ def aligned(*tensors: Tensor) -> bool:
     for tensor in tensors:
         at |= tensor.data_ptr()
     return not at % 16
+
+
+def dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    """Their dtypes, of those that are there."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
