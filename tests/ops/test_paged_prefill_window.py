@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops import Probe
+from chai_attention.ops import AttentionCall, PackedQueries, PagedKV, Probe, checks
 from chai_attention.ops.fp8 import FLOAT8
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from local_cases import local_pages, packed_recent_definition
@@ -153,3 +155,24 @@ def test_a_window_that_does_not_fit_is_refused():
             case.query, case.key, case.value, plain, query_starts=case.starts, most_queries=3,
             scale=1.0, recent=4,
         )  # fmt: skip
+
+
+def test_pages_that_are_shared_are_refused_for_another_membership():
+    member, other = random_membership(6, 2, 1), random_membership(6, 3, 1)
+    table, starts = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    sizes = (member.kept_keys, member.kept_values, 6 - member.kept_keys, 6 - member.kept_values)
+    key, value, *near = (torch.zeros(2, 16, n, 8) for n in sizes)
+    queries = PackedQueries(torch.zeros(3, 6, 8), starts, 3)
+    shared = {}
+
+    def check(member, table):
+        local = LocalPages(*near, table, 4, 1)
+        pages = PagedKV(key, value, table, torch.tensor([3]), local, shared=shared)
+        checks.check_paged_prefill(queries, pages, AttentionCall(member, 0.3), None)
+
+    check(member, table)
+    check(member, table)
+    with pytest.raises(AttentionInputError, match="key has shape"):
+        check(other, table)
+    with pytest.raises(AttentionInputError, match="block_table has shape"):
+        check(member, table.repeat(2, 1))

@@ -84,8 +84,9 @@ class PagedKV:
             membership with streaming heads needs one.
         max_seqlen_k: bound of ``seq_lens`` that decode's splits of the context are chosen for; None
             for what the block table can hold.
-        shared: what kernels need to know of the pages alone, the window's too, which is made once
-            for all calls with this dictionary: those of one layer. None to make it anew.
+        shared: what kernels need to know of the pages alone, the window's too, and which membership
+            they were found to fit; made once for all calls with this dictionary: those of one
+            layer. None to make it anew.
     """
 
     key: Tensor

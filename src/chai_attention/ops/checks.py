@@ -141,11 +141,14 @@ def _check_local_pages(
     local = pages.window
     if local is None:
         return
+    table, known = local.block_table, pages.shared
+    check_shapes({"window.block_table": (table, (batch, *table.shape[1:2]))}, device)
+    if known is not None and known.get(_check_local_pages) is member:
+        return  # the same pages as before
     page, groups = local.key.shape[:2], member.kv_heads
     wanted: Wanted = {
         "window.key": (local.key, (*page, groups - member.kept_keys, pages.key.shape[3])),
         "window.value": (local.value, (*page, groups - member.kept_values, pages.value.shape[3])),
-        "window.block_table": (local.block_table, (batch, *local.block_table.shape[1:2])),
     }
     check_shapes(wanted, device)
     if {local.key.dtype, local.value.dtype} != {pages.key.dtype} or local.recent < 1:
@@ -153,6 +156,8 @@ def _check_local_pages(
             f"local pages are of {local.key.dtype} and far ones of {pages.key.dtype}, which need "
             f"one dtype, or a window of {local.recent} tokens"
         )
+    if known is not None:
+        known[_check_local_pages] = member
 
 
 def _check_packed(

@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.ops import cache_write
+from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import write
 from helpers import clustered_inputs, random_membership
@@ -139,3 +141,46 @@ def test_what_does_not_fit_is_refused():
         cache_write.write_dense(new.half(), new.half(), key, value, member, start)
     with pytest.raises(ValueError, match="consecutive"):
         cache_write.write_dense(new, new.mT.contiguous().mT, key, value, member, start)
+
+
+@pytest.mark.parametrize("streaming", [0, 3])
+def test_a_writer_takes_steps_of_any_size_and_layout(streaming):
+    heads, dim, page, pages = 9, 16, 8, 20
+    member = random_membership(heads, 3, 1, streaming=streaming)
+    counts = [(member.kept_keys, member.kept_values)]
+    counts.append((heads - counts[0][0], heads - counts[0][1]))
+    caches = []
+    for make, device in ((write.PagedWrite, DEVICE), (cache_write.PageWriter, "cpu")):
+        far, near = (
+            [torch.full((pages, page, n, dim), torch.nan, device=device) for n in each]
+            for each in counts
+        )
+        local = LocalPages(*near, torch.zeros(1, 1, dtype=torch.int32), 4, 1)
+        made = make(*far, member.to(device), local)
+        caches.append((getattr(made, "write", made), device, (*far, *near)))
+    for tokens, fused in ((1, True), (30, True), (0, False), (30, False), (33, True), (1, False)):
+        states = torch.randn(tokens, 3 * heads, dim)
+        slots, local_slots = (torch.randperm(page * pages)[:tokens] for _ in range(2))
+        for function, device, _ in caches:
+            _, key, value = states.to(device).split(heads, 1)
+            if not fused:
+                key, value = key.contiguous(), value.contiguous()
+            function(
+                key, value, slots.to(device), None, local_slots.to(device), (1.0, 1.0), None
+            )  # fmt: skip
+        for got, want in zip(caches[0][2], caches[1][2], strict=True):
+            same(got, want)
+
+
+def test_a_writer_that_has_written_refuses_what_does_not_fit():
+    member = random_membership(4, 2)
+    writer = cache_write.PageWriter(torch.zeros(2, 8, 2, 16), torch.zeros(2, 8, 4, 16), member)
+    key, slots = torch.randn(3, 4, 16), torch.arange(3)
+    writer.write(key, key, slots)
+    for wrong in (
+        (key[:, :3], key, slots), (key, key[..., :8], slots), (key, key, slots[:2]),
+        (key, key, slots, slots[:1].int()), (key.half(), key.half(), slots),
+        (key.mT.contiguous().mT, key, slots),
+    ):  # fmt: skip
+        with pytest.raises(AttentionInputError):
+            writer.write(*wrong)

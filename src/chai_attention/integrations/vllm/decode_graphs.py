@@ -86,6 +86,7 @@ class DecodeMemory:
         )
         self._filled: ChaiMetadata | None = None  # the step that it holds the requests of
         self._size = 0
+        self.step_query, self.step_out = self.query, self.out  # of the step's decodes
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def batch(self, size: int) -> SubBatch:
@@ -123,6 +124,7 @@ class DecodeMemory:
                 if mine is not None and theirs is not None:
                     pages = min(mine.shape[1], theirs.shape[1])
                     mine[:count, :pages].copy_(theirs[:, :pages])
+            self.step_query, self.step_out = self.query[:count], self.out[:count]
             self._filled = step
         return self._size
 
@@ -160,13 +162,13 @@ class DecodeGraphs:
         """Attend with a step's decodes, ``query [T, H, D]`` to ``out [T, H, Dv]``, if it can."""
         if step.is_capture or step.is_warm_up:
             return False
-        size = self._memory.fill(step)
+        memory, count = self._memory, step.num_decodes
+        size = memory.fill(step)
         if size is None:
             return False
-        count = step.num_decodes
-        self._memory.query[:count].copy_(query[:count])
+        memory.step_query.copy_(query[:count])
         self._replays[size]()
-        out[:count].copy_(self._memory.out[:count])
+        out[:count].copy_(memory.step_out)
         return True
 
 

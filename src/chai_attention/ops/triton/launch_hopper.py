@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ WIDTHS = (128, 256)  # columns of V a program can hold, of all its members
 BLOCK = 64  # keys of a step
 STAGES = 3  # blocks in shared memory
 SINKS = SINKS_MOST.value  # sinks that a window can have
+Made = TypeVar("Made")
 
 
 def prefill(
@@ -198,13 +200,25 @@ def prefill_packed_window(
 
 def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
     """Whether the kernel takes these."""
+    local, dim = kv.window, query.shape[-1]
+    assert local is not None
+    return (
+        local.sinks <= SINKS
+        and kv.key.shape[3] == dim
+        and fits(query, query, query, members)
+        and _shared(kv, _describable)
+    )
+
+
+def _describable(kv: PagedKV) -> bool:
+    """Whether pages can be fetched in boxes."""
     local = kv.window
     assert local is not None
     pages = [x for x in (kv.key, kv.value, local.key, local.value) if x.shape[2]]
     return (
-        local.sinks <= SINKS
-        and kv.key.shape[1] % BOX.value == local.page % BOX.value == 0
-        and all(fits(query, x, x, members) for x in pages)
+        kv.key.shape[1] % BOX.value == local.page % BOX.value == 0
+        and all(x.shape[3] == kv.key.shape[3] for x in pages)
+        and _tileable(*pages)
     )
 
 
@@ -250,16 +264,14 @@ def prefill_paged_window(
     )  # fmt: skip
 
 
-def _shared(
-    kv: PagedKV, describe: Callable[[PagedKV], tuple[TensorDescriptor, ...]]
-) -> tuple[TensorDescriptor, ...]:
-    """Descriptions of the pages, made once for all calls that share what is made of them."""
+def _shared(kv: PagedKV, make: Callable[[PagedKV], Made]) -> Made:
+    """What is made of pages alone, once for all calls that share it."""
     if kv.shared is None:
-        return describe(kv)
-    tiles: tuple[TensorDescriptor, ...] | None = kv.shared.get(describe)
-    if tiles is None:
-        tiles = kv.shared[describe] = describe(kv)
-    return tiles
+        return make(kv)
+    made: Made | None = kv.shared.get(make)
+    if made is None:
+        made = kv.shared[make] = make(kv)
+    return made
 
 
 def _tiles_of_far_pages(kv: PagedKV) -> tuple[TensorDescriptor, ...]:
@@ -297,19 +309,23 @@ def _local_blocks(recent: int) -> int:
 def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
     """Whether this kernel can run these tensors: head sizes 64 and 128, 16-bit, aligned."""
     dim = query.shape[-1]
-    if (
-        query.dtype.itemsize != 2
-        or key.dtype.itemsize != 2
-        or dim not in (64, 128)
-        or dim != value.shape[-1]
-        or members * dim not in WIDTHS
-        or not aligned(query, key, value)
-    ):
-        return False
+    return (
+        dim in (64, 128)
+        and dim == value.shape[-1]
+        and members * dim in WIDTHS
+        and _tileable(query, key, value)
+    )
+
+
+def _tileable(*tensors: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch tiles of 16-bit tensors."""
     strides = 0
-    for stride in (*query.stride()[:-1], *key.stride()[:-1], *value.stride()[:-1]):
-        strides |= stride
-    return not strides % 8
+    for tensor in tensors:
+        if tensor.dtype.itemsize != 2:
+            return False
+        for stride in tensor.stride()[:-1]:
+            strides |= stride
+    return not strides % 8 and aligned(*tensors)
 
 
 def box_of(page: int) -> int:
