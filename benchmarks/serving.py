@@ -38,8 +38,11 @@ from serving_table import table
 PAGE = 64  # tokens, as `chai serve` has it
 # an engine starts sooner with few graphs; batches between them run in the next larger one. Those
 # beyond ``max_num_seqs`` are of steps that hold prompts: what lies between their attention
-GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 704, 768, 896, 1024]
-MIXED = 384  # tokens of prompts in such a step, for which there are graphs
+GRAPHS = [
+    1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 704, 768, 896, 1024, 1152, 1280,
+    1408, 1536, 1792, 2048,
+]  # fmt: skip
+MIXED = 1408  # tokens of prompts in such a step, for which there are graphs
 # Bytes of the GPU that vLLM does not plan with. It plans with the largest step's activations, of
 # which PyTorch keeps more (fragments between batches of unequal sizes, 450 MiB by a simulation),
 # and without kernels that are loaded later. With 400 MiB an engine that had served several loads

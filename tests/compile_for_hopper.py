@@ -18,6 +18,7 @@ import chai_attention.ops.triton.backend as backend
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.local_pages import LocalPages
+from chai_attention.ops.triton import write
 
 HEADS, DIM, DTYPE = 32, 128, torch.bfloat16
 SHARED, STREAMS = [n % 8 for n in range(HEADS)], tuple(range(20, HEADS))
@@ -73,7 +74,7 @@ def pretend(compiled: dict[str, object]) -> None:
 
 
 def call_all(kind: str) -> None:
-    """Decode and prefill over pages and without, few queries and many."""
+    """Writes, decode and prefill over pages and without, few queries and many."""
     rep, groups, streaming, window, is_fp8 = KINDS[kind]
     member = Membership.from_representatives(
         torch.tensor([rep]), kv_heads=groups, streaming=streaming
@@ -100,6 +101,17 @@ def call_all(kind: str) -> None:
     def call(batch: int) -> AttentionCall:
         return AttentionCall(member, 0.1, offset=torch.zeros(batch, HEADS) if window else None)
 
+    # far pages that hold all K heads leave nothing of K to local ones
+    spare = Membership.from_representatives(
+        torch.tensor([rep]), member.clusters, groups, groups, streaming
+    )
+    for each in (member, spare):
+        held = pages(64, each.kept_keys), pages(64, each.kept_values)
+        rest = [pages(48, groups - x) for x in (each.kept_keys, each.kept_values)]
+        slots = torch.zeros(40, dtype=torch.int64)
+        local = LocalPages(*rest, slots.int()[None], recent, sinks) if window else None
+        new = torch.zeros(2, 40, groups, DIM, dtype=DTYPE)
+        write.write_paged(*new, *held, slots, each, None, local, slots)
     for batch in (4, 256):
         query = torch.zeros(batch, HEADS, DIM, dtype=DTYPE)
         ops.paged_decode(query, kv(batch), call(batch), torch.zeros_like(query))

@@ -31,4 +31,4 @@ def test_kernels_compile_without_a_gpu(kind: str, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     compiled = set(result.stdout.split())
-    assert WANTED[kind] <= compiled, compiled
+    assert WANTED[kind] | {"_write"} <= compiled, compiled

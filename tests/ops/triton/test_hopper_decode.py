@@ -152,7 +152,7 @@ def test_a_cuda_graph_sees_new_contents_and_repeats_itself():
         (1, 32, 8, 8, 32768, True, 33),
         (16, 32, 8, 8, 8192, True, 8),
         (1, 32, 32, 4, 32768, True, 33),
-        (14, 32, 32, 4, 8192, False, 7),  # 8 V heads for each K head
+        (14, 32, 32, 4, 8192, True, 9),  # 8 V heads for each K head
     ],
 )
 def test_which_kernel_and_how_many_parts(

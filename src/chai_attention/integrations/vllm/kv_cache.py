@@ -73,6 +73,23 @@ class Decided(Manager):
         # running requests: tokens behind their first chunk, if nothing was found before it
         self._begun: dict[str, int | None] = {}
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Pages that a request takes out of those that are free, found ones included."""
+        pages = self.req_to_blocks.get(request_id)
+        if pages and num_tokens <= len(pages) * self.block_size and not new_computed_blocks:
+            return 0
+        count: int = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        return count
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
@@ -233,13 +250,10 @@ class LocalManager(Decided, SlidingWindowManager):
         **kwargs: Any,
     ) -> int:
         """Pages that a request takes out of those that are free, found ones included."""
-        pages = self.req_to_blocks.get(request_id)
-        if pages and num_tokens <= len(pages) * self.block_size and not new_computed_blocks:
-            return 0
         count: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
-        if request_id in self.num_cached_block:
+        if not new_computed_blocks or request_id in self.num_cached_block:
             return count
         skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
         return count + self._get_num_evictable_blocks(

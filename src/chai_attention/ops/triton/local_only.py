@@ -17,7 +17,7 @@ from chai_attention.ops.triton.decode import _scores_base2, padded
 from chai_attention.ops.triton.launch_prefill import precision_of
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
-TILE_BYTES = 16384  # of K, and of V, that a program brings at a time
+TILE_BYTES = 8192  # of K, and of V, that a program brings at a time
 STAGES = 3  # of the loads: the next pages are looked up while K and V of these are on their way
 WARPS = 4
 

@@ -307,8 +307,9 @@ class PagedWrite:
             key, value, *self._pages, stored_key, stored_value,
             None if local is None else local.key, None, None if local is None else local.value,
             None, member.key_heads.contiguous(), member.value_heads.contiguous(),
-            member.removed_key_heads.contiguous() if removed else None,
-            member.removed_value_heads.contiguous() if removed_values else None,
+            # without any, a table that is not read: the kernel has to compile all the same
+            (member.removed_key_heads if removed else member.key_heads).contiguous(),
+            (member.removed_value_heads if removed_values else member.value_heads).contiguous(),
             None, slots, ids, None, local_slots, tokens, *numbers,
         )  # fmt: skip
 
