@@ -1,6 +1,8 @@
 """Launches that skip Triton's look at their arguments run the kernel that it would have found."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,14 @@ pytest.importorskip("triton")
 
 from triton.compiler import CompiledKernel
 
+from chai_attention.ops.triton.hopper_work import _plan
 from chai_attention.ops.triton.repeated import Repeated, aligned
+from helpers import random_membership
+from op_calls import kernels
 
 SCRIPT = Path(__file__).parents[2] / "keys_of_launches.py"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda made: pickle.loads(pickle.dumps(made))}
 KERNELS = {
     "_plan", "_prefill", "_prefill_window", "_write", "prefill_hopper", "prefill_paged_window",
     "prefill_window",
@@ -71,6 +78,37 @@ def test_the_interpreter_gets_every_launch() -> None:
     for _ in range(3):
         launch((1, 1, 1), True, "x", 1)
     assert [kind for kind, *_ in kernel.launched] == ["looked at"] * 3
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_compiles_for_itself(copied) -> None:
+    constants = {"HEAD_TILES_P": 4, "M": 2, "TILE": 128, "HAS_IDS": False, "num_warps": 4}
+    launch = Repeated(_plan, **constants)
+    launch._compiled = Compiled([])
+    made = copied({"by key": launch})["by key"]
+    assert made._kernel is _plan
+    assert made._constants == constants
+    assert made._compiled is None
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_membership_can_be_copied_once_kernels_have_run(copied) -> None:
+    """As the cache of a prompt is, for each of its continuations."""
+    member = random_membership(6, 2, 1).to(DEVICE)
+    query, key, value = torch.randn(3, 9, 6, 16, device=DEVICE)
+    starts = torch.tensor([0, 9], dtype=torch.int32, device=DEVICE)
+
+    def attend(member):
+        out = torch.empty_like(query)
+        kernels.varlen_prefill(
+            query, key, value, member, out, query_starts=starts, most_queries=9, scale=0.3,
+            natural_order=True,
+        )  # fmt: skip
+        return out
+
+    want, other = attend(member), copied(member)
+    assert torch.equal(attend(other), want)
+    assert torch.equal(attend(member), want)
 
 
 def test_alignment_is_that_of_addresses() -> None:

@@ -8,6 +8,7 @@ knows what matters.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ class Repeated:
             names = self._kernel.arg_names[len(arguments) :]
             self._values = tuple(self._constants[name] for name in names)
             self._compiled = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with what it launches over: the copy compiles for itself.
+
+        What is compiled belongs to a GPU of this process, and Triton's kernels cannot be copied.
+        """
+        kernel = self._kernel.fn
+        return _of_kernel, (kernel.__module__, kernel.__name__, self._constants)
+
+
+def _of_kernel(module: str, name: str, constants: dict[str, Any]) -> Repeated:
+    """Launches of a kernel by its name."""
+    return Repeated(getattr(import_module(module), name), **constants)
 
 
 def aligned(*tensors: Tensor) -> bool:
