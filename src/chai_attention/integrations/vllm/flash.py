@@ -365,8 +365,8 @@ class FlashStepAttention(StepAttention):
         if out.is_cuda and torch.cuda.is_current_stream_capturing():
             here, beside = torch.cuda.current_stream(), _side_stream(out.device)
             beside.wait_stream(here)
-            # the long kernel first: the short one finds room beside it (16 x 8,192 on an H200: 73 us
-            # a layer, and 76 the other way round)
+            # the long kernel first: the short one finds room beside it (16 x 8,192 on an H200:
+            # 73 us a layer, and 76 the other way round)
             attend_far(kept, out_kept)
             with torch.cuda.stream(beside):
                 attend_local(streaming, own, out_streaming)
