@@ -7,6 +7,7 @@ they do on a GPU, and launches compile in place of running.
 """
 
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -83,8 +84,8 @@ def call_all(kind: str) -> None:
     recent, sinks = window or (0, 0)
     ops = backend.HOPPER
 
-    def pages(tokens: int, heads: int) -> torch.Tensor:
-        return torch.zeros(16, tokens, heads, DIM, dtype=dtype)
+    def pages(tokens: int, heads: int, dim: int = DIM) -> torch.Tensor:
+        return torch.zeros(16, tokens, heads, dim, dtype=dtype)
 
     def kv(batch: int) -> PagedKV:
         def table() -> torch.Tensor:
@@ -105,12 +106,17 @@ def call_all(kind: str) -> None:
     spare = Membership.from_representatives(
         torch.tensor([rep]), member.clusters, groups, groups, streaming
     )
-    for each in (member, spare):
-        held = pages(64, each.kept_keys), pages(64, each.kept_values)
-        rest = [pages(48, groups - x) for x in (each.kept_keys, each.kept_values)]
+    for each, value_dim in product((member, spare), (DIM, 40)):
+        held, rest = (
+            [pages(tokens, keys), pages(tokens, values, value_dim)]
+            for tokens, keys, values in (
+                (64, each.kept_keys, each.kept_values),
+                (48, groups - each.kept_keys, groups - each.kept_values),
+            )
+        )
         slots = torch.zeros(40, dtype=torch.int64)
         local = LocalPages(*rest, slots.int()[None], recent, sinks) if window else None
-        new = torch.zeros(2, 40, groups, DIM, dtype=DTYPE)
+        new = [torch.zeros(40, groups, dim, dtype=DTYPE) for dim in (DIM, value_dim)]
         write.write_paged(*new, *held, slots, each, None, local, slots)
     for batch in (4, 256):
         query = torch.zeros(batch, HEADS, DIM, dtype=DTYPE)

@@ -126,18 +126,18 @@ def _write(
             _store(k_stored_ptr, held, head, token, stride_ksh, stride_kss, d, mask)
     elif place < kept + kept_values:
         place -= kept
-        d = tl.arange(0, DVP)
-        inside = (d < DV)[None, :]
-        head = tl.load(v_head_ptr + ids * kept_values + place, mask=read, other=0)
-        mask = read[:, None] & inside
-        new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
-        held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
+        v_d = tl.arange(0, DVP)
+        v_inside = (v_d < DV)[None, :]
+        v_head = tl.load(v_head_ptr + ids * kept_values + place, mask=read, other=0)
+        v_mask = read[:, None] & v_inside
+        v_new = _load(v_ptr, row, v_head, token, stride_vb, stride_vh, stride_vs, v_d, v_mask)
+        v_held = _narrow(v_new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
         tl.store(
-            value_ptr + place * stride_valueh + value_at[:, None] + d[None, :], held,
-            mask=there[:, None] & inside,
+            value_ptr + place * stride_valueh + value_at[:, None] + v_d[None, :], v_held,
+            mask=there[:, None] & v_inside,
         )  # fmt: skip
         if HAS_STORED:
-            _store(v_stored_ptr, held, head, token, stride_vsh, stride_vss, d, mask)
+            _store(v_stored_ptr, v_held, v_head, token, stride_vsh, stride_vss, v_d, v_mask)
     elif LOCAL_PAGE > 0 or HAS_STORED:
         place -= kept + kept_values
         page = tl.zeros([BLOCK], tl.int64)
@@ -165,19 +165,19 @@ def _write(
                 _store(k_stored_ptr, held, head, token, stride_ksh, stride_kss, d, mask)
         elif HAS_VALUE_RING:
             place -= removed
-            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=read, other=0)
-            d = tl.arange(0, DVP)
-            inside = (d < DV)[None, :]
-            mask = read[:, None] & inside
-            new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
-            held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
+            v_head = tl.load(v_removed_ptr + ids * removed_values + place, mask=read, other=0)
+            v_d = tl.arange(0, DVP)
+            v_inside = (v_d < DV)[None, :]
+            v_mask = read[:, None] & v_inside
+            v_new = _load(v_ptr, row, v_head, token, stride_vb, stride_vh, stride_vs, v_d, v_mask)
+            v_held = _narrow(v_new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
             if LOCAL_PAGE > 0:
                 at = page * stride_vrb + place * stride_vrh + within * stride_vrs
                 tl.store(
-                    v_ring_ptr + at[:, None] + d[None, :], held, mask=there[:, None] & inside
+                    v_ring_ptr + at[:, None] + v_d[None, :], v_held, mask=there[:, None] & v_inside
                 )  # fmt: skip
             if HAS_STORED:
-                _store(v_stored_ptr, held, head, token, stride_vsh, stride_vss, d, mask)
+                _store(v_stored_ptr, v_held, v_head, token, stride_vsh, stride_vss, v_d, v_mask)
     elif HAS_LOCAL:  # else no program comes here
         place -= kept + kept_values
         in_ring = there & (token >= tokens - ring_size)  # later ones stand in older ones' place
@@ -195,15 +195,15 @@ def _write(
             )  # fmt: skip
         elif HAS_VALUE_RING:
             place -= removed
-            head = tl.load(v_removed_ptr + ids * removed_values + place, mask=there, other=0)
-            d = tl.arange(0, DVP)
-            mask = there[:, None] & (d < DV)[None, :]
-            new = _load(v_ptr, row, head, token, stride_vb, stride_vh, stride_vs, d, mask)
-            held = _narrow(new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
+            v_head = tl.load(v_removed_ptr + ids * removed_values + place, mask=there, other=0)
+            v_d = tl.arange(0, DVP)
+            v_mask = there[:, None] & (v_d < DV)[None, :]
+            v_new = _load(v_ptr, row, v_head, token, stride_vb, stride_vh, stride_vs, v_d, v_mask)
+            v_held = _narrow(v_new, value_inverse, value_ptr.dtype.element_ty, IS_NARROW)
             _remember(
-                held, v_ring_ptr + row * stride_vrb + place * stride_vrh,
+                v_held, v_ring_ptr + row * stride_vrb + place * stride_vrh,
                 v_first_ptr + row * stride_vfb + place * stride_vfh, sink_ptr + row * stride_sinks,
-                position, at, in_ring, there, d, mask, stride_vrs, stride_vfs, SINKS,
+                position, at, in_ring, there, v_d, v_mask, stride_vrs, stride_vfs, SINKS,
             )  # fmt: skip
 
 
