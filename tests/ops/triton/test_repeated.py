@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 
 from triton.compiler import CompiledKernel
 
+from chai_attention.ops.triton.head_tiles import head_tiles_of
 from chai_attention.ops.triton.hopper_work import _plan
-from chai_attention.ops.triton.repeated import Repeated, aligned
+from chai_attention.ops.triton.repeated import MOST, Launches, Repeated, aligned
+from chai_attention.ops.triton.write import PagedWrite
 from helpers import random_membership
 from op_calls import kernels
 
@@ -78,6 +80,19 @@ def test_the_interpreter_gets_every_launch() -> None:
     for _ in range(3):
         launch((1, 1, 1), True, "x", 1)
     assert [kind for kind, *_ in kernel.launched] == ["looked at"] * 3
+
+
+def test_lengths_that_never_repeat_fill_no_memory(monkeypatch) -> None:
+    """Of transposed K and V every number of tokens has strides of its own."""
+    monkeypatch.setattr(Repeated, "__call__", lambda *args: None)
+    member = random_membership(4, 2, 1)
+    write = PagedWrite(torch.zeros(4, 16, 2, 16), torch.zeros(4, 16, 4, 16), member, None)
+    for tokens in range(1, 2 * MOST + 10):
+        states = torch.zeros(4, tokens, 16).transpose(0, 1)
+        slots = torch.zeros(tokens, dtype=torch.int64)
+        write(states, states, slots, None, None, (1.0, 1.0), None)
+        assert 0 < len(write._kinds) <= MOST
+    assert isinstance(head_tiles_of(member, 2).launches, Launches)
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)

@@ -9,7 +9,6 @@ Streaming heads stand in head tiles of their own, before the others: they share 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.membership import Membership
-from chai_attention.ops.triton.repeated import Repeated
+from chai_attention.ops.triton.repeated import Launches
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class HeadTiles:
         return 0 if self.slot.shape[0] == 1 else 1
 
     @cached_property
-    def launches(self) -> dict[Hashable, Repeated]:
+    def launches(self) -> Launches:
         """Launches over these tables, by what else they are compiled for."""
-        return {}
+        return Launches()
 
     @cached_property
     def used(self) -> tuple[Tensor, Tensor]:

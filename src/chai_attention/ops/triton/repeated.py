@@ -8,12 +8,15 @@ knows what matters.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+
+MOST = 256  # launches that are kept of tables or pages; a server has some dozen kinds
 
 
 class Repeated:
@@ -62,6 +65,20 @@ class Repeated:
 def _of_kernel(module: str, name: str, constants: dict[str, Any]) -> Repeated:
     """Launches of a kernel by its name."""
     return Repeated(getattr(import_module(module), name), **constants)
+
+
+class Launches(dict[Hashable, Any]):
+    """Launches and what is kept beside them, by what they are compiled for.
+
+    Strides are part of that, and of transposed tensors they differ with every number of tokens. So
+    there is a bound, behind which all are made anew.
+    """
+
+    def __setitem__(self, key: Hashable, made: Any) -> None:
+        """Keep one more."""
+        if len(self) >= MOST:
+            self.clear()
+        super().__setitem__(key, made)
 
 
 def aligned(*tensors: Tensor) -> bool:

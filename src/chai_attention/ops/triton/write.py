@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import triton
@@ -14,7 +13,7 @@ from chai_attention.ops.fp8 import LARGEST
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton.checks import by_row
-from chai_attention.ops.triton.repeated import Repeated, aligned
+from chai_attention.ops.triton.repeated import Launches, Repeated, aligned
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 ELEMENTS = 4096  # numbers a program copies
@@ -264,7 +263,7 @@ class PagedWrite:
     ):
         self._pages = key_pages, value_pages
         self._membership, self._local = membership, local
-        self._kinds: dict[Hashable, tuple[Repeated, tuple[Any, ...], int]] = {}
+        self._kinds = Launches()
 
     def __call__(
         self,
