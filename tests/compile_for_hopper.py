@@ -103,9 +103,8 @@ def call_all(kind: str) -> None:
         return AttentionCall(member, 0.1, offset=torch.zeros(batch, HEADS) if window else None)
 
     # far pages that hold all K heads leave nothing of K to local ones
-    spare = Membership.from_representatives(
-        torch.tensor([rep]), member.clusters, groups, groups, streaming
-    )
+    some = [head for head in streaming if head % 2]  # of every K/V head a query head sees far keys
+    spare = Membership.from_representatives(torch.tensor([rep]), None, groups, groups, some)
     for each, value_dim in product((member, spare), (DIM, 40)):
         held, rest = (
             [pages(tokens, keys), pages(tokens, values, value_dim)]

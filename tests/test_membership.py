@@ -81,6 +81,15 @@ def test_heads_must_split_over_kv_heads():
         Membership.from_representatives(torch.arange(9), kv_heads=2)
 
 
+@pytest.mark.parametrize(("kept", "streaming"), [(3, (2, 3)), (4, ()), (1, range(6))])
+def test_no_more_k_heads_are_kept_than_the_tables_name(kept, streaming):
+    """Kernels would read tables of heads behind their end."""
+    with pytest.raises(ValueError, match=f"{kept} kept K heads, but only"):
+        Membership.from_representatives(torch.arange(6), None, 3, kept, streaming)
+    one = Membership.from_representatives(torch.arange(6), None, 3, 3, (1, 3, 5))
+    assert one.key_heads.tolist() == [[0, 1, 2]]
+
+
 def test_select_takes_rows():
     member = random_membership(8, 3, batch=3)
     picked = member.select(torch.tensor([2, 0, 2]))

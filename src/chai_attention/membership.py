@@ -78,7 +78,8 @@ class Membership:
 
         Raises:
             ValueError: a head out of range, a representative that is not its own
-                representative or that streams, or rows with different numbers of clusters.
+                representative or that streams, rows with different numbers of clusters, or more
+                kept K heads than K/V heads that see far keys.
         """
         rep = representatives.long()
         if rep.ndim == 1:
@@ -96,7 +97,14 @@ class Membership:
             far = rep[:, [head for head in range(heads) if head not in streaming]]
             used = marked(far // (heads // kv_heads), kv_heads)
             kept_keys = int(used.sum(1).max())
-        return cls(rep, clusters, kv_heads, kept_keys, streaming)
+        made = cls(rep, clusters, kv_heads, kept_keys, streaming)
+        # else a cache would have places for K heads that the tables do not name
+        if kv_heads < heads and kept_keys > made.kept_values:
+            raise ValueError(
+                f"{kept_keys} kept K heads, but only {made.kept_values} K/V heads have a query "
+                "head that sees far keys"
+            )
+        return made
 
     @classmethod
     def with_streaming(
