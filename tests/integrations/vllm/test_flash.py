@@ -277,14 +277,5 @@ def test_steps_that_no_graph_replays_have_no_bound(step: ChaiMetadata, full: boo
     assert FlashSchedules.of(step, 4, 2).metadata is not None
 
 
-def test_batch_invariant_results_have_one_part_and_no_schedule() -> None:
-    schedules = FlashSchedules(config(), None, 10, torch.bfloat16, DIM, False)
-    schedules.add(4, 2)
-    step = decoding(2)
-    schedules.describe(step, 16)
-    assert FlashSchedules.of(step, 4, 2) == schedules.unplanned == Schedule(None, 1)
-    assert FlashSchedules(config(), Planner(), 10, torch.bfloat16, DIM, False).unplanned.splits == 0
-
-
 def test_trial_steps_have_no_schedule() -> None:
     assert FlashSchedules.of(decoding(2), 4, 2) == Schedule(None, 0)

@@ -160,8 +160,7 @@ class FlashSchedules:
 
     Args:
         config: the ``VllmConfig``.
-        schedule: vLLM's ``get_scheduler_metadata``; None to leave it to every layer, as
-            batch-invariant results need it.
+        schedule: vLLM's ``get_scheduler_metadata``.
         rows: most requests of a step, with those that pad a graph.
         dtype: of Q, K and V.
         head_dim: D.
@@ -171,7 +170,7 @@ class FlashSchedules:
     def __init__(
         self,
         config: Any,
-        schedule: Callable[..., Tensor] | None,
+        schedule: Callable[..., Tensor],
         rows: int,
         dtype: torch.dtype,
         head_dim: int,
@@ -188,21 +187,16 @@ class FlashSchedules:
     @classmethod
     def for_model(cls, config: Any, rows: int, softcap: bool) -> FlashSchedules:
         """Schedules by vLLM's FlashAttention, as its own builder would have them."""
-        import vllm.envs as envs
         from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
 
         model = config.model_config
-        schedule = None if envs.VLLM_BATCH_INVARIANT else get_scheduler_metadata
-        return cls(config, schedule, rows, model.dtype, model.get_head_size(), softcap)
+        return cls(
+            config, get_scheduler_metadata, rows, model.dtype, model.get_head_size(), softcap
+        )  # fmt: skip
 
     def add(self, heads: int, kv_heads: int) -> None:
         """Say that some layer keeps so many query heads and K/V heads."""
         self._memory.setdefault((heads, kv_heads), None)
-
-    @property
-    def unplanned(self) -> Schedule:
-        """Leave the schedule to every layer, as in graphs of a step's decodes alone."""
-        return Schedule(None, 0 if self._schedule else 1)
 
     def describe(self, step: ChaiMetadata, page: int) -> None:
         """Make the schedules of a step, before any layer runs or a graph is replayed.
@@ -218,14 +212,14 @@ class FlashSchedules:
             and step.max_query_len == 1
             and step.num_actual_tokens <= (compilation.max_cudagraph_capture_size or 0)
         )
-        splits = self.unplanned.splits
-        if is_replayed and self._schedule is not None:
+        splits = 0
+        if is_replayed:
             # memory for partial outputs is a graph's own, so there has to be a bound
             splits = self._config.attention_config.flash_attn_max_num_splits_for_cuda_graph
         made: dict[tuple[int, int], Schedule] = {}
         for count in self._memory:
             metadata = self._make(step, page, *count, splits)
-            if is_replayed and metadata is not None:
+            if is_replayed:
                 metadata = self._keep(count, metadata)
             made[count] = Schedule(metadata, splits)
         step.schedules = made
@@ -238,9 +232,7 @@ class FlashSchedules:
 
     def _make(
         self, step: ChaiMetadata, page: int, heads: int, kv_heads: int, splits: int
-    ) -> Tensor | None:
-        if self._schedule is None:
-            return None
+    ) -> Tensor:
         return self._schedule(
             batch_size=step.seq_lens.shape[0],
             max_seqlen_q=step.max_query_len,
@@ -282,7 +274,6 @@ class FlashStepAttention(StepAttention):
         scale: factor on the scores.
         softcap: as in `ops.reference.attention`.
         device: of the cache.
-        unplanned: how FlashAttention runs decodes of steps for which no schedule is made.
     """
 
     def __init__(
@@ -295,12 +286,10 @@ class FlashStepAttention(StepAttention):
         scale: float,
         softcap: float | None,
         device: torch.device,
-        unplanned: Schedule = Schedule(),  # noqa: B008 - nothing can change it
     ):
         super().__init__(layer.plan, memberships, scale, softcap)
         self.kinds = kinds
         self._flash = attend
-        self._unplanned = unplanned
         self._heads = _Heads(kinds, device)
         # a layer of their own, whose local pages are those of the whole one
         every = tuple(range(len(kinds.streaming)))
@@ -346,7 +335,7 @@ class FlashStepAttention(StepAttention):
             self._local._decode(part, max_seq_len, query, pages, out)
 
         def attend_far(query: Tensor, out: Tensor) -> None:
-            self._far(part, 1, max_seq_len, self._unplanned, query, pages, out)
+            self._far(part, 1, max_seq_len, Schedule(), query, pages, out)
 
         self._both(query, pages, out, attend_local, attend_far)
 

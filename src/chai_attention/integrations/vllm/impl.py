@@ -179,7 +179,6 @@ class ChaiAttention(AttentionImpl[ChaiMetadata]):
             self._attention: StepAttention = FlashStepAttention(
                 self.layer, self._kinds, self._flash, self._memberships,
                 self.model_state.max_requests, self.scale, self.softcap, device,
-                self.model_state.schedules(self.softcap is not None).unplanned,
             )  # fmt: skip
         else:
             self._attention = StepAttention(
