@@ -130,7 +130,7 @@ def check(
     The error may be twice what torch's own attention loses in this dtype on these inputs, and four
     units of rounding, but not more than ``tolerance``.
     """
-    case = Case(config, member, [_sequence(config, *size) for size in sizes], config.dim**-0.5)
+    case = Case(config, member, [sequence(config, *size) for size in sizes], config.dim**-0.5)
     results, lse = RUN[config.kind](case)
     offsets, batch = case.offsets, len(sizes)
     for row, (one, out) in enumerate(zip(case.sequences, results, strict=True)):
@@ -177,7 +177,8 @@ def _sizes(config: Config, batch: int, draw: random.Random, most: int, full: boo
     return found
 
 
-def _sequence(config: Config, queries: int, size: int, first: int = 0) -> Sequence:
+def sequence(config: Config, queries: int, size: int, first: int = 0) -> Sequence:
+    """Random Q, K and V, of which ``first`` tokens are padding."""
     query, key, value = (
         torch.randn(heads, tokens, width, device=DEVICE).to(config.dtype)
         for heads, tokens, width in (
