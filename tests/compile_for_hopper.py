@@ -5,7 +5,7 @@ they do on a GPU, and launches compile in place of running. Either those of a ki
 Hopper GPU, or calls of `kernel_calls` of many shapes on a GPU of a compute capability.
 
     python tests/compile_for_hopper.py default
-    python tests/compile_for_hopper.py 8.0
+    python tests/compile_for_hopper.py 8.9
 """
 
 import sys
@@ -32,6 +32,8 @@ from op_calls import Operations
 from random_cases import sequence
 
 HEADS, DIM, DTYPE = 32, 128, torch.bfloat16
+# that a program can have, by compute capability
+SHARED_BYTES = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARED, STREAMS = [n % 8 for n in range(HEADS)], tuple(range(20, HEADS))
 # representatives, K/V heads, streaming heads, window, 8-bit pages
@@ -46,8 +48,11 @@ KINDS = {
 
 
 # heads, K/V heads, clusters, streaming heads, sizes of K and V: of one padded size and of two,
-# grouped queries, local K/V heads for K alone, nothing but heads that stream
-SHAPES = [(9, 9, 4, 0, 48, 40), (6, 6, 2, 2, 40, 24), (9, 3, 2, 4, 128, 80), (6, 3, 0, 6, 24, 80)]
+# grouped queries, local K/V heads for K alone, nothing but heads that stream, the largest heads
+SHAPES = [
+    (9, 9, 4, 0, 48, 40), (6, 6, 2, 2, 40, 24), (9, 3, 2, 4, 128, 80), (6, 3, 0, 6, 24, 80),
+    (2, 2, 1, 0, 256, 256),
+]  # fmt: skip
 # kind of call, queries and tokens of sequences, options; what has a window may stream
 CALLS = [
     ("decode", [(1, 70), (1, 70)], {"spare": True}),
@@ -92,6 +97,7 @@ def pretend(compiled: dict[str, object], capability: tuple[int, int] = (9, 0)) -
     told = {
         "capability": lambda device: capability,
         "processors": lambda device: 132,
+        "shared_bytes": lambda device: SHARED_BYTES[capability],
         "check": lambda *args, **options: None,
     }
     for name, module in list(sys.modules.items()):
@@ -101,7 +107,11 @@ def pretend(compiled: dict[str, object], capability: tuple[int, int] = (9, 0)) -
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled[self.fn.__name__] = run(self, *args, grid=(1,), warmup=True, **options)
+        kernel = compiled[self.fn.__name__] = run(self, *args, grid=(1,), warmup=True, **options)
+        # which only a launch would refuse
+        assert kernel.metadata.shared <= SHARED_BYTES[capability], (
+            self.fn.__name__, kernel.metadata.shared, options
+        )  # fmt: skip
 
     JITFunction.run = compile_only
 

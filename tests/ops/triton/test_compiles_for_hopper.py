@@ -46,8 +46,11 @@ def test_kernels_compile_without_a_gpu(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+@pytest.mark.parametrize("capability", ["8.9", "9.0"])
 def test_k_and_v_of_other_sizes_compile_without_a_gpu(capability: str, tmp_path: Path) -> None:
-    """The compiler refuses branches that name tensors of different shapes alike."""
+    """The compiler refuses branches that name tensors of different shapes alike.
+
+    And a launch more shared memory than there is: 99 KiB on many GPUs (8.6, 8.9, 12.0).
+    """
     names = compiled(capability, tmp_path)
     assert EVERY | {"_write"} <= names, names

@@ -21,3 +21,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 0, 0
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that a program can have, in bytes."""
+    if device.type != "cuda":
+        return 227 * 1024  # the interpreter has no bound
+    # AMD's GPUs do not tell, and have as much
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10)
+    )

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.triton.decode import padded
+from chai_attention.ops.triton.device import shared_bytes
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.prefill import _prefill
 from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
@@ -21,6 +22,7 @@ from chai_attention.ops.triton.sizes import cdiv
 logger = logging.getLogger("chai_attention")
 
 COLUMNS = 256  # columns of a program's accumulator
+LARGE_SHARED = 163 * 1024  # bytes of shared memory (A100) in which one load more is in flight
 
 
 class Tile(NamedTuple):
@@ -48,9 +50,9 @@ def heads_per_tile_for(query: Tensor, value: Tensor, member: Membership) -> int:
 def tile_of(query: Tensor, value: Tensor, members: int, rows: int) -> Tile:
     """Choose the tile of ``rows`` queries."""
     wide = padded(max(query.shape[-1], value.shape[-1]))
-    return Tile(
-        rows, block_of(query, members * wide), 8 if rows == 128 else 4, 3 if wide <= 128 else 2
-    )
+    # many GPUs have less than two thirds of the shared memory of those that serve large models
+    stages = (3 if wide <= 128 else 2) - (shared_bytes(query.device) < LARGE_SHARED)
+    return Tile(rows, block_of(query, members * wide), 8 if rows == 128 else 4, stages)
 
 
 def rows_of(queries: PackedQueries) -> int:
