@@ -205,7 +205,8 @@ def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
     return (
         local.sinks <= SINKS
         and kv.key.shape[3] == dim
-        and fits(query, query, query, members)
+        and _takes(dim, members)
+        and _tileable(query)
         and _shared(kv, _describable)
     )
 
@@ -309,12 +310,12 @@ def _local_blocks(recent: int) -> int:
 def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
     """Whether this kernel can run these tensors: head sizes 64 and 128, 16-bit, aligned."""
     dim = query.shape[-1]
-    return (
-        dim in (64, 128)
-        and dim == value.shape[-1]
-        and members * dim in WIDTHS
-        and _tileable(query, key, value)
-    )
+    return _takes(dim, members) and dim == value.shape[-1] and _tileable(query, key, value)
+
+
+def _takes(dim: int, members: int) -> bool:
+    """Whether the kernels are made for heads of this size, so many of them in a program."""
+    return dim in (64, 128) and members * dim in WIDTHS
 
 
 def _tileable(*tensors: Tensor) -> bool:

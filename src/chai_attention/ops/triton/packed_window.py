@@ -253,11 +253,8 @@ def prefill_packed_window(
         strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
-    starts, q_strides, out_strides = (
-        queries.query_start_loc,
-        query.stride()[1::-1],
-        out.stride()[:2],
-    )
+    starts = queries.query_start_loc
+    q_strides, out_strides = query.stride()[1::-1], out.stride()[:2]
     key_of_launch = (
         prefill_packed_window, tile, dim, value_dim, page, local_page, sinks, softcap is None,
         q_strides, strides, out_strides,
