@@ -26,17 +26,35 @@ class Case:
         length: tokens of each, with the new ones.
         new: tokens that each gets; with 1 only the first token is timed.
         runs: how often, of which the first of several does not count.
+        turn: tokens of each prompt that follow a chat's earlier turns, which the prefix cache
+            holds; 0 if it holds nothing.
     """
 
     batch: int
     length: int
     new: int
     runs: int
+    turn: int = 0
 
     @property
     def name(self) -> str:
         """As tables have it."""
+        if self.turn:
+            return f"{self.batch} x {self.turn:,} behind {self.cached:,}"
         return f"{self.batch} x {self.length:,}"
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt."""
+        return self.length - self.new
+
+    @property
+    def cached(self) -> int:
+        """Those of them that the prefix cache holds."""
+        return self.prompt - self.turn if self.turn else 0
+
+
+TURN = Case(1, 8192 + 41, 1, 6, turn=40)
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,8 @@ class Scale:
     """
 
     cases: tuple[Case, ...] = (
-        Case(1, 2048, 40, 11), Case(14, 8192, 40, 2), Case(16, 8192, 1, 2), Case(1, 32768, 40, 3),
+        Case(1, 2048, 40, 11), TURN, Case(14, 8192, 40, 2), Case(16, 8192, 1, 2),
+        Case(1, 32768, 40, 3),
     )  # fmt: skip
     chats: int = 800
     long: int = 36
@@ -79,11 +98,14 @@ SHARED = "shared prompt"
 LARGE = "batch"
 FULL = Scale()
 SMALL = Scale(
-    cases=(Case(1, 200, 4, 2), Case(3, 300, 4, 2), Case(4, 300, 1, 2), Case(1, 500, 4, 1)),
+    cases=(
+        Case(1, 200, 4, 2), Case(1, 269, 1, 2, turn=12), Case(3, 300, 4, 2), Case(4, 300, 1, 2),
+        Case(1, 500, 4, 1),
+    ),
     chats=12, long=3, shared=6, large=6, system=200, shrink=16, context=512, longest=512,
     budget=256, most=8,
 )  # fmt: skip
-_GROUPED = (Case(1, 2048, 40, 11), Case(16, 8192, 40, 2), Case(1, 32768, 40, 3))
+_GROUPED = (Case(1, 2048, 40, 11), TURN, Case(16, 8192, 40, 2), Case(1, 32768, 40, 3))
 _GROUPED_SMALL = (Case(1, 200, 4, 2), Case(4, 300, 4, 2), Case(1, 500, 4, 1))
 _LARGE = (Case(1, 2048, 40, 6), Case(8, 2048, 40, 3))
 _LARGE_SMALL = (Case(1, 200, 4, 2), Case(3, 300, 4, 2))
@@ -127,8 +149,7 @@ def requests_of(name: str, scale: Scale) -> Requests:
 
 def run_case(llm: Any, case: Case, vocabulary: int) -> dict[str, Any]:
     """Median times of a batch."""
-    prompts = [case.length - case.new] * case.batch
-    runs = [_batch(llm, prompts, case.new, vocabulary) for _ in range(case.runs)]
+    runs = [_run(llm, case, vocabulary) for _ in range(case.runs)]
     counted = runs[1:] or runs
     median = {
         key: round(statistics.median(run[key] for run in counted), 3)
@@ -138,14 +159,23 @@ def run_case(llm: Any, case: Case, vocabulary: int) -> dict[str, Any]:
     return {**median, "runs": runs}
 
 
-def _batch(llm: Any, sizes: list[int], count: int, vocabulary: int) -> dict[str, float]:
+def _run(llm: Any, case: Case, vocabulary: int) -> dict[str, float]:
+    """Times of a batch, once the prefix cache holds what it should of it."""
+    prompts = prompts_of([case.prompt] * case.batch, vocabulary)
+    if case.turn:
+        told = [{"prompt_token_ids": x["prompt_token_ids"][: case.cached]} for x in prompts]
+        _batch(llm, told, 1)
+    return _batch(llm, prompts, case.new)
+
+
+def _batch(llm: Any, prompts: list[dict[str, list[int]]], count: int) -> dict[str, float]:
     """Generate with prompts that come at once.
 
     Returns:
         ``ttft_ms`` until all rows have a token, ``tpot_ms`` of the steps between that and the first
         row's end, and the number of these ``steps``; ``total_ms``.
     """
-    engine, prompts = llm.llm_engine, prompts_of(sizes, vocabulary)
+    engine = llm.llm_engine
     start = time.perf_counter()  # the engine, another process, begins with the first one
     for row, prompt in enumerate(prompts):
         engine.add_request(f"{next(_seeds)}-{row}", prompt, params(count))
@@ -159,7 +189,7 @@ def _batch(llm: Any, sizes: list[int], count: int, vocabulary: int) -> dict[str,
             continue
         for request in done:
             seen[request.request_id] = len(request.outputs[0].token_ids)
-        if len(seen) == len(sizes):
+        if len(seen) == len(prompts):
             if not first:
                 first = last = now
             elif not any(request.finished for request in done) and max(seen.values()) < count:

@@ -44,11 +44,12 @@ def rows_of(name: str, result: dict[str, Any], room: float, rates: Rates) -> Row
     cases = {case.name: case for case in scale.cases}
     for case_name, times in result["cases"].items():
         case: Case = cases[case_name]
-        prompt = case.length - case.new
         if "tpot_ms" in times:
-            step = ideal.step([prompt + case.new // 2] * case.batch)
+            step = ideal.step([case.prompt + case.new // 2] * case.batch)
             rows[f"time per token {case.name}, ms"] = (times["tpot_ms"], step * 1e3, False)
-        first = ideal.prompt(prompt) * case.batch
+        first = ideal.prompt(case.prompt - case.cached, case.cached) * case.batch
+        if case.turn:  # so few tokens that reading takes longer
+            first = max(first, ideal.step([case.prompt] * case.batch))
         rows[f"first token {case.name}, ms"] = (times["ttft_ms"], first * 1e3, False)
     for load, found in result["throughput"].items():
         requests = requests_of(load, scale)

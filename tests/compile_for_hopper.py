@@ -63,6 +63,8 @@ CALLS = [
     ("paged local", [(1, 63), (1, 129)], {"recent": 20, "sinks": 4, "tables": "rows"}),
     ("paged prefill", [(70, 110), (1, 129)], {"probe_end": 5}),
     ("paged window", [(70, 110), (1, 129)], {"recent": 20, "sinks": 4, "tables": "rows"}),
+    ("paged prefill", [(9, 1200)], {"softcap": 5.0, "lse": False}),
+    ("paged window", [(33, 1200)], {"recent": 20, "sinks": 4, "tables": "rows"}),
     ("varlen", [(5, 5), (63, 63)], {"softcap": 5.0, "natural": True}),
     ("varlen window", [(5, 5), (63, 63)], {"recent": 20, "sinks": 4, "natural": True}),
 ]  # fmt: skip

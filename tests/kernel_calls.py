@@ -51,6 +51,7 @@ class Config:
     offsets: bool = True  # of an exact window
     ring_spare: int = 2  # tokens that a ring holds besides its window
     tail: int = 0  # packed queries behind the last sequence
+    lse: bool = True  # of packed queries, asked for
 
     def __str__(self) -> str:
         sizes = f"{self.heads}/{self.kv_heads}/{self.clusters} heads, {self.streaming} streaming, "
@@ -299,7 +300,8 @@ def _packed(case: Case, run: Callable[..., Tensor | None]) -> tuple[list[Tensor]
     out = case.strided(total + config.tail)
     options = {
         "query_starts": torch.tensor([0, *counts], device=DEVICE).cumsum(0).int(),
-        "most_queries": max(counts), "ids": case.ids, "return_lse": not config.recent,
+        "most_queries": max(counts), "ids": case.ids,
+        "return_lse": config.lse and not config.recent,
         "probe": Probe(*states, config.probe_end) if config.probe_end else None, **case.options,
     }  # fmt: skip
     lse = run(states, out, options)

@@ -82,8 +82,8 @@ class PagedKV:
         seq_lens: ``[B]`` int32, keys of each sequence, new ones included; 0 gives zeros.
         window: the exact recent window, which needs the query of all heads; None for none. A
             membership with streaming heads needs one.
-        max_seqlen_k: bound of ``seq_lens`` that decode's splits of the context are chosen for; None
-            for what the block table can hold.
+        max_seqlen_k: bound of ``seq_lens`` that splits of the context are chosen for; None for what
+            the block table can hold.
         shared: what kernels need to know of the pages alone, the window's too, and which membership
             they were found to fit; made once for all calls with this dictionary: those of one
             layer. None to make it anew.

@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[2] / "compile_for_hopper.py"
 DECODE = {"_merge", "local_parts", "parts"}
 WANTED = {
-    "default": DECODE | {"prefill_window", "prefill_paged_window", "_prefill_window"},
+    "default": DECODE | {"prefill_window", "prefill_paged_window", "_prefill_window", "_join"},
     "k=8 window": DECODE | {"prefill_window", "prefill_paged_window", "_prefill_window"},
     "grouped streaming": DECODE | {"prefill_window", "prefill_paged_window", "_prefill_window"},
-    "k=8": {"_merge", "parts", "prefill_hopper", "_prefill"},
+    "k=8": {"_merge", "parts", "prefill_hopper", "_prefill", "_join"},
     "fp8 default": {"_merge", "_parts", "_prefill_window"},
     "fp8 k=8": {"_merge", "_parts", "_prefill"},
 }
@@ -23,7 +23,7 @@ WANTED = {
 
 EVERY = DECODE - {"parts", "local_parts"} | {
     "_parts", "_local", "_local_only", "_prefill", "_prefill_window", "_maps", "_distances",
-    "_kmeans", "_kmedoids",
+    "_kmeans", "_kmedoids", "_join",
 }  # fmt: skip
 
 

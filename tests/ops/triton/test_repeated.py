@@ -25,8 +25,8 @@ SCRIPT = Path(__file__).parents[2] / "keys_of_launches.py"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda made: pickle.loads(pickle.dumps(made))}
 KERNELS = {
-    "_plan", "_prefill", "_prefill_window", "_write", "prefill_hopper", "prefill_paged_window",
-    "prefill_window",
+    "_join", "_plan", "_prefill", "_prefill_window", "_write", "prefill_hopper",
+    "prefill_paged_window", "prefill_window",
 }  # fmt: skip
 
 

@@ -143,7 +143,8 @@ class StepAttention:
         out: Tensor,
     ) -> None:
         """Attend with some of the requests behind the decodes."""
-        query, key, value = (x[part.tokens] for x in (query, key, value))
+        if part.tokens != slice(0, query.shape[0]):  # views take time, in every layer
+            query, key, value, out = (x[part.tokens] for x in (query, key, value, out))
         member, ids = self.memberships.of(part.first_pages)
         probe = offset = None
         if self.plan.needs_probe and part.has_new:
@@ -153,18 +154,19 @@ class StepAttention:
         queries = PackedQueries(query, part.query_start_loc, part.max_query_len, part.shared)
         call = AttentionCall(member, self.scale, self.softcap, ids, offset)
         if part.is_new:
-            varlen_prefill(queries, self._new(key, value), call, out[part.tokens], probe)
+            varlen_prefill(queries, self._new(key, value), call, out, probe)
             return
         copies = self._copies(step, part, pages)
         if copies is not None:
-            paged_prefill(queries, copies, call, out[part.tokens], probe)
+            paged_prefill(queries, copies, call, out, probe)
             if not step.is_warm_up:  # which compiles the kernels of both ways
                 return
         local = self.local_pages(pages, part.local_table, part.block_table)
         kv = PagedKV(
-            pages.key, pages.value, part.block_table, part.seq_lens, local, shared=pages.shared
+            pages.key, pages.value, part.block_table, part.seq_lens, local, step.max_seq_len,
+            pages.shared,
         )  # fmt: skip
-        paged_prefill(queries, kv, call, out[part.tokens], probe)
+        paged_prefill(queries, kv, call, out, probe)
 
     def _copies(self, step: ChaiMetadata, part: SubBatch, pages: Pages) -> PagedKV | None:
         """Copies of the 8-bit pages that some requests read; None where they read the pages."""

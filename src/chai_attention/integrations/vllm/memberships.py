@@ -117,6 +117,7 @@ class FixedMembership:
         if layer.plan.has_recent_window:
             offset = windowed.head_offsets(layer.plan.offset_table(device), self._membership)
             self._offset = None if offset is None else offset.repeat(rows, 1)
+        self._offsets: dict[int, Tensor] = {}  # views of it, by their rows
 
     def of(self, pages: Tensor) -> tuple[Membership, Tensor | None]:
         """As `PageMemberships.of`; one row of tables for all."""
@@ -124,7 +125,13 @@ class FixedMembership:
 
     def offsets(self, pages: Tensor) -> Tensor | None:
         """As `PageMemberships.offsets`."""
-        return None if self._offset is None else self._offset[: pages.shape[0]]
+        if self._offset is None:
+            return None
+        rows = pages.shape[0]
+        found = self._offsets.get(rows)
+        if found is None:
+            found = self._offsets[rows] = self._offset[:rows]
+        return found
 
 
 class PageMemberships:

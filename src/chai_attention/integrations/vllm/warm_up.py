@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FIRST_CHUNK = (128,)
 FURTHER_CHUNKS = (16, 64, 128)
 FEW = 8  # requests up to which each number of them is tried
+LONG_CONTEXT = 1024
 BESIDE = 16  # tokens of a short prompt's first chunk that goes together with a further one
 
 
@@ -36,8 +37,10 @@ def steps(model: ModelState, cache: Tensor) -> Iterator[ChaiMetadata]:
     for tokens in FIRST_CHUNK:
         yield _prefill(model, cache, min(tokens, longest), 0)
     for tokens in FURTHER_CHUNKS:
-        if tokens + page <= longest:
-            yield _prefill(model, cache, tokens, page)
+        # behind a long context several programs share it, if there are few queries
+        for context in (page, LONG_CONTEXT):
+            if tokens + context <= longest:
+                yield _prefill(model, cache, tokens, context)
     if BESIDE + page <= longest:
         yield _prefill(model, cache, BESIDE, page, BESIDE)
 

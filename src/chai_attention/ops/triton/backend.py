@@ -17,7 +17,12 @@ from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.rolling_buffer import RollingBuffer
-from chai_attention.ops.triton import launch_decode, launch_hopper, launch_prefill
+from chai_attention.ops.triton import (
+    context_parts,
+    launch_decode,
+    launch_hopper,
+    launch_prefill,
+)
 from chai_attention.ops.triton.checks import check
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, natural_head_tiles
@@ -32,6 +37,22 @@ def head_tiles_for(kv: PagedKV | PackedKV, member: Membership, members: int) -> 
     """How heads are dealt out, for the order that K and V are in."""
     natural = isinstance(kv, PackedKV) and kv.natural_order
     return (natural_head_tiles if natural else head_tiles_of)(member, members)
+
+
+def window_members(queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership) -> int:
+    """Members of a head tile with a window: a program holds one's sums beside those of all."""
+    return min(2, launch_prefill.heads_per_tile_for(queries.query, kv.value, member))
+
+
+def shares_contexts(
+    queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership, members: int
+) -> bool:
+    """Whether contexts in parts are faster than Hopper's kernel, which has none."""
+    if isinstance(kv, PackedKV) or queries.max_seqlen_q > context_parts.MOST_QUERIES:
+        return False
+    head_tiles, rows = head_tiles_for(kv, member, members), launch_prefill.rows_of(queries)
+    parts = context_parts.count_of(queries, kv, member, head_tiles, rows)
+    return parts >= context_parts.WORTH_PARTS
 
 
 class TritonBackend(AttentionBackend):
@@ -137,8 +158,7 @@ class TritonBackend(AttentionBackend):
     ) -> None:
         """Write ``out`` of packed sequences with a window."""
         member = call.membership
-        # a program holds the sums of one member beside those of all
-        members = min(2, launch_prefill.heads_per_tile_for(queries.query, kv.value, member))
+        members = window_members(queries, kv, member)
         prefill_packed_window(queries, kv, call, head_tiles_for(kv, member, members), out)
 
 
@@ -199,6 +219,7 @@ class HopperBackend(TritonBackend):
             call.softcap is None
             and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
             and launch_hopper.fits(queries.query, kv.key, kv.value, members)
+            and (call.return_lse or not shares_contexts(queries, kv, call.membership, members))
         ):
             logger.debug("packed Hopper prefill kernel: %d members a program", members)
             return launch_hopper.prefill_packed
@@ -208,8 +229,12 @@ class HopperBackend(TritonBackend):
         self, queries: PackedQueries, kv: PagedKV | PackedKV, call: AttentionCall, out: Tensor
     ) -> None:
         """One kernel for pages, another one without context."""
-        if call.softcap is None and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES:
-            query, member = queries.query, call.membership
+        query, member = queries.query, call.membership
+        if (
+            call.softcap is None
+            and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
+            and not shares_contexts(queries, kv, member, window_members(queries, kv, member))
+        ):
             members = launch_hopper.window_members(query, kv.value, member)
             text = "packed Hopper prefill kernel with a window%s: %d members a program"
             if isinstance(kv, PagedKV):

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
+from chai_attention.ops.triton.context_parts import count_of, join, memory_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import shared_bytes
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
@@ -92,12 +93,12 @@ def dense_prefill(
         query, key, value, k_tiles, v_tiles, lengths, valid, None, None, None,
         head_tiles.slot, head_tiles.slot, *head_tiles.tables[2:], out, lse,
         call.scale, call.softcap or 1.0, queries, key.shape[2], head_tiles.count,
-        count, group_of(count), pairs, batch, 0,
+        count, group_of(count), pairs, batch, 0, 1, 0,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         0 if valid is None else valid.stride(0), 0, 1, *out.stride()[:3],
         *((0, 0, 0) if lse is None else lse.stride()),
         RAGGED=False, PAGE=0, LIMITED=False, HAS_IDS=False, HAS_LENGTH=lengths is not None,
-        HAS_VALID=valid is not None, TILES=tiles,
+        HAS_VALID=valid is not None, TILES=tiles, SPLIT=False,
         **_constants(query, value, call, head_tiles, tile, lse),
     )  # fmt: skip
 
@@ -157,6 +158,11 @@ def _launch_packed(
     starts, ids = queries.query_start_loc, call.membership_ids
     batch = starts.shape[0] - 1
     k_tiles, v_tiles, tiles = key, value, False
+    parts, target = 1, out
+    if lse is None and limit is None:
+        parts = count_of(queries, kv, call.membership, head_tiles, tile.rows)
+    if parts > 1:
+        target, lse = memory_of(parts, out)
     if isinstance(kv, PagedKV):
         page, table = key.shape[1], kv.block_table
         strides = tuple([x.stride(axis) for x in (key, value) for axis in (0, 2, 1)])
@@ -178,34 +184,37 @@ def _launch_packed(
         )
     if limit is None:
         count = total // tile.rows + batch  # enough for any lengths of sequences
-        programs, pairs = count * head_tiles.count, head_tiles.count
+        programs, pairs = count * head_tiles.count * parts, head_tiles.count
     else:
         count, pairs = cdiv(limit, tile.rows), batch * head_tiles.count
         programs = count * pairs
-    q_strides, out_strides = (0, *query.stride()[1::-1]), (0, *out.stride()[:2])
-    lse_strides = (0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0))
+    q_strides, out_strides = (0, *query.stride()[1::-1]), (0, *target.stride()[-3:-1])
+    lse_strides = (0, 0, 0) if lse is None or parts > 1 else (0, lse.stride(1), lse.stride(0))
     is_limited, has_softcap = limit is not None, call.softcap is not None
     key_of_launch = (
-        _launch_packed, tile, dim, value_dim, page, held, tiles, is_limited, has_softcap,
+        _launch_packed, tile, dim, value_dim, page, held, tiles, is_limited, has_softcap, parts > 1,
         q_strides, strides, out_strides, lse_strides,
-        *dtypes(query, key, out, lse, lengths, starts, table, ids),
+        *dtypes(query, key, target, lse, lengths, starts, table, ids),
     )  # fmt: skip
     launch = head_tiles.launches.get(key_of_launch)
     if launch is None:
         launch = head_tiles.launches[key_of_launch] = Repeated(
             _prefill, PAGE=page, RAGGED=True, LIMITED=is_limited, HAS_IDS=ids is not None,
-            HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
+            HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles, SPLIT=parts > 1,
             **_constants(query, value, call, head_tiles, tile, lse),
         )  # fmt: skip
     launch(
-        (programs, 1, 1), aligned(query, key, value, out, *(() if lse is None else (lse,))),
+        (programs, 1, 1), aligned(query, key, value, target, *(() if lse is None else (lse,))),
         query, key, value, k_tiles, v_tiles, lengths, None, starts, table, ids,
         head_tiles.slot, head_tiles.query if held == call.membership.heads else head_tiles.slot,
-        *head_tiles.tables[2:], out, lse,
+        *head_tiles.tables[2:], target, lse,
         float(call.scale), float(call.softcap or 1.0), 0, 0, head_tiles.count, count, 2, pairs,
-        batch, limit or 0, *q_strides, *strides,
+        batch, limit or 0, parts, total, *q_strides, *strides,
         0, 0 if table is None else table.stride(0), head_tiles.stride, *out_strides, *lse_strides,
     )  # fmt: skip
+    if parts > 1:
+        assert lse is not None
+        join(target, lse, starts, head_tiles, out)
 
 
 def _constants(

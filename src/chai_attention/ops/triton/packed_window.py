@@ -14,6 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
+from chai_attention.ops.triton.context_parts import (
+    _keep_part,
+    _part_of,
+    count_of,
+    join,
+    memory_of,
+)
 from chai_attention.ops.triton.decode import LOG2_E, _membership_of, padded
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
@@ -62,8 +69,8 @@ def _tokens(n, there, table, page, across, along, PAGE: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "head_tiles", "batch", "recent", "kept_keys", "kept_values", "stride_table", "stride_local",
-        "stride_offset",
+        "head_tiles", "batch", "recent", "kept_keys", "kept_values", "parts", "total",
+        "stride_table", "stride_local", "stride_offset",
     ],
     do_not_specialize_on_alignment=[
         "length_ptr", "start_ptr", "table_ptr", "local_table_ptr", "ids_ptr", "offset_ptr",
@@ -72,8 +79,8 @@ def _tokens(n, there, table, page, across, along, PAGE: tl.constexpr):
 def _prefill_window(
     q_ptr, k_ptr, v_ptr, local_k_ptr, local_v_ptr, length_ptr, start_ptr, table_ptr,
     local_table_ptr, ids_ptr, slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, key_place_ptr,
-    value_place_ptr, offset_ptr, out_ptr,
-    scale, softcap, head_tiles, batch, recent, kept_keys, kept_values,
+    value_place_ptr, offset_ptr, out_ptr, lse_ptr,
+    scale, softcap, head_tiles, batch, recent, kept_keys, kept_values, parts, total,
     stride_qk, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     local_kb, local_kh, local_ks, local_vb, local_vh, local_vs,
     stride_table, stride_local, stride_t, stride_offset, stride_os, stride_oh,
@@ -81,10 +88,17 @@ def _prefill_window(
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LOCAL: tl.constexpr, PAGE: tl.constexpr, LOCAL_PAGE: tl.constexpr, SINKS: tl.constexpr,
     SINKS_P: tl.constexpr, HAS_IDS: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head tile of up to two members, ROWS queries. PAGE is 0 where no keys are in pages."""
+    """One head tile of up to two members, ROWS queries. PAGE is 0 where no keys are in pages.
+
+    SPLIT: one of the parts of the far keys, the last of which has the local ones (`context_parts`).
+    """
     item = tl.program_id(0)
+    at_part = 0
+    if SPLIT:
+        at_part = item % parts
+        item //= parts
     row, first_tile = _sequence_of(item // head_tiles, start_ptr, batch, ROWS)
     item -= first_tile * head_tiles
     begin = tl.load(start_ptr + row)
@@ -138,7 +152,12 @@ def _prefill_window(
         lead = 0
         if SINKS > 0:
             lead = tl.cdiv(tl.minimum(SINKS, whole), BLOCK)
-        for first in range(lead * BLOCK, whole, BLOCK):
+        begin_part, end_part = lead * BLOCK, whole
+        if SPLIT:
+            begin_part, end_part = _part_of(begin_part, whole, at_part, parts, BLOCK)
+            lead = tl.where(at_part == 0, lead, 0)
+            stop = tl.where(at_part == parts - 1, stop, whole)
+        for first in range(begin_part, end_part, BLOCK):
             best, weight, acc = _tile(
                 q, k_base, v_base, k_ptr, table, first, 0, stop, reach, best, weight, acc, d,
                 in_value, k_ptr, v_ptr, 0, 0, 0, 0,
@@ -153,6 +172,16 @@ def _prefill_window(
                 scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
                 D, DP, M * DVP, BLOCK, PAGE, True, False, False, HAS_SOFTCAP, PRECISION,
             )  # fmt: skip
+
+    if SPLIT:
+        out_ptr += tl.cast(at_part, tl.int64) * total * stride_os
+        lse_ptr += tl.cast(at_part, tl.int64) * total * (stride_os // DV)
+        if at_part < parts - 1:
+            _keep_part(
+                acc, best, weight, head_ptr + lane, offset_ptr + row * stride_offset, out_ptr,
+                lse_ptr, token, i < queries, stride_os, stride_oh, DV, DVP, M, HAS_OFFSET,
+            )  # fmt: skip
+            return
 
     # ---- local keys, member by member
     if M == 2:
@@ -208,6 +237,9 @@ def _prefill_window(
             result.to(out_ptr.dtype.element_ty),
             mask=(i[:, None] < queries) & (dv[None, :] < DV),
         )
+        if SPLIT:
+            lse = tl.where(some, top + tl.log2(tl.where(some, share, 1.0)), float("-inf"))
+            tl.store(lse_ptr + token * (stride_os // DV) + head, lse, mask=i < queries)
         part = other
 
 
@@ -253,12 +285,13 @@ def prefill_packed_window(
         strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6
         places = key, key
     count = total // tile.rows + batch  # enough for any lengths of sequences
-    starts = queries.query_start_loc
-    q_strides, out_strides = query.stride()[1::-1], out.stride()[:2]
+    starts, parts = queries.query_start_loc, count_of(queries, kv, member, head_tiles, tile.rows)
+    target, lse = (out, None) if parts == 1 else memory_of(parts, out)
+    q_strides, out_strides = query.stride()[1::-1], target.stride()[-3:-1]
     key_of_launch = (
         prefill_packed_window, tile, dim, value_dim, page, local_page, sinks, softcap is None,
         q_strides, strides, out_strides,
-        *dtypes(query, key, out, lengths, starts, table, local_table, ids, offset),
+        *dtypes(query, key, target, lse, lengths, starts, table, local_table, ids, offset),
     )  # fmt: skip
     launch = head_tiles.launches.get(key_of_launch)
     if launch is None:
@@ -267,16 +300,18 @@ def prefill_packed_window(
             M=head_tiles.members, GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows,
             BLOCK=tile.block, LOCAL=BLOCK_LOCAL, PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
             SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
-            HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None,
+            HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None, SPLIT=parts > 1,
             PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     launch(
-        (count * head_tiles.count, 1, 1), aligned(query, *states, out),
+        (count * head_tiles.count * parts, 1, 1), aligned(query, *states, target),
         query, *states, lengths, starts, table, local_table, ids,
-        *head_tiles.tables, *places, offset, out,
+        *head_tiles.tables, *places, offset, target, lse,
         float(call.scale), float(softcap or 1.0), head_tiles.count, batch, recent,
-        member.kept_keys, member.kept_values, *q_strides, *strides,
+        member.kept_keys, member.kept_values, parts, total, *q_strides, *strides,
         0 if table is None else table.stride(0),
         0 if local_table is None else local_table.stride(0),
         head_tiles.stride, 0 if offset is None else offset.stride(0), *out_strides,
     )  # fmt: skip
+    if lse is not None:
+        join(target, lse, starts, head_tiles, out)

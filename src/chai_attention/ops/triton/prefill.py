@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from chai_attention.ops.triton.context_parts import _keep_part, _part_of
 from chai_attention.ops.triton.decode import LOG2_E, _membership_of, _scores_base2
 
 SEQUENCES = tl.constexpr(128)  # whose starts are read at a time; there may be more
@@ -132,15 +133,15 @@ def _in_groups(item, tiles, group, pairs):
 
 @triton.jit(
     do_not_specialize=[
-        "queries", "size", "head_tiles", "tiles", "group", "pairs", "batch", "limit",
-        "stride_table",
+        "queries", "size", "head_tiles", "tiles", "group", "pairs", "batch", "limit", "parts",
+        "total", "stride_table",
     ],
     do_not_specialize_on_alignment=["length_ptr", "start_ptr", "table_ptr", "ids_ptr"],
 )  # fmt: skip
 def _prefill(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, length_ptr, valid_ptr, start_ptr, table_ptr, ids_ptr,
     slot_ptr, query_ptr, key_ptr, head_ptr, value_ptr, out_ptr, lse_ptr,
-    scale, softcap, queries, size, head_tiles, tiles, group, pairs, batch, limit,
+    scale, softcap, queries, size, head_tiles, tiles, group, pairs, batch, limit, parts, total,
     stride_qb, stride_qk, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_mb, stride_table, stride_t,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lk, stride_lq,
@@ -148,14 +149,19 @@ def _prefill(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, LIMITED: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_LENGTH: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_LSE: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LSE: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head tile of members, ROWS queries.
 
     RAGGED: the queries of all sequences are packed, as are K and V unless they are in pages.
     LIMITED: only sequences without context, and of those the first ``limit`` tokens.
+    SPLIT: one of the parts of the keys (`context_parts`), of packed queries.
     """
     item = tl.program_id(0)
+    at_part = 0
+    if SPLIT:
+        at_part = item % parts
+        item //= parts
     row, begin = 0, 0
     if RAGGED and not LIMITED:
         # one sequence after the other, each with a grid of its own
@@ -228,7 +234,11 @@ def _prefill(
     stop = tl.minimum(length, length - queries + (tile + 1) * ROWS)
     # blocks that every query of the tile sees whole need no mask
     whole = tl.maximum(length - queries + tile * ROWS + 1, 0) // BLOCK * BLOCK
-    for first in range(0, whole, BLOCK):
+    begin_part, end_part = 0, whole
+    if SPLIT:
+        begin_part, end_part = _part_of(0, whole, at_part, parts, BLOCK)
+        stop = tl.where(at_part == parts - 1, stop, whole)
+    for first in range(begin_part, end_part, BLOCK):
         best, weight, acc = _tile(
             q, k_base, v_base, valid_base, table_base, first, 0, stop, position, best, weight, acc,
             d, in_value, k_tiles, v_tiles, tile_row, begin, key.to(tl.int32), v_column,
@@ -242,6 +252,14 @@ def _prefill(
             scale, softcap, stride_kb, stride_ks, stride_vb, stride_vs,
             D, DP, M * DVP, BLOCK, PAGE, True, TILES, HAS_VALID, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
+    if SPLIT:
+        out_ptr += tl.cast(at_part, tl.int64) * total * stride_os
+        lse_ptr += tl.cast(at_part, tl.int64) * total * (stride_os // DV)
+        _keep_part(
+            acc, best, weight, head_ptr + (membership_id * head_tiles + head_tile) * M, k_ptr,
+            out_ptr, lse_ptr, token, i < queries, stride_os, stride_oh, DV, DVP, M, False,
+        )  # fmt: skip
+        return
     seen = weight > 0
     acc = tl.where(seen[:, None], acc / tl.where(seen, weight, 1.0)[:, None], 0.0)
     target = out_ptr + row * stride_ob + token[:, None] * stride_os + head[None, :] * stride_oh
