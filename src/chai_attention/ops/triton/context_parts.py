@@ -25,8 +25,8 @@ MOST_QUERIES = 256  # of a sequence; more fill the processors, or nearly
 MOST_PARTS = 16
 LEAST_KEYS = 256  # of a part
 HEADS = 4  # that a joining program works on
-# Hopper's own kernel, of tiles of 128 queries, has no parts (128 behind 8,192, default recipe, on an
-# H200: 183 us; here 285 us by one part, 197 by two, 154 by three, 110 by eleven)
+# Hopper's own kernel, of tiles of 128 queries, has no parts (128 behind 8,192, default recipe, on
+# an H200: 183 us; here 285 us by one part, 197 by two, 154 by three, 110 by eleven)
 WORTH_PARTS = 3
 
 
