@@ -31,6 +31,7 @@ from chai_attention.ops.triton import online, write
 from chai_attention.runtime.plan import relative
 from helpers import random_membership
 from kernel_calls import DEVICE, Config
+from page_writes import launch_paged, write_paged
 from random_cases import check_case
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # as the interpreter needs it
@@ -99,7 +100,7 @@ def writes_paged() -> None:
     slots = torch.tensor([3, 40, -1, 17, 0, 31, 47])
     local_slots = torch.tensor([3, -1, 8, 17, 0, 31, 15])
     results = []
-    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+    for function, device in ((launch_paged, DEVICE), (write_paged, "cpu")):
         keys, values, local_keys, local_values = (
             torch.zeros(count, 16, heads, 48, device=device)
             for count, heads in ((3, 3), (3, 5), (2, 6), (2, 4))

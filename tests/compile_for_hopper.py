@@ -29,6 +29,7 @@ from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import online, widen, write
 from helpers import random_membership
 from op_calls import Operations
+from page_writes import launch_paged
 from random_cases import sequence
 
 HEADS, DIM, DTYPE = 32, 128, torch.bfloat16
@@ -160,7 +161,7 @@ def call_all(kind: str) -> None:
         slots = torch.zeros(40, dtype=torch.int64)
         local = LocalPages(*rest, slots.int()[None], recent, sinks) if window else None
         new = [torch.zeros(40, groups, dim, dtype=DTYPE) for dim in (DIM, value_dim)]
-        write.write_paged(*new, *held, slots, each, None, local, slots)
+        launch_paged(*new, *held, slots, each, None, local, slots)
     for batch in (4, 256):
         query = torch.zeros(batch, HEADS, DIM, dtype=DTYPE)
         ops.paged_decode(query, kv(batch), call(batch), torch.zeros_like(query))

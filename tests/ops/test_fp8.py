@@ -5,11 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from chai_attention.errors import AttentionInputError
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.fp8 import FLOAT8, as_stored, narrow
 from chai_attention.ops.local_pages import LocalPages
 from helpers import definition, random_membership, recent_definition
 from op_calls import dispatched
+from page_writes import write_paged
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership
 from local_pages_cases import case_definition, local_case
 from op_calls import dispatched
+from page_writes import write_paged
 
 # heads, K/V heads, clusters, streaming heads
 HEADS = [(6, 6, 2, 0), (9, 9, 3, 4), (5, 5, 0, 5), (6, 2, 1, 0), (9, 3, 2, 5), (6, 3, 0, 6),

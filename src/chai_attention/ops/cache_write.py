@@ -229,24 +229,6 @@ class PageWriter:
         _check_strides(key, value)
 
 
-def write_paged(
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    slot_mapping: Tensor,
-    membership: Membership,
-    membership_ids: Tensor | None = None,
-    local: LocalPages | None = None,
-    local_slot_mapping: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-    stored: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Write T tokens of any sequences into pages, once: arguments and errors are `PageWriter`'s."""
-    writer = PageWriter(key_pages, value_pages, membership, local)
-    writer.write(key, value, slot_mapping, membership_ids, local_slot_mapping, scales, stored)
-
-
 def _put(states: Tensor, pages: Tensor, heads: Tensor, slots: Tensor) -> None:
     """Write ``heads [T, n]`` of ``states [T, G, D]`` to ``slots [T]`` of ``pages [P, N, n, D]``."""
     if not heads.shape[1]:

@@ -10,8 +10,8 @@ from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
 from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.membership import Membership
 from chai_attention.ops import reference
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.runtime.plan import LayerPlan
+from page_writes import write_paged
 
 DIM, PAGE, LOCAL_PAGE = 16, 16, 8
 TABLE, LOCAL_TABLE = torch.tensor([[5, 2, 7, 1]]), torch.tensor([[3, 11, 2, 9, 5]])

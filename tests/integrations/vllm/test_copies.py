@@ -18,10 +18,10 @@ from chai_attention.integrations.vllm.memberships import FixedMembership
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
 from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.ops import reference
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.ops.fp8 import FLOAT8, as_stored
 from chai_attention.runtime.plan import LayerPlan
 from helpers import definition
+from page_writes import write_paged
 
 DIM, PAGE, LOCAL_PAGE, RECENT, SINKS = 16, 32, 16, 21, 3
 EVERY = tuple(range(6))

@@ -22,12 +22,12 @@ from chai_attention.integrations.vllm.memberships import FixedMembership
 from chai_attention.integrations.vllm.metadata import ChaiMetadata, LocalTables
 from chai_attention.integrations.vllm.request_spans import RequestSpans
 from chai_attention.integrations.vllm.shares import layer_shards
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.plan import LayerPlan
 from chai_attention.runtime.shape import ModelShape
 from helpers import recent_definition
 from local_pages_cases import local_case
+from page_writes import write_paged
 from plain_flash import Planner, plain_flash
 
 DIM, CPU = 16, torch.device("cpu")

@@ -9,8 +9,8 @@ from chai_attention.integrations.vllm import warm_up
 from chai_attention.integrations.vllm.attend import LEAST_VARLEN, StepAttention
 from chai_attention.integrations.vllm.layers import LayerShard, Pages
 from chai_attention.integrations.vllm.memberships import FixedMembership
-from chai_attention.ops.cache_write import write_paged
 from chai_attention.runtime.plan import LayerPlan
+from page_writes import write_paged
 
 DIM, PAGE = 16, 16
 

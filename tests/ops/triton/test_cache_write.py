@@ -11,6 +11,7 @@ from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import write
 from helpers import clustered_inputs, random_membership
+from page_writes import launch_paged, write_paged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(9, 9, 4), (12, 12, 12), (9, 3, 2)]
@@ -106,7 +107,7 @@ def test_pages(heads, kv_heads, clusters, shared):
     slots[4] = -1
     ids = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
     results = []
-    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+    for function, device in ((launch_paged, DEVICE), (write_paged, "cpu")):
         keys = torch.full((pages, page, member.kept_keys, dim), torch.nan, device=device)
         values = torch.full((pages, page, kv_heads, 40), torch.nan, device=device)
         function(

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from chai_attention.ops import cache_write
 from chai_attention.ops.fp8 import FLOAT8, as_stored, widen_pages
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.triton import widen, write
+from chai_attention.ops.triton import widen
 from helpers import TOLERANCE, random_membership
+from page_writes import launch_paged, write_paged
 from paged_caches import paged_caches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -40,7 +40,7 @@ def test_write_rounds_like_the_reference(dtype, scales):
     slots = torch.where(position == 11, -1, position + 3)
     local_slots = torch.where(position == 13, -1, position + 5)
     results = []
-    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+    for function, device in ((launch_paged, DEVICE), (write_paged, "cpu")):
         pages = [torch.zeros(3, page, n, dim, device=device).to(FLOAT8) for n in (2, heads)]
         local = LocalPages(
             torch.zeros(3, page, heads - 2, dim, device=device).to(FLOAT8),
@@ -86,7 +86,7 @@ def test_write_also_gives_back_what_pages_hold(dtype, kv_heads, streaming, windo
         ]  # fmt: skip
         local = LocalPages(*pages[2:], torch.zeros(1, 1, dtype=torch.int32), 8, 2)
         room = None if stored is None else tuple(x.to(DEVICE) for x in stored)
-        write.write_paged(
+        launch_paged(
             key.to(DEVICE), value.to(DEVICE), *pages[:2], slots.to(DEVICE), member.to(DEVICE),
             None if lines is None else lines.to(DEVICE), local if windowed else None,
             local_slots.to(DEVICE) if windowed else None, scales, room,

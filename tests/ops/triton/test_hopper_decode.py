@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 from chai_attention.membership import Membership
 from chai_attention.ops import AttentionCall, PagedKV
 from chai_attention.ops.fp8 import FLOAT8
-from chai_attention.ops.triton import launch_decode, launch_hopper_decode, write
+from chai_attention.ops.triton import launch_decode, launch_hopper_decode
 from chai_attention.ops.windowed import head_offsets
 from helpers import TOLERANCE, random_membership
 from local_pages_cases import case_definition, local_case
 from op_calls import dispatched, kernels
+from page_writes import launch_paged
 from paged_caches import paged_caches
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -77,7 +78,7 @@ def test_far_and_local_pages_are_the_definition(
 ):
     member = random_membership(heads, clusters, len(LENGTHS), kv_heads, streaming).to("cuda")
     case = local_case(
-        member, LENGTHS, write.write_paged, page=64, local_page=local_page, recent=recent,
+        member, LENGTHS, launch_paged, page=64, local_page=local_page, recent=recent,
         sinks=sinks, dim=dim, value_dim=dim, dtype=dtype, device="cuda",
     )  # fmt: skip
     query, offsets = torch.randn(len(LENGTHS), heads, dim).to(dtype), torch.randn(heads, heads)
@@ -113,7 +114,7 @@ def test_a_cuda_graph_sees_new_contents_and_repeats_itself():
     """A moving result would be a race."""
     member = random_membership(12, 3, 3, streaming=4).to("cuda")
     case = local_case(
-        member, [700, 64, 300], write.write_paged, page=64, local_page=48, recent=32, sinks=4,
+        member, [700, 64, 300], launch_paged, page=64, local_page=48, recent=32, sinks=4,
         dim=128, value_dim=128, dtype=torch.bfloat16, device="cuda",
     )  # fmt: skip
     query = torch.randn(3, 12, 128, dtype=torch.bfloat16, device="cuda")

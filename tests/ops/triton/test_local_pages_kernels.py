@@ -7,15 +7,14 @@ from torch.testing import assert_close
 pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
-from chai_attention.ops import cache_write
 from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.membership_tables import update_tables
-from chai_attention.ops.triton import write
 from chai_attention.ops.windowed import head_offsets
 from helpers import random_membership, random_representatives
 from local_pages_cases import case_definition, local_case
 from op_calls import kernels
+from page_writes import launch_paged, write_paged
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 CUDA = torch.cuda.is_available()
@@ -36,7 +35,7 @@ def attend(case, query, member, tables=None, ids=None, offsets=None, **options):
 
 def written(member, lengths, dtype, **options):
     return local_case(
-        member.to(DEVICE), lengths, write.write_paged, dtype=dtype, device=DEVICE, **options
+        member.to(DEVICE), lengths, launch_paged, dtype=dtype, device=DEVICE, **options
     )
 
 
@@ -96,7 +95,7 @@ def test_write_is_the_references(heads, kv_heads, clusters, streaming, shared, s
     ids = None if shared else torch.randint(0, 3, (tokens,), dtype=torch.int32)
     kept, values = member.kept_keys, member.kept_values
     results = []
-    for function, device in ((write.write_paged, DEVICE), (cache_write.write_paged, "cpu")):
+    for function, device in ((launch_paged, DEVICE), (write_paged, "cpu")):
         pages = [
             torch.zeros(count, page, n, size).to(stored or torch.float32).to(device)
             for count, page, n, size in (
@@ -137,7 +136,7 @@ def test_local_pages_replay_in_a_cuda_graph(clusters, streaming):
     ids = torch.arange(2, dtype=torch.int32, device=DEVICE)
 
     def step():
-        write.write_paged(
+        launch_paged(
             key, value, *case.pages, slots, there, ids, case.local, local_slot_mapping=local_slots
         )
         return kernels.paged_decode(

@@ -349,24 +349,6 @@ class PagedWrite:
         return launch, numbers, kept + kept_values + removed + removed_values
 
 
-def write_paged(
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    slot_mapping: Tensor,
-    membership: Membership,
-    membership_ids: Tensor | None = None,
-    local: LocalPages | None = None,
-    local_slot_mapping: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-    stored: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """`ops.cache_write.write_paged` in one launch."""
-    write = PagedWrite(key_pages, value_pages, membership, local)
-    write(key, value, slot_mapping, membership_ids, local_slot_mapping, scales, stored)
-
-
 def _page_strides(pages: Tensor) -> tuple[int, int, int]:
     """Of page, head and token of ``[P, N, heads, D]``."""
     page, token, head, _ = pages.stride()
