@@ -68,6 +68,7 @@ CALLS = [
     ("paged window", [(33, 1200)], {"recent": 20, "sinks": 4, "tables": "rows"}),
     ("varlen", [(5, 5), (63, 63)], {"softcap": 5.0, "natural": True}),
     ("varlen window", [(5, 5), (63, 63)], {"recent": 20, "sinks": 4, "natural": True}),
+    ("paged window", [(33, 1200)], {"recent": 20, "sinks": 4, "offsets": False}),
 ]  # fmt: skip
 
 

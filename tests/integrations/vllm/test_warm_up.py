@@ -40,6 +40,13 @@ def test_kinds_of_steps() -> None:
     assert not any(step.new for step in steps if step.num_decodes)
 
 
+def test_a_model_of_short_contexts_has_steps_behind_its_longest() -> None:
+    """Also there a context may be long enough for several programs."""
+    steps = warm_up.steps(model_of(1, 1024), torch.zeros(4, 1, PAGE, 1))
+    found = {(step.max_query_len, step.max_seq_len) for step in steps if not step.num_decodes}
+    assert {(16, 1024), (64, 1024), (128, 1024)} <= found
+
+
 @pytest.mark.parametrize("longest", [1, 20, 100])
 @pytest.mark.parametrize("window", [0, 4])
 def test_nothing_is_written(longest: int, window: int) -> None:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from chai_attention.membership import Membership
-from chai_attention.ops.call import PackedKV, PackedQueries, PagedKV
+from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.triton import backend, context_parts, launch_prefill, packed_window
 from chai_attention.ops.triton.context_parts import count_of, join, memory_of
@@ -123,6 +123,18 @@ def test_prompts_without_context_have_no_parts() -> None:
     key = torch.zeros(40, 4, 16, device=DEVICE)
     member = Membership.identity(4, device=DEVICE)
     assert count_of(queries, PackedKV(key, key), member, head_tiles_of(member, 1), 64) == 1
+
+
+@pytest.mark.parametrize(("starts", "most"), [([0, 0], 0), ([0], 5)])
+def test_padding_without_any_query_is_left_alone(starts, most) -> None:
+    _, kv = paged(len(starts) - 1, 0, 4096)
+    query = torch.zeros(5, 4, 16, device=DEVICE, dtype=HALF)
+    starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    call = AttentionCall(Membership.identity(4, device=DEVICE), 1.0)
+    out = torch.full_like(query, 7.0)
+    queries = PackedQueries(query, starts, most)
+    backend.of_device(query.device).packed_prefill(queries, kv, call, out, None)
+    assert (out == 7.0).all()
 
 
 def test_the_mean_leaves_alone_what_is_behind_the_last_sequence() -> None:

@@ -38,8 +38,8 @@ def steps(model: ModelState, cache: Tensor) -> Iterator[ChaiMetadata]:
         yield _prefill(model, cache, min(tokens, longest), 0)
     for tokens in FURTHER_CHUNKS:
         # behind a long context several programs share it, if there are few queries
-        for context in (page, LONG_CONTEXT):
-            if tokens + context <= longest:
+        for context in (page, min(LONG_CONTEXT, longest - tokens)):
+            if page <= context <= longest - tokens:
                 yield _prefill(model, cache, tokens, context)
     if BESIDE + page <= longest:
         yield _prefill(model, cache, BESIDE, page, BESIDE)

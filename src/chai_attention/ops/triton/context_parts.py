@@ -47,9 +47,9 @@ def count_of(
     used = head_tiles.count - head_tiles.streaming
     if not head_tiles.exact:  # as many as clusters of equal size have
         used = max(member.clusters, cdiv(len(member.far_heads), head_tiles.members))
-    if not used:  # all heads stream
-        return 1
     tiles = (queries.query_start_loc.shape[0] - 1) * cdiv(queries.max_seqlen_q, rows)
+    if not used or not tiles:  # all heads stream, or all tokens are behind the last sequence
+        return 1
     # two programs on a processor read faster than one, where they share scores (40 behind 32,000,
     # 8 clusters, H200: 118 us by 16 parts, 161 by 8), and else not (8 K/V heads: 140 and 139)
     resident = 2 if head_tiles.members > 1 and rows <= 64 else 1

@@ -176,10 +176,13 @@ def _prefill_window(
     if SPLIT:
         out_ptr += tl.cast(at_part, tl.int64) * total * stride_os
         lse_ptr += tl.cast(at_part, tl.int64) * total * (stride_os // DV)
+        own_offset = out_ptr  # functions take no None
+        if HAS_OFFSET:
+            own_offset = offset_ptr + row * stride_offset
         if at_part < parts - 1:
             _keep_part(
-                acc, best, weight, head_ptr + lane, offset_ptr + row * stride_offset, out_ptr,
-                lse_ptr, token, i < queries, stride_os, stride_oh, DV, DVP, M, HAS_OFFSET,
+                acc, best, weight, head_ptr + lane, own_offset, out_ptr, lse_ptr, token,
+                i < queries, stride_os, stride_oh, DV, DVP, M, HAS_OFFSET,
             )  # fmt: skip
             return
 
