@@ -97,3 +97,19 @@ def test_pages_are_one_run_of_memory() -> None:
     values[1, 3, 2] = -1  # views, not copies
     assert bool((cache[1] == -1).any())
     assert layout.page_bytes(PAGE, 2) == cache[0].numel() * 2
+
+
+def test_short_contexts_are_not_divided_like_the_longest_one_of_the_step() -> None:
+    starts, lengths = [0, 1, 4, 24, 94], [5000, 10, 50, 70]
+    tables = torch.zeros(4, 400, dtype=torch.int32)
+    step = ChaiMetadata(
+        RequestSpans(starts, lengths), 94, 1, torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32), tables, torch.zeros(94).long(), tables[:, 0],
+        torch.zeros(94, dtype=torch.int32), 70, 5000, False,
+    )  # fmt: skip
+    batches = step.prefill_batches(65)
+    assert [(each.start, each.stop, each.max_seq_len) for each in batches] == [
+        (1, 3, 50),
+        (3, 4, 70),
+    ]
+    assert step.prefill_batches(71)[0].max_seq_len == 70

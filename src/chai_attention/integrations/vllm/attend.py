@@ -163,7 +163,7 @@ class StepAttention:
                 return
         local = self.local_pages(pages, part.local_table, part.block_table)
         kv = PagedKV(
-            pages.key, pages.value, part.block_table, part.seq_lens, local, step.max_seq_len,
+            pages.key, pages.value, part.block_table, part.seq_lens, local, part.max_seq_len,
             pages.shared,
         )  # fmt: skip
         paged_prefill(queries, kv, call, out, probe)

@@ -51,6 +51,7 @@ class SubBatch(NamedTuple):
         seq_lens: ``[n]`` int32.
         local_table: ``[n, max_local_pages]`` int32, None without local pages.
         shared: `PackedQueries.shared` of all layers.
+        max_seq_len: no request has more tokens; None if that was not asked.
     """
 
     start: int
@@ -64,6 +65,7 @@ class SubBatch(NamedTuple):
     seq_lens: Tensor
     local_table: Tensor | None
     shared: dict[Any, Any] | None = None
+    max_seq_len: int | None = None
 
     @property
     def stop(self) -> int:
@@ -199,7 +201,8 @@ class ChaiMetadata:
                 most = max(each.query_len for each in some)
                 tokens = slice(some[0].start, some[-1].stop)
                 has_new = any(each.context_len == 0 for each in some)
-                batches.append(self._sub_batch(start, stop, tokens, most, is_new, has_new))
+                part = self._sub_batch(start, stop, tokens, most, is_new, has_new)
+                batches.append(part._replace(max_seq_len=max(each.seq_len for each in some)))
         return batches
 
     def _sub_batch(
