@@ -63,8 +63,8 @@ class StepAttention:
     def capture(self, pages: Pages, memory: DecodeMemory) -> None:
         """Capture decodes over these pages, for steps that vLLM has no graph of."""
 
-        def attend(part: SubBatch, most: int, query: Tensor, out: Tensor) -> None:
-            self._decode(part, most, query, pages, out)
+        def attend(part: SubBatch, query: Tensor, out: Tensor) -> None:
+            self._decode(part, query, pages, out)
 
         self._graphs = DecodeGraphs(memory, attend)
 
@@ -112,16 +112,14 @@ class StepAttention:
         """Attend with all requests, whose new tokens stand in the pages."""
         if step.num_decodes and not (self._graphs and self._graphs.run(step, query, out)):
             part = step.decode_batch
-            self._decode(part, step.max_seq_len, query[part.tokens], pages, out[part.tokens])
+            self._decode(part, query[part.tokens], pages, out[part.tokens])
         if step.prefills:
             for part in step.prefill_batches(LEAST_VARLEN):
                 self._prefill(step, part, query, key, value, pages, out)
             if self.plan.needs_probe:
                 self._behind_probes(step, query, key, value, out)
 
-    def _decode(
-        self, part: SubBatch, max_seq_len: int, query: Tensor, pages: Pages, out: Tensor
-    ) -> None:
+    def _decode(self, part: SubBatch, query: Tensor, pages: Pages, out: Tensor) -> None:
         """Attend with one token of each request: ``query [B, H, D]``, ``out [B, H, Dv]``."""
         member, ids = self.memberships.of(part.first_pages)
         local = offset = None
@@ -129,7 +127,9 @@ class StepAttention:
             local = self.local_pages(pages, part.local_table, part.block_table)
             offset = self.memberships.offsets(part.first_pages)
         call = AttentionCall(member, self.scale, self.softcap, ids, offset)
-        kv = PagedKV(pages.key, pages.value, part.block_table, part.seq_lens, local, max_seq_len)
+        kv = PagedKV(
+            pages.key, pages.value, part.block_table, part.seq_lens, local, part.max_seq_len
+        )  # fmt: skip
         paged_decode(query, kv, call, out)
 
     def _prefill(

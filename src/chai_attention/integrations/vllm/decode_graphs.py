@@ -18,7 +18,7 @@ from chai_attention.integrations.vllm.metadata import ChaiMetadata, SubBatch
 
 LEAST, MOST = 4, 1024  # requests of the smallest and the largest graph
 
-Attend = Callable[[SubBatch, int, Tensor, Tensor], None]  # batch, most keys, query, out
+Attend = Callable[[SubBatch, Tensor, Tensor], None]  # batch, query, out
 Replay = Callable[[], None]
 
 
@@ -61,7 +61,6 @@ class DecodeMemory:
         device: torch.device,
     ):
         self.sizes = sizes_of(most)
-        self.longest = longest
         most = self.sizes[-1]
 
         def table(page: int) -> Tensor:
@@ -77,6 +76,7 @@ class DecodeMemory:
             tokens=slice(0, most),
             query_start_loc=torch.arange(most + 1, dtype=torch.int32, device=device),
             max_query_len=1,
+            max_seq_len=longest,
             is_new=False,
             has_new=False,
             first_pages=lengths[0],
@@ -134,8 +134,8 @@ class DecodeGraphs:
 
     Args:
         memory: of the rank.
-        attend: attends with the decodes of a batch, of so many keys at most, from ``query [B, H,
-            D]`` to ``out [B, H, Dv]``.
+        attend: attends with the decodes of a batch, from ``query [B, H, D]`` to ``out [B, H,
+            Dv]``.
         capture: makes a replay of what it is given; for tests.
     """
 
@@ -149,14 +149,11 @@ class DecodeGraphs:
         # the largest first: the others find room in its memory
         self._replays = {
             size: (capture or _capture)(
-                partial(
-                    attend, memory.batch(size), memory.longest, memory.query[:size],
-                    memory.out[:size],
-                ),
+                partial(attend, memory.batch(size), memory.query[:size], memory.out[:size]),
                 memory,
             )
             for size in reversed(memory.sizes)
-        }  # fmt: skip
+        }
 
     def run(self, step: ChaiMetadata, query: Tensor, out: Tensor) -> bool:
         """Attend with a step's decodes, ``query [T, H, D]`` to ``out [T, H, Dv]``, if it can."""

@@ -322,20 +322,18 @@ class FlashStepAttention(StepAttention):
             self._local.run(step, query, key, value, pages, out)
 
         def attend_far(query: Tensor, out: Tensor) -> None:
-            self._far(step, step.max_query_len, step.max_seq_len, schedule, query, pages, out)
+            self._far(step, schedule, query, pages, out)
 
         self._both(query, pages, out, attend_local, attend_far)
 
-    def _decode(
-        self, part: SubBatch, max_seq_len: int, query: Tensor, pages: Pages, out: Tensor
-    ) -> None:
+    def _decode(self, part: SubBatch, query: Tensor, pages: Pages, out: Tensor) -> None:
         """As `StepAttention._decode`, for decodes beside prompts that our kernels attend with."""
 
         def attend_local(query: Tensor, pages: Pages, out: Tensor) -> None:
-            self._local._decode(part, max_seq_len, query, pages, out)
+            self._local._decode(part, query, pages, out)
 
         def attend_far(query: Tensor, out: Tensor) -> None:
-            self._far(part, 1, max_seq_len, Schedule(), query, pages, out)
+            self._far(part, Schedule(), query, pages, out)
 
         self._both(query, pages, out, attend_local, attend_far)
 
@@ -368,8 +366,6 @@ class FlashStepAttention(StepAttention):
     def _far(
         self,
         requests: ChaiMetadata | SubBatch,
-        max_query_len: int,
-        max_seq_len: int,
         schedule: Schedule,
         query: Tensor,
         pages: Pages,
@@ -382,9 +378,9 @@ class FlashStepAttention(StepAttention):
             v=pages.value,
             out=out,
             cu_seqlens_q=requests.query_start_loc,
-            max_seqlen_q=max_query_len,
+            max_seqlen_q=requests.max_query_len,
             seqused_k=requests.seq_lens,
-            max_seqlen_k=max_seq_len,
+            max_seqlen_k=requests.max_seq_len,
             softmax_scale=self.scale,
             causal=True,
             block_table=requests.block_table,

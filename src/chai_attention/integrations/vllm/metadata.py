@@ -44,6 +44,7 @@ class SubBatch(NamedTuple):
         query_start_loc: ``[n + 1]`` int32, where each request's tokens begin, counted from those of
             the first one, and the end.
         max_query_len: no request has more new tokens.
+        max_seq_len: no request has more tokens.
         is_new: whether none has context.
         has_new: whether some has none.
         first_pages: ``[n]`` int32, as in `ChaiMetadata`, as are the next three.
@@ -51,13 +52,13 @@ class SubBatch(NamedTuple):
         seq_lens: ``[n]`` int32.
         local_table: ``[n, max_local_pages]`` int32, None without local pages.
         shared: `PackedQueries.shared` of all layers.
-        max_seq_len: no request has more tokens; None if that was not asked.
     """
 
     start: int
     tokens: slice
     query_start_loc: Tensor
     max_query_len: int
+    max_seq_len: int
     is_new: bool
     has_new: bool
     first_pages: Tensor
@@ -65,7 +66,6 @@ class SubBatch(NamedTuple):
     seq_lens: Tensor
     local_table: Tensor | None
     shared: dict[Any, Any] | None = None
-    max_seq_len: int | None = None
 
     @property
     def stop(self) -> int:
@@ -176,7 +176,8 @@ class ChaiMetadata:
     def decode_batch(self) -> SubBatch:
         """The decodes."""
         tokens = slice(0, self.num_decodes)
-        return self._sub_batch(0, self.num_decodes, tokens, 1, is_new=False, has_new=False)
+        most = 1, self.max_seq_len
+        return self._sub_batch(0, self.num_decodes, tokens, *most, is_new=False, has_new=False)
 
     @_once
     def prefill_batches(self, least: int) -> list[SubBatch]:
@@ -198,11 +199,10 @@ class ChaiMetadata:
             (prefills[new:], border if new else self.num_decodes, len(self.requests), True),
         ):
             if some:
-                most = max(each.query_len for each in some)
+                most = max(each.query_len for each in some), max(each.seq_len for each in some)
                 tokens = slice(some[0].start, some[-1].stop)
                 has_new = any(each.context_len == 0 for each in some)
-                part = self._sub_batch(start, stop, tokens, most, is_new, has_new)
-                batches.append(part._replace(max_seq_len=max(each.seq_len for each in some)))
+                batches.append(self._sub_batch(start, stop, tokens, *most, is_new, has_new))
         return batches
 
     def _sub_batch(
@@ -211,6 +211,7 @@ class ChaiMetadata:
         stop: int,
         tokens: slice,
         max_query_len: int,
+        max_seq_len: int,
         is_new: bool,
         has_new: bool,
     ) -> SubBatch:
@@ -220,6 +221,7 @@ class ChaiMetadata:
             tokens,
             starts - tokens.start if tokens.start else starts,
             max_query_len,
+            max_seq_len,
             is_new,
             has_new,
             self.first_pages[own],
