@@ -97,6 +97,11 @@ class PagedKV:
     max_seqlen_k: int | None = None
     shared: dict[Any, Any] | None = None
 
+    @property
+    def most_keys(self) -> int:
+        """No sequence has more keys."""
+        return self.max_seqlen_k or self.block_table.shape[1] * self.key.shape[1]
+
 
 @dataclass(slots=True, eq=False)
 class PackedKV:

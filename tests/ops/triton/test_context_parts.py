@@ -114,7 +114,7 @@ def test_hopper_shares_contexts_where_that_is_worth_it(monkeypatch) -> None:
     found = []
     for processors, queries in ((4, 100), (11, 100), (12, 100), (24, 256), (99, 257)):
         monkeypatch.setattr(context_parts, "processors", lambda device, n=processors: n)
-        found.append(backend.shares_contexts(*paged(1, queries, 8192), member, 1))
+        found.append(backend.shares_contexts(*paged(1, queries, 8192), member))
     assert found == [False, False, True, True, False]
 
 

@@ -39,18 +39,23 @@ def head_tiles_for(kv: PagedKV | PackedKV, member: Membership, members: int) -> 
     return (natural_head_tiles if natural else head_tiles_of)(member, members)
 
 
-def window_members(queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership) -> int:
-    """Members of a head tile with a window: a program holds one's sums beside those of all."""
-    return min(2, launch_prefill.heads_per_tile_for(queries.query, kv.value, member))
+def has_window(kv: PagedKV | PackedKV) -> bool:
+    """Whether the last keys are every head's own."""
+    return kv.window is not None if isinstance(kv, PagedKV) else kv.recent > 0
 
 
-def shares_contexts(
-    queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership, members: int
-) -> bool:
+def packed_members(queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership) -> int:
+    """Members of a head tile; with a window a program holds one's sums beside those of all."""
+    members = launch_prefill.heads_per_tile_for(queries.query, kv.value, member)
+    return min(2, members) if has_window(kv) else members
+
+
+def shares_contexts(queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership) -> bool:
     """Whether contexts in parts are faster than Hopper's kernel, which has none."""
     if isinstance(kv, PackedKV) or queries.max_seqlen_q > context_parts.MOST_QUERIES:
         return False
-    head_tiles, rows = head_tiles_for(kv, member, members), launch_prefill.rows_of(queries)
+    head_tiles = head_tiles_for(kv, member, packed_members(queries, kv, member))
+    rows = launch_prefill.rows_of(queries)
     parts = context_parts.count_of(queries, kv, member, head_tiles, rows)
     return parts >= context_parts.WORTH_PARTS
 
@@ -124,7 +129,6 @@ class TritonBackend(AttentionBackend):
         if call.return_lse:
             shape = (query.shape[0], call.membership.clusters)
             lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-        window = kv.window if isinstance(kv, PagedKV) else kv.recent or None
         pages: tuple[Tensor, ...] = (kv.key, kv.value)
         if isinstance(kv, PackedKV):
             check(query, out, *pages)
@@ -133,11 +137,11 @@ class TritonBackend(AttentionBackend):
             check(query, out, pages=pages if local is None else (*pages, local.key, local.value))
         if not query.shape[0]:
             return lse
-        if window is not None:
+        if has_window(kv):
             self.window_prefill(queries, kv, call, out)
         else:
             member = call.membership
-            members = launch_prefill.heads_per_tile_for(query, kv.value, member)
+            members = packed_members(queries, kv, member)
             head_tiles = head_tiles_for(kv, member, members)
             launch = self.packed_launcher(queries, kv, call, members)
             launch(queries, kv, call, head_tiles, out, lse)
@@ -158,7 +162,7 @@ class TritonBackend(AttentionBackend):
     ) -> None:
         """Write ``out`` of packed sequences with a window."""
         member = call.membership
-        members = window_members(queries, kv, member)
+        members = packed_members(queries, kv, member)
         prefill_packed_window(queries, kv, call, head_tiles_for(kv, member, members), out)
 
 
@@ -219,7 +223,7 @@ class HopperBackend(TritonBackend):
             call.softcap is None
             and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
             and launch_hopper.fits(queries.query, kv.key, kv.value, members)
-            and (call.return_lse or not shares_contexts(queries, kv, call.membership, members))
+            and (call.return_lse or not shares_contexts(queries, kv, call.membership))
         ):
             logger.debug("packed Hopper prefill kernel: %d members a program", members)
             return launch_hopper.prefill_packed
@@ -233,7 +237,7 @@ class HopperBackend(TritonBackend):
         if (
             call.softcap is None
             and queries.max_seqlen_q >= launch_hopper.LEAST_QUERIES
-            and not shares_contexts(queries, kv, member, window_members(queries, kv, member))
+            and not shares_contexts(queries, kv, member)
         ):
             members = launch_hopper.window_members(query, kv.value, member)
             text = "packed Hopper prefill kernel with a window%s: %d members a program"

@@ -43,10 +43,7 @@ def count_of(
     """
     if not isinstance(kv, PagedKV) or queries.max_seqlen_q > MOST_QUERIES:
         return 1
-    size = kv.max_seqlen_k or kv.block_table.shape[1] * kv.key.shape[1]
-    used = head_tiles.count - head_tiles.streaming
-    if not head_tiles.exact:  # as many as clusters of equal size have
-        used = max(member.clusters, cdiv(len(member.far_heads), head_tiles.members))
+    used = head_tiles.far_of_a_row(member)
     tiles = (queries.query_start_loc.shape[0] - 1) * cdiv(queries.max_seqlen_q, rows)
     if not used or not tiles:  # all heads stream, or all tokens are behind the last sequence
         return 1
@@ -54,7 +51,7 @@ def count_of(
     # 8 clusters, H200: 118 us by 16 parts, 161 by 8), and else not (8 K/V heads: 140 and 139)
     resident = 2 if head_tiles.members > 1 and rows <= 64 else 1
     wanted = resident * processors(queries.query.device) // (used * tiles)
-    return max(1, min(wanted, size // LEAST_KEYS, MOST_PARTS))
+    return max(1, min(wanted, kv.most_keys // LEAST_KEYS, MOST_PARTS))
 
 
 def memory_of(parts: int, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +67,13 @@ def _part_of(begin, end, at_part, parts, BLOCK: tl.constexpr):
     per_part = tl.cdiv(tl.cdiv(end - begin, BLOCK), parts) * BLOCK
     first = tl.minimum(begin + at_part * per_part, end)
     return first, tl.minimum(first + per_part, end)
+
+
+@triton.jit
+def _lse_base2(best, weight):
+    """Log-sum-exp of scores whose largest is ``best``; -inf where nothing was seen."""
+    some = weight > 0
+    return tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -89,7 +93,7 @@ def _keep_part(
     for lane in tl.static_range(0, M):
         own = tl.load(head_ptr + lane).to(tl.int64)
         if own >= 0:
-            lse = tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf"))
+            lse = _lse_base2(best, weight)
             if HAS_OFFSET:
                 lse += tl.load(offset_ptr + own) * LOG2_E
             tl.store(lse_ptr + token * (stride_os // DV) + own, lse, mask=there)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.triton.repeated import Launches
+from chai_attention.ops.triton.sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,15 @@ class HeadTiles:
     def stride(self) -> int:
         """From a sequence's row to the next one's: 0 if all share one."""
         return 0 if self.slot.shape[0] == 1 else 1
+
+    def far_of_a_row(self, member: Membership) -> int:
+        """How many head tiles of a row see far keys, known without a look at the device.
+
+        Of those that are known there only, as many as clusters of equal size have.
+        """
+        if self.exact:
+            return self.count - self.streaming
+        return max(member.clusters, cdiv(len(member.far_heads), self.members))
 
     @cached_property
     def launches(self) -> Launches:

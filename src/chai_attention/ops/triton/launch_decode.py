@@ -149,14 +149,11 @@ def choose_grid(
     table, size = None, key.shape[2]
     if isinstance(kv, PagedKV):
         table = kv.block_table
-        size = kv.max_seqlen_k or table.shape[1] * key.shape[1]
+        size = kv.most_keys
     batch, device, heads, members = query.shape[0], query.device, member.heads, head_tiles.members
     wide = padded(max(query.shape[2], value.shape[3]))
     columns = members * wide
-    # of head tiles known on the device only, as many as clusters of equal size have
-    used = head_tiles.count - head_tiles.streaming
-    used = used if head_tiles.exact else max(member.clusters, cdiv(len(member.far_heads), members))
-    programs = batch * max(1, used)
+    programs = batch * max(1, head_tiles.far_of_a_row(member))
     grouped = member.group_size > 1
     is_fp8, warps = value.dtype == FLOAT8, 4 if columns > 128 else 2
     block = max(8, min(64, TILE_BYTES // (columns * value.element_size())))

@@ -16,6 +16,7 @@ from torch import Tensor
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.triton.context_parts import (
     _keep_part,
+    _lse_base2,
     _part_of,
     count_of,
     join,
@@ -241,7 +242,7 @@ def _prefill_window(
             mask=(i[:, None] < queries) & (dv[None, :] < DV),
         )
         if SPLIT:
-            lse = tl.where(some, top + tl.log2(tl.where(some, share, 1.0)), float("-inf"))
+            lse = _lse_base2(top, share)
             tl.store(lse_ptr + token * (stride_os // DV) + head, lse, mask=i < queries)
         part = other
 
