@@ -10,14 +10,17 @@ every step, and a frozen one takes 15 times as long to make.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.local_pages import LocalPages
+
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +105,15 @@ class PagedKV:
         """No sequence has more keys."""
         return self.max_seqlen_k or self.block_table.shape[1] * self.key.shape[1]
 
+    def once(self, make: Callable[[PagedKV], Made]) -> Made:
+        """Return what a function of a module makes of the pages alone, made once if `shared`."""
+        if self.shared is None:
+            return make(self)
+        made: Made | None = self.shared.get(make)
+        if made is None:
+            made = self.shared[make] = make(self)
+        return made
+
 
 @dataclass(slots=True, eq=False)
 class PackedKV:
@@ -134,8 +146,9 @@ class PackedQueries:
             theirs, of which the representatives' are read in place.
         query_start_loc: ``[B + 1]`` int32, where each sequence begins, and the end.
         max_seqlen_q: no sequence has more new tokens.
-        shared: what kernels need to know of ``query_start_loc`` alone, which is made once for all
-            calls with this dictionary: those of a model's layers in one step. None to make it anew.
+        shared: what kernels need to know of ``query_start_loc`` alone, and memory that calls use
+            one after the other: made once for all calls with this dictionary, those of a model's
+            layers in one step. None to make it anew.
     """
 
     query: Tensor

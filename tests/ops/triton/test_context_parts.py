@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from chai_attention.errors import AttentionInputError
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.fp8 import FLOAT8
@@ -135,6 +136,27 @@ def test_padding_without_any_query_is_left_alone(starts, most) -> None:
     queries = PackedQueries(query, starts, most)
     backend.of_device(query.device).packed_prefill(queries, kv, call, out, None)
     assert (out == 7.0).all()
+
+
+def test_all_layers_of_a_step_use_the_same_memory() -> None:
+    """Some dozen megabytes each would be taken, and given back, in every layer."""
+    out, step = torch.zeros(5, 6, 24, device=DEVICE), {}
+    first, again, other = (memory_of(n, out.clone(), step) for n in (3, 3, 2))
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    assert [x.shape for x in other] == [(2, 5, 6, 24), (2, 5, 6)]
+    assert memory_of(3, out, {})[0] is not first[0]
+    assert memory_of(3, out)[0] is not memory_of(3, out)[0]
+
+
+def test_pages_that_layers_share_are_refused_as_any_others() -> None:
+    queries, kv = paged(1, 40, 4096)
+    call, out = AttentionCall(Membership.identity(4, device=DEVICE), 1.0), queries.query.clone()
+    strided = torch.zeros(2, 16, 4, 32, device=DEVICE, dtype=HALF)[..., ::2]
+    for key, value in ((kv.key, kv.value.float()), (kv.key, strided), (kv.key.float(),) * 2):
+        pages = replace(kv, key=key, value=value, shared={})
+        for _ in range(2):
+            with pytest.raises(AttentionInputError):
+                backend.TRITON.packed_prefill(queries, pages, call, out, None)
 
 
 def test_the_mean_leaves_alone_what_is_behind_the_last_sequence() -> None:

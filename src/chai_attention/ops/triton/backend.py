@@ -44,6 +44,14 @@ def has_window(kv: PagedKV | PackedKV) -> bool:
     return kv.window is not None if isinstance(kv, PagedKV) else kv.recent > 0
 
 
+def _unlike_pages(kv: PagedKV) -> tuple[Tensor, ...]:
+    """Pages to check, of which one stands for all if they are alike."""
+    local = kv.window
+    pages = (kv.key, kv.value, *(() if local is None else (local.key, local.value)))
+    alike = {(x.dtype, x.shape[-1], x.stride(-1)) for x in pages}
+    return pages[:1] if len(alike) == 1 else pages
+
+
 def packed_members(queries: PackedQueries, kv: PagedKV | PackedKV, member: Membership) -> int:
     """Members of a head tile; with a window a program holds one's sums beside those of all."""
     members = launch_prefill.heads_per_tile_for(queries.query, kv.value, member)
@@ -129,12 +137,10 @@ class TritonBackend(AttentionBackend):
         if call.return_lse:
             shape = (query.shape[0], call.membership.clusters)
             lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-        pages: tuple[Tensor, ...] = (kv.key, kv.value)
         if isinstance(kv, PackedKV):
-            check(query, out, *pages)
+            check(query, out, kv.key, kv.value)
         else:
-            local = kv.window
-            check(query, out, pages=pages if local is None else (*pages, local.key, local.value))
+            check(query, out, pages=kv.once(_unlike_pages))
         if not query.shape[0]:
             return lse
         if has_window(kv):

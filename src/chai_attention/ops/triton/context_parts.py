@@ -8,6 +8,8 @@ normalised sums and their log-sum-exp, by which `_join` weighs them: decode's wa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -54,11 +56,21 @@ def count_of(
     return max(1, min(wanted, kv.most_keys // LEAST_KEYS, MOST_PARTS))
 
 
-def memory_of(parts: int, out: Tensor) -> tuple[Tensor, Tensor]:
-    """``[parts, T, H, Dv]`` and ``[parts, T, H]`` float32, for the results of parts."""
-    shape = (parts, *out.shape)
-    sums = torch.empty(shape, dtype=torch.float32, device=out.device)
-    return sums, torch.empty(shape[:-1], dtype=torch.float32, device=out.device)
+def memory_of(
+    parts: int, out: Tensor, shared: dict[Any, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``[parts, T, H, Dv]`` and ``[parts, T, H]`` float32, for the results of parts.
+
+    The same for all calls with the dictionary ``shared`` (`PackedQueries.shared`).
+    """
+    key = (memory_of, parts, out.shape)
+    found: tuple[Tensor, Tensor] | None = None if shared is None else shared.get(key)
+    if found is None:
+        sums = torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
+        found = sums, sums.new_empty(sums.shape[:-1])
+        if shared is not None:
+            shared[key] = found
+    return found
 
 
 @triton.jit

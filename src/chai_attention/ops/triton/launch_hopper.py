@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +33,6 @@ WIDTHS = (128, 256)  # columns of V a program can hold, of all its members
 BLOCK = 64  # keys of a step
 STAGES = 3  # blocks in shared memory
 SINKS = SINKS_MOST.value  # sinks that a window can have
-Made = TypeVar("Made")
 
 
 def prefill(
@@ -80,7 +77,7 @@ def prefill_packed(
         tiles = _packed_tiles(kv.key, box), _packed_tiles(kv.value, box)
     else:
         page, lengths, table = kv.key.shape[1], kv.seq_lens, kv.block_table
-        tiles = _shared(kv, _tiles_of_far_pages)
+        tiles = kv.once(_tiles_of_far_pages)
     heads = head_tiles.query if held == call.membership.heads else head_tiles.slot
     strides = (
         0, *out.stride()[:2], *((0, 0, 0) if lse is None else (0, lse.stride(1), lse.stride(0)))
@@ -207,7 +204,7 @@ def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
         and kv.key.shape[3] == dim
         and _takes(dim, members)
         and _tileable(query)
-        and _shared(kv, _describable)
+        and kv.once(_describable)
     )
 
 
@@ -255,7 +252,7 @@ def prefill_paged_window(
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     launch(
         (min(processors(out.device), programs), 1, 1), aligned(out),
-        _packed_tiles(query, [1, 1, ROWS, dim]), *_shared(kv, _tiles_of_pages),
+        _packed_tiles(query, [1, 1, ROWS, dim]), *kv.once(_tiles_of_pages),
         plan_of(head_tiles, queries, ids, 2 * ROWS), starts, kv.seq_lens, table,
         local.block_table, ids, *head_tiles.tables,
         member.key_place, member.value_place, offset, out,
@@ -263,16 +260,6 @@ def prefill_paged_window(
         member.kept_keys, member.kept_values,
         head_tiles.stride, table.stride(0), local.block_table.stride(0), *strides,
     )  # fmt: skip
-
-
-def _shared(kv: PagedKV, make: Callable[[PagedKV], Made]) -> Made:
-    """What is made of pages alone, once for all calls that share it."""
-    if kv.shared is None:
-        return make(kv)
-    made: Made | None = kv.shared.get(make)
-    if made is None:
-        made = kv.shared[make] = make(kv)
-    return made
 
 
 def _tiles_of_far_pages(kv: PagedKV) -> tuple[TensorDescriptor, ...]:

@@ -162,7 +162,7 @@ def _launch_packed(
     if lse is None and limit is None:
         parts = count_of(queries, kv, call.membership, head_tiles, tile.rows)
     if parts > 1:
-        target, lse = memory_of(parts, out)
+        target, lse = memory_of(parts, out, queries.shared)
     if isinstance(kv, PagedKV):
         page, table = key.shape[1], kv.block_table
         strides = tuple([x.stride(axis) for x in (key, value) for axis in (0, 2, 1)])

@@ -281,16 +281,16 @@ def prefill_packed_window(
         lengths, table, local_table = kv.seq_lens, kv.block_table, local.block_table
         states = (key, value, local.key, local.value)
         page, local_page, recent, sinks = key.shape[1], local.page, local.recent, local.sinks
-        strides = tuple([x.stride(axis) for x in states for axis in (0, 2, 1)])
+        strides, are_aligned = kv.once(_layout)
         places = member.key_place, member.value_place
     else:
         states = (key, value, key, value)
         page, local_page, recent, sinks = 0, 0, kv.recent, kv.sinks
         strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0), *(0,) * 6
-        places = key, key
+        are_aligned, places = aligned(key, value), (key, key)
     count = total // tile.rows + batch  # enough for any lengths of sequences
     starts, parts = queries.query_start_loc, count_of(queries, kv, member, head_tiles, tile.rows)
-    target, lse = (out, None) if parts == 1 else memory_of(parts, out)
+    target, lse = (out, None) if parts == 1 else memory_of(parts, out, queries.shared)
     q_strides, out_strides = query.stride()[1::-1], target.stride()[-3:-1]
     key_of_launch = (
         prefill_packed_window, tile, dim, value_dim, page, local_page, sinks, softcap is None,
@@ -308,7 +308,7 @@ def prefill_packed_window(
             PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     launch(
-        (count * head_tiles.count * parts, 1, 1), aligned(query, *states, target),
+        (count * head_tiles.count * parts, 1, 1), are_aligned and aligned(query, target),
         query, *states, lengths, starts, table, local_table, ids,
         *head_tiles.tables, *places, offset, target, lse,
         float(call.scale), float(softcap or 1.0), head_tiles.count, batch, recent,
@@ -319,3 +319,10 @@ def prefill_packed_window(
     )  # fmt: skip
     if lse is not None:
         join(target, lse, starts, head_tiles, out)
+
+
+def _layout(kv: PagedKV) -> tuple[tuple[int, ...], bool]:
+    """Strides of page, head and token of far and local K and V; whether all are `aligned`."""
+    assert kv.window is not None
+    states = (kv.key, kv.value, kv.window.key, kv.window.value)
+    return tuple([x.stride(axis) for x in states for axis in (0, 2, 1)]), aligned(*states)
