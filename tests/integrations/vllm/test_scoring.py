@@ -97,3 +97,36 @@ def test_scores_and_tokens_are_those_of_the_transformers_runtime(case, engine, r
         # an online membership is decided on the prompt, in vLLM; a Transformers run waits
         if not online or len(tokens) - count >= profile.window:
             assert part["write"][str(number)][0] == written[number]
+
+
+def test_of_equally_likely_tokens_greedy_decoding_takes_the_lowest(engine, tmp_path):
+    """As transformers does; in 16 bits one of 40 tokens has an equal at the top."""
+    torch.manual_seed(3)
+    config = tf.LlamaConfig(
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=256,
+        intermediate_size=64, initializer_range=0.2,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # every token has a twin
+        model.lm_head.weight[1::2] = model.lm_head.weight[::2]
+    model.save_pretrained(tmp_path)
+    contexts = [row for row, _ in requests()[:6]]
+    written = [
+        model.generate(
+            torch.tensor([row]), attention_mask=torch.ones(1, len(row)), do_sample=False,
+            max_new_tokens=3, min_new_tokens=3, eos_token_id=None, pad_token_id=0,
+        )[0].tolist()
+        for row in contexts
+    ]  # fmt: skip
+    assert all(token % 2 == 0 for row in written for token in row[-3:])
+    twins = [[*row[:-1], row[-1] + 1] for row in written]
+    asked = [(row, 3) for row in (*written, *twins)]
+    found = engine(
+        tmp_path, [score(asked, ROWS, BUDGET)], None, max_num_seqs=ROWS,
+        max_num_batched_tokens=BUDGET, max_model_len=256, enable_prefix_caching=False,
+    )["parts"][0]["score"]  # fmt: skip
+    for number in range(6):
+        (values, greedy), (others, twin) = found[str(number)], found[str(number + 6)]
+        assert greedy == [True] * 3
+        assert twin == [True, True, False]
+        assert values[-1] == others[-1]  # they are equally likely

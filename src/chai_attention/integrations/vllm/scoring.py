@@ -28,6 +28,7 @@ from chai_attention.errors import EvaluationError
 Request = tuple[Sequence[int], int]  # tokens, and how many of the last ones are meant
 
 BUDGET = 2048  # tokens of a step: logits of all of them exist at a time, in float32
+TIED = 8  # likeliest tokens that are looked at: 16-bit logits are often equal
 _SECONDS = 60  # that an engine gets to end by itself
 _MODULE = "chai_attention.integrations.vllm.scoring"
 SETTINGS = {
@@ -288,15 +289,29 @@ def _score(llm: Any, requests: Sequence[Request]) -> list[Any]:
     prompts, params = [], []
     for tokens, count in requests:
         prompts.append({"prompt_token_ids": list(tokens[:-1])})
-        inside = 0 if count > 1 else None  # of the prompt's own tokens, no others beside them
-        params.append(_greedy(1, prompt_logprobs=inside, allowed_token_ids=[tokens[-1]]))
+        inside = TIED if count > 1 else None
+        params.append(_greedy(1, TIED, prompt_logprobs=inside, allowed_token_ids=[tokens[-1]]))
     found = []
     for (tokens, count), done in zip(requests, _run(llm, prompts, params), strict=True):
         behind = done.prompt_logprobs[1 - count :] if count > 1 else []
         steps = [*behind, *done.outputs[0].logprobs]
-        each = [step[token] for token, step in zip(tokens[-count:], steps, strict=True)]
-        found.append([[one.logprob for one in each], [one.rank == 1 for one in each]])
+        each = list(zip(tokens[-count:], steps, strict=True))
+        found.append(
+            [
+                [step[token].logprob for token, step in each],
+                [token == _likeliest(step) for token, step in each],
+            ]
+        )
     return found
+
+
+def _likeliest(step: Mapping[int, Any]) -> int:
+    """The token that greedy decoding takes: of equally likely ones that with the lowest number.
+
+    vLLM's ranks count equals, so that none of these is the first.
+    """
+    most = max(one.logprob for one in step.values())
+    return min(token for token, one in step.items() if one.logprob == most)
 
 
 def _write(llm: Any, requests: Sequence[Request]) -> list[Any]:
@@ -310,11 +325,12 @@ def _write(llm: Any, requests: Sequence[Request]) -> list[Any]:
     return found
 
 
-def _greedy(count: int, **more: Any) -> Any:
+def _greedy(count: int, beside: int = 0, **more: Any) -> Any:
+    """Parameters for so many tokens, with log-likelihoods of the likeliest ones beside them."""
     from vllm import SamplingParams
 
     return SamplingParams(
-        temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=0, **more
+        temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=beside, **more
     )
 
 
