@@ -1,6 +1,9 @@
 """Files of text of every kind, damaged ones included, read as far as they are needed."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import re
 
@@ -255,3 +258,35 @@ def test_a_record_of_the_wrong_kind_says_what_it_is(line, message, tmp_path):
     path.write_text(line)
     with pytest.raises(CalibrationError, match=message):
         load_texts(str(path), tokens=10)
+
+
+@pytest.mark.parametrize("size", [0, 10, 8192, 3_000_000])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_a_broken_byte_is_named_by_its_place_in_the_whole_file(size, start, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(start + b"x" * size + b"\xc3(" + b"y" * 100_000)
+    with pytest.raises(
+        CalibrationError, match=rf"byte {len(start) + size:,} is no UTF-8 .*convert"
+    ):
+        load_texts(str(path), tokens=10)
+    path.write_bytes(start + b"x" * size + b"\xc3")  # half a character at the end
+    with pytest.raises(CalibrationError, match=rf"byte {len(start) + size:,} is no UTF-8"):
+        load_texts(str(path), tokens=10)
+
+
+PACKED = {
+    "gzip": lambda text: gzip.compress(text),
+    "bzip2": lambda text: bz2.compress(text),
+    "xz": lambda text: lzma.compress(text),
+    "UTF-16": lambda text: text.decode().encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_compressed_text_and_utf_16_are_called_what_they_are(name, kind, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(PACKED[kind](b'{"text": "words, words and more words"}\n' * 50))
+    for read in (check_source, lambda source: load_texts(source, tokens=10)):
+        with pytest.raises(CalibrationError, match=rf"{kind}: (unpack it first|convert it)"):
+            read(str(path))

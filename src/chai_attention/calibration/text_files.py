@@ -22,6 +22,17 @@ LARGEST_RECORD = 1 << 26  # characters
 PIECE = 1 << 16  # characters of a table's first row that are looked at for what separates it
 ROWS = 64  # of a Parquet file that are read at a time
 
+# how files begin that are no text in UTF-8, and what to do with them
+_OTHERS = {
+    b"\x1f\x8b": "it is compressed by gzip: unpack it first",
+    b"BZh": "it is compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "it is compressed by xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it first",
+    b"PK\x03\x04": "it is a zip archive: unpack it first",
+    b"\xff\xfe": "it is UTF-16: convert it to UTF-8",
+    b"\xfe\xff": "it is UTF-16: convert it to UTF-8",
+}
+
 # a record's place, for error messages, and the record
 Record = tuple[str, Any]
 
@@ -56,12 +67,30 @@ def _opened(
     """Open a file; say of these errors, and of those of the disk, that it cannot be read."""
     if "mode" not in options:
         options["encoding"] = "utf-8-sig"  # the signature that Windows writes is no text
-    expected: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         with path.open(**options) as file:
-            yield file
+            try:
+                yield file
+            except UnicodeDecodeError as error:
+                raise CalibrationError(
+                    f"cannot read {path} as {kind}: {_no_utf8(file, error)}"
+                ) from error
     except expected as error:
         raise CalibrationError(f"cannot read {path} as {kind}: {reason_of(error)}") from error
+
+
+def _no_utf8(file: Any, error: UnicodeDecodeError) -> str:
+    """What a file is instead, or where its first byte is that is no UTF-8."""
+    if not hasattr(file, "buffer"):  # a library decodes parts of it
+        return reason_of(error)
+    place = file.buffer.tell() - len(error.object) + error.start  # in the file, not in a piece
+    file.buffer.seek(0)
+    first = file.buffer.read(8)
+    for mark, what in _OTHERS.items():
+        if first.startswith(mark):
+            return what
+    return f"byte {place:,} is no UTF-8 ({error.reason}): convert it to UTF-8"
 
 
 def is_plain(path: Path) -> bool:
