@@ -61,6 +61,7 @@ def test_words():
         ("0=70GiB,1=70GiB,cpu=100GiB", {0: 70 * 2**30, 1: 70 * 2**30, "cpu": 100 * 2**30}),
         ("1=500MB", {1: 500 * 10**6}),
         (" cpu = 1.5GB , cuda:0 = 3MiB ", {"cpu": 15 * 10**8, 0: 3 * 2**20}),
+        ("0=70gb,1=1.5Gb,cpu=2 tib", {0: 70 * 10**9, 1: 15 * 10**8, "cpu": 2 * 2**40}),
     ],
 )
 def test_memory(text, memory):
@@ -75,6 +76,7 @@ def test_memory(text, memory):
         ("auto", "70GiB", "write GPU=SIZE or cpu=SIZE"),
         ("auto", "", "write GPU=SIZE or cpu=SIZE"),
         ("auto", "0=70", "'70' is no size"),
+        ("auto", "0=1_0GB", "'1_0GB' is no size"),
         ("auto", "0=infGB", "is no size"),
         ("auto", "0=nanGB", "is no size"),
         ("auto", "0=-1GB", "is no size"),
@@ -309,3 +311,22 @@ def test_what_a_large_model_takes_is_local_what_was_measured():
     assert weights == pytest.approx(13.5e9, rel=0.01)
     assert weights + work == pytest.approx(16.5e9, rel=0.05)
     assert room.gigabytes(weights) == "13.5 GB"
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_without_a_gpu_nobody_is_sent_from_one_option_to_the_next(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(placement, "available", lambda device: 100_000)
+    with pytest.raises(LoadError, match="there is no GPU here") as refused:
+        loading.load_model(folder, placement=Placement("auto"))
+    assert "--max-memory" not in str(refused.value)
+
+
+def test_a_gguf_file_that_does_not_fit_is_not_sent_to_device_map(tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" * 1000)
+    monkeypatch.setattr(loading, "available", lambda device: 100_000)
+    monkeypatch.setattr(loading, "load_config", lambda name, **options: CONFIGS["llama"]())
+    with pytest.raises(LoadError, match="never divided: take more memory") as refused:
+        loading.load_model(str(file), "float32", "cpu")
+    assert "--device-map" not in str(refused.value)

@@ -123,10 +123,13 @@ def _places(
     if free is None or weights + room <= free:
         return None
     divided = "several GPUs" if device.type == "cuda" else "GPUs and the host's memory"
+    advice = f"--device-map auto divides it among {divided} ({EXTRA})"
+    if gguf:
+        advice = "a .gguf file is never divided: take more memory, or --dtype bfloat16"
     raise LoadError(
         f"{name} needs about {gigabytes(weights + room)} on {device} ({gigabytes(weights)} of "
         f"weights in {str(dtype).removeprefix('torch.')}, {gigabytes(room)} for the work), and "
-        f"{gigabytes(free)} are free: --device-map auto divides it among {divided} ({EXTRA})"
+        f"{gigabytes(free)} are free: {advice}"
     )
 
 

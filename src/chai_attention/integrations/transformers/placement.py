@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ WORDS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 CPU, DISK = "cpu", "disk"
 Place = int | str  # number of a GPU, or "cpu"
 EXTRA = "pip install 'chai-attention[large]'"
+_SIZE = re.compile(
+    r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<prefix>[KMGT])(?P<binary>I?)B", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,6 @@ def _read_map(file: str) -> dict[str, Place]:
 
 def _memory(text: str) -> dict[Place, int]:
     """``0=70GiB,cpu=100GiB`` in bytes."""
-    from accelerate.utils import convert_file_size_to_int
-
     found: dict[Place, int] = {}
     for part in text.split(","):
         name, equals, size = (piece.strip() for piece in part.partition("="))
@@ -190,12 +192,11 @@ def _memory(text: str) -> dict[Place, int]:
         place = _place(name, where)
         if place in found:
             raise LoadError(f"{where}: {name} is there twice")
-        try:
-            found[place] = convert_file_size_to_int(size)
-        except (ValueError, OverflowError):
-            raise LoadError(
-                f"{where}: {size!r} is no size: write 70GiB, 70GB, 500MiB or 500MB"
-            ) from None
+        if (match := _SIZE.fullmatch(size)) is None:
+            raise LoadError(f"{where}: {size!r} is no size: write 70GiB, 70GB, 500MiB or 500MB")
+        step = 1024 if match["binary"] else 1000
+        power = "KMGT".index(match["prefix"].upper()) + 1
+        found[place] = int(float(match["number"]) * step**power)
     return found
 
 
@@ -286,11 +287,16 @@ def _too_large(
             f"the model's {gigabytes(whole)} of weights do not fit --max-memory, which sums up to "
             f"{gigabytes(total)}: a layer is never divided; give more, or add cpu=SIZE"
         )
-    where = "the GPUs have" if any(place != CPU for place in memory) else "this machine has"
+    if all(place == CPU for place in memory):
+        return (
+            f"the model's {gigabytes(whole)} of weights do not fit: there is no GPU here, and the "
+            f"host has {gigabytes(total)} for them beside {gigabytes(room)} for the work: take a "
+            "machine with more memory, or --dtype bfloat16"
+        )
     return (
-        f"the model's {gigabytes(whole)} of weights do not fit: {where} {gigabytes(total)} for "
-        f"them, {gigabytes(room)} each kept for the work. With --max-memory that names cpu, such "
-        "as 0=70GiB,cpu=200GiB, the rest waits in the host's memory, which is slow"
+        f"the model's {gigabytes(whole)} of weights do not fit: the GPUs have {gigabytes(total)} "
+        f"for them, {gigabytes(room)} each kept for the work. With --max-memory that names cpu, "
+        "such as 0=70GiB,cpu=200GiB, the rest waits in the host's memory, which is slow"
     )
 
 
