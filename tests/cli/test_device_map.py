@@ -130,3 +130,16 @@ def test_a_preset_of_random_weights_is_divided(chai):
                           "--max-memory", "cpu=1GB")  # fmt: skip
     assert (code, out) == (2, "")
     assert "1.9 GB of weights do not fit --max-memory" in err
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("command", [GENERATE, EXPORT, BENCH, EVAL], ids=lambda command: command[0])
+def test_a_profile_of_another_model_is_refused_before_the_model_is_loaded(chai, command, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text('{"clusters": [2, 6, 3, 6]}')
+    arguments = [other if argument == "counts.json" else argument for argument in command]
+    if command[0] in ("export", "eval"):
+        arguments += ["--out", tmp_path / "out"]
+    code, _, err = chai(*arguments)
+    assert code != 0
+    assert "4 layers in the profile, 3 in the model" in err

@@ -150,7 +150,8 @@ def eval_command(
     from chai_attention.evaluation.tasks import RECALL, task_names, task_sources
     from chai_attention.integrations.transformers.loading import load_model, resolve_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
-    from chai_attention.runtime.skeleton import load_skeleton
+    from chai_attention.runtime.shape import describe
+    from chai_attention.runtime.skeleton import load_skeleton, require_fit
 
     placement = parse_placement(device_map, max_memory)
     if placement is not None and jobs > 1:
@@ -175,6 +176,8 @@ def eval_command(
     sources = task_sources(names, data, text, seed)
     lengths = None if recall_lengths is None else parse_lengths(recall_lengths)
     documents = recall_text(data, text) if RECALL in names else []
+    if chosen is not None:
+        require_fit(model, chosen, trust_remote_code=trust_remote_code)
     require_readable(model, [length], trust_remote_code=trust_remote_code)
     wanted = require_lengths(model, names, lengths, trust_remote_code=trust_remote_code)
     studied = (length or LENGTH) if compare is not None else 0
@@ -190,6 +193,8 @@ def eval_command(
         rows = served_names(compare, chosen is not None, note)
     with progress_bar(f"loading {model}", quiet=quiet):
         loaded, tokenizer = load()
+    if chosen is not None:  # of a .gguf file it is known only now
+        chosen.check(describe(loaded))
     if RECALL in names:
         sources += recall_sources(loaded, tokenizer, documents, lengths, recall_cases, seed)
     served = None

@@ -31,10 +31,12 @@ def export_command(
     from chai_attention.integrations.transformers.loading import load_model, saved_dtype
     from chai_attention.integrations.transformers.placement import parse_placement
     from chai_attention.integrations.transformers.room import Work
+    from chai_attention.runtime.skeleton import require_fit
 
     placement = parse_placement(device_map, max_memory)
     chosen = ClusterProfile.resolve(profile)
     require_empty(out)  # before the model is loaded, which can take minutes
+    require_fit(model, chosen, trust_remote_code=trust_remote_code)
     if dtype == "auto":
         dtype = saved_dtype(model, trust_remote_code=trust_remote_code)
     with progress_bar(f"loading {model}", quiet=quiet) as bar:

@@ -68,9 +68,11 @@ def generate_command(
         from chai_attention.integrations.transformers.placement import parse_placement
         from chai_attention.integrations.transformers.timed_generation import encode_prompt, write
         from chai_attention.runtime.shape import describe
+        from chai_attention.runtime.skeleton import require_fit
 
         placement = parse_placement(device_map, max_memory)
         chosen = ClusterProfile.resolve(_profile_of(model) if profile is None else profile)
+        require_fit(model, chosen, trust_remote_code=trust_remote_code)
         loaded, tokenizer = load_model(
             model, dtype, device, trust_remote_code=trust_remote_code, placement=placement
         )

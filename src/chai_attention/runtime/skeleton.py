@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from chai_attention.errors import LoadError, first_line
 from chai_attention.hub import SMOLLM2, find_model
+from chai_attention.profile import ClusterProfile
+from chai_attention.runtime.shape import describe
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -34,6 +36,20 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConf
         return config
     except Exception as error:
         raise load_error(name, error) from error
+
+
+def require_fit(name: str, profile: ClusterProfile, *, trust_remote_code: bool = False) -> None:
+    """Refuse a profile of another model before this one is loaded, which may take minutes.
+
+    Files of ``.gguf`` are left to whoever loads them: reading their config takes nearly as long.
+
+    Raises:
+        ProfileError: lists what differs.
+        LoadError: no such model.
+        UnsupportedModelError: clustered heads cannot run in it.
+    """
+    if name != SMOLLM2 and Path(name).suffix != ".gguf":
+        profile.check(describe(load_config(name, trust_remote_code=trust_remote_code)))
 
 
 def empty_model(
