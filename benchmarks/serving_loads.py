@@ -96,6 +96,7 @@ class Scale:
 LOADS = ("chats", "long prompts")
 SHARED = "shared prompt"
 LARGE = "batch"
+SMALL_BATCH = "small batch"  # its first quarter, for a model that leaves little room on its card
 FULL = Scale()
 SMALL = Scale(
     cases=(
@@ -107,8 +108,8 @@ SMALL = Scale(
 )  # fmt: skip
 _GROUPED = (Case(1, 2048, 40, 11), TURN, Case(16, 8192, 40, 2), Case(1, 32768, 40, 3))
 _GROUPED_SMALL = (Case(1, 200, 4, 2), Case(4, 300, 4, 2), Case(1, 500, 4, 1))
-_LARGE = (Case(1, 2048, 40, 6), Case(8, 2048, 40, 3))
-_LARGE_SMALL = (Case(1, 200, 4, 2), Case(3, 300, 4, 2))
+_LARGE = (Case(1, 2048, 40, 6), Case(2, 2048, 40, 4), Case(8, 2048, 40, 3))
+_LARGE_SMALL = (Case(1, 200, 4, 2), Case(2, 300, 4, 2), Case(3, 300, 4, 2))
 
 
 def scale_of(model: str, tiny: bool = False) -> Scale:
@@ -119,7 +120,7 @@ def scale_of(model: str, tiny: bool = False) -> Scale:
     if model in (THIRTY, SIXTY):
         cases = _LARGE_SMALL if tiny else _LARGE
         lengths = {} if tiny else {"context": 2048, "longest": 2048, "most": 128}
-        return replace(scale, cases=cases, loads=(LARGE,), **lengths)
+        return replace(scale, cases=cases, loads=(LARGE, SMALL_BATCH), **lengths)
     return scale
 
 
@@ -136,9 +137,10 @@ def requests_of(name: str, scale: Scale) -> Requests:
     if name == "long prompts":
         sizes = [(chosen.randint(4096, 7600), chosen.randint(128, 320)) for _ in range(scale.long)]
         return [(a // parts, max(2, b // parts)) for a, b in sizes]
-    if name == LARGE:
+    if name in (LARGE, SMALL_BATCH):
         sizes = [(chosen.randint(1024, 1792), chosen.randint(128, 224)) for _ in range(scale.large)]
-        return [(a // parts, max(2, b // parts)) for a, b in sizes]
+        counted = scale.large // (4 if name == SMALL_BATCH else 1)
+        return [(a // parts, max(2, b // parts)) for a, b in sizes[:counted]]
     number = scale.chats if name == "chats" else scale.shared
     drawn = [
         (chosen.lognormvariate(4.9, 1.0), chosen.lognormvariate(5.1, 0.6)) for _ in range(number)
