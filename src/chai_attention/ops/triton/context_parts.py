@@ -93,14 +93,17 @@ def _keep_part(
     acc, best, weight, head_ptr, offset_ptr, out_ptr, lse_ptr, token, there, stride_os, stride_oh,
     DV: tl.constexpr, DVP: tl.constexpr, M: tl.constexpr, HAS_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Keep the sums ``acc [ROWS, M * DVP]`` of a head tile's members, normalised, and their lse."""
+    """Keep the sums ``acc [ROWS, M * DVP]`` of a head tile's members, normalised, and their lse.
+
+    Of rows that have seen nothing, as all of streaming heads, the lse tells so.
+    """
     column = tl.arange(0, M * DVP)
     head = tl.load(head_ptr + column // DVP).to(tl.int64)
     some = weight > 0
-    result = tl.where(some[:, None], acc / tl.where(some, weight, 1.0)[:, None], 0.0)
     tl.store(
         out_ptr + token[:, None] * stride_os + head[None, :] * stride_oh + column[None, :] % DVP,
-        result, mask=there[:, None] & (head >= 0)[None, :] & (column % DVP < DV)[None, :],
+        acc / tl.where(some, weight, 1.0)[:, None],
+        mask=(there & some)[:, None] & (head >= 0)[None, :] & (column % DVP < DV)[None, :],
     )  # fmt: skip
     for lane in tl.static_range(0, M):
         own = tl.load(head_ptr + lane).to(tl.int64)

@@ -93,13 +93,15 @@ def _prefill_window(
 ):  # fmt: skip
     """One head tile of up to two members, ROWS queries. PAGE is 0 where no keys are in pages.
 
-    SPLIT: one of the parts of the far keys, the last of which has the local ones (`context_parts`).
+    SPLIT: one of the parts of the far keys (`context_parts`), or one member's local keys. Steps
+    along local keys are short and wait for each other, so these programs come first.
     """
     item = tl.program_id(0)
     at_part = 0
     if SPLIT:
-        at_part = item % parts
-        item //= parts
+        each = tl.num_programs(0) // (M + parts)
+        at_part = item // each - M
+        item %= each
     row, first_tile = _sequence_of(item // head_tiles, start_ptr, batch, ROWS)
     item -= first_tile * head_tiles
     begin = tl.load(start_ptr + row)
@@ -136,7 +138,8 @@ def _prefill_window(
     acc = tl.zeros([ROWS, M * DVP], dtype=tl.float32)
     column = tl.arange(0, M * DVP)
     stop = past + tl.minimum(queries, (tile + 1) * ROWS) - recent
-    if (tl.load(slot_ptr + membership_id * head_tiles + head_tile) >= 0) & (stop > SINKS):
+    has_far = (tl.load(slot_ptr + membership_id * head_tiles + head_tile) >= 0) & (stop > SINKS)
+    if has_far & (at_part >= 0):
         query = tl.load(query_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
         key = tl.load(key_ptr + membership_id * head_tiles + head_tile).to(tl.int64)
         place = tl.load(value_ptr + lane + column // DVP).to(tl.int64)
@@ -175,12 +178,13 @@ def _prefill_window(
             )  # fmt: skip
 
     if SPLIT:
-        out_ptr += tl.cast(at_part, tl.int64) * total * stride_os
-        lse_ptr += tl.cast(at_part, tl.int64) * total * (stride_os // DV)
+        kept_at = tl.cast(tl.where(at_part < 0, parts, at_part), tl.int64)
+        out_ptr += kept_at * total * stride_os
+        lse_ptr += kept_at * total * (stride_os // DV)
         own_offset = out_ptr  # functions take no None
         if HAS_OFFSET:
             own_offset = offset_ptr + row * stride_offset
-        if at_part < parts - 1:
+        if at_part >= 0:
             _keep_part(
                 acc, best, weight, head_ptr + lane, own_offset, out_ptr, lse_ptr, token,
                 i < queries, stride_os, stride_oh, DV, DVP, M, HAS_OFFSET,
@@ -196,8 +200,12 @@ def _prefill_window(
     lanes = 1
     for member in tl.static_range(1, M):
         lanes += (tl.load(head_ptr + lane + member) >= 0).to(tl.int32)
+    member_begin = 0
+    if SPLIT:
+        member_begin = at_part + M
+        lanes = tl.minimum(lanes, member_begin + 1)
     stop = tl.minimum(length, past + (tile + 1) * ROWS)
-    for member in range(0, lanes):
+    for member in range(member_begin, lanes):
         head = tl.load(head_ptr + lane + member).to(tl.int64)
         q = tl.load(q_base + head * stride_qk, mask=q_mask, other=0.0)
         k_base, k_table, k_page, k_across, k_along = _home(
@@ -290,7 +298,10 @@ def prefill_packed_window(
         are_aligned, places = aligned(key, value), (key, key)
     count = total // tile.rows + batch  # enough for any lengths of sequences
     starts, parts = queries.query_start_loc, count_of(queries, kv, member, head_tiles, tile.rows)
-    target, lse = (out, None) if parts == 1 else memory_of(parts, out, queries.shared)
+    programs, (target, lse) = count * head_tiles.count, (out, None)
+    if parts > 1:  # and each member's local keys, whose results have one place more
+        programs *= parts + head_tiles.members
+        target, lse = memory_of(parts + 1, out, queries.shared)
     q_strides, out_strides = query.stride()[1::-1], target.stride()[-3:-1]
     key_of_launch = (
         prefill_packed_window, tile, dim, value_dim, page, local_page, sinks, softcap is None,
@@ -308,7 +319,7 @@ def prefill_packed_window(
             PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     launch(
-        (count * head_tiles.count * parts, 1, 1), are_aligned and aligned(query, target),
+        (programs, 1, 1), are_aligned and aligned(query, target),
         query, *states, lengths, starts, table, local_table, ids,
         *head_tiles.tables, *places, offset, target, lse,
         float(call.scale), float(softcap or 1.0), head_tiles.count, batch, recent,
