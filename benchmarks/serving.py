@@ -46,7 +46,8 @@ MIXED = 1408  # tokens of prompts in such a step, for which there are graphs
 # Bytes of the GPU that vLLM does not plan with. It plans with the largest step's activations, of
 # which PyTorch keeps more (fragments between batches of unequal sizes, 450 MiB by a simulation),
 # and without kernels that are loaded later. With 400 MiB an engine that had served several loads
-# ended with CUBLAS_STATUS_EXECUTION_FAILED, its CUDA context unharmed
+# ended with CUBLAS_STATUS_EXECUTION_FAILED, its CUDA context unharmed. Stock's OPT-66B on one card
+# needs 3 GiB: by its code, FlashAttention's splits of a step of 1,536 tokens take 1.7
 SPARE = 2**30
 CONTEXT = 600 * 2**20  # more of them: an engine's CUDA context comes after this script looked
 FIRST = ["stock", "default", "published online", "k=8 window", "streaming half", "published"]
@@ -88,9 +89,9 @@ def card() -> tuple[str, int, int]:
     return pynvml.nvmlDeviceGetName(handle), found.free, found.total
 
 
-def utilization(free: int, total: int) -> float:
+def utilization(free: int, total: int, spare: int = SPARE) -> float:
     """The share that vLLM may take of a GPU of ``total`` bytes, of which so many are free."""
-    return int((free - SPARE - CONTEXT) / total * 1000) / 1000
+    return int((free - spare - CONTEXT) / total * 1000) / 1000
 
 
 def memory(worker: Any) -> dict[str, int]:
@@ -133,7 +134,7 @@ def run_job(job: dict[str, Any]) -> None:
         progress("all is there")
         return
     if not tiny:
-        options["gpu_memory_utilization"] = utilization(free, total)
+        options["gpu_memory_utilization"] = utilization(free, total, job["spare"])
         results.add("gpu_memory_utilization", options["gpu_memory_utilization"])
     start = time.perf_counter()
     llm = engine(job)
@@ -192,6 +193,7 @@ def chosen_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
         job["tiny"] = options.tiny
         job["result"] = str(options.out / f"serving-{label(job['name'])}.json")
         job["parts"] = options.part
+        job["spare"] = int(options.spare * 2**30)
     return made
 
 
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--stock-page", type=int, help="the same without; default: vLLM's")
     parser.add_argument("--cards", type=int, default=1, help="GPUs; engines run on all of them")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of an engine (tensor parallel)")
+    parser.add_argument("--spare", type=float, default=SPARE / 2**30, help="GiB vLLM plans without")
     parser.add_argument("--part", action="append", help="a case or load; repeatable; default: all")
     parser.add_argument("--limit", type=float, default=300, help="seconds of an engine")
     parser.add_argument("--total", type=float, default=1e6, help="seconds of all of them")
