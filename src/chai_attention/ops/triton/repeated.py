@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 MOST = 256  # launches that are kept of tables or pages; a server has some dozen kinds
 
@@ -46,14 +44,8 @@ class Repeated:
                 not, Triton looks.
             arguments: all that come before the constants.
         """
-        compiled = self._compiled
-        if is_aligned and compiled is not None and not _hooks():
-            # as compiled[grid] does it, which takes 3 us more
-            stream = driver.active.get_current_stream(driver.active.get_current_device())
-            compiled.run(
-                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *arguments, *self._values,
-            )  # fmt: skip
+        if is_aligned and self._compiled is not None:
+            self._compiled[grid](*arguments, *self._values)
             return
         made = self._kernel[grid](*arguments, **self._constants)
         if is_aligned and isinstance(made, CompiledKernel):  # the interpreter compiles nothing
@@ -73,12 +65,6 @@ class Repeated:
 def _of_kernel(module: str, name: str, constants: dict[str, Any]) -> Repeated:
     """Launches of a kernel by its name."""
     return Repeated(getattr(import_module(module), name), **constants)
-
-
-def _hooks() -> bool:
-    """Whether a profiler asks to be told of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Launches(dict[Hashable, Any]):
