@@ -486,3 +486,25 @@ def test_steps_are_numbered_and_their_number_is_known():
     calibrate(tiny_model("llama"), TOKENIZER, TEXT, max_loss=0.3, progress=tell, **LOCAL)
     most = int(told[0].split()[5].rstrip(":"))
     assert all(int(what.split()[1]) <= most for what in told)
+
+
+@pytest.mark.parametrize("window", [23, 24, 100])
+@pytest.mark.parametrize("membership", ["online", "blend"])
+def test_a_loss_of_nothing_is_no_promise(membership, window):
+    """No head shares behind a window that ends with the sequence, so the rise is always 0."""
+    options = {
+        **SMALL, "recipe": "share", "recent": 4, "membership": membership, "max_loss": 0.01,
+        "length": 24,
+    }  # fmt: skip
+    with pytest.raises(CalibrationError, match=rf"first {window} tokens, which leaves nothing"):
+        calibrate(tiny_model("llama"), TOKENIZER, TEXT, **{**options, "window": window})
+    found = calibrate(tiny_model("llama"), TOKENIZER, TEXT, **{**options, "window": 12})
+    assert found.window == 12
+
+
+def test_a_probe_window_longer_than_the_model_reads_is_refused():
+    with pytest.raises(CalibrationError, match="first 256 tokens, and this model reads 256"):
+        calibrate(
+            tiny_model("llama"), TOKENIZER, TEXT, samples=4, length=24, recipe="paper", clusters=3,
+            window=256,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from chai_attention.calibration.settings import Resolved
 from chai_attention.errors import CalibrationError
+from chai_attention.profile import STATIC
 
 LENGTH = 256
 STREAMING_LENGTH = 1024  # far keys have to be far away
@@ -44,7 +45,8 @@ def sequence_length(
     """Tokens per sequence: ``length``, or what settings want and fits the model.
 
     Raises:
-        CalibrationError: a length that the model cannot read, or that an exact window covers.
+        CalibrationError: a length that the model cannot read, or that an exact or a probe window
+            covers.
     """
     limit, usual = longest_text(model), usual_length(chosen)
     if length is None:
@@ -59,7 +61,25 @@ def sequence_length(
                 f"a recent window of {recent} + {chosen.sinks} tokens covers all {length} of a "
                 "sequence: take a larger length, or a smaller recent (0 for none)"
             )
+        _require_room_behind_probe(chosen, length, limit)
     return length
+
+
+def _require_room_behind_probe(chosen: Resolved, length: int, limit: int | None) -> None:
+    """Refuse a probe window behind which no head shares: a loss measured so would always be 0."""
+    if chosen.membership == STATIC:
+        return
+    end = chosen.probe_start + chosen.window
+    if chosen.holds_out and end + 1 >= length:  # the last token of a sequence predicts none of it
+        raise CalibrationError(
+            f"memberships are decided by the first {end} tokens, which leaves nothing to measure "
+            f"of sequences of {length}: take a larger length, or a smaller window"
+        )
+    if limit is not None and end + 1 >= limit:
+        raise CalibrationError(
+            f"memberships are decided by the first {end} tokens, and this model reads {limit}: "
+            "take a smaller window"
+        )
 
 
 def check_numbers(samples: int, seed: int) -> None:
