@@ -57,9 +57,10 @@ class Layer:
         own, streaming = kind.layers(shape)[-1]
         rep, streams = roles(shape, own, streaming, 1)
         groups, dim = shape.kv_heads, shape.head_dim
+        # made on the CPU, as the plugin makes it: kernels know how many head tiles there are
         self.member = Membership.from_representatives(
-            torch.tensor([rep], device=device), kv_heads=groups, streaming=streams
-        )
+            torch.tensor([rep]), kv_heads=groups, streaming=streams
+        ).to(device)
         kept, values = self.member.kept_keys, self.member.kept_values
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
 

@@ -27,8 +27,8 @@ MOST_QUERIES = 256  # of a sequence; more fill the processors, or nearly
 MOST_PARTS = 16
 LEAST_KEYS = 256  # of a part
 HEADS = 4  # that a joining program works on
-# Hopper's own kernel, of tiles of 128 queries, has no parts (128 behind 8,192, default recipe, on
-# an H200: 183 us; here 285 us by one part, 197 by two, 154 by three, 110 by eleven)
+# Hopper's own kernel, of tiles of 128 queries, has no parts (168 behind 8,064, default recipe, on
+# an H200: 179 us; here 154 us by two parts, 116 by three, 94 by five)
 WORTH_PARTS = 3
 
 
@@ -46,6 +46,11 @@ def count_of(
     if not isinstance(kv, PagedKV) or queries.max_seqlen_q > MOST_QUERIES:
         return 1
     used = head_tiles.far_of_a_row(member)
+    if not head_tiles.exact:
+        # clusters of any sizes need more than those of equal size, by half a head tile each or
+        # nearly. Programs for which there is no processor cost more than they gain (default recipe,
+        # 168 behind 8,064, 12 head tiles taken for 10, H200: 114 us by six parts, 94 by five)
+        used += cdiv(member.clusters * (head_tiles.members - 1), 2 * head_tiles.members)
     tiles = (queries.query_start_loc.shape[0] - 1) * cdiv(queries.max_seqlen_q, rows)
     if not used or not tiles:  # all heads stream, or all tokens are behind the last sequence
         return 1
