@@ -419,16 +419,33 @@ def test_streaming_heads_save_k_and_v():
     assert profile.saved(shape, 100) == pytest.approx(1 - (7 * 100 + 5 * 10) / (12 * 100))
 
 
+def test_nothing_is_saved_before_the_window_is_full():
+    """Where sequences decide: not in layers whose heads all represent themselves, or stream."""
+    shape = ModelShape("x", 3, 6, 6, 4, (True,) * 3)
+    profile = ClusterProfile(
+        (2, 4, 6), window=5, probe_start=3, streaming=((), (4, 5), ()), recent=2, sinks=1
+    )
+    assert [profile.decides(layer, shape) for layer in range(3)] == [True, False, False]
+    assert profile.probe_end == 8
+    # of 36 heads' K or V the first layer drops 4 and the second 4, but for 3 tokens
+    assert profile.held(shape, 7) == (36 * 7, 32 * 7, 4 * 3)
+    assert profile.held(shape, 8) == (36 * 8, 28 * 8, 8 * 3)
+    assert profile.saved(shape, 2) == 0
+    static = ClusterProfile((2,), "static", window=8, representatives=((0, 0, 0, 3, 3, 3),))
+    assert static.saved(replace(shape, layers=1, clusterable=(True,)), 1) == pytest.approx(1 / 3)
+
+
 def test_layers_with_sliding_windows_do_not_grow_with_the_context():
     """They hold 10 tokens at most, with any profile, and take no part in what a token adds."""
     shape = ModelShape("x", 3, 6, 6, 4, (False, True, False), sliding_window=10)
-    profile = ClusterProfile((6, 2, 6), recent=3, sinks=1)
+    profile = ClusterProfile((6, 2, 6), window=9, recent=3, sinks=1)
     assert profile.bytes_per_token(shape, 2) == (12 * 4 * 2, 8 * 4 * 2)
     assert profile.window_bytes(shape, 2) == 4 * 4 * 4 * 2
     assert sliding_bytes(shape, 2) == sliding_bytes(shape, 2, 99) == 2 * 12 * 10 * 4 * 2
     assert sliding_bytes(shape, 2, 7) == 2 * 12 * 7 * 4 * 2
     assert profile.saved(shape, 100) == pytest.approx(4 * 96 / (12 * 100 + 24 * 10))
-    assert profile.saved(shape, 8) == pytest.approx(4 * 4 / (36 * 8))
+    assert replace(profile, window=8).saved(shape, 8) == pytest.approx(4 * 4 / (36 * 8))
+    assert profile.saved(shape, 8) == 0
     assert profile.saved(shape, FOR_EVER) == pytest.approx(1 / 3)
     everywhere = replace(shape, clusterable=(False,) * 3)
     assert ClusterProfile((6, 6, 6)).saved(everywhere, 100) == 0

@@ -348,12 +348,41 @@ class ClusterProfile:
         )
         return dropped * (self.recent + self.sinks) * shape.head_dim * element_size
 
+    @property
+    def probe_end(self) -> int:
+        """Tokens that a sequence needs before a membership of its own is decided."""
+        return self.probe_start + self.window
+
+    def decides(self, layer: int, shape: ModelShape) -> bool:
+        """Whether every sequence decides which heads of a layer share."""
+        own = self.clusters[layer] + len(self.streaming_heads(layer))
+        return self.representatives is None and own < shape.heads
+
+    def held(self, shape: ModelShape, tokens: int) -> tuple[int, int, int]:
+        """Vectors of K and V that a sequence of ``tokens`` tokens holds, in all layers.
+
+        With Transformers, where a layer that `decides` keeps all heads until the window is full;
+        vLLM's pages hold no more of such a sequence than of others. First tokens that are among
+        the last ones, too, count once.
+
+        Returns:
+            (in a full cache, of heads that are kept for all tokens, local ones of other heads).
+        """
+        full = far = local = 0
+        for layer, grows in enumerate(shape.clusterable):
+            length = tokens if grows else min(tokens, shape.sliding_window or tokens)
+            heads = kept = 2 * shape.kv_heads
+            if tokens >= self.probe_end or not self.decides(layer, shape):
+                kept = self.kept_keys(layer, shape) + self.kept_values(layer, shape)
+            full += heads * length
+            far += kept * length
+            local += (heads - kept) * min(tokens, self.recent + self.sinks)
+        return full, far, local
+
     def saved(self, shape: ModelShape, tokens: int) -> float:
-        """Share of the K,V bytes of ``tokens`` tokens that a sequence does not hold."""
-        full, kept = self.bytes_per_token(shape, 1)
-        window = self.window_bytes(shape, 1) * min(1.0, tokens / max(1, self.recent + self.sinks))
-        sliding = sliding_bytes(shape, 1, tokens)
-        return 1 - (kept * tokens + window + sliding) / (full * tokens + sliding)
+        """Share of the K,V bytes of ``tokens`` tokens that is not held, see `held`."""
+        full, far, local = self.held(shape, tokens)
+        return 1 - (far + local) / full
 
 
 def sliding_bytes(shape: ModelShape, element_size: int, tokens: int = FOR_EVER) -> int:

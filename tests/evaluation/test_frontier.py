@@ -130,6 +130,16 @@ def test_a_ready_profile_is_measured_as_it_is(model):
     assert points[0].removed == pytest.approx(7 / 18)
 
 
+def test_a_context_that_ends_before_the_window_saves_nothing_and_costs_nothing(model):
+    profile = ClusterProfile((2, 6, 3), window=12)
+    points = frontier(
+        model, {"p": profile}, [], some_text(), calibrate_one=pytest.fail, contexts=[24, 11]
+    )
+    saved = {point.context: point.saved for point in points}
+    assert saved == {24: pytest.approx(7 / 36), 11: 0}
+    assert [point.rise == 0 for point in points] == [point.context == 11 for point in points]
+
+
 def test_bytes_saved_online_with_grouped_queries_are_a_bound():
     model = tiny_model("llama-grouped")
     for profile, bound in [

@@ -174,6 +174,10 @@ def test_what_ranks_keep_is_counted(vllm, skeleton):
             )
             assert one.kv_share(skeleton, length) <= two.kv_share(skeleton, length) <= 1
         assert two.settings() == Profiled(profile).settings()
+    # pages hold 29 of 36 heads' K and V from the first token, a cache of Transformers all before 5
+    short = Served("m", skeleton, ("p", ONLINE), 1).comparators(["profile"])["profile"]
+    assert short.kv_share(skeleton, 4) == pytest.approx(29 / 36)
+    assert Profiled(ONLINE).kv_share(skeleton, 4) == 1
     # 3 clusters of 6 heads are 2 on each of two ranks
     assert Served("m", skeleton, ("p", ONLINE), 2).comparators(["profile"])["profile"].kv_share(
         skeleton, 2048

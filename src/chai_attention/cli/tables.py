@@ -78,6 +78,8 @@ def summary_line(profile: ClusterProfile, shape: ModelShape, element_size: int) 
     if not all(shape.clusterable) and shape.sliding_window:
         sliding = sliding_bytes(shape, element_size)
         line += f"; layers with sliding windows hold at most {sliding:,} bytes of a sequence"
+    if any(profile.decides(layer, shape) for layer in range(shape.layers)):
+        line += f"; sharing saves from {profile.probe_end} tokens on, with vLLM from the first"
     return line
 
 

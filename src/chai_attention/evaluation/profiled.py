@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.comparators.base import Comparator
 from chai_attention.integrations.transformers import enabled
-from chai_attention.profile import STATIC, ClusterProfile, sliding_bytes
+from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.results import digest
 from chai_attention.runtime.shape import describe
 
@@ -91,11 +91,7 @@ class LowBitCache(Comparator):
     def looks_ahead(self, context: int) -> bool:
         """Where the context is too short to decide memberships, the answer helps to do so."""
         profile = self._profile
-        return (
-            profile is not None
-            and profile.membership != STATIC
-            and context < profile.probe_start + profile.window
-        )
+        return profile is not None and profile.membership != STATIC and context < profile.probe_end
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
         """Share of the K and V of a prompt of ``length`` tokens."""
@@ -116,12 +112,8 @@ def low_bit_share(
 
     But for local K and V of heads that share or stream, which stay as they are.
     """
-    shape = describe(model)
-    full, kept = profile.bytes_per_token(shape, 1)
-    sliding = sliding_bytes(shape, 1, length)
-    clustered = (kept * length + sliding) / (full * length + sliding)
-    window = 1 - profile.saved(shape, length) - clustered
-    return clustered * share + window
+    full, far, local = profile.held(describe(model), length)
+    return (far * share + local) / full
 
 
 def profile_digest(profile: ClusterProfile) -> str:

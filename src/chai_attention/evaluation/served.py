@@ -86,7 +86,10 @@ class ServedProfile(Profiled):
         self._ranks = ranks
 
     def kv_share(self, model: PreTrainedModel, length: int) -> float:
-        """Share of the K,V bytes at ``length`` tokens, local K and V included."""
+        """Share of the K,V bytes at ``length`` tokens, local K and V included.
+
+        Of texts shorter than a probe window, too: pages hold the same of every request.
+        """
         profile = self.profile
         layers = layers_of(model.config.model_type, model.config, profile, self._ranks)
         # of all ranks: where these are more than K/V heads, each has a copy of one
@@ -203,7 +206,7 @@ class Served:
             path, profile = self.profile
             found["attention_backend"] = "CUSTOM"
             found["additional_config"] = {"chai": {"profile": path}}
-            window = profile.probe_start + profile.window  # which one step has to take
+            window = profile.probe_end  # which one step has to take
             found["max_num_batched_tokens"] = max(BUDGET, self.rows, window)
             if served_device() == "cuda":  # the CPU's pages are vLLM's choice
                 found["block_size"] = PAGE

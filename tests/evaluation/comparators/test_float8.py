@@ -63,6 +63,8 @@ def test_shares_and_what_decides_late():
     assert static.kv_share(model, 100) == pytest.approx((11 + 18) / 36 / 2)
     # K of 7 removed heads, 5 + 2 tokens of it, in 16 bits
     assert recent.kv_share(model, 70) == pytest.approx((11 + 18) / 36 / 2 + 7 * 7 / 70 / 36)
+    # until 7 tokens have decided, all heads' K and V in 8 bits
+    assert recent.kv_share(model, 6) == 0.5
     assert [recent.looks_ahead(context) for context in (6, 7)] == [True, False]
     assert not static.looks_ahead(1)
     assert not Quantised(8).looks_ahead(1)

@@ -69,12 +69,14 @@ def test_with_clusters_the_shares_multiply_but_for_the_recent_window(bits):
     model.config.num_key_value_heads = 6  # only read
     quantised, shape = Quantised(bits), describe(model)
     for profile in (STATIC, WHOLE, RECENT):
-        for length in (3, 40, 5000):
+        for length in (7, 40, 5000):
             share = Quantised(bits, profile).kv_share(model, length)
-            window = profile.window_bytes(shape, 1) * min(1, length / 7)  # 5 and 2 tokens
+            window = profile.window_bytes(shape, 1)  # of 5 and 2 tokens
             full, kept = profile.bytes_per_token(shape, 1)
             wanted = quantised.kv_share(model, length) * kept / full + window / full / length
             assert share == pytest.approx(wanted)
+    # until 7 tokens have decided, all heads' K and V
+    assert Quantised(bits, RECENT).kv_share(model, 6) == quantised.kv_share(model, 6)
 
 
 # ---- with it

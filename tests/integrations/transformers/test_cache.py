@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from chai_attention.integrations.transformers import (
     enabled,
 )
 from chai_attention.integrations.transformers.layer import ClusteredLayer
+from chai_attention.integrations.transformers.recent import LOCAL
 from chai_attention.profile import ClusterProfile, sliding_bytes
 from chai_attention.runtime.shape import describe
 from tiny_models import tiny_model
@@ -350,6 +352,47 @@ def test_sliding_layers_are_counted_for_the_tokens_that_they_hold(family):
     assert memory.full_bytes == pytest.approx(full * tokens + held, rel=0.08)  # spare room
     assert memory.saved == pytest.approx(profile.saved(shape, tokens), abs=0.005)
     assert memory.saved > 0.2
+
+
+COST = [[float(abs(head - other)) for other in range(6)] for head in range(6)]
+COUNTED = {
+    "online": PROFILE,
+    "late": ClusterProfile((2, 6, 3), window=5, probe_start=3),
+    "blend": ClusterProfile((2, 6, 3), "blend", window=8, blend=1.0, costs=[COST] * 3),
+    "static": ClusterProfile((6, 3, 3), "static", window=8, representatives=SLIDING_MAPS),
+}
+CASES = [
+    (kind, replace(profile, recent=recent, sinks=sinks))
+    for kind, profile in COUNTED.items()
+    for recent, sinks in ((0, 0), (3, 1), (12, 2))
+]
+# in the second layer no head shares
+STREAMS = replace(PROFILE, clusters=(2, 4, 3), streaming=((5,), (4, 5), ()), recent=3, sinks=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [100, 3, 1])
+@pytest.mark.parametrize(("kind", "profile"), [*CASES, ("streams", STREAMS)])
+def test_a_text_shorter_than_its_probe_window_is_not_said_to_save(kind, profile, chunk):
+    """The bytes that are there, against those that a profile says."""
+    model = tiny_model("llama")
+    shape, least = describe(model), profile.recent + profile.sinks
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    for tokens in (1, 4, 7, 8, 9, 14, 40):
+        cache, ids = ClusteredCache(model, profile), prompt(tokens)
+        with enabled(model, profile):
+            for begin in range(0, tokens, chunk):
+                model(ids[:, begin : begin + chunk], past_key_values=cache)
+        waits = tokens < 8 and kind not in ("static", "streams")
+        if not waits and tokens < least:
+            continue  # the first tokens are among the last ones, and held twice
+        held = 0
+        for layer in cache.layers:  # without room for more tokens, and queries
+            tensors = layer.tensors()
+            rings = [tensor for name, tensor in tensors.items() if name in LOCAL]
+            held += sum(tensor.nbytes for tensor in (layer.keys, layer.values, *rings))
+        assert profile.saved(shape, tokens) == pytest.approx(1 - held / (token * tokens))
+        assert (held == token * tokens) == (waits or tokens == least)
 
 
 @torch.no_grad()
