@@ -18,6 +18,7 @@ from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress
 from chai_attention.reports import bench as reports
 from chai_attention.reports.drawing import require_matplotlib
+from chai_attention.results import write_result
 
 bench_app = typer.Typer(
     help="Measure attention or a whole model beside baselines and the ideal; results are checked "
@@ -242,10 +243,7 @@ def model_command(
 
 
 def _check_outputs(out: Path | None, plot: Path | None, inputs: Sequence[str | None]) -> None:
-    """Refuse, before anything is measured, what could not be written or drawn."""
-    from chai_attention.benchmarking.files import require_writable
-
-    require_writable(out, plot)
+    """Refuse, before anything is measured, what would be written over or not be drawn."""
     if plot is not None:
         require_matplotlib()
     options.keep_inputs([path for path in (out, plot) if path is not None], inputs)
@@ -261,7 +259,7 @@ def _report(
     base: str | None,
 ) -> None:
     """Measure with a progress bar, then show and write what came out."""
-    from chai_attention.benchmarking.files import write_report
+    from chai_attention.benchmarking.cases import BenchmarkError
     from chai_attention.benchmarking.revisions import compared, resolve_revision, run_revision
 
     with progress_bar("starting", quiet=shown.quiet) as bar:
@@ -277,6 +275,6 @@ def _report(
     for table in [*tables(report), *reports.base_tables(report)]:
         shown.say(render(table, width=140))
     if out is not None:
-        shown.say(f"figures written to {write_report(report, out)}")
+        shown.say(f"figures written to {write_result(out, report, BenchmarkError)}")
     if plot is not None:
         shown.say(f"plot written to {draw(report, plot)}")
