@@ -304,7 +304,7 @@ def test_what_is_not_there_cannot_run_or_is_wrong_is_named(monkeypatch):
 
 def test_unfused_attention_that_would_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr(bench, "_require_room", lambda request: None)  # K and V do fit
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(bench, "available", lambda device: 1000)
     reasons = {r["baseline"]: r.get("missing") for r in run()["baselines"] if not r["fused"]}
     assert "GB" in reasons["unfused"]
 
@@ -318,7 +318,7 @@ def test_long_cases_are_left_out_where_they_do_not_fit_not_begun(kind, tokens, s
     request = AttentionRequest(
         shape, [Case(kind, 1, tokens)], [8], [torch.bfloat16], "cpu", seconds=0
     )
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 80 * 10**9)
+    monkeypatch.setattr(bench, "available", lambda device: 80 * 10**9)
     bench._require_room(request)
     monkeypatch.setattr(bench, "accuracy", lambda *args: Accuracy(0.0, 1.0))
     monkeypatch.setattr(bench, "time_calls", lambda *args: timing.Timing(1.0, 0.0, 1, 1.0))
@@ -329,7 +329,7 @@ def test_long_cases_are_left_out_where_they_do_not_fit_not_begun(kind, tokens, s
     assert ("missing" not in found) == scores
     if not scores:
         assert "its scores need 4432 GB" in found["missing"]
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 3 * 10**9)
+    monkeypatch.setattr(bench, "available", lambda device: 3 * 10**9)
     with pytest.raises(BenchmarkError, match="more than there is"):
         bench._require_room(request)
 

@@ -120,7 +120,7 @@ def test_memberships_of_the_check_are_fixed():
 
 
 def test_what_does_not_fit_is_named(monkeypatch):
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 10)
+    monkeypatch.setattr(bench, "available", lambda device: 10)
     unfused, fused, _, chai = run()["results"]
     assert "its scores need" in unfused["missing"]
     assert fused["tpot_vs_unfused"] is None

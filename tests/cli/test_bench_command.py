@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_told_before_a_model_is_built(chai, monkeypatch, ar
 
     monkeypatch.setattr(model, "random_model", build)
     monkeypatch.setattr(loading, "load_model", build)
-    monkeypatch.setattr(model, "free_bytes", lambda device: 16 * 10**9)
+    monkeypatch.setattr(model, "available", lambda device: 16 * 10**9)
     code, out, err = chai("bench", "model", "--device", "cpu", *arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -31,9 +31,10 @@ from chai_attention.benchmarking.clustered import (
     with_streaming,
 )
 from chai_attention.benchmarking.correctness import accuracy, require_correct
-from chai_attention.benchmarking.memory import free_bytes, release, score_bytes
+from chai_attention.benchmarking.memory import release, score_bytes
 from chai_attention.benchmarking.timing import Timing, machine, time_calls
 from chai_attention.errors import first_line
+from chai_attention.integrations.transformers.room import available
 from chai_attention.membership import Membership
 from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.progress import Progress
@@ -114,7 +115,7 @@ def _require_room(request: AttentionRequest) -> None:
     Those are Q, the output, and K and V twice: as a model without clusters holds them, and as a
     clustered cache does.
     """
-    free, shape = free_bytes(request.device), request.shape
+    free, shape = available(torch.device(request.device)), request.shape
     for case in request.cases:
         size = 4 * case.tokens * shape.kv_heads + 2 * case.queries * shape.heads
         size *= case.batch * shape.head_dim * max(dtype.itemsize for dtype in request.dtypes)
@@ -247,7 +248,7 @@ def _baseline(
     heads, groups = request.shape.heads, request.shape.kv_heads
     batch = inputs[-1].query.shape[0]
     plain = Membership.identity(heads, groups, batch, inputs[-1].query.device)
-    free = free_bytes(request.device)
+    free = available(torch.device(request.device))
     query = inputs[-1].query
     size, queries = inputs[-1].key.shape[2], query.shape[2]
     needed = score_bytes(batch, heads, queries, size, query.dtype)

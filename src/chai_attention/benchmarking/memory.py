@@ -1,4 +1,4 @@
-"""Free and peak memory of the device that a benchmark runs on."""
+"""Peak memory of the device that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from pathlib import Path
 
 import torch
 
-from chai_attention.integrations.transformers.room import available
-
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-def free_bytes(device: str) -> int | None:
-    """Return the bytes that can still be allocated; None where the system does not tell."""
-    return available(torch.device(device))
 
 
 def release() -> None:

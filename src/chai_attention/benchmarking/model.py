@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from chai_attention.benchmarking.cases import DECODE, PREFILL, BenchmarkError, Case, name_of
 from chai_attention.benchmarking.ceilings import Ceilings, drift, measure_ceilings
 from chai_attention.benchmarking.memory import (
-    free_bytes,
     peak_bytes,
     peaks_of_gpus,
     release,
@@ -138,7 +137,7 @@ def require_memory(
         batch * (tokens + new_tokens) * token + Work(batch * tokens).bytes(config, dtype)
         for batch, tokens in sizes
     )
-    free = free_bytes(torch.device(device).type)
+    free = available(torch.device(device))
     if free is None or divided:
         return room
     weights = tensor_bytes(empty_model(config, dtype)) if random else 0
@@ -241,7 +240,7 @@ def measure_run(
     device, shape = model.device.type, describe(model)
     several = on_several_devices(model)
     row: dict[str, Any] = {"batch": batch, "tokens": tokens, "run": run}
-    free = free_bytes(device)
+    free = available(model.device)
     if several:  # scores are where their layer is
         free = min(available(place) or 0 for place in devices_of(model))
     needed = score_bytes(batch, shape.heads, tokens, tokens, model.dtype)
