@@ -13,7 +13,7 @@ from chai_attention.ops.backend import AttentionBackend
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.local import LocalKeys
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.paged import memberships_of
+from chai_attention.ops.paged import gather_pages, memberships_of
 
 States = tuple[Tensor, Tensor]  # K ``[kept_keys, S, D]`` and V ``[kept_values, S, Dv]``
 
@@ -22,28 +22,17 @@ def _of_pages(
     queries: PackedQueries, pages: PagedKV, call: AttentionCall
 ) -> tuple[list[States], list[LocalKeys] | None]:
     """K and V of each sequence out of its pages, and local ones if there is a window."""
-    dtype = queries.query.dtype
-    states = [
-        (
-            _of_sequence(pages.key, table, length).to(dtype),
-            _of_sequence(pages.value, table, length).to(dtype),
-        )
-        for table, length in zip(pages.block_table, pages.seq_lens.tolist(), strict=True)
-    ]
+    states = []
+    for table, length in zip(pages.block_table, pages.seq_lens.tolist(), strict=True):
+        used = table[None, : -(-length // pages.key.shape[1])]
+        key, value = (gather_pages(x, used, queries.query.dtype) for x in (pages.key, pages.value))
+        states.append((key[0, :, :length], value[0, :, :length]))
     local = pages.window
     if local is None:
         return states, None
     counts = queries.query_start_loc.diff().tolist()
     members = memberships_of(call.membership, call.membership_ids, len(counts))
     return states, paged_local(local, states, members, counts)
-
-
-def _of_sequence(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """``[heads, S, D]`` out of pages ``[P, N, heads, D]``, by a row of a block table."""
-    if not pages.shape[2]:  # all heads stream: there need not be any page
-        return pages.new_zeros(0, length, pages.shape[3])
-    count = -(-length // pages.shape[1])
-    return pages[table[:count].long()].flatten(0, 1)[:length].transpose(0, 1)
 
 
 def _of_packed(
