@@ -42,3 +42,9 @@ def by_row(table: Table) -> Table:
     if table is None or table.stride(-1) == 1:
         return table
     return table.contiguous()
+
+
+def page_strides(pages: Tensor) -> tuple[int, int, int]:
+    """Strides of page, head and token of ``[P, N, heads, D]``."""
+    page, token, head, _ = pages.stride()
+    return page, head, token

@@ -203,7 +203,7 @@ def fits_pages(query: Tensor, kv: PagedKV, members: int) -> bool:
         local.sinks <= SINKS
         and kv.key.shape[3] == dim
         and _takes(dim, members)
-        and _tileable(query)
+        and fetchable(query)
         and kv.once(_describable)
     )
 
@@ -216,7 +216,7 @@ def _describable(kv: PagedKV) -> bool:
     return (
         kv.key.shape[1] % BOX.value == local.page % BOX.value == 0
         and all(x.shape[3] == kv.key.shape[3] for x in pages)
-        and _tileable(*pages)
+        and fetchable(*pages)
     )
 
 
@@ -297,7 +297,7 @@ def _local_blocks(recent: int) -> int:
 def fits(query: Tensor, key: Tensor, value: Tensor, members: int) -> bool:
     """Whether this kernel can run these tensors: head sizes 64 and 128, 16-bit, aligned."""
     dim = query.shape[-1]
-    return _takes(dim, members) and dim == value.shape[-1] and _tileable(query, key, value)
+    return _takes(dim, members) and dim == value.shape[-1] and fetchable(query, key, value)
 
 
 def _takes(dim: int, members: int) -> bool:
@@ -305,7 +305,7 @@ def _takes(dim: int, members: int) -> bool:
     return dim in (64, 128) and members * dim in WIDTHS
 
 
-def _tileable(*tensors: Tensor) -> bool:
+def fetchable(*tensors: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch tiles of 16-bit tensors."""
     strides = 0
     for tensor in tensors:

@@ -6,12 +6,12 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from chai_attention.ops.call import AttentionCall, PagedKV
-from chai_attention.ops.triton.checks import by_row
+from chai_attention.ops.triton.checks import by_row, page_strides
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import capability
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.hopper_decode import BLOCK, parts
-from chai_attention.ops.triton.launch_hopper import tiles_of
+from chai_attention.ops.triton.launch_hopper import fetchable, tiles_of
 from chai_attention.ops.triton.local_decode import local_block, local_parts
 from chai_attention.ops.triton.sizes import cdiv
 
@@ -29,17 +29,12 @@ def fits(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None) -> boo
     if table is None or capability(query.device)[0] != 9:
         return False
     dim, page = query.shape[-1], key.shape[1]
-    aligned = all(
-        x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in (key, value)
-    )
     return (
-        query.element_size() == key.element_size() == 2
+        query.element_size() == 2
         and dim in DIMS
         and key.shape[-1] == value.shape[-1] == dim
         and page % BLOCK.value == 0
-        and aligned
+        and fetchable(key, value)
     )
 
 
@@ -89,20 +84,15 @@ def launch_parts(
             local.key, local.value, local_table, call.membership.key_place,
             call.scale, softcap or 1.0, head_tiles.count, splits, local.recent, key.shape[2],
             value.shape[2],
-            query.stride(0), query.stride(1), *_strides(key), *_strides(value),
-            table.stride(0), head_tiles.stride, local_table.stride(0), *_strides(local.key),
-            *_strides(local.value),
+            query.stride(0), query.stride(1), *page_strides(key), *page_strides(value),
+            table.stride(0), head_tiles.stride, local_table.stride(0), *page_strides(local.key),
+            *page_strides(local.value),
             D=dim, DP=dim, DV=dim, DVP=dim, M=members, PAGE=page,
             GROUP=call.membership.group_size, KV_HEADS=call.membership.kv_heads, LOCAL=block,
             STEPS=cdiv(keys, block), LOCAL_PAGE=local.page,
             SINKS=local.sinks, HAS_IDS=ids is not None, HAS_SOFTCAP=softcap is not None,
             num_warps=LOCAL_WARPS, launch_pdl=True,
         )  # fmt: skip
-
-
-def _strides(pages: Tensor) -> tuple[int, int, int]:
-    """Strides of page, head and token."""
-    return pages.stride(0), pages.stride(2), pages.stride(1)
 
 
 def _tiles(pages: Tensor) -> TensorDescriptor:

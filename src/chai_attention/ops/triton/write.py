@@ -12,7 +12,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops.fp8 import LARGEST
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
-from chai_attention.ops.triton.checks import by_row
+from chai_attention.ops.triton.checks import by_row, page_strides
 from chai_attention.ops.triton.repeated import Launches, Repeated, aligned
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
@@ -331,13 +331,13 @@ class PagedWrite:
         if is_stored or local is not None:
             removed, removed_values = member.kv_heads - kept, member.kv_heads - kept_values
         if local is not None:
-            local_strides[:3] = _page_strides(local.key)
-            local_strides[6:9] = _page_strides(local.value)
+            local_strides[:3] = page_strides(local.key)
+            local_strides[6:9] = page_strides(local.value)
         head, token, value_head, value_token = strides
         numbers = (
             0, kept, kept_values, removed, removed_values, 1, 0, 1 / scales[0], 1 / scales[1],
             0, head, token, 0, value_head, value_token,
-            *_page_strides(keys), *_page_strides(values), *stored_strides, *local_strides,
+            *page_strides(keys), *page_strides(values), *stored_strides, *local_strides,
             0 if member.batch == 1 else 1,
         )  # fmt: skip
         launch = Repeated(
@@ -347,12 +347,6 @@ class PagedWrite:
             IS_NARROW=keys.dtype.itemsize == 1, HAS_STORED=is_stored,
         )  # fmt: skip
         return launch, numbers, kept + kept_values + removed + removed_values
-
-
-def _page_strides(pages: Tensor) -> tuple[int, int, int]:
-    """Of page, head and token of ``[P, N, heads, D]``."""
-    page, token, head, _ = pages.stride()
-    return page, head, token
 
 
 def _block(dim: int, value_dim: int) -> int:
