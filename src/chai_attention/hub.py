@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from chai_attention.errors import ChaiError, LoadError
+from chai_attention.errors import ChaiError, LoadError, first_line
 
 SMOLLM2 = "smollm2-135m"  # the model that the extra demo installs
 SECONDS = 5.0  # that the hub gets to answer
@@ -91,6 +91,5 @@ def _answer(kind: str, name: str) -> tuple[bool | None, str]:
     except RepositoryNotFoundError:
         return False, "none is public there by this name (for a private one: hf auth login)"
     except Exception as error:  # a type for every way in which a network fails
-        lines = str(error).strip().splitlines()
-        return None, lines[0] if lines else type(error).__name__
+        return None, first_line(error)
     return True, ""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from chai_attention.errors import CalibrationError
+from chai_attention.errors import CalibrationError, first_line
 
 JSON_LINES, JSON = (".jsonl", ".ndjson"), (".json",)
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -261,9 +261,7 @@ def _rows_of_parquet(path: Path) -> Iterator[Record]:
 
 def reason_of(error: BaseException) -> str:
     """What an error of another library or a stranger's code says, in one printable line."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return "".join(c if c.isprintable() else " " for c in text)[:300]
+    return "".join(c if c.isprintable() else " " for c in first_line(error))[:300]
 
 
 def _too_large(where: str) -> CalibrationError:
