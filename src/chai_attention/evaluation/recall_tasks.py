@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chai_attention.calibration.recall import recall_cases
-from chai_attention.calibration.sizes import MOST_SAMPLES
+from chai_attention.calibration.sizes import MOST_SAMPLES, longest_text
 from chai_attention.calibration.texts import CHARACTERS_PER_TOKEN, load_texts, windows_of
 from chai_attention.errors import EvaluationError
 from chai_attention.evaluation.demo import built_in_text
@@ -66,7 +66,7 @@ def recall_sources(
         CalibrationError: one that is too short for the facts, no cases, or a chat template that
             cannot be used.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = longest_text(model)
     sources = []
     for length in recall_lengths(context) if lengths is None else lengths:
         require_recall_length(length, context)
