@@ -22,7 +22,7 @@ from chai_attention.benchmarking.static_runner import StaticRunner
 from chai_attention.errors import UnsupportedModelError
 from chai_attention.integrations.transformers import StaticClusteredCache
 from chai_attention.integrations.transformers.graphs import capturing
-from chai_attention.integrations.transformers.modules import decoder_layers
+from chai_attention.integrations.transformers.modules import decoder_layers, replaced_forwards
 
 Forward = Callable[..., Any]
 
@@ -113,11 +113,11 @@ class SplitStep:
 
     def _with_layers(self, token: Tensor, forwards: Sequence[Callable[..., Any]]) -> Tensor:
         """A step in which ``forwards[r](place, *args)`` stand for the layers of run r."""
-        replaced = [
-            (layer, layer.__dict__.get("forward"), partial(forward, place))
+        replaced = {
+            layer: partial(forward, place)
             for run, forward in zip(self._runs, forwards, strict=True)
             for place, layer in enumerate(run.layers)
-        ]
+        }
         positions = torch.full_like(token, self._count)
         if self._is_clustered:
             mask = self._cache.whole_mask(token)  # there is no padding
@@ -125,19 +125,14 @@ class SplitStep:
         else:
             mask = step_mask(self._model, positions, self._cache.layers[0].keys.shape[2])
         try:
-            for layer, _, forward in replaced:
-                layer.forward = forward
-            out: Any = self._model(
-                token, attention_mask=mask, position_ids=positions, past_key_values=self._cache,
-                use_cache=True,
-            )  # fmt: skip
+            with replaced_forwards(replaced):
+                out: Any = self._model(
+                    token, attention_mask=mask, position_ids=positions,
+                    past_key_values=self._cache, use_cache=True,
+                )  # fmt: skip
         finally:
             if self._is_clustered:
                 self._cache.keeps_padding = False
-            for layer, before, _ in replaced:
-                del layer.forward
-                if before is not None:
-                    layer.forward = before
         logits: Tensor = out.logits
         return logits
 

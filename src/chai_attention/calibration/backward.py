@@ -16,6 +16,7 @@ from chai_attention.integrations.transformers.modules import (
     attention_modules,
     decoder_layers,
     output_projection,
+    replaced_forwards,
 )
 from chai_attention.integrations.transformers.room import ACTIVATIONS
 
@@ -50,20 +51,14 @@ def gradients_of_activations(
         layers = []
     again.expected = bool(layers)
     hook = embedding.register_forward_hook(lambda module, args, out: out.requires_grad_())
-    replaced = {layer: layer.__dict__.get("forward") for layer in layers}
+    checkpointed = {layer: _checkpointed(layer.forward, again) for layer in layers}
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)
-        for layer in layers:
-            layer.forward = _checkpointed(layer.forward, again)
-        with enable_grad():
+        with replaced_forwards(checkpointed), enable_grad():
             yield
     finally:
         hook.remove()
-        for layer, before in replaced.items():
-            del layer.forward
-            if before is not None:
-                layer.forward = before
         for parameter, wanted_gradient in wanted.items():
             parameter.requires_grad_(wanted_gradient)
 

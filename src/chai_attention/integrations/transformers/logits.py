@@ -8,6 +8,7 @@ short enough go through the model's forward as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from chai_attention.errors import UnsupportedModelError
-from chai_attention.integrations.transformers.modules import attention_modules
+from chai_attention.integrations.transformers.modules import attention_modules, replaced_forwards
 from chai_attention.integrations.transformers.switch import containing
 from chai_attention.runtime.shape import decoder_config
 
@@ -149,7 +150,7 @@ class _DecodedError(Exception):
         self.output = output
 
 
-class _Halves:
+class _Halves(ExitStack):
     """A model's forward in two halves, in a ``with`` block: up to its hidden states, and on.
 
     The decoder inside the model is what stands between: its forward ends the first half, and is
@@ -157,27 +158,17 @@ class _Halves:
     """
 
     def __init__(self, model: PreTrainedModel):
+        super().__init__()
         self._model = model
         self._output: Any = None
         self._given: Tensor | None = None
         self._inside = False
-
-    def __enter__(self) -> _Halves:
-        inner = [
-            module
-            for module in containing(self._model, attention_modules(self._model).values())
-            if isinstance(module, PreTrainedModel) and module is not self._model
-        ]
-        self._before = [(module, vars(module).get("forward")) for module in inner]
-        for module in inner:
-            module.forward = self._stopped(module.forward)
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        for module, forward in self._before:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        stopped = {
+            module: self._stopped(module.forward)
+            for module in containing(model, attention_modules(model).values())
+            if isinstance(module, PreTrainedModel) and module is not model
+        }
+        self.enter_context(replaced_forwards(stopped))
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states ``[B, S, E]`` of ``ids [B, S]``.

@@ -1,8 +1,11 @@
-"""The modules of a model that attend, and their output projections."""
+"""The modules of a model that attend, their output projections, and forwards in their place."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +52,21 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     modules = attention_modules(model)
     parents = {id(child): module for module in model.modules() for child in module.children()}
     return [parents[id(modules[layer])] for layer in sorted(modules)]
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute by other functions inside a ``with`` block."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def output_projection(module: nn.Module) -> nn.Module:
