@@ -30,7 +30,7 @@ from chai_attention.calibration.split_candidates import candidates_of
 from chai_attention.calibration.steps import Steps, steps_of
 from chai_attention.calibration.texts import as_tokens, beginning, windows_of
 from chai_attention.errors import CalibrationError
-from chai_attention.integrations.transformers.corrections import Corrections
+from chai_attention.integrations.transformers.corrections import plain_projection
 from chai_attention.integrations.transformers.modules import attention_modules
 from chai_attention.profile import ClusterProfile
 from chai_attention.progress import Progress, quiet
@@ -172,7 +172,8 @@ def calibrate_data(
     """
     shape = describe(model)
     if chosen.refits:  # found now, not after the evidence
-        Corrections.require_plain(attention_modules(model))
+        for layer, module in attention_modules(model).items():
+            plain_projection(layer, module)
     wanted = chosen.given_clusters(shape)
     for tokens in (data.sequences, *data.measured):
         require_tokens(model, tokens)

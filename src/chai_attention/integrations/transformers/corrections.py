@@ -48,16 +48,6 @@ class Corrections:
         for name, tensor in tensors.items():
             _place(modules, name, tensor)
 
-    @staticmethod
-    def require_plain(modules: Mapping[int, nn.Module]) -> None:
-        """Refuse output projections that are wrapped, before a refit is computed for them.
-
-        Raises:
-            UnsupportedModelError: the weights of one are not its own, or quantised.
-        """
-        for layer, module in modules.items():
-            _plain_projection(layer, module)
-
     def _replace(self, projection: Any, name: str, tensor: Tensor) -> None:
         before: nn.Parameter | None = getattr(projection, name, None)
         tensor = tensor.to(projection.weight)
@@ -96,7 +86,7 @@ def _place(
         weight = output_weight(modules[layer])
         wanted = weight.shape if parts[2] == "weight" else weight.shape[:1]
         if tensor.shape == wanted:
-            return _plain_projection(layer, modules[layer]), parts[2], tensor
+            return plain_projection(layer, modules[layer]), parts[2], tensor
         reason = f"{name} of the refit is {list(tensor.shape)}, this model needs {list(wanted)}"
     raise ProfileError(
         f"{reason}: it was made for another one. Calibrate this model with --refit, or use a "
@@ -104,8 +94,12 @@ def _place(
     )
 
 
-def _plain_projection(layer: int, module: nn.Module) -> nn.Module:
-    """The output projection of a layer, whose weight a refit can replace."""
+def plain_projection(layer: int, module: nn.Module) -> nn.Module:
+    """Return the output projection of a layer, whose weight a refit can replace.
+
+    Raises:
+        UnsupportedModelError: its weight is not its own, or quantised.
+    """
     projection = output_projection(module)
     if "weight" not in projection._parameters:
         raise UnsupportedModelError(
