@@ -10,7 +10,6 @@ from chai_attention.evaluation.comparators.quantised import (
     Quantised,
     bits_per_value,
     group_size,
-    quantised_comparator,
 )
 from chai_attention.integrations.transformers.methods import cached_logits
 from chai_attention.profile import ClusterProfile
@@ -135,7 +134,7 @@ def test_errors_are_those_of_the_number_of_bits(quantiser, bits, most):
 def test_answers_read_the_quantised_context(quantiser, family, bits):
     model, tokens = tiny_model(family), sequence()
     group = group_size(describe(model).head_dim)
-    method = quantised_comparator(f"quant{bits}", None)
+    method = Quantised(bits)
 
     def compress(layer, query, key, value):
         return quantiser(key, bits, group), quantiser(value, bits, group), None
@@ -153,7 +152,7 @@ def test_answers_read_what_clustered_heads_keep_quantised(quantiser, family, bit
     model, tokens = tiny_model(family), sequence()
     shape = describe(model)
     group = group_size(shape.head_dim)
-    method = quantised_comparator(f"chai+quant{bits}", STATIC)
+    method = Quantised(bits, STATIC)
 
     def compress(layer, query, key, value):
         per = shape.group_size
@@ -192,7 +191,7 @@ def test_without_clusters_it_is_transformers_cache_token_by_token(quantiser, fam
 def test_online_memberships_and_recent_windows_work_beside_it(quantiser, length):
     """A membership that is decided after the prompt leaves K of other heads to be freed."""
     model, tokens = tiny_model("llama"), sequence(length + 6)
-    method = quantised_comparator("chai+quant8", RECENT)
+    method = Quantised(8, RECENT)
     with method.attached(model):
         found = cached_logits(model, method, tokens[None], 7)[0]
         unquantised = logits(model, tokens[None])[0, -7:]
@@ -210,7 +209,7 @@ def test_answers_help_to_decide_memberships_after_short_contexts_only():
 @pytest.mark.parametrize("context", [8, 30])
 def test_rows_share_calls_and_see_neither_each_other_nor_padding(quantiser, name, context):
     model, tokens = tiny_model("llama"), sequence(context + 9)
-    method = pickle.loads(pickle.dumps(quantised_comparator(name, RECENT)))  # to another process
+    method = pickle.loads(pickle.dumps(Quantised(int(name[-1]), RECENT)))  # to another process
     assert not method.looks_ahead(context - 1)
     other = torch.cat([tokens[:context], tokens[-3:], torch.zeros(6, dtype=torch.long)])
     with method.attached(model):

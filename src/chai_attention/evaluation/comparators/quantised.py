@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -119,16 +118,6 @@ def group_size(head_dim: int) -> int:
         f"quantised caches need heads of even size, not {head_dim}: leave them out of the "
         "comparison"
     )
-
-
-def quantised_comparator(name: str, profile: ClusterProfile | None) -> Quantised:
-    """Make "quant8", "quant4", and with a profile "chai+quant8" or "chai+quant4".
-
-    Raises:
-        ImportError: hqq is not installed.
-    """
-    import_module("hqq.core.quantize")
-    return Quantised(int(name[-1]), profile)
 
 
 def _group(model: PreTrainedModel) -> int:

@@ -204,7 +204,8 @@ def _external(name: str, save: float | None, profile: ClusterProfile | None) -> 
         elif name == _DUO:
             made = import_module(f"{_PACKAGE}.duo").Duo(save)
         else:
-            made = import_module(f"{_PACKAGE}.quantised").quantised_comparator(name, profile)
+            import_module("hqq.core.quantize")
+            made = import_module(f"{_PACKAGE}.quantised").Quantised(int(name[-1]), profile)
     except ImportError as error:
         raise EvaluationError(
             f"{name} needs {error.name}: pip install 'chai-attention[baselines]'"
