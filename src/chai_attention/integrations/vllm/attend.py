@@ -121,16 +121,17 @@ class StepAttention:
 
     def _decode(self, part: SubBatch, query: Tensor, pages: Pages, out: Tensor) -> None:
         """Attend with one token of each request: ``query [B, H, D]``, ``out [B, H, Dv]``."""
-        member, ids = self.memberships.of(part.first_pages)
-        local = offset = None
-        if self.plan.has_recent_window:
-            local = self.local_pages(pages, part.local_table, part.block_table)
-            offset = self.memberships.offsets(part.first_pages)
-        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
+        local = self.local_pages(pages, part.local_table, part.block_table)
         kv = PagedKV(
             pages.key, pages.value, part.block_table, part.seq_lens, local, part.max_seq_len
         )  # fmt: skip
-        paged_decode(query, kv, call, out)
+        paged_decode(query, kv, self._call(part.first_pages), out)
+
+    def _call(self, first_pages: Tensor) -> AttentionCall:
+        """How requests with these first pages attend."""
+        member, ids = self.memberships.of(first_pages)
+        offset = self.memberships.offsets(first_pages) if self.plan.has_recent_window else None
+        return AttentionCall(member, self.scale, self.softcap, ids, offset)
 
     def _prefill(
         self,
@@ -145,14 +146,11 @@ class StepAttention:
         """Attend with some of the requests behind the decodes."""
         if part.tokens != slice(0, query.shape[0]):  # views take time, in every layer
             query, key, value, out = (x[part.tokens] for x in (query, key, value, out))
-        member, ids = self.memberships.of(part.first_pages)
-        probe = offset = None
+        probe = None
         if self.plan.needs_probe and part.has_new:
             probe = Probe(query, key, value, self.plan.probe_end)
-        if self.plan.has_recent_window:
-            offset = self.memberships.offsets(part.first_pages)
         queries = PackedQueries(query, part.query_start_loc, part.max_query_len, part.shared)
-        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
+        call = self._call(part.first_pages)
         if part.is_new:
             varlen_prefill(queries, self._new(key, value), call, out, probe)
             return
@@ -229,10 +227,7 @@ class StepAttention:
         Q, K and V are those of the step.
         """
         q, k, v = (x[some.tokens] for x in (query, key, value))
-        first_pages = step.first_pages[some.requests]
-        member, ids = self.memberships.of(first_pages)
-        offset = self.memberships.offsets(first_pages) if self.plan.has_recent_window else None
-        call = AttentionCall(member, self.scale, self.softcap, ids, offset)
+        call = self._call(step.first_pages[some.requests])
         probe = Probe(q, k, v, own) if own else None
         queries = PackedQueries(q, some.query_start_loc, some.max_query_len)
         return varlen_prefill(queries, self._new(k, v), call, probe=probe)[0]
