@@ -16,6 +16,11 @@ SECONDS = 5.0  # that the hub gets to answer
 _CONFIGS = ("config.json", "adapter_config.json")  # one of them makes a folder a model's
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a model of this name is in a ``.gguf`` file."""
+    return name == SMOLLM2 or name.endswith(".gguf")
+
+
 def find_model(name: str) -> bool:
     """Check that a model's name leads somewhere.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from chai_attention.calibration.settings import Settings
 from chai_attention.calibration.sizes import BATCH_SIZE, sequence_length, usual_length
-from chai_attention.hub import SMOLLM2
+from chai_attention.hub import is_gguf
 from chai_attention.integrations.transformers.logits import rows_at_once
 from chai_attention.integrations.transformers.room import Work, WorkOf
 from chai_attention.runtime.shape import describe
@@ -63,7 +62,7 @@ def config_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig
     Raises:
         LoadError: no such model.
     """
-    if name == SMOLLM2 or Path(name).suffix == ".gguf":
+    if is_gguf(name):
         return None
     return load_config(name, trust_remote_code=trust_remote_code)
 

@@ -16,7 +16,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from chai_attention.errors import LoadError, first_line
-from chai_attention.hub import SMOLLM2, find_model
+from chai_attention.hub import SMOLLM2, find_model, is_gguf
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import describe
 
@@ -48,7 +48,7 @@ def require_fit(name: str, profile: ClusterProfile, *, trust_remote_code: bool =
         LoadError: no such model.
         UnsupportedModelError: clustered heads cannot run in it.
     """
-    if name != SMOLLM2 and Path(name).suffix != ".gguf":
+    if not is_gguf(name):
         profile.check(describe(load_config(name, trust_remote_code=trust_remote_code)))
 
 
@@ -76,7 +76,7 @@ def load_skeleton(
     Raises:
         LoadError: no such model, or none in a folder.
     """
-    if name == SMOLLM2 or Path(name).suffix == ".gguf":
+    if is_gguf(name):
         raise LoadError(
             f"vLLM reads models in folders, not {name}: chai export writes one with a profile, or "
             "leave out --engine"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chai_attention.errors import EvaluationError
+from chai_attention.hub import is_gguf
 from chai_attention.integrations.lm_eval import NAME
 from chai_attention.integrations.transformers import enable
 from chai_attention.integrations.transformers.devices import input_device
@@ -69,7 +70,7 @@ class ChaiLM(HFLM):
         dtype: str | torch.dtype | None = "auto",
         **options: Any,
     ):
-        if isinstance(pretrained, str) and _is_gguf(pretrained):
+        if isinstance(pretrained, str) and is_gguf(pretrained):
             pretrained, options["tokenizer"] = _load(pretrained, device, dtype)
         super().__init__(pretrained=pretrained, device=device, dtype=dtype, **options)
         self._device = input_device(self.model)  # of a model in parts, that of its first
@@ -224,12 +225,6 @@ class ChaiLM(HFLM):
                 "batch_size=auto is measured on padded batches, which a profile does not get: "
                 "give a number"
             )
-
-
-def _is_gguf(name: str) -> bool:
-    from chai_attention.hub import SMOLLM2
-
-    return name == SMOLLM2 or Path(name).suffix == ".gguf"
 
 
 def _load(name: str, device: str | None, dtype: str | torch.dtype | None) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from chai_attention.errors import ChaiError, LoadError, first_line
-from chai_attention.hub import SMOLLM2, find_model
+from chai_attention.hub import SMOLLM2, find_model, is_gguf
 from chai_attention.integrations.transformers.placement import (
     EXTRA,
     Place,
@@ -67,12 +67,10 @@ def load_model(
     chosen = resolve_dtype(dtype, device)
     options = {"local_files_only": find_model(name), "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
-    path = Path(name)
     places = _places(name, chosen, torch.device(device), trust_remote_code, placement, work)
     try:
-        if name == SMOLLM2:
-            return _load_gguf(smollm2_file(), chosen, device)
-        if path.suffix == ".gguf":
+        if is_gguf(name):
+            path = smollm2_file() if name == SMOLLM2 else Path(name)
             return _load_gguf(path, chosen, device)
         model: Any
         if places is not None:
@@ -102,7 +100,7 @@ def _places(
     Raises:
         LoadError: it does not fit.
     """
-    gguf = name == SMOLLM2 or Path(name).suffix == ".gguf"
+    gguf = is_gguf(name)
     if placement is not None and gguf:
         raise LoadError("--device-map is for checkpoints in folders, not for .gguf files")
     free = available(device)
@@ -164,7 +162,7 @@ def resolve_device(device: str) -> str:
 
 def saved_dtype(name: str, *, trust_remote_code: bool = False) -> str:
     """Name of the dtype a model was saved in; "auto" where its config does not say, or another."""
-    if name == SMOLLM2 or Path(name).suffix == ".gguf":
+    if is_gguf(name):
         return "auto"  # quantised files have no such dtype
     saved = str(
         getattr(load_config(name, trust_remote_code=trust_remote_code), "dtype", None)
