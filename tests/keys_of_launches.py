@@ -20,7 +20,7 @@ from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV, Probe
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.triton.head_tiles import HeadTiles
-from chai_attention.ops.triton.repeated import Repeated
+from chai_attention.ops.triton.repeated import Launches, Repeated
 from chai_attention.ops.triton.write import PagedWrite
 
 HEADS, DIM = 8, 64
@@ -40,7 +40,7 @@ def look(self: JITFunction, *args, grid, warmup, **options) -> None:
     assert seen == special, (self.fn.__name__, seen, special)
 
 
-class Forgetful(dict):
+class Forgetful(Launches):
     """Finds nothing, and compares what is made in its place with what was made first."""
 
     def get(self, key: object) -> None:

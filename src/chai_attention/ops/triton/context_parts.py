@@ -20,7 +20,7 @@ from chai_attention.ops.call import PackedKV, PackedQueries, PagedKV
 from chai_attention.ops.triton.decode import LOG2_E, padded
 from chai_attention.ops.triton.device import processors
 from chai_attention.ops.triton.head_tiles import HeadTiles
-from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
+from chai_attention.ops.triton.repeated import aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv
 
 MOST_QUERIES = 256  # of a sequence; more fill the processors, or nearly
@@ -165,11 +165,9 @@ def join(
     parts, total, heads, dim = sums.shape
     strides = out.stride()[:2]
     key = (join, dim, strides, *dtypes(query_start_loc, out))
-    launch = head_tiles.launches.get(key)
-    if launch is None:
-        launch = head_tiles.launches[key] = Repeated(
-            _join, DV=dim, DVP=padded(dim), HEADS=HEADS, num_warps=4
-        )
+    launch = head_tiles.launches.get(key) or head_tiles.launches.keep(
+        key, _join, DV=dim, DVP=padded(dim), HEADS=HEADS, num_warps=4
+    )
     launch(
         (total, cdiv(heads, HEADS), 1), aligned(sums, lse, out),
         sums, lse, out, query_start_loc, parts, total, heads,

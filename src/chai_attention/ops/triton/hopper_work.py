@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from chai_attention.ops.call import PackedQueries
 from chai_attention.ops.triton.head_tiles import HeadTiles
-from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
+from chai_attention.ops.triton.repeated import aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
 
 SEQUENCES = tl.constexpr(64)  # listed at a time; there may be more
@@ -118,12 +118,10 @@ def plan(
     size = cdiv(batch + 2, 4) * 4  # kernels expect lists at multiples of 16 bytes
     made = torch.empty(copies, size, dtype=torch.int32, device=query_starts.device)
     key = (plan, tile, *dtypes(query_starts, ids))
-    launch = head_tiles.launches.get(key)
-    if launch is None:
-        launch = head_tiles.launches[key] = Repeated(
-            _plan, HEAD_TILES_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
-            HAS_IDS=ids is not None, num_warps=4,
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key) or head_tiles.launches.keep(
+        key, _plan, HEAD_TILES_P=power_of_2(head_tiles.count), M=head_tiles.members, TILE=tile,
+        HAS_IDS=ids is not None, num_warps=4,
+    )  # fmt: skip
     launch(
         (copies, 1, 1), aligned(made), query_starts, ids, head_tiles.head, made,
         head_tiles.count, batch, head_tiles.stride, size,

@@ -23,7 +23,7 @@ from chai_attention.ops.triton.hopper_pages import COLUMNS
 from chai_attention.ops.triton.hopper_window import prefill_window as _prefill_window
 from chai_attention.ops.triton.hopper_work import plan_of
 from chai_attention.ops.triton.launch_prefill import group_of, heads_per_tile_for
-from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
+from chai_attention.ops.triton.repeated import aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv
 from chai_attention.ops.windowed import WindowTables
 
@@ -87,13 +87,11 @@ def prefill_packed(
         prefill_packed, dim, page, held, strides, len(given), out.dtype,
         *dtypes(starts, lengths, table, ids),
     )  # fmt: skip
-    launch = head_tiles.launches.get(key)
-    if launch is None:
-        launch = head_tiles.launches[key] = Repeated(
-            prefill_hopper, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
-            RAGGED=True, PAGE=page, HAS_IDS=ids is not None, HAS_LENGTH=lengths is not None,
-            HAS_LSE=lse is not None, num_warps=4,
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key) or head_tiles.launches.keep(
+        key, prefill_hopper, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
+        RAGGED=True, PAGE=page, HAS_IDS=ids is not None, HAS_LENGTH=lengths is not None,
+        HAS_LSE=lse is not None, num_warps=4,
+    )  # fmt: skip
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     launch(
         (min(processors(query.device), programs), 1, 1), aligned(*given),
@@ -175,13 +173,11 @@ def prefill_packed_window(
     key = (
         prefill_packed_window, dim, kv.sinks, strides, out.dtype, *dtypes(starts, ids, offset)
     )  # fmt: skip
-    launch = head_tiles.launches.get(key)
-    if launch is None:
-        launch = head_tiles.launches[key] = Repeated(
-            _prefill_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
-            SINKS=kv.sinks, SHARED=call.membership.group_size, RAGGED=True,
-            HAS_IDS=ids is not None, HAS_OFFSET=offset is not None, num_warps=4,
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key) or head_tiles.launches.keep(
+        key, _prefill_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members, STAGES=STAGES,
+        SINKS=kv.sinks, SHARED=call.membership.group_size, RAGGED=True,
+        HAS_IDS=ids is not None, HAS_OFFSET=offset is not None, num_warps=4,
+    )  # fmt: skip
     box = [1, 1, BLOCK, dim]
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     launch(
@@ -241,14 +237,12 @@ def prefill_paged_window(
         prefill_paged_window, dim, kv.key.shape[1], local.page, local.sinks, strides, out.dtype,
         *dtypes(starts, kv.seq_lens, table, local.block_table, ids, offset),
     )  # fmt: skip
-    launch = head_tiles.launches.get(key)
-    if launch is None:
-        launch = head_tiles.launches[key] = Repeated(
-            _prefill_paged_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members,
-            STAGES=STAGES, SINKS=local.sinks, SHARED=member.group_size, GROUPS=member.kv_heads,
-            PAGE=kv.key.shape[1], LOCAL_PAGE=local.page, HAS_IDS=ids is not None,
-            HAS_OFFSET=offset is not None, num_warps=4,
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key) or head_tiles.launches.keep(
+        key, _prefill_paged_window, ROWS=ROWS, BLOCK=BLOCK, D=dim, M=head_tiles.members,
+        STAGES=STAGES, SINKS=local.sinks, SHARED=member.group_size, GROUPS=member.kv_heads,
+        PAGE=kv.key.shape[1], LOCAL_PAGE=local.page, HAS_IDS=ids is not None,
+        HAS_OFFSET=offset is not None, num_warps=4,
+    )  # fmt: skip
     programs = (total // (2 * ROWS) + batch) * head_tiles.count
     launch(
         (min(processors(out.device), programs), 1, 1), aligned(out),

@@ -17,7 +17,7 @@ from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import shared_bytes
 from chai_attention.ops.triton.head_tiles import HeadTiles, head_tiles_of, heads_per_tile
 from chai_attention.ops.triton.prefill import _prefill
-from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
+from chai_attention.ops.triton.repeated import aligned, dtypes
 from chai_attention.ops.triton.sizes import cdiv
 
 logger = logging.getLogger("chai_attention")
@@ -196,13 +196,12 @@ def _launch_packed(
         q_strides, strides, out_strides, lse_strides,
         *dtypes(query, key, target, lse, lengths, starts, table, ids),
     )  # fmt: skip
-    launch = head_tiles.launches.get(key_of_launch)
-    if launch is None:
-        launch = head_tiles.launches[key_of_launch] = Repeated(
-            _prefill, PAGE=page, RAGGED=True, LIMITED=is_limited, HAS_IDS=ids is not None,
-            HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles, SPLIT=parts > 1,
-            **_constants(query, value, call, head_tiles, tile, lse),
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key_of_launch) or head_tiles.launches.keep(
+        key_of_launch, _prefill, PAGE=page, RAGGED=True, LIMITED=is_limited,
+        HAS_IDS=ids is not None, HAS_LENGTH=lengths is not None, HAS_VALID=False, TILES=tiles,
+        SPLIT=parts > 1,
+        **_constants(query, value, call, head_tiles, tile, lse),
+    )  # fmt: skip
     launch(
         (programs, 1, 1), aligned(query, key, value, target, *(() if lse is None else (lse,))),
         query, key, value, k_tiles, v_tiles, lengths, None, starts, table, ids,

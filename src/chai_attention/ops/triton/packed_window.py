@@ -26,7 +26,7 @@ from chai_attention.ops.triton.decode import LOG2_E, _membership_of, padded
 from chai_attention.ops.triton.head_tiles import HeadTiles
 from chai_attention.ops.triton.launch_prefill import precision_of, rows_of, tile_of
 from chai_attention.ops.triton.prefill import _go_on, _in_groups, _sequence_of, _tile
-from chai_attention.ops.triton.repeated import Repeated, aligned, dtypes
+from chai_attention.ops.triton.repeated import aligned, dtypes
 from chai_attention.ops.triton.sizes import power_of_2
 
 logger = logging.getLogger("chai_attention")
@@ -308,16 +308,14 @@ def prefill_packed_window(
         q_strides, strides, out_strides,
         *dtypes(query, key, target, lse, lengths, starts, table, local_table, ids, offset),
     )  # fmt: skip
-    launch = head_tiles.launches.get(key_of_launch)
-    if launch is None:
-        launch = head_tiles.launches[key_of_launch] = Repeated(
-            _prefill_window, D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
-            M=head_tiles.members, GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows,
-            BLOCK=tile.block, LOCAL=BLOCK_LOCAL, PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
-            SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
-            HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None, SPLIT=parts > 1,
-            PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    launch = head_tiles.launches.get(key_of_launch) or head_tiles.launches.keep(
+        key_of_launch, _prefill_window, D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim),
+        M=head_tiles.members, GROUP=heads // groups, GROUPS=groups, ROWS=tile.rows,
+        BLOCK=tile.block, LOCAL=BLOCK_LOCAL, PAGE=page, LOCAL_PAGE=local_page, SINKS=sinks,
+        SINKS_P=max(16, power_of_2(sinks)), HAS_IDS=ids is not None,
+        HAS_OFFSET=offset is not None, HAS_SOFTCAP=softcap is not None, SPLIT=parts > 1,
+        PRECISION=precision_of(query), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     launch(
         (programs, 1, 1), are_aligned and aligned(query, target),
         query, *states, lengths, starts, table, local_table, ids,

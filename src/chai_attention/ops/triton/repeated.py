@@ -80,6 +80,11 @@ class Launches(dict[Hashable, Any]):
             self.clear()
         super().__setitem__(key, made)
 
+    def keep(self, key: Hashable, kernel: Any, **constants: Any) -> Repeated:
+        """Launches of a kernel, made and kept; for a key that has none yet."""
+        made = self[key] = Repeated(kernel, **constants)
+        return made
+
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether all of them begin at multiples of 16 bytes."""
