@@ -47,14 +47,6 @@ class RollingBuffer:
         """Position p stands at ``(p + shift) % R``, which no position makes negative."""
         return -self.begin % self.size
 
-    def select(self, rows: Tensor) -> RollingBuffer:
-        """Return the sequences ``rows``."""
-        return RollingBuffer(
-            self.ring[rows], self.sinks[rows], self.sink_positions[rows], self.recent, self.begin,
-            None if self.value_ring is None else self.value_ring[rows],
-            None if self.value_sinks is None else self.value_sinks[rows],
-        )  # fmt: skip
-
     @property
     def memories(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Ring and sinks of K, and of V where V heads stream."""

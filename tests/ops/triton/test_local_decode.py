@@ -1,5 +1,7 @@
 """Decode with an exact recent window, contiguous and paged, against the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -40,12 +42,15 @@ def filled(member, lengths, first, recent, sinks, spare, dim, value_dim, dtype):
     keys = torch.full((batch, member.kept_keys, size, dim), torch.nan, dtype=dtype)
     values = torch.full((batch, size, member.kept_values, value_dim), torch.nan, dtype=dtype)
     values = values.transpose(1, 2)
+    held = {
+        name: states for name, states in vars(local).items() if isinstance(states, torch.Tensor)
+    }
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         write_dense(
             key[one, :, :length], value[one, :, :length], keys[one], values[one],
             member.select(torch.tensor([row])), torch.zeros(1, dtype=torch.int32),
-            local.select(one),
+            replace(local, **{name: states[one] for name, states in held.items()}),
         )  # fmt: skip
     return key, value, keys, values, local
 
