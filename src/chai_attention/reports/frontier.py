@@ -22,7 +22,7 @@ CLEAR = 2.0  # standard errors from which a rise of the paper's recipe can be co
 LINEAR_BELOW = 1.0  # percent; the plot's y axis is logarithmic above
 
 
-def paper_ratio(point: Point, points: Sequence[Point], reference: str = PAPER) -> float | None:
+def paper_ratio(point: Point, points: Sequence[Point]) -> float | None:
     """Divide a point's perplexity rise by the paper's at the same K,V bytes saved.
 
     Where the paper's recipe was not measured at these bytes, its ``log(1 + rise)`` is
@@ -30,20 +30,19 @@ def paper_ratio(point: Point, points: Sequence[Point], reference: str = PAPER) -
 
     Args:
         point: what is compared.
-        points: among them the reference's, of which those of the same text and context count.
-        reference: name of the recipe to compare with.
+        points: among them the paper's, of which those of the same text and context count.
 
     Returns:
         The ratio; below 1 is better than the paper. None for the paper itself, where it has no
         points around these bytes, and where its rise is not clear of its own error.
     """
-    if point.recipe == reference:
+    if point.recipe == PAPER:
         return None
     best: dict[float, Point] = {}  # of several points with the same bytes, the paper's best
     measured_on = (point.text, point.digest, point.context)
     for other in points:
         same = (other.text, other.digest, other.context) == measured_on
-        if same and other.recipe == reference:
+        if same and other.recipe == PAPER:
             saved = round(other.saved, 6)
             if saved not in best or other.rise < best[saved].rise:
                 best[saved] = other
