@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # 1: neither streaming heads nor ranks; 2: no ranks. The lowest that says all is written
 SCHEMA_VERSION = 3
 ONLINE, STATIC, BLEND = "online", "static", "blend"
-MEMBERSHIPS = (ONLINE, STATIC, BLEND)
 DEFAULT_WINDOW = 32
 FOR_EVER = 10**9  # tokens of a context in which a recent window counts for nothing
 EXPORTED = "chai_profile.json"  # in the folder of an exported model

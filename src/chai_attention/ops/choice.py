@@ -98,10 +98,7 @@ def reproducible() -> Iterator[None]:
     For results that must not depend on how long something took: another process, or another run,
     may find the other code faster, which rounds otherwise. What was decided by hand stays so.
     """
-    if _given.get() is not None:
-        yield
-        return
-    token = _given.set(_USUAL)
+    token = _given.set(_given.get() or _USUAL)
     try:
         yield
     finally:

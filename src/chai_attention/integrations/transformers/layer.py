@@ -185,7 +185,7 @@ class ClusteredLayer(LayerMemory):
 
     def _window_positions(self, padding: Padding) -> Tensor:
         """``[B, W]``: where the probe windows' tokens stand."""
-        return padding.window_positions(self.plan.probe_start, self.plan.window)
+        return padding.first_positions(self.plan.probe_end)[:, self.plan.probe_start :]
 
     def _membership_of(
         self, rows: Tensor, keys: Tensor, values: Tensor, padding: Padding, options: dict[str, Any]

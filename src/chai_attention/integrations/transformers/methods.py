@@ -38,7 +38,6 @@ class Method(ABC):
 
     def new_cache(self, model: PreTrainedModel) -> Cache | None:
         """Return an empty cache for one batch; None for the model's own kind."""
-        del model
         return None
 
     def looks_ahead(self, context: int) -> bool:
@@ -50,7 +49,6 @@ class Method(ABC):
         Args:
             context: tokens that have filled the cache.
         """
-        del context
         return False
 
 

@@ -71,10 +71,6 @@ class Padding:
             return _plain_positions(min(count, self.length), self.batch, self.device)
         return self.first_positions(count).int()
 
-    def window_positions(self, start: int, window: int) -> Tensor:
-        """``[B, window]``: the real tokens from the ``start``-th on, as `first_positions`."""
-        return self.first_positions(start + window)[:, start:]
-
     def window_end(self, count: int) -> int:
         """Tokens a batch must keep for every sequence to have its first ``count`` real ones."""
         if self.valid is None:

@@ -189,7 +189,7 @@ def _deal_clusters(membership: Membership, members: int) -> HeadTiles:
     rows = membership.known_rows
     count = clusters + (heads - clusters) // members
     if rows is not None:
-        count = max(_needed(row, members) for row in set(rows))
+        count = max(sum(cdiv(n, members) for n in Counter(row).values()) for row in set(rows))
     order = membership.order  # [B, H]
     slot = membership.slot.gather(1, order)  # [B, H], ascending
     offsets = membership.offsets
@@ -215,11 +215,6 @@ def _deal_clusters(membership: Membership, members: int) -> HeadTiles:
         value=table(count * members, lane, value).view(batch, count, members),
         exact=rows is not None,
     )
-
-
-def _needed(representatives: tuple[int, ...], members: int) -> int:
-    """Head tiles of one row."""
-    return sum(-(-size // members) for size in Counter(representatives).values())
 
 
 def natural_head_tiles(membership: Membership, members: int) -> HeadTiles:

@@ -147,11 +147,12 @@ def _run_maps(
     dim = query.shape[-1]
     maps = torch.empty(batch, heads, window * window, dtype=torch.float32, device=query.device)
     wide = padded(window)
+    precision = PRECISION if query.dtype == torch.float32 else "tf32"  # exact for 16 bits
     tokens, real, chosen = windows or (None, None, None)
     _maps[(heads, batch)](
         query, key, tokens, real, chosen, maps, scale, softcap or 1.0, *strides,
         HEADS=heads, GROUP=group, W=window, WP=wide, D=dim,
-        BLOCK=min(BLOCK, padded(dim)), PRECISION=_precision(query),
+        BLOCK=min(BLOCK, padded(dim)), PRECISION=precision,
         HAS_SOFTCAP=softcap is not None, HAS_TOKENS=tokens is not None,
         HAS_HEADS=chosen is not None, num_warps=WARPS[wide],
     )  # fmt: skip
@@ -179,8 +180,3 @@ def output_distances(maps: Tensor, value: Tensor) -> Tensor:
         num_warps=WARPS[wide],
     )  # fmt: skip
     return out
-
-
-def _precision(states: Tensor) -> str:
-    """How Q and K are multiplied: numbers of 16 bits are exact in TF32."""
-    return PRECISION if states.dtype == torch.float32 else "tf32"
