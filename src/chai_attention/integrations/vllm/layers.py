@@ -102,10 +102,9 @@ def local_page(page: int, far: int, local: int, recent: int) -> int:
     """Tokens of a local page beside far pages of ``page`` tokens.
 
     vLLM takes both from one store of blocks, so every block is as large as the larger of the two.
-    Local pages are not the larger ones, but of 16 tokens at least, not much longer than the window
-    or far pages, and prefixes can be found again at every fourth far page or more often. Of such
-    sizes, those with the fewest pages for the window; of these, with which prefixes are found at
-    the finest steps; of these, the longest.
+    Local pages are as long as they can be without being the larger ones; but 16 tokens at least,
+    not much longer than the window or far pages, and so that prefixes can be found again at every
+    fourth far page or more often.
 
     Args:
         page: tokens of a far page, a multiple of 16.
@@ -113,21 +112,12 @@ def local_page(page: int, far: int, local: int, recent: int) -> int:
         local: the same of local pages.
         recent: w.
     """
+    found = PAGE_MULTIPLE
     longest = min(page * far // max(1, local), max(_LONGEST * page, recent), _MOST_ALIGNED * page)
-    sizes = [
-        tokens
-        for tokens in range(PAGE_MULTIPLE, longest + 1, PAGE_MULTIPLE)
-        if math.lcm(tokens, page) <= _MOST_ALIGNED * page
-    ]
-    return min(
-        sizes or [PAGE_MULTIPLE],
-        key=lambda tokens: (_window_pages(tokens, recent, 1), math.lcm(tokens, page), -tokens),
-    )
-
-
-def _window_pages(page: int, recent: int, new: int) -> int:
-    """Pages of ``page`` tokens that the window of ``new`` tokens takes, wherever it begins."""
-    return -(-(recent - 2 + new) // page) + 1
+    for tokens in range(PAGE_MULTIPLE, longest + 1, PAGE_MULTIPLE):
+        if math.lcm(tokens, page) <= _MOST_ALIGNED * page:
+            found = tokens
+    return found
 
 
 def sink_pages(sinks: int, page: int) -> int:
@@ -145,7 +135,7 @@ def local_pages_of(tokens: int, page: int, recent: int, sinks: int, new: int = 1
         sinks: s.
         new: tokens of a step, all of whose local pages are there while it runs.
     """
-    window = _window_pages(page, recent, new)
+    window = -(-(recent - 2 + new) // page) + 1  # it may begin anywhere in a page
     return min(-(-tokens // page), window + sink_pages(sinks, page))
 
 
