@@ -18,7 +18,7 @@ from chai_attention.ops.fp8 import FLOAT8
 from chai_attention.ops.local_pages import LocalPages
 from chai_attention.ops.rolling_buffer import RollingBuffer
 from chai_attention.ops.triton import launch_hopper_decode
-from chai_attention.ops.triton.checks import by_row, check
+from chai_attention.ops.triton.checks import by_row, check, page_strides
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.decode_parts import _merge, _parts
 from chai_attention.ops.triton.device import capability, processors
@@ -244,9 +244,9 @@ def _window_of(local: LocalPages | RollingBuffer | None) -> _Window:
         return _Window((None,) * 6, (0,) * 13, (0, 1, 0), 0, 0, 0)
     if isinstance(local, LocalPages):
         table = by_row(local.block_table)
-        of_pages = (x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1))
         return _Window(
-            (local.key, None, local.value, None, None, table), (*of_pages, *(0,) * 7),
+            (local.key, None, local.value, None, None, table),
+            (*page_strides(local.key), *page_strides(local.value), *(0,) * 7),
             (local.recent, 1, 0), table.stride(0), local.sinks, local.page,
         )  # fmt: skip
     ring, first, positions = local.ring, local.sinks, by_row(local.sink_positions)

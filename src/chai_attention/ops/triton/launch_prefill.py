@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.call import AttentionCall, DenseKV, PackedKV, PackedQueries, PagedKV, Probe
+from chai_attention.ops.triton.checks import page_strides
 from chai_attention.ops.triton.context_parts import count_of, join, memory_of
 from chai_attention.ops.triton.decode import padded
 from chai_attention.ops.triton.device import shared_bytes
@@ -165,7 +166,7 @@ def _launch_packed(
         target, lse = memory_of(parts, out, queries.shared)
     if isinstance(kv, PagedKV):
         page, table = key.shape[1], kv.block_table
-        strides = tuple([x.stride(axis) for x in (key, value) for axis in (0, 2, 1)])
+        strides = *page_strides(key), *page_strides(value)
     else:
         page, table = 0, None
         strides = 0, key.stride(1), key.stride(0), 0, value.stride(1), value.stride(0)

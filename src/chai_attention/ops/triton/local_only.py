@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chai_attention.membership import Membership
 from chai_attention.ops.local_pages import LocalPages
-from chai_attention.ops.triton.checks import by_row
+from chai_attention.ops.triton.checks import by_row, page_strides
 from chai_attention.ops.triton.decode import _scores_base2, padded
 from chai_attention.ops.triton.launch_prefill import precision_of
 from chai_attention.ops.triton.sizes import cdiv, power_of_2
@@ -127,8 +127,7 @@ def decode_local_only(
     _local_only[(batch * groups,)](
         query, local.key, local.value, lengths, table, out, scale, softcap or 1.0, groups,
         local.recent, *query.stride()[:2],
-        *(x.stride(axis) for x in (local.key, local.value) for axis in (0, 2, 1)),
-        table.stride(0), *out.stride()[:2],
+        *page_strides(local.key), *page_strides(local.value), table.stride(0), *out.stride()[:2],
         D=dim, DP=padded(dim), DV=value_dim, DVP=padded(value_dim), GROUP=heads // groups,
         ROWS=padded(heads // groups), LOCAL=block, STEPS=cdiv(keys, block), PAGE=local.page,
         SINKS=local.sinks, HAS_SOFTCAP=softcap is not None, PRECISION=precision_of(query),

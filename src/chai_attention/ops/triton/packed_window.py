@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chai_attention.ops.call import AttentionCall, PackedKV, PackedQueries, PagedKV
+from chai_attention.ops.triton.checks import page_strides
 from chai_attention.ops.triton.context_parts import (
     _keep_part,
     _lse_base2,
@@ -334,4 +335,4 @@ def _layout(kv: PagedKV) -> tuple[tuple[int, ...], bool]:
     """Strides of page, head and token of far and local K and V; whether all are `aligned`."""
     assert kv.window is not None
     states = (kv.key, kv.value, kv.window.key, kv.window.value)
-    return tuple([x.stride(axis) for x in states for axis in (0, 2, 1)]), aligned(*states)
+    return tuple(n for pages in states for n in page_strides(pages)), aligned(*states)
