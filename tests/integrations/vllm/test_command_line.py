@@ -53,6 +53,38 @@ def test_objects_whole_and_by_their_parts(words: list[str]) -> None:
     assert Options(words).mapping("--attention-config") == {"backend": "TRITON_ATTN"}
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["x", "1"], {"x": 1}),
+        (["x.y", "0.5", "x.z", "true"], {"x": {"y": 0.5, "z": True}}),
+        (["x", "[1, 2]", "y", "a b"], {"x": [1, 2], "y": "a b"}),
+        (["x", "2k", "y", "1T", "z", "task"], {"x": 2000, "y": 2**40, "z": "task"}),
+        (["x+", "a,b", "x+", "c"], {"x": ["a", "b", "c"]}),
+        (["x", "1", "x.y", "2"], {"x": {"y": 2}}),
+    ],
+)
+def test_parts_of_an_object_keep_the_types_that_vllm_gives_them(words, value) -> None:
+    names, values = words[::2], words[1::2]
+    given = [
+        word
+        for name, each in zip(names, values, strict=True)
+        for word in (f"--additional-config.{name}", each)
+    ]
+    assert Options(given).mapping("--additional-config") == value
+    if importlib.util.find_spec("vllm") is not None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        assert parser.parse_args(given).additional_config == value
+
+
+def test_a_part_without_a_value_is_one_line() -> None:
+    with pytest.raises(ProfileError, match=r"--additional-config\.x needs a value"):
+        Options(["--additional-config.x"]).mapping("--additional-config")
+
+
 def test_objects_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("additional-config:\n  x: {y: 1}\nenable-prefix-caching: false\n")

@@ -67,10 +67,27 @@ def test_options_of_vllm_are_heeded() -> None:
         ]
         found = estimate_config(LLAMA_7B, "llama-7b", options, 80 * GB)
         assert found.budget.copies == (4096 + tokens) * (4 + 32) * 128 * 2
-    with pytest.raises(ChaiError, match="--max-model-len is a number, not 'long'"):
+    with pytest.raises(ChaiError, match="--max-model-len is a number, not 'longk'"):
         estimate_config(LLAMA_7B, "llama-7b", ["--max-model-len", "longk"], 80 * GB)
     with pytest.raises(ChaiError, match="--max-num-seqs is a number"):
         estimate_config(LLAMA_7B, "llama-7b", ["--max-num-seqs", "many"], 80 * GB)
+
+
+def test_memory_that_is_given_to_the_cache_is_all_it_gets() -> None:
+    # with tables of memberships beside it, as vLLM counts what is given for pages alone
+    words = ["--kv-cache-memory-bytes", "20G", "--gpu-memory-utilization", "0.95"]
+    found = estimate_config(LLAMA_7B, "llama-7b", words, 80 * GB)
+    assert found.budget.cache == 20 * 2**30
+    for held in (found.full, found.clustered):
+        assert held.blocks == 20 * 2**30 // held.per.block_bytes
+    fixed = estimate_config(LLAMA_7B, "llama-7b", ["--num-gpu-blocks-override=700"], 80 * GB)
+    assert fixed.full.blocks == fixed.clustered.blocks == 700
+    assert fixed.budget.cache == 700 * fixed.clustered.per.block_bytes
+
+
+def test_layers_on_several_gpus_are_not_counted_on_one() -> None:
+    with pytest.raises(ChaiError, match="leave out --pipeline-parallel-size"):
+        estimate_config(LLAMA_7B, "llama-7b", ["-pp", "2"], 80 * GB)
 
 
 def test_requests_are_as_many_as_vllm_lets_run() -> None:

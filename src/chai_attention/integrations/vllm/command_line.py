@@ -34,6 +34,7 @@ KNOWN = {
     "--hf-overrides": None,
     "--kv-cache-dtype": None,
     "--kv-cache-dtype-skip-layers": None,
+    "--kv-cache-memory-bytes": None,
     "--kv-offloading-size": None,
     "--kv-transfer-config": None,
     "--max-model-len": None,
@@ -44,15 +45,23 @@ KNOWN = {
     "--no-enable-dbo": None,
     "--no-enable-prefix-caching": None,
     "--no-enable-sleep-mode": None,
+    "--num-gpu-blocks-override": None,
     "--performance-mode": None,
+    "--pipeline-parallel-size": "-pp",
     "--prefill-context-parallel-size": "-pcp",
     "--revision": None,
+    "--spec-method": None,
+    "--spec-model": None,
+    "--spec-tokens": None,
     "--speculative-config": "-sc",
     "--tensor-parallel-size": "-tp",
     "--trust-remote-code": None,
 }
 _MOST_BYTES = 2**24  # of the file that --config names
-_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+_SUFFIXES = {
+    **{letter: 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{letter: 1024**power for power, letter in enumerate("KMGT", 1)},
+}
 
 
 class OptionError(ProfileError):
@@ -116,15 +125,9 @@ class Options:
         text = self.text(name)
         if text is None:
             return default
-        digits, factor = text, 1
-        if text[-1:] in _SUFFIXES:
-            digits, factor = text[:-1], _SUFFIXES[text[-1]]
-        try:
-            found = float(digits) * factor
-        except ValueError:
-            found = math.nan
+        found = _number(text)
         if not math.isfinite(found):
-            raise OptionError(f"{name} is a number, not {digits!r}")
+            raise OptionError(f"{name} is a number, not {text!r}")
         return found
 
     def count(self, name: str, default: int) -> int:
@@ -156,11 +159,7 @@ class Options:
         parts: dict[str, Any] = {}
         for item in self._items:
             if item.name == name and item.key:
-                *outer, last = item.key.split(".")
-                place = parts
-                for key in outer:
-                    place = place.setdefault(key, {})
-                place[last] = item.value
+                _put(parts, item)
         if parts:
             return parts
         if not self.is_given(name):
@@ -200,6 +199,41 @@ def _items(words: Sequence[str]) -> Iterator[_Item]:
             yield _Item(name, key, None, place, place + 1)
         else:
             yield _Item(name, key, behind, place, place + 2)
+
+
+def _put(parts: dict[str, Any], item: _Item) -> None:
+    """Set one part of an object: ``--name.key value`` or, for a list, ``--name.key+ a,b``."""
+    if item.value is None:
+        raise OptionError(f"{item.name}.{item.key} needs a value")
+    *outer, last = item.key.removesuffix("+").split(".")
+    for key in outer:
+        if not isinstance(parts.get(key), dict):
+            parts[key] = {}
+        parts = parts[key]
+    value: Any = item.value.split(",") if item.key.endswith("+") else _typed(item.value)
+    if isinstance(value, list) and isinstance(parts.get(last), list):
+        value = parts[last] + value
+    parts[last] = value
+
+
+def _typed(text: str) -> Any:
+    """A part's value as vLLM reads it: JSON, else a whole number with a suffix, else text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        number = _number(text) if text[-1:] in _SUFFIXES else math.nan
+        return int(number) if math.isfinite(number) else text
+
+
+def _number(text: str) -> float:
+    """A number, perhaps with one of vLLM's suffixes; not finite where it is none."""
+    digits, factor = text, 1
+    if text[-1:] in _SUFFIXES:
+        digits, factor = text[:-1], _SUFFIXES[text[-1]]
+    try:
+        return float(digits) * factor
+    except ValueError:
+        return math.nan
 
 
 def _known(option: str) -> str | None:

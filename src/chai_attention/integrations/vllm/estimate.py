@@ -46,6 +46,8 @@ class EngineOptions:
         cache_element_size: bytes of a number of the K,V cache; None: as many as hidden states have.
         block: ``--block-size``; None: 64 with clusters, without them vLLM's 16.
         ranks: ``--tensor-parallel-size``.
+        cache_bytes: ``--kv-cache-memory-bytes``; None: what is left.
+        blocks: ``--num-gpu-blocks-override``; None: as many as fit.
     """
 
     gpu_bytes: int
@@ -56,6 +58,8 @@ class EngineOptions:
     cache_element_size: int | None = None
     block: int | None = None
     ranks: int = 1
+    cache_bytes: int | None = None
+    blocks: int | None = None
 
     @classmethod
     def of(cls, options: Options, gpu_bytes: int, most: int) -> EngineOptions:
@@ -67,8 +71,13 @@ class EngineOptions:
             most: tokens that the model can read.
 
         Raises:
-            OptionError: one that is no number, or out of range.
+            OptionError: one that is no number, or out of range; layers on several GPUs.
         """
+        if options.count("--pipeline-parallel-size", 1) > 1:
+            raise OptionError(
+                "an estimate is of GPUs that hold every layer: leave out --pipeline-parallel-size, "
+                "or estimate with --tensor-parallel-size"
+            )
         share = options.number("--gpu-memory-utilization", 0.92)
         if not 0 < share <= 1:
             raise OptionError(
@@ -89,6 +98,8 @@ class EngineOptions:
             gpu_bytes, share, given or min(requests, tokens), tokens, longest,
             1 if cache in EIGHT_BITS else None, options.count("--block-size", 0) or None,
             options.count("--tensor-parallel-size", 1),
+            options.count("--kv-cache-memory-bytes", 0) or None,
+            options.count("--num-gpu-blocks-override", 0) or None,
         )  # fmt: skip
 
 
@@ -171,6 +182,7 @@ class Budget:
         activations: of the largest batch, roughly.
         copies: of 8-bit pages, for prompts.
         tables: of online memberships, a row for each block.
+        given: for K and V, where an option says so.
     """
 
     total: int
@@ -178,10 +190,13 @@ class Budget:
     activations: int
     copies: int
     tables: int
+    given: int | None = None
 
     @property
     def cache(self) -> int:
-        """What is left for K and V."""
+        """What K and V may take."""
+        if self.given is not None:
+            return self.given
         return self.total - self.weights - self.activations - self.copies - self.tables - RUNTIME
 
 
@@ -296,12 +311,18 @@ def estimate(
             "ranks or fewer requests (--max-num-seqs)"
         )
     row = sum(row_bytes(layer, size) for layer in layers)
-    blocks = (left - copies) // (kept.block_bytes + row)
+    most, blocks = left // full.block_bytes, (left - copies) // (kept.block_bytes + row)
+    given = engine.cache_bytes
+    if given is not None:
+        most, blocks = given // full.block_bytes, given // kept.block_bytes
+    if engine.blocks is not None:
+        most = blocks = engine.blocks
+        given = blocks * kept.block_bytes
     local_numbers = kept.local_bytes // (kept.local_page or 1)
     return Estimate(
-        Capacity(full, left // full.block_bytes, batch_tokens),
+        Capacity(full, most, batch_tokens),
         Capacity(kept, blocks, batch_tokens),
-        Budget(total, weights, activations, copies, blocks * row),
+        Budget(total, weights, activations, copies, blocks * row, given),
         (full.far_bytes // full.page, kept.far_bytes // kept.page),
         local_numbers * (kept.recent + kept.sinks),
         engine.requests,

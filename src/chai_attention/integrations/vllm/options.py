@@ -15,6 +15,12 @@ from chai_attention.results import digest as digest_of
 
 # drafts that come without a model of their own, whose layers would need pages too
 DRAFT_METHODS = ("ngram", "ngram_gpu", "suffix")
+# keys of --speculative-config that have options of their own
+SPECULATIVE = {
+    "method": "--spec-method",
+    "model": "--spec-model",
+    "num_speculative_tokens": "--spec-tokens",
+}
 _DIGEST = "sha256"
 EIGHT_BITS = ("fp8", "fp8_e4m3")  # names of K,V caches of float8_e4m3fn
 CACHE_DTYPES = ("float16", "bfloat16")  # that it may have if the model has them
@@ -133,6 +139,9 @@ class Asked:
     def of_options(cls, options: Options) -> Asked:
         """What the options of a server say."""
         drafts = options.mapping("--speculative-config")
+        for key, name in SPECULATIVE.items():
+            if (value := options.text(name)) is not None:
+                drafts[key] = value
         named = {str(drafts.get(key)) for key in ("method", "model")} & set(DRAFT_METHODS)
         return cls(
             cache_dtype=options.text("--kv-cache-dtype") or "auto",
@@ -173,7 +182,7 @@ class Asked:
             )
         if self.drafts is not None and self.drafts not in DRAFT_METHODS:
             yield (
-                "drafts of a model: use --speculative-config with one of the methods "
+                "drafts of a model: use --speculative-config or --spec-method with one of "
                 f"{', '.join(DRAFT_METHODS)}"
             )
         if profile.recent and self.one_kind_of_pages:

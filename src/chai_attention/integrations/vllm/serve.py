@@ -121,14 +121,7 @@ def _check(model: str, profile: str, options: Options, page: int | None) -> None
     """
     chosen, asked = ClusterProfile.resolve(profile), Asked.of_options(options)
     refuse(asked, chosen)
-    backend = options.text("--attention-backend") or options.mapping("--attention-config").get(
-        "backend"
-    )
-    if backend is not None and str(backend).upper() != "CUSTOM":
-        raise UnsupportedModelError(
-            f"clustered heads are an attention backend of their own: leave out {backend} "
-            "(--attention-backend, --attention-config)"
-        )
+    _refuse_backends(options)
     if any(options.is_given(name) for name in _OTHER_CONFIG):
         return
     config = _local_config(model)
@@ -139,6 +132,24 @@ def _check(model: str, profile: str, options: Options, page: int | None) -> None
     problem = page_problem(max(ends), page) if ends and page and asked.caches_prefixes else None
     if problem is not None:
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
+
+
+def _refuse_backends(options: Options) -> None:
+    """Refuse other attention backends, and a second place that names ours, which vLLM refuses.
+
+    Raises:
+        UnsupportedModelError: says what to leave out.
+    """
+    named = options.text("--attention-backend")
+    config = options.mapping("--attention-config")
+    found = [] if named is None or named.upper() == "CUSTOM" else [named]
+    found += [config["backend"]] if config.get("backend") is not None else []
+    found += ["backend_per_kind"] if config.get("backend_per_kind") else []
+    if found:
+        raise UnsupportedModelError(
+            f"clustered heads are an attention backend of their own: leave out {found[0]} "
+            "(--attention-backend, --attention-config)"
+        )
 
 
 def _local_config(model: str) -> PreTrainedConfig | None:
