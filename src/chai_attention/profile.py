@@ -25,6 +25,7 @@ ONLINE, STATIC, BLEND = "online", "static", "blend"
 DEFAULT_WINDOW = 32
 FOR_EVER = 10**9  # tokens of a context in which a recent window counts for nothing
 EXPORTED = "chai_profile.json"  # in the folder of an exported model
+BUILT_IN = "built into the exported weights"  # what its provenance says of a refit
 _TABLES = ("representatives", "streaming", "error", "similarity", "costs", "offsets")
 
 # layers x clusters, as published for CHAI (ICML 2024, https://arxiv.org/abs/2403.08058)

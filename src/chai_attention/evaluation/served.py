@@ -140,7 +140,7 @@ class Served:
         if device == "cuda" and (here := torch.cuda.device_count()) < ranks:
             raise EvaluationError(f"--tensor-parallel {ranks} needs as many GPUs; here are {here}")
         if self.profile is not None:
-            refuse(Asked(caches_prefixes=False), self.profile[1])
+            refuse(Asked(caches_prefixes=False), self.profile[1], self.name)
             layers_of(self.name, self.model.config, self.profile[1], ranks)
 
     def comparators(self, names: Sequence[str]) -> dict[str, Comparator]:

@@ -84,6 +84,19 @@ def test_refit_has_to_be_exported() -> None:
         refuse(Asked.of_config(config()), refit)
 
 
+def test_the_profile_of_refit_weights_is_refused_for_those_without(tmp_path) -> None:
+    # what `chai export` writes beside weights that hold a profile's refit
+    note = {"refit": "output, built into the exported weights"}
+    profile = ClusterProfile((2, 3), window=8, provenance=note)
+    asked = Asked.of_config(config())
+    with pytest.raises(ProfileError, match="serve the folder that chai export wrote"):
+        refuse(asked, profile, str(tmp_path))
+    refuse(asked, PLAIN, str(tmp_path))
+    refuse(asked, profile, "on-the-hub/of-unknown-weights")
+    profile.save(tmp_path / EXPORTED)
+    refuse(asked, profile, str(tmp_path))
+
+
 def test_where_the_profile_comes_from(tmp_path) -> None:
     file = tmp_path / "some.json"
     PLAIN.save(file)

@@ -19,7 +19,7 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.modules import attention_modules, output_projection
-from chai_attention.profile import EXPORTED, ClusterProfile
+from chai_attention.profile import BUILT_IN, EXPORTED, ClusterProfile
 from chai_attention.runtime.shape import describe
 
 # families whose config can ask for biases of all four projections
@@ -109,7 +109,7 @@ def _without_refit(profile: ClusterProfile) -> ClusterProfile:
     if profile.refit is None:
         return profile
     kind = profile.refit["kind"]
-    note = {**(profile.provenance or {}), "refit": f"{kind}, built into the exported weights"}
+    note = {**(profile.provenance or {}), "refit": f"{kind}, {BUILT_IN}"}
     return replace(profile, refit=None, corrections=None, provenance=note)
 
 

@@ -60,7 +60,7 @@ class ModelState:
 
         self.config = config
         self.profile = profile_of(config)
-        refuse(Asked.of_config(config), self.profile)
+        refuse(Asked.of_config(config), self.profile, config.model_config.model)
         mark(config, self.profile)
         if choose_page(config.cache_config, current_platform.is_cuda()):
             _log.info("clustered heads: pages of %d tokens (--block-size)", PAGE)

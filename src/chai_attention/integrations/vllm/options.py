@@ -10,7 +10,7 @@ from typing import Any
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.layers import PAGE, PAGE_MULTIPLE
-from chai_attention.profile import EXPORTED, STATIC, ClusterProfile
+from chai_attention.profile import BUILT_IN, EXPORTED, STATIC, ClusterProfile
 from chai_attention.results import digest as digest_of
 
 # drafts that come without a model of their own, whose layers would need pages too
@@ -208,15 +208,27 @@ def cache_problem(cache_dtype: str, dtype: str | None) -> str | None:
     return f"a K,V cache of {cache_dtype}: use --kv-cache-dtype auto or fp8"
 
 
-def refuse(asked: Asked, profile: ClusterProfile) -> None:
+def refuse(asked: Asked, profile: ClusterProfile, model: str | None = None) -> None:
     """Stop at options that would give wrong results.
+
+    Args:
+        asked: the options.
+        profile: that is to be served.
+        model: its folder, or its name; None where it is not known.
 
     Raises:
         UnsupportedModelError: names the option and what to do.
-        ProfileError: the profile has a refit, which has to be exported.
+        ProfileError: the profile has a refit, which has to be exported, or is of weights that hold
+            one, which these do not.
     """
     for problem in asked.problems(profile):
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
+    built_in = str((profile.provenance or {}).get("refit")).endswith(BUILT_IN)
+    if built_in and model and Path(model).is_dir() and not (Path(model) / EXPORTED).is_file():
+        raise ProfileError(
+            f"this profile is of weights that hold its refit, and those in {model} do not: serve "
+            "the folder that chai export wrote with it"
+        )
     if profile.refit is not None:
         raise ProfileError(
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "

@@ -120,7 +120,7 @@ def _check(model: str, profile: str, options: Options, page: int | None) -> None
         ChaiError: says in one line what to do.
     """
     chosen, asked = ClusterProfile.resolve(profile), Asked.of_options(options)
-    refuse(asked, chosen)
+    refuse(asked, chosen, model)
     _refuse_backends(options)
     if any(options.is_given(name) for name in _OTHER_CONFIG):
         return
