@@ -64,6 +64,20 @@ def test_a_text_is_read_once_for_all_lengths_that_are_tried(count, samples, load
     assert (ready.longer is None) == (count < 400)
 
 
+@pytest.mark.parametrize("names", [["a.txt"], ["a.txt", "b.txt"]])
+def test_a_promise_is_not_measured_on_the_end_of_a_text_alone(names, tmp_path):
+    """A text that is about one thing first, and then about another."""
+    for name in names:
+        (tmp_path / name).write_text("a" * 6000 + "b" * 6000)
+    files = [Source(str(tmp_path / name)) for name in names]
+    request = TextRequest(files, samples=200 * len(names), held_out=200 * len(names), length=24)
+    ready = read(request, tiny_tokenizer())
+    first, second = tiny_tokenizer()("ab", add_special_tokens=False)["input_ids"]
+    for sequences in (ready.sequences, *ready.measured):
+        shares = [float((sequences == letter).float().mean()) for letter in (first, second)]
+        assert shares == [pytest.approx(0.5, abs=0.11)] * 2
+
+
 def test_a_text_in_memory_is_turned_into_tokens_once(monkeypatch):
     made, text = [], lines(400)
 

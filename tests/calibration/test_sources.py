@@ -181,7 +181,7 @@ def test_a_source_without_a_window_is_refused(files):
         ((4, 3), 5, [3, 2]),
     ],
 )
-def test_the_last_windows_of_every_source_are_held_out(counts, held_out, wanted):
+def test_what_is_held_out_is_spread_over_every_source(counts, held_out, wanted):
     torch.manual_seed(0)
     sources = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)])
     sources = sources[torch.randperm(len(sources))]
@@ -189,8 +189,10 @@ def test_the_last_windows_of_every_source_are_held_out(counts, held_out, wanted)
     assert torch.bincount(sources[held], minlength=len(counts)).tolist() == wanted
     assert held.sum() == held_out
     for index, count in enumerate(counts):
-        mine = held[sources == index]
-        assert not mine[: count - wanted[index]].any()
+        places = held[sources == index].nonzero()[:, 0]
+        # each is the middle one of an equal part of its source
+        middles = [(2 * i + 1) * count / (2 * wanted[index]) for i in range(wanted[index])]
+        assert all(abs(at + 0.5 - middle) <= 0.5 for at, middle in zip(places, middles, strict=True))
 
 
 @pytest.mark.parametrize("held_out", [-1, 4, 9])

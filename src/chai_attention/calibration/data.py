@@ -128,8 +128,9 @@ def read_data(
 def hold_out(total: int, count: int, sources: Tensor | None = None) -> Tensor:
     """Choose ``count`` of ``total`` sequences to hold out: ``[total]`` bool.
 
-    Of one text they are evenly spread. Of several sources they are the last of each, in the
-    proportions of the whole, and no source is held out whole.
+    They are evenly spread over the text, or over that of each of several sources, in the
+    proportions of the whole: a text's end may be about something else than what is before it. No
+    source is held out whole.
 
     Args:
         total: sequences.
@@ -142,7 +143,7 @@ def hold_out(total: int, count: int, sources: Tensor | None = None) -> Tensor:
     """
     held = torch.zeros(total, dtype=torch.bool)
     if sources is None:
-        held[[round((i + 0.5) * total / count - 0.5) for i in range(count)]] = True
+        held[_spread(total, count)] = True
         return held
     counts = torch.bincount(sources).tolist()
     most = [max(0, size - 1) for size in counts]
@@ -153,8 +154,13 @@ def hold_out(total: int, count: int, sources: Tensor | None = None) -> Tensor:
         )
     for index, share in enumerate(apportion(count, counts, most)):
         places = (sources == index).nonzero()[:, 0]
-        held[places[len(places) - share :]] = True
+        held[places[_spread(len(places), share)]] = True
     return held
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` numbers below ``total``, as far from each other as from the ends."""
+    return [round((i + 0.5) * total / count - 0.5) for i in range(count)]
 
 
 def apportion(total: int, weights: Sequence[float], most: Sequence[int] | None = None) -> list[int]:
