@@ -192,7 +192,9 @@ def test_what_is_held_out_is_spread_over_every_source(counts, held_out, wanted):
         places = held[sources == index].nonzero()[:, 0]
         # each is the middle one of an equal part of its source
         middles = [(2 * i + 1) * count / (2 * wanted[index]) for i in range(wanted[index])]
-        assert all(abs(at + 0.5 - middle) <= 0.5 for at, middle in zip(places, middles, strict=True))
+        assert all(
+            abs(at + 0.5 - middle) <= 0.5 for at, middle in zip(places, middles, strict=True)
+        )
 
 
 @pytest.mark.parametrize("held_out", [-1, 4, 9])

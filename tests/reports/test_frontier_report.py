@@ -142,6 +142,49 @@ def test_a_panel_per_context_with_a_curve_per_recipe(tmp_path, monkeypatch):
     assert [t.get_text() for t in legend.get_texts()] == ["paper", "a (saves at least)", "b"]
 
 
+def rows_of(points):
+    return [line.split() for line in render(frontier_table(points)).splitlines() if "%" in line]
+
+
+def test_points_of_other_sequences_are_not_on_one_curve_or_under_one_baseline(
+    tmp_path, monkeypatch
+):
+    """Two runs into one folder, the second with more --windows: the text is cut anew."""
+    points = [point("a", 0.1, 0.02), point("a", 0.1, 0.08, digest="def", baseline=31.2)]
+    table = " ".join(render(frontier_table(points)).split())
+    for said in ("28.70 on 16 sequences", "31.20 on 16 sequences", "abc", "def"):
+        assert said in table
+    figure = figure_of(points, tmp_path / "f.png", monkeypatch)
+    assert len(figure.axes) == 2
+    assert [len(axes.containers[0][0].get_xdata()) for axes in figure.axes] == [1, 1]
+
+
+def test_points_of_one_recipe_with_other_settings_are_told_apart(tmp_path, monkeypatch):
+    points = [
+        point("default", 0.1, 0.02, settings={"context": 64}),
+        point("default", 0.2, 0.08, settings={"context": 128}),
+        point("share", 0.1, 0.02),
+        point("share", 0.1, 0.03, asked="removed"),
+        point("p.json", 0.1, 0.02, asked=None, budget=None, settings={"profile": "1f"}),
+        point("p.json", 0.1, 0.03, asked=None, budget=None, settings={"profile": "2f"}),
+        point("value", 0.1, 0.02, settings={"recent": 0}),
+        point("value", 0.2, 0.03, settings={"recent": 0}),
+    ]
+    figure = figure_of(points, tmp_path / "f.png", monkeypatch)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "default (context 64)", "default (context 128)", "share (share of K,V bytes)",
+        "share (share of heads)", "p.json (profile 1f)", "p.json (profile 2f)", "value",
+    ]  # fmt: skip
+    assert [row[0] for row in rows_of(points[-2:])[:2]] == ["value", "value"]
+
+
+def test_the_paper_is_compared_with_whatever_it_is_called():
+    papers = [point("paper", 0.1, 0.5, settings={"target": t}) for t in ("scores", "k-bytes")]
+    table = render(frontier_table([*papers, point("a", 0.1, 0.25)]))
+    assert "0.50" in next(row for row in table.splitlines() if row.split()[:1] == ["a"]).split()
+
+
 def test_a_row_of_panels_per_text(tmp_path, monkeypatch):
     points = [point("a", 0.1, 0.02), point("a", 0.1, 0.02, text="u.txt")]
     figure = figure_of(points, tmp_path / "f.png", monkeypatch)

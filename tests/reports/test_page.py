@@ -14,7 +14,7 @@ from chai_attention.reports.frontier import frontier_plot, frontier_table
 from chai_attention.reports.page import write_page
 from chai_attention.reports.result_files import load_sections
 from chai_attention.reports.sections import ReportError
-from result_files import EVERY, attention, frontier
+from result_files import EVERY, attention, evaluation, frontier
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PHONE = {"width": 360, "height": 740}
@@ -111,6 +111,33 @@ def test_a_picture_of_frontiers_has_a_panel_per_model(tmp_path, name):
     for said in ("tiny-frontier, 256 tokens", "other-model, 1024 tokens", "A title", "gradient"):
         assert said in picture.decode()
     assert write_page(runs, tmp_path / name, "A title").read_bytes() == picture
+
+
+def test_calibrations_of_one_model_are_not_one_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [frontier(tmp_path / str(i) / "f.json") for i in range(2)]
+    together = write_page(runs, tmp_path / "f.svg").read_text()
+    assert "1/f.json" not in together
+    runs[1].write_text(runs[1].read_text().replace('"seed": 7', '"seed": 8'))
+    apart = write_page(runs, tmp_path / "f.svg").read_text()
+    for said in ("tiny-frontier (0/f.json), 256 tokens", "tiny-frontier (1/f.json), 256 tokens"):
+        assert said in apart
+
+
+def test_what_a_task_costs_stands_beside_the_bytes_of_its_own_length(tmp_path):
+    path = evaluation(tmp_path / "results.json")
+    table = json.loads(path.read_text())
+    table["tasks"], table["average_of"] = ["piqa", "recall-1-4096"], []
+    for row, kept in zip(table["rows"], (1.0, 0.6), strict=True):
+        row["average"] = None
+        cell = {**row["tasks"]["piqa"], "kind": "recall", "kv_length": 4096, "kv_share": kept}
+        row["tasks"]["recall-1-4096"] = cell
+    path.write_text(json.dumps(table))
+    (section,) = load_sections([path])
+    said = [text for _, text in section.answer]
+    assert any("in piqa (chai; 10.0% of K,V saved at 66 tokens)" in text for text in said)
+    wanted = "in recall-1-4096 (chai; 40.0% of K,V saved at 4096 tokens)"
+    assert any(wanted in text for text in said)
 
 
 def test_a_picture_needs_frontiers(runs, tmp_path):

@@ -88,7 +88,8 @@ def eval_answer(table: Mapping[str, Any]) -> list[Answer]:
             lost = f"{cell['nll_diff']:+.4f} ±{cell['nll_diff_se']:.4f} nats a token"
         else:
             lost = f"{100 * cell['acc_diff']:+.2f} ±{100 * cell['acc_diff_se']:.2f} points"
-        saved = f"{1 - row['kv_share']:.1%} of K,V saved at {row['kv_length']:.0f} tokens"
+        kept = row if cell is row["average"] else cell  # each task has a length of its own
+        saved = f"{1 - kept['kv_share']:.1%} of K,V saved at {kept['kv_length']:.0f} tokens"
         answers.append((COSTS, f"{lost} in {task} ({name}; {saved})"))
     return answers
 

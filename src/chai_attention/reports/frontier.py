@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -19,7 +21,47 @@ if TYPE_CHECKING:
 
 PAPER = "paper"
 CLEAR = 2.0  # standard errors from which a rise of the paper's recipe can be compared with
+SHARES = {"save": "K,V bytes", "removed": "heads"}  # what budgets are shares of
 LINEAR_BELOW = 1.0  # percent; the plot's y axis is logarithmic above
+
+
+def told_apart(points: Sequence[Point]) -> list[Point]:
+    """Name points for people: what only shares a name with others says how it differs.
+
+    A file keeps the points of all runs into it. Meanwhile the settings of a recipe may have
+    changed, the profile in a file, what budgets are shares of, or the sequences of a text.
+    """
+    recipes: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    texts: dict[tuple[str, int], set[str]] = {}
+    for point in points:
+        recipes.setdefault(_place(point), []).append(_made_by(point))
+        texts.setdefault((point.text, point.context), set()).add(point.digest)
+    found = []
+    for point in points:
+        made, others = _made_by(point), recipes[_place(point)]
+        differs = [
+            f"{key} {made.get(key, 'not given')}"
+            for key in dict.fromkeys(key for other in others for key in other)
+            if any(other.get(key) != made.get(key) for other in others)
+        ]
+        recipe = f"{point.recipe} ({', '.join(differs)})" if differs else point.recipe
+        text = point.text
+        if len(texts[text, point.context]) > 1:
+            text += f" (sequences {point.digest})"
+        found.append(replace(point, recipe=recipe, text=text))
+    return found
+
+
+def _place(point: Point) -> tuple[Any, ...]:
+    """The curve that a point would be on by its names."""
+    return point.recipe, point.text, point.digest, point.context
+
+
+def _made_by(point: Point) -> dict[str, Any]:
+    """What was asked for a point's profile, as words."""
+    asked = {} if point.asked is None else {"share of": SHARES[point.asked]}
+    settings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in point.settings.items()}
+    return {**settings, **asked}
 
 
 def paper_ratio(point: Point, points: Sequence[Point]) -> float | None:
@@ -61,16 +103,17 @@ def paper_ratio(point: Point, points: Sequence[Point]) -> float | None:
 
 def frontier_table(points: Sequence[Point]) -> Table:
     """One row per point: what was asked and removed, bytes saved, and the perplexity rise."""
-    several = len({point.text for point in points}) > 1
-    table = Table(box=SIMPLE, caption=_caption(points), caption_justify="left")
+    shown = told_apart(points)
+    several = len({point.text for point in shown}) > 1
+    table = Table(box=SIMPLE, caption=_caption(shown), caption_justify="left")
     for name in ("recipe", *(["text"] if several else [])):
         table.add_column(name, overflow="fold")
     headings = ("asked", "context", "heads\nremoved", "K,V\nsaved", "perplexity\nrise")
     for name in (*headings, "/ paper", "made"):
         table.add_column(name, justify="right", no_wrap=True)
-    for index, point in enumerate(points):
-        ratio = paper_ratio(point, points)
-        following = points[index + 1] if index + 1 < len(points) else point
+    for index, point in enumerate(shown):
+        ratio = paper_ratio(points[index], points)
+        following = shown[index + 1] if index + 1 < len(shown) else point
         table.add_row(
             point.recipe,
             *([point.text] if several else []),
@@ -100,10 +143,9 @@ def _caption(points: Sequence[Point]) -> str:
         for p in models
     )
     asked = {point.asked for point in points if point.asked is not None}
-    of = {"save": "K,V bytes", "removed": "heads"}
     return (
         f"Perplexity without clusters: {baselines}. "
-        + (f"Asked: a share of the {of[asked.pop()]}. " if len(asked) == 1 else "")
+        + (f"Asked: a share of the {SHARES[asked.pop()]}. " if len(asked) == 1 else "")
         + "± is the standard error, paired by sequences. / paper: the rise divided by that of the "
         "recipe paper at the same K,V bytes saved, interpolated if need be; - where the paper has "
         "no points around these bytes, or none clear of its error. Made: time of calibration."
@@ -135,6 +177,7 @@ def frontier_plot(
 
 def frontier_panels(models: Mapping[str, Sequence[Point]]) -> list[Panel]:
     """A panel per model, text and context length, with equal axes so that they can be compared."""
+    models = {model: told_apart(found) for model, found in models.items()}
     points = [point for found in models.values() for point in found]
     bounds = {point.recipe for point in points if point.at_least}
     labels = {

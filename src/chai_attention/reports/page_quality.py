@@ -11,19 +11,26 @@ from chai_attention.evaluation.table import LEGEND, engine_of, rich_tables
 from chai_attention.evaluation.tasks import facts_and_length
 from chai_attention.reports.answer import eval_answer, frontier_answer
 from chai_attention.reports.drawing import SOFT, Panel, curve, values_as_ticks
-from chai_attention.reports.frontier import LINEAR_BELOW, frontier_panels, frontier_table
+from chai_attention.reports.frontier import (
+    LINEAR_BELOW,
+    frontier_panels,
+    frontier_table,
+    told_apart,
+)
 from chai_attention.reports.sections import Charts, Grid, Section, grid_of, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FRONTIER_OF = "Quality against memory: "
+TESTED_ON = "tested on"
 
 
 def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: str) -> Section:
     """Perplexity rise against K,V bytes saved: a chart per text and context length."""
     model = str(about.get("model", "a model"))
-    baselines = {(p.text, p.context): p for p in points}.values()
+    named = told_apart(points)
+    baselines = {(p.text, p.context): p for p in named}.values()
     workload = "; ".join(
         f"{p.windows} sequences of {p.context:,} tokens of {p.text} "
         f"(perplexity without clusters {p.baseline:.2f})"
@@ -43,10 +50,10 @@ def frontier_section(about: Mapping[str, Any], points: Sequence[Point], source: 
         source=source,
         facts=[
             *((str(name), words(value)) for name, value in about.items() if value is not None),
-            ("tested on", workload),
+            (TESTED_ON, workload),
             *([] if about.get("hardware") else [("hardware", "not recorded in this file")]),
         ],
-        answer=frontier_answer(points),
+        answer=frontier_answer(named),
         summary=summary,
         charts=[
             Charts("Perplexity rise against K,V bytes saved", frontier_panels({model: points}))

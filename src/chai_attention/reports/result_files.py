@@ -20,7 +20,12 @@ from chai_attention.evaluation.runs import SCHEMA_VERSION as EVAL_VERSION
 from chai_attention.profile import ClusterProfile
 from chai_attention.reports.page_bench import attention_section, model_section
 from chai_attention.reports.page_profile import explorer_profile, profile_section
-from chai_attention.reports.page_quality import FRONTIER_OF, eval_section, frontier_section
+from chai_attention.reports.page_quality import (
+    FRONTIER_OF,
+    TESTED_ON,
+    eval_section,
+    frontier_section,
+)
 from chai_attention.reports.page_redundancy import redundancy_section
 from chai_attention.reports.sections import ReportError, Section
 from chai_attention.results import problem_of, read_result, verified
@@ -75,16 +80,27 @@ def load_sections(runs: Sequence[Path], on_skipped: Skipped = lambda path: None)
 def load_frontiers(runs: Sequence[Path]) -> dict[str, list[Point]]:
     """The points of all frontiers among files and folders, by the name of their model.
 
+    Files of one model are told apart if they differ in how it was calibrated.
+
     Raises:
         ReportError: there is none, or one cannot be read.
     """
     found: dict[str, list[Point]] = {}
-    for section in load_sections(runs):
-        if section.points:
-            found.setdefault(section.title.removeprefix(FRONTIER_OF), []).extend(section.points)
+    sections = [section for section in load_sections(runs) if section.points]
+    for section in sections:
+        name = section.title
+        alike = [_calibrated(other) for other in sections if other.title == name]
+        if any(other != _calibrated(section) for other in alike):
+            name += f" ({section.source})"
+        found.setdefault(name.removeprefix(FRONTIER_OF), []).extend(section.points)
     if not found:
         raise ReportError("a picture is of frontiers: give what chai frontier wrote")
     return found
+
+
+def _calibrated(section: Section) -> list[tuple[str, str]]:
+    """What a frontier's file says of its model and calibration."""
+    return [fact for fact in section.facts if fact[0] != TESTED_ON]
 
 
 def with_profiles(sections: Sequence[Section]) -> list[Section]:
