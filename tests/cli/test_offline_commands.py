@@ -34,13 +34,13 @@ def test_all_options_reach_the_calibration(chai, tmp_path):
     code, text, _ = chai(
         "calibrate", "llama-grouped", "--out", out, "--text", "rows.jsonl", *SMALL, "--window", 7,
         "--recent", 4, "--cost", "value",
-        "--clusters", "3,6,1", "--membership", "static", "--target", "scores", "--seed", 11,
+        "--clusters", "3,6,1", "--membership", "blend", "--target", "scores", "--seed", 11,
         "--dtype", "bfloat16", "--device", "cpu",
     )  # fmt: skip
     assert code == 0
     profile = ClusterProfile.load(out)
     assert profile.clusters == (3, 6, 1)
-    assert (profile.window, profile.membership, profile.target) == (7, "static", "scores")
+    assert (profile.window, profile.membership, profile.target) == (7, "blend", "scores")
     assert (profile.provenance["seed"], profile.provenance["samples"]) == (11, 6)
     shape_bytes = 2 * 3 * 2 * 8 * 2  # bfloat16
     assert f"{shape_bytes:,} bytes per token" in text
@@ -122,6 +122,9 @@ CALIBRATE = ("calibrate", "llama", *OUT, *TEXT_FILE)
         ((*CALIBRATE, "--samples", "many"), "--samples"),
         ((*CALIBRATE, "--length", "1000"), "at most 256"),
         ((*CALIBRATE, "--window", "0"), "window 0 is not a whole number of 1 to"),
+        ((*CALIBRATE, "--window", "7"), "this one is static: leave out --window"),
+        ((*CALIBRATE, "--probe-from", "content"), "this one is static: leave out --window"),
+        ((*CALIBRATE, "--clusters", "3", "--max-error", "0.2"), "max_error bounds the elbow"),
         ((*CALIBRATE, "--clusters", "some"), "--clusters is elbow"),
         ((*CALIBRATE, "--clusters", "9"), "cannot have 9 clusters"),
         ((*CALIBRATE, "--clusters", "2,2"), "2 numbers of clusters for 3 layers"),

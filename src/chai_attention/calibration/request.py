@@ -33,7 +33,7 @@ from chai_attention.errors import CalibrationError, ChaiWarning
 from chai_attention.integrations.transformers.devices import input_device
 from chai_attention.integrations.transformers.digest import weights_digest
 from chai_attention.integrations.transformers.enable import enabled
-from chai_attention.profile import ClusterProfile
+from chai_attention.profile import STATIC, ClusterProfile
 from chai_attention.progress import Progress, quiet
 from chai_attention.results import file_digest
 from chai_attention.runtime.shape import describe
@@ -101,9 +101,15 @@ class TextRequest:
         """Resolve settings for a model, and find where its probe tokens begin.
 
         Raises:
-            CalibrationError: options that contradict each other, or no chat template.
+            CalibrationError: options that contradict each other or have no effect, or no chat template.
         """
         chosen = settings.resolve(describe(model))
+        probes = settings.window is not None or self.probe_from == CONTENT
+        if probes and chosen.membership == STATIC:
+            raise CalibrationError(
+                "a probe window decides memberships that are online or blend, and this one is "
+                "static: leave out --window and --probe-from, or take another --membership"
+            )
         if self.probe_from == CONTENT:
             chosen = replace(chosen, probe_start=template_tokens(tokenizer))
         return chosen

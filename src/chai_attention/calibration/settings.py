@@ -132,6 +132,10 @@ class Settings:
         full = Resolved(**self._defaults(shape) | given)
         for problem in full.problems(shape):
             raise CalibrationError(problem)
+        if self.max_error is not None and full.clusters != "elbow":
+            raise CalibrationError(
+                "max_error bounds the elbow: leave it out, or the numbers of clusters"
+            )
         return full
 
     def _defaults(self, shape: ModelShape) -> dict[str, Any]:
@@ -293,7 +297,10 @@ class Resolved(Settings):
         budgets = ("clusters", "max_loss", "save", "removed")
         given = [name for name in budgets if getattr(self, name) is not None]
         if len(given) > 1:
-            yield f"{' and '.join(given)} contradict each other: give one of them"
+            yield (
+                f"{' and '.join(given)} contradict each other: give one of them"
+                f"{' (max_error is of clusters)' * (self.clusters == 'elbow')}"
+            )
         if self.max_recall_loss is not None and self.max_loss is None:
             yield "max_recall_loss goes with max_loss: give both, or none"
         recall = self.max_recall_loss
