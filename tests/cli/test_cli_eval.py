@@ -61,15 +61,17 @@ def place(folder, tmp_path):
     (tmp_path / "items").mkdir()
     (tmp_path / "items" / "arc_easy.jsonl").write_text("\n".join(lines))
     (tmp_path / "text.txt").write_text("Some text, again and again, to read on. " * 400)
+    (tmp_path / "learn.txt").write_text("Other text, over and over, to learn from. " * 400)
     ClusterProfile((2, 6, 3), window=5).save(tmp_path / "profile.json")
     return tmp_path
 
 
 def options(place, *more):
+    fit = ["--calibration-text", place / "learn.txt", "--samples", 4, "--length", 64]
     return [
         "eval", place / "model", "--tasks", "arc_easy,perplexity", "--data", place / "items",
-        "--text", place / "text.txt", "--calibration-text", place / "text.txt", "--samples", 4,
-        "--length", 64, "--limit", 3, "--out", place / "out", "--device", "cpu", *more,
+        "--text", place / "text.txt", "--limit", 3, "--out", place / "out", "--device", "cpu",
+        *(fit if "--compare" in more and "--calibration-text" not in more else []), *more,
     ]  # fmt: skip
 
 
@@ -152,7 +154,10 @@ def test_mistakes_are_one_line(chai, asked, place):
         (["--compare", "other"], "no comparator"),
         (["--compare", "profile"], "--profile FILE"),
         (["--tasks", "piqa"], "piqa.jsonl is missing"),
-        (["--save", "some"], "--save"),
+        (["--save", "some", "--compare", "own"], "--save"),
+        (["--save", "5%", "--samples", "8"], "--save, --samples fits comparators: name some"),
+        (["--calibration-text", "t.txt"], "--calibration-text fits comparators"),
+        (["--recall-cases", "8"], "--recall-cases goes with --tasks recall"),
         (["--tasks", "recall", "--recall-lengths", "1k,some"], "--recall-lengths"),
         (["--tasks", "recall", "--recall-lengths", "1k"], "reads 512 tokens"),
         (["--tasks", "recall"], "too few"),

@@ -133,6 +133,7 @@ def eval_command(
 ) -> None:
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
     _check_engine(context, engine)
+    _check_unused(context, compare, tasks)
     import_libraries(quiet=quiet)
     from chai_attention.integrations.lm_eval import require
 
@@ -235,6 +236,22 @@ def eval_command(
         shown.say(render(made, width=180))
     shown.say(LEGEND)
     shown.say(f"results written to {out / 'results.json'} and {out / 'table.md'}")
+
+
+def _check_unused(context: typer.Context, compare: str | None, tasks: str) -> None:
+    """Refuse options without which the table would be the same.
+
+    Raises:
+        EvaluationError: names them.
+    """
+    fit = options.given(context, "save", "calibration_text", "samples", "length")
+    if compare is None and fit:
+        raise EvaluationError(
+            f"{', '.join(fit)} fits comparators: name some with --compare, or leave it out"
+        )
+    asked = options.given(context, "recall_lengths", "recall_cases")
+    if asked and "recall" not in [name.strip() for name in tasks.split(",")]:
+        raise EvaluationError(f"{', '.join(asked)} goes with --tasks recall")
 
 
 def _check_engine(context: typer.Context, engine: str) -> None:
