@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
 import secrets
 import stat
@@ -143,6 +144,14 @@ def place_of(path: str | Path) -> str:
         return os.path.realpath(path)
     except (OSError, ValueError):
         return str(path)
+
+
+def same_contents(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one regular file, or of two with the same bytes."""
+    try:
+        return place_of(one) == place_of(other) or filecmp.cmp(one, other, shallow=False)
+    except (OSError, ValueError):  # one is no file
+        return False
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:

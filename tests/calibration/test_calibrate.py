@@ -195,7 +195,11 @@ def test_the_length_defaults_to_what_fits_the_model():
         ("llama", {"recent": 23, "sinks": 1}, "covers all 24"),
         ("llama", {"recent": 0, "sinks": 4}, "sinks need a recent window"),
         ("llama", {"max_loss": 0.1, "save": 0.1}, "max_loss and save contradict each other"),
-        ("llama", {"max_error": 0.1, "save": 0.1}, r"contradict each other.*max_error is of clusters"),
+        (
+            "llama",
+            {"max_error": 0.1, "save": 0.1},
+            r"contradict each other.*max_error is of clusters",
+        ),
         ("llama", {"max_error": 0.1, "clusters": 3}, "max_error bounds the elbow: leave it out"),
         ("llama", {"max_loss": 0}, "such as 0.01 for 1%"),
         ("llama", {"save": 1.0}, "save is a share"),

@@ -240,6 +240,9 @@ def test_the_same_file_by_another_name_is_there_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").symlink_to("a.txt")
-    for other in ("./a.txt", str(tmp_path / "a.txt"), "b.txt"):
+    (tmp_path / "copy.txt").write_text("text")
+    (tmp_path / "other.txt").write_text("next")
+    assert len(parse_sources(["a.txt", "other.txt", "org/a.txt"])) == 3
+    for other in ("./a.txt", str(tmp_path / "a.txt"), "b.txt", "copy.txt"):
         with pytest.raises(CalibrationError, match="is there twice"):
             parse_sources(["a.txt", other])

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
         model.save_pretrained(root / family)
         tiny_tokenizer().save_pretrained(root / family)
     (root / "text.txt").write_text(TEXT)
+    (root / "same.txt").write_text(TEXT)
     (root / "short.txt").write_text("too short")
     (root / "empty.txt").write_text("")
     (root / "rows.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXT.splitlines()))

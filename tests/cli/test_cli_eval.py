@@ -150,12 +150,14 @@ def test_a_damaged_file_is_said_and_measured_anew(chai, asked, place):
 
 
 def test_mistakes_are_one_line(chai, asked, place):
+    shutil.copy(place / "text.txt", place / "copy.txt")
     for more, word in (
         (["--compare", "other"], "no comparator"),
         (["--compare", "profile"], "--profile FILE"),
         (["--tasks", "piqa"], "piqa.jsonl is missing"),
         (["--save", "some", "--compare", "own"], "--save"),
         (["--save", "5%", "--samples", "8"], "--save, --samples fits comparators: name some"),
+        (["--calibration-text", place / "copy.txt", "--compare", "own"], "is calibration text"),
         (["--calibration-text", "t.txt"], "--calibration-text fits comparators"),
         (["--recall-cases", "8"], "--recall-cases goes with --tasks recall"),
         (["--tasks", "recall", "--recall-lengths", "1k,some"], "--recall-lengths"),

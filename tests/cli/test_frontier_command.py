@@ -143,6 +143,13 @@ BASE = ("frontier", "llama", "--out", "never", *SMALL)
         ((*BASE, "--test", "./rows.jsonl"), "same name"),
         ((*BASE, "--test", "./text.txt"), "text.txt is calibration text"),
         ((*BASE, "--text", "text.txt"), "is there twice"),
+        ((*BASE, "--text", "same.txt"), "same.txt is there twice"),
+        ((*BASE, "--test", "same.txt"), "same.txt is calibration text"),
+        ((*BASE, "--recipes", "share, value", "--context", 8), "for which --context would be"),
+        (
+            (*BASE, "--recipes", "share", "--text", "recall:1"),
+            "no recipe has streaming heads, for which --text recall would be",
+        ),
         ((*BASE, "--text", "self:2"), "every source of text a weight"),
         ((*BASE, "--text", "none.txt"), "no such text file"),
         (("frontier", "none", "--out", "never", *SMALL), "no model 'none'"),

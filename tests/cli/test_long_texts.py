@@ -32,7 +32,7 @@ def never_loaded(monkeypatch):
         ((*REDUNDANCY, "--length", "257"), "length must be at least 2 and at most 256"),
         ((*EVAL, "--tasks", "perplexity-32768"), "the model reads at most 256"),
         ((*EVAL, "--tasks", "recall", "--recall-lengths", "32k"), "this model reads 256 tokens"),
-        ((*EVAL, "--tasks", "perplexity", "--length", "999"), "at most 256"),
+        ((*EVAL, "--tasks", "perplexity", "--compare", "share", "--length", "999"), "at most 256"),
     ],
 )
 def test_what_a_model_cannot_read(chai, never_loaded, command, told):

@@ -101,7 +101,7 @@ class TextRequest:
         """Resolve settings for a model, and find where its probe tokens begin.
 
         Raises:
-            CalibrationError: options that contradict each other or have no effect, or no chat template.
+            CalibrationError: options that contradict each other or have no effect, or no template.
         """
         chosen = settings.resolve(describe(model))
         probes = settings.window is not None or self.probe_from == CONTENT

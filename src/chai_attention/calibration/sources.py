@@ -7,14 +7,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chai_attention.atomic_write import place_of
+from chai_attention.atomic_write import same_contents
 from chai_attention.calibration.checks import require_tokens
 from chai_attention.calibration.data import apportion
 from chai_attention.calibration.evidence_file import EvidenceFile
@@ -92,11 +92,10 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
     if weighted not in (0, len(sources)):
         raise CalibrationError("give every source of text a weight (name:weight), or none")
     # the same text by two names would be held out and calibrated on
-    places = [place_of(s.name) if _is_file(s.name) else s.name for s in sources]
-    for source, place in zip(sources, places, strict=True):
-        if places.count(place) > 1:
+    for source, other in combinations(sources, 2):
+        if source.name == other.name or same_contents(source.name, other.name):
             raise CalibrationError(
-                f"{source.name} is there twice: give it once, with a larger weight"
+                f"{other.name} is there twice: give it once, with a larger weight"
             )
     return sources
 

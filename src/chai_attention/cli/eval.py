@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from chai_attention.atomic_write import same_contents
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
@@ -169,6 +170,9 @@ def eval_command(
         save=options.share("--save", save),
         seed=seed,
     )
+    for source in calibration.sources:
+        if text is not None and same_contents(text, source.name):
+            raise EvaluationError(f"{text} is calibration text: measure on another")
     options.keep_inputs(
         [out / name for name in _FILES],
         [model, profile, text, data, device_map, *(source.name for source in calibration.sources)],

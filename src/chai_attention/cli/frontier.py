@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from chai_attention.atomic_write import place_of, write_whole
+from chai_attention.atomic_write import same_contents, write_whole
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
@@ -124,18 +124,18 @@ def frontier_command(
     shares = [percent / 100 for percent in _numbers("--budgets", budgets, float)]
     lengths = _numbers("--contexts", contexts, int)
     ranks = list(dict.fromkeys(_numbers("--tensor-parallel", tensor_parallel, int)))
-    chosen = frontier.recipes_named(recipes.split(","))
+    recipe_names = [name.strip() for name in recipes.split(",")]
+    chosen = frontier.recipes_named(recipe_names)
+    given = {"--context": context, "--text recall": recall}
+    frontier.require_streaming(chosen, [name for name, value in given.items() if value is not None])
     names = {Path(name).name: name for name in test}
     if len(names) < len(test):
         raise FrontierError("two test texts have the same name: give each once, or rename one")
-    seen = {place_of(source.name) for source in sources}
     for path in names.values():
-        if place_of(path) in seen:
+        if any(same_contents(path, source.name) for source in sources):
             raise FrontierError(f"{path} is calibration text: measure on another")
     texts = {*names.values(), *(source.name for source in sources)}
-    options.keep_inputs(
-        [out / name for name in _FILES], [model, device_map, *texts, *recipes.split(",")]
-    )
+    options.keep_inputs([out / name for name in _FILES], [model, device_map, *texts, *recipe_names])
     # a missing file should not wait for the model to load
     for name in texts:
         check_source(name)

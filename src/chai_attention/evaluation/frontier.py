@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,14 +88,29 @@ def for_context(
 
     With ``recall``, these also learn from facts to recall with that weight.
     """
-    streaming = ("default", "stream")
     extra: dict[str, Any] = {} if recall is None else {"recall": recall}
     return {
-        name: {"context": tokens, **extra, **recipe}
-        if isinstance(recipe, Mapping) and recipe.get("recipe") in streaming
-        else recipe
+        name: {"context": tokens, **extra, **recipe} if _streams(recipe) else recipe
         for name, recipe in recipes.items()
     }
+
+
+def require_streaming(recipes: Mapping[str, Recipe], asked: Sequence[str]) -> None:
+    """Refuse options of recipes with streaming heads where there is none.
+
+    Raises:
+        FrontierError: names the options.
+    """
+    if asked and not any(map(_streams, recipes.values())):
+        raise FrontierError(
+            f"no recipe has streaming heads, for which {' and '.join(asked)} would be: leave that "
+            "out, or take recipe default or stream, too"
+        )
+
+
+def _streams(recipe: Recipe) -> TypeGuard[Mapping[str, Any]]:
+    """Whether heads may forget their far keys, which is chosen for a context, and by recall."""
+    return isinstance(recipe, Mapping) and recipe.get("recipe") in ("default", "stream")
 
 
 def for_ranks(recipes: Mapping[str, Recipe], ranks: Sequence[int]) -> dict[str, Recipe]:
