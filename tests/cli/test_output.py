@@ -125,6 +125,19 @@ def test_calibrate_as_json_and_quiet(chai, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+def test_bytes_of_calibrate_and_of_inspect_say_of_how_many_bits(chai, tmp_path):
+    """A model in float32, and a server's cache: of 3 layers, 12 vectors of 8 numbers a token."""
+    for dtype, bits in (("float32", 32), ("bfloat16", 16)):
+        out = (*CALIBRATE, "--out", tmp_path / "a.json", "--dtype", dtype)
+        told = json.loads(chai(*out, "--json")[1])
+        assert (told["bits_per_number"], told["kv_bytes_per_token"]["full"]) == (bits, 36 * bits)
+        assert f"({bits}-bit)" in chai(*out)[1]
+    inspect = ("inspect", str(tmp_path / "a.json"), "--model", "llama")
+    found = json.loads(chai(*inspect, "--json")[1])
+    assert (found["bits_per_number"], found["kv_bytes_per_token"]["full"]) == (16, 36 * 16)
+    assert chai(*inspect)[1].count("(16-bit)") == 1
+
+
 def test_bench_as_json(chai, monkeypatch):
     from chai_attention.benchmarking import ceilings, timing
 

@@ -33,7 +33,7 @@ def test_inspect_says_which_heads_stream_and_what_k_and_v_is_kept(tmp_path):
 def test_the_summary_says_from_which_token_on_sharing_saves():
     shape = ModelShape("x", layers=2, heads=6, kv_heads=6, head_dim=4, clusterable=(True, True))
     line = summary_line(ClusterProfile((2, 6), window=30, probe_start=3), shape, 2)
-    assert line.endswith("; sharing saves from 33 tokens on, with vLLM from the first")
+    assert line.endswith("; sharing saves from 33 tokens on, with vLLM from the first (16-bit)")
     static = ClusterProfile((1, 6), "static", representatives=((0,) * 6, tuple(range(6))))
     for none in (static, ClusterProfile((6, 6))):
         assert "sharing" not in summary_line(none, shape, 2)

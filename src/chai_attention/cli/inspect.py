@@ -60,7 +60,7 @@ def inspect_command(
     for line in measured_lines(profile):
         shown.say(line)
     if shape is not None:
-        shown.say(summary_line(profile, shape, 2) + " (16-bit)")
+        shown.say(summary_line(profile, shape, 2))
     else:
         shown.say("K,V bytes depend on the model: add --model to see them")
     for path in plots:

@@ -39,6 +39,7 @@ def profile_record(
     ]
     if shape is not None:
         full, kept = profile.bytes_per_token(shape, element_size)
+        record["bits_per_number"] = 8 * element_size
         record["kv_bytes_per_token"] = {"full": full, "clustered": kept}
         record["window_bytes"] = profile.window_bytes(shape, element_size)
         if not all(shape.clusterable) and shape.sliding_window:

@@ -80,7 +80,7 @@ def summary_line(profile: ClusterProfile, shape: ModelShape, element_size: int) 
         line += f"; layers with sliding windows hold at most {sliding:,} bytes of a sequence"
     if any(profile.decides(layer, shape) for layer in range(shape.layers)):
         line += f"; sharing saves from {profile.probe_end} tokens on, with vLLM from the first"
-    return line
+    return f"{line} ({8 * element_size}-bit)"
 
 
 def measured_lines(profile: ClusterProfile) -> list[str]:
