@@ -161,16 +161,19 @@ class ClusterProfile:
     # ---- files
 
     @classmethod
-    def resolve(cls, name: str | Path) -> ClusterProfile:
-        """Return a published schedule by its name, or load a file.
+    def resolve(cls, name: ClusterProfile | str | Path) -> ClusterProfile:
+        """Return a published schedule by its name, or load a file; a profile is returned as it is.
 
         Raises:
             ProfileError: neither a known name nor a readable profile.
         """
-        if str(name) in PUBLISHED:
-            return cls.published(str(name))
+        if isinstance(name, ClusterProfile):
+            return name
+        name = str(name)
+        if name in PUBLISHED:
+            return cls.published(name)
         known = ", ".join(PUBLISHED)
-        if not str(name).strip():
+        if not name.strip():
             raise ProfileError(f"the name of a profile is empty: give a file or one of {known}")
         if os.path.isdir(name):
             folder = Path(name) / EXPORTED
@@ -182,7 +185,7 @@ class ClusterProfile:
                 )
             return cls.load(folder)
         if not os.path.lexists(name):
-            raise ProfileError(f"no profile {str(name)!r}: give a file or one of {known}")
+            raise ProfileError(f"no profile {name!r}: give a file or one of {known}")
         return cls.load(name)
 
     @classmethod

@@ -3,6 +3,7 @@
 import copy
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,15 @@ def test_an_empty_dynamic_cache_becomes_a_clustered_one(model):
     model(prompt(20), past_key_values=cache)
     assert isinstance(cache, ClusteredCache)
     assert isinstance(cache.layers[0], ClusteredLayer)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_cache_takes_what_enable_takes(kind, tmp_path):
+    model, path = tiny_model("llama"), kind(tmp_path / "profile.json")
+    PROFILE.save(path)
+    enable(model, path)
+    for cache in (ClusteredCache(model, path), StaticClusteredCache(model, path, 20)):
+        assert [layer.plan.clusters for layer in cache.layers] == [2, 6, 3]
 
 
 @torch.no_grad()

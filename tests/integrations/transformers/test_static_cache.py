@@ -465,6 +465,21 @@ def test_what_does_not_fit_is_refused():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_static_cache_cannot_be_repeated_once_it_holds_tokens(family):
+    """Said by an error of ours in models with sliding windows, too, and not before."""
+    model = tiny_model(family)
+    profile = ClusterProfile((6, 3, 3), window=4)
+    enable(model, profile)
+    cache = StaticClusteredCache(model, profile, ROOM)
+    cache.batch_repeat_interleave(3)  # nothing is there, as with other caches
+    model(prompt(9, batch=3), past_key_values=cache)
+    cache.batch_repeat_interleave(1)
+    with pytest.raises(CacheError, match="cannot repeat its 3 sequences"):
+        cache.batch_repeat_interleave(2)
+
+
+@torch.no_grad()
 def test_other_caches_and_profiles_are_refused():
     model = tiny_model("llama")
     filled = StaticCache(config=model.config, max_cache_len=32)

@@ -220,6 +220,18 @@ def test_a_copy_of_an_enabled_models_config_makes_a_plain_model(name):
     disable(model)
 
 
+def test_what_is_written_to_a_shallow_copy_of_the_config_stays_there():
+    """transformers makes one for each layer where layers differ, and writes to it."""
+    model = tiny_model("llama")
+    with enabled(model, WHOLE):
+        copied = copy.copy(model.config)
+        copied.num_hidden_layers = 1
+        assert copied._attn_implementation == "sdpa"
+        assert type(copied) is tf.LlamaConfig
+        assert model.config.num_hidden_layers == 3
+    assert model.config.num_hidden_layers == 3
+
+
 def test_a_model_on_the_very_config_of_an_enabled_one_is_refused():
     model = tiny_model("llama")
     enable(model, WHOLE)

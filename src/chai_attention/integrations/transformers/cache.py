@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -109,10 +110,10 @@ class ClusteredCache(DynamicCache):
     layers: list[Any]
 
     def __init__(
-        self, model: PreTrainedModel | PreTrainedConfig, profile: ClusterProfile | str
+        self, model: PreTrainedModel | PreTrainedConfig, profile: ClusterProfile | str | Path
     ) -> None:
         shape = describe(model)
-        profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
+        profile = ClusterProfile.resolve(profile)
         super().__init__(config=decoder_config(model))
         self.take_over(layer_plans(shape, profile))
 

@@ -100,8 +100,7 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
         UnsupportedModelError: the model's attention cannot be clustered.
     """
     model = unwrapped(model)
-    if not isinstance(profile, ClusterProfile):
-        profile = ClusterProfile.resolve(str(profile))
+    profile = ClusterProfile.resolve(profile)
     shape = describe(model)
     plans = layer_plans(shape, profile)
     if model.dtype not in DTYPES:

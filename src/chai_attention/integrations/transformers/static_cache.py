@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,13 +65,13 @@ class StaticClusteredCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        profile: ClusterProfile | str,
+        profile: ClusterProfile | str | Path,
         max_tokens: int,
         batch_size: int | None = None,
     ) -> None:
         if max_tokens < 1:
             raise CacheError(f"a static cache needs room for a token, not max_tokens={max_tokens}")
-        profile = ClusterProfile.resolve(profile) if isinstance(profile, str) else profile
+        profile = ClusterProfile.resolve(profile)
         if not isinstance(model, PreTrainedConfig):
             model = unwrapped(model)
         shape = describe(model)
@@ -183,6 +184,18 @@ class StaticClusteredCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rearrange the sequences of the batch (beam search)."""
         self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Only once: the room is for a fixed number of sequences.
+
+        Raises:
+            CacheError: more often, while there are tokens.
+        """
+        if self.tokens.count and repeats != 1:
+            raise CacheError(
+                f"a static cache cannot repeat its {self.tokens.batch} sequences: repeat the "
+                "prompts, or use ClusteredCache"
+            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Put the sequences ``indices`` in the place of all; see the class's text."""

@@ -131,9 +131,14 @@ def _view(
             return copy.deepcopy(config)
         return _view(*copy.deepcopy((config, name, parts), memo))
 
+    def shallow(self: PreTrainedConfig) -> PreTrainedConfig:
+        # a view's attributes are the config's own: what is written to a copy must not be
+        return copy.copy(config)
+
     members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
+        "__copy__": shallow,
         "__deepcopy__": copied,
         "__reduce__": lambda self: (_view, (config, name, parts)),
         _FIELD: property(chosen, refuse),
