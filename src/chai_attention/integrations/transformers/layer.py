@@ -61,6 +61,7 @@ class ClusteredLayer(LayerMemory):
             raise CacheError("attend() needs the K and V of an update() just before")
         states = (query, *self._incoming)
         self._incoming = None
+        queries = query.shape[2]
         dtype, held = query.dtype, self._memory
         if self.get_seq_length() and self.batch_size != query.shape[0]:
             raise CacheError(
@@ -68,12 +69,15 @@ class ClusteredLayer(LayerMemory):
                 f"{query.shape[0]}: use another cache, or call cache.batch_select_indices() or "
                 "cache.batch_repeat_interleave() first"
             )
+        self._check_padding(padding, queries)
         # autocast may be in force for some forwards and not for others: the wider dtype is kept
         wide = dtype if held is None else torch.promote_types(dtype, held.dtype)
         if held is not None and held.dtype != wide:
             self._change(lambda states: states.to(wide))
         query, key, value = (x.to(wide) for x in states)
-        return self._attend(query, key, value, padding, scale=scale, softcap=softcap).to(dtype)
+        out = self._attend(query, key, value, padding, scale=scale, softcap=softcap)
+        self._remember_padding(padding, queries)
+        return out.to(dtype)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Padding, **options: Any

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from chai_attention.errors import CacheError
 from chai_attention.integrations.transformers.buffers import TokenBuffer, pick_heads
 from chai_attention.integrations.transformers.modes import as_attended, eager
+from chai_attention.integrations.transformers.padding import Padding
 from chai_attention.integrations.transformers.recent import RecentWindow
 from chai_attention.membership import Membership
 from chai_attention.ops import windowed
@@ -126,6 +127,8 @@ class LayerMemory(CacheLayerMixin):
         self._window_query: Tensor | None = None  # [B, H, W, D], while waiting
         self._window_end = 0  # tokens up to the end of the last window, once clustered
         self._probe: Probe | None = None  # of a clustered layer that records its past
+        self._beginning: Tensor | None = None  # padding up to the first tokens that matter
+        self._whole_beginning = 0  # how many of those are there, in every sequence
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-n`` tokens; a positive n keeps n, as older transformers meant it.
@@ -146,6 +149,7 @@ class LayerMemory(CacheLayerMixin):
             return
         self._recent.crop(length, keep, trim=not (self.record_past and self.keeps_past))
         self._keys.length = self._values.length = keep
+        self._crop_padding(keep)
 
     def check_crop(self, keep: int) -> None:
         """Refuse to go back to ``keep`` tokens, more than none, if K that is needed is gone.
@@ -171,11 +175,13 @@ class LayerMemory(CacheLayerMixin):
         """Go back into the probe window: K of all heads up to ``keep``, no membership."""
         assert self.membership is not None
         assert self._probe is not None
-        values, probe = self.values, self._probe
+        values, probe, beginning = self.values, self._probe, self._beginning
         assert values is not None
         values = torch.cat([values[:, :, :keep], probe.value[:, :, :keep]], 1)
         values = pick_heads(values, self.membership.value_place)
         self._reset_tokens()
+        self._beginning = beginning
+        self._crop_padding(keep)
         self._window_query = probe.query
         self._keys.append(probe.key[:, :, :keep])
         self._values.append(values.transpose(1, 2))
@@ -196,8 +202,49 @@ class LayerMemory(CacheLayerMixin):
             return
         rows = indices.to(self.device)
         self._change(lambda states: states[rows])
+        self._select_padding(rows)
         if self.membership is not None:
             self._use(self.membership.select(rows))
+
+    # ---- which of the first tokens are padding, which must not change
+
+    def _first_tokens(self) -> int:
+        """Real tokens whose places must stay: K, or queries, are kept for these places."""
+        kept = self.plan.sinks if self._keeps_sinks else 0
+        waits = self.plan.needs_probe and self.membership is None
+        return max(kept, self.plan.probe_end) if waits else kept
+
+    @property
+    def _keeps_sinks(self) -> bool:
+        """Whether the first tokens of removed heads are held."""
+        return any(recent.first is not None for recent in self._recent.kinds)
+
+    def _check_padding(self, padding: Padding, queries: int) -> None:
+        """Refuse a forward that says otherwise what is padding.
+
+        Raises:
+            CacheError: see `Padding.require_same`.
+        """
+        count = self._first_tokens()
+        if count and padding.length > queries:
+            padding.require_same(self._beginning, min(count, padding.length - queries))
+
+    def _remember_padding(self, padding: Padding, queries: int) -> None:
+        """Remember it for later forwards."""
+        count = self._first_tokens()
+        if count == self._whole_beginning:
+            return
+        self._beginning = padding.beginning(count) if count else None
+        self._whole_beginning = count if min(padding.counts) >= count else 0
+
+    def _crop_padding(self, keep: int) -> None:
+        if self._beginning is not None and keep < self._beginning.shape[1]:
+            self._beginning = self._beginning[:, :keep]
+        self._whole_beginning = 0
+
+    def _select_padding(self, rows: Tensor) -> None:
+        if self._beginning is not None:
+            self._beginning = self._beginning[rows]
 
     @property
     def batch_size(self) -> int:

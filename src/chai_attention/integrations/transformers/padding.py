@@ -42,6 +42,8 @@ class Padding:
         self.device = device
         self._positions: dict[int, Tensor] = {}
         self._tables: dict[tuple[int, int, int], WindowTables] = {}
+        self._beginnings: dict[int, Tensor] = {}
+        self._agreed: list[tuple[Tensor | None, int]] = []  # what `require_same` has looked at
 
     @cached_property
     def counts(self) -> list[int]:
@@ -76,6 +78,45 @@ class Padding:
         if self.valid is None:
             return count
         return int(self.first_positions(count).max()) + 1
+
+    def beginning(self, count: int) -> Tensor | None:
+        """``[B, n]`` bool, real or not, up to every sequence's first ``count`` real tokens.
+
+        None if all are real. A copy: the caller's mask may change.
+        """
+        if self.valid is None:
+            return None
+        if count not in self._beginnings:
+            self._beginnings[count] = self.valid[:, : self.window_end(count)].clone()
+        return self._beginnings[count]
+
+    def require_same(self, beginning: Tensor | None, tokens: int) -> None:
+        """Refuse another padding of the tokens in ``beginning``, of an earlier forward.
+
+        Args:
+            beginning: ``[B, n]`` bool, None for ``tokens`` real ones.
+            tokens: as many as an earlier forward had, or as matter.
+
+        Raises:
+            CacheError: some were real and are padding now, or the other way round.
+        """
+        if beginning is None and self.valid is None:
+            return
+        if any(known is beginning and n == tokens for known, n in self._agreed):
+            return  # of the layer before
+        if self.valid is None:
+            same = beginning is None or bool(beginning.all())
+        elif beginning is None:
+            same = bool(self.valid[:, :tokens].all())
+        else:
+            same = torch.equal(self.valid[:, : beginning.shape[1]], beginning)
+        if not same:
+            raise CacheError(
+                "which of the first tokens in this cache are padding has changed since they came, "
+                "and K of clustered heads is gone: pass an attention_mask over all tokens with "
+                "every forward, for those held as before, or reset the cache"
+            )
+        self._agreed.append((beginning, tokens))
 
     def window_tables(self, queries: int, recent: int, sinks: int) -> WindowTables:
         """What each of the last ``queries`` tokens sees exactly: `ops.windowed.window_tables`."""

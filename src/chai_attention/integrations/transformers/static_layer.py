@@ -218,15 +218,8 @@ class StaticClusteredLayer(ClusteredLayer):
             self._wait_again(keep)
         elif self.is_waiting:
             self._keys.length = self._values.length = keep
+        self._crop_padding(keep)
         self._seen = keep
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Only once: the room is for a fixed number of sequences."""
-        if repeats != 1:
-            raise CacheError(
-                f"a static cache cannot repeat its {self.tokens.batch} sequences: repeat the "
-                "prompts, or use ClusteredCache"
-            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Put the sequences ``indices [B]`` in the place of all.
@@ -250,10 +243,25 @@ class StaticClusteredLayer(ClusteredLayer):
             used.copy_(used[rows])
         for memory in chain(*self._rings):
             memory.copy_(memory[rows])
+        self._select_padding(rows)
         if self._probe is not None:
             self._probe = Probe(*(states[rows] for states in self._probe))
         if self.plan.needs_probe and self.membership is not None:
             self._use(self.membership.select(rows))
+
+    @property
+    def _keeps_sinks(self) -> bool:
+        """Whether the first tokens of removed heads are held."""
+        return bool(self._rings)
+
+    def _check_padding(self, padding: Padding, queries: int) -> None:
+        """Not for a single token, whose mask is not read on the host."""
+        if queries > 1 or self.is_waiting:
+            super()._check_padding(padding, queries)
+
+    def _remember_padding(self, padding: Padding, queries: int) -> None:
+        if queries > 1 or self.is_waiting:
+            super()._remember_padding(padding, queries)
 
     # ---- attention
 
