@@ -16,6 +16,7 @@ from chai_attention.integrations.transformers import (
     enable,
     enabled,
 )
+from chai_attention.integrations.transformers.buffers import TokenBuffer
 from chai_attention.integrations.transformers.layer import ClusteredLayer
 from chai_attention.integrations.transformers.recent import LOCAL
 from chai_attention.profile import ClusterProfile, sliding_bytes
@@ -221,6 +222,50 @@ def test_a_cache_takes_what_enable_takes(kind, tmp_path):
     enable(model, path)
     for cache in (ClusteredCache(model, path), StaticClusteredCache(model, path, 20)):
         assert [layer.plan.clusters for layer in cache.layers] == [2, 6, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", [0, 4, 20])
+@pytest.mark.parametrize("recent", [0, 3])
+def test_no_memory_for_v_does_not_leave_k_of_tokens_that_are_not_there(held, recent, monkeypatch):
+    """In the first layer, so that all layers hold equally many tokens; fewer sequences fit then."""
+    profile = replace(PROFILE, recent=recent)
+    model, ids = tiny_model("llama"), prompt(held + 40, batch=2)
+    enable(model, profile)
+    cache = ClusteredCache(model, profile)
+    if held:
+        model(ids[:, :held], past_key_values=cache)
+    grow = TokenBuffer._grow
+
+    def full(buffer, new, needed):
+        if buffer is cache.layers[0]._values:
+            raise torch.OutOfMemoryError("no memory for V")
+        grow(buffer, new, needed)
+
+    monkeypatch.setattr(TokenBuffer, "_grow", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(ids[:, held:], past_key_values=cache)
+    monkeypatch.undo()
+    cache.batch_select_indices(torch.tensor([1]))
+    got = model(ids[1:, held:], past_key_values=cache).logits
+    want = model(ids[1:], use_cache=False).logits[:, held:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prompt_without_memory_does_not_choose_the_heads_of_the_next_one(model, monkeypatch):
+    cache = ClusteredCache(model, PROFILE)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory for K")
+
+    monkeypatch.setattr(TokenBuffer, "_grow", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(prompt(40), past_key_values=cache)
+    monkeypatch.undo()
+    ids = prompt(30, seed=5)
+    got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

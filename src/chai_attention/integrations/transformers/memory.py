@@ -63,6 +63,15 @@ class LayerMemory(CacheLayerMixin):
         """
         self._is_expected = True
         self._incoming = None
+        self._repair()
+
+    def _repair(self) -> None:
+        """Forget what a forward left that stopped before it had stored K and V."""
+        held = self._values.length
+        if held:
+            self._keys.length = min(self._keys.length, held)
+        else:  # a membership may be there, of other sequences than the next
+            self._reset_tokens()
 
     def activate_past_recording(self) -> None:
         """Keep what a `crop` needs that takes back tokens of the next forwards."""

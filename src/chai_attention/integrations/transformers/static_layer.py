@@ -221,6 +221,9 @@ class StaticClusteredLayer(ClusteredLayer):
         self._crop_padding(keep)
         self._seen = keep
 
+    def _repair(self) -> None:
+        """Nothing: the number of tokens tells of forwards that stopped midway."""
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Put the sequences ``indices [B]`` in the place of all.
 
