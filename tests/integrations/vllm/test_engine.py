@@ -389,6 +389,7 @@ def test_what_cannot_run_stops_with_one_line(engine, tiny) -> None:
             "leave out --disable-hybrid-kv-cache-manager",
         ),
         (STATIC, {"kv_cache_dtype": "fp8_e5m2"}, "K,V cache of fp8_e5m2"),
+        (STATIC, {"block_size": 24}, "--block-size takes multiples of 16"),
         (ClusterProfile((8, 8)), {}, "2 layers in the profile, 3 in the model"),
     ):
         with pytest.raises(RuntimeError, match=line):

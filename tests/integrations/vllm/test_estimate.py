@@ -85,6 +85,11 @@ def test_memory_that_is_given_to_the_cache_is_all_it_gets() -> None:
     assert fixed.budget.cache == 700 * fixed.clustered.per.block_bytes
 
 
+def test_pages_that_no_kernel_takes_are_not_estimated() -> None:
+    with pytest.raises(ChaiError, match="--block-size takes multiples of 16"):
+        estimate_config(LLAMA_7B, "llama-7b", ["--block-size", "24"], 80 * GB)
+
+
 def test_layers_on_several_gpus_are_not_counted_on_one() -> None:
     with pytest.raises(ChaiError, match="leave out --pipeline-parallel-size"):
         estimate_config(LLAMA_7B, "llama-7b", ["-pp", "2"], 80 * GB)

@@ -48,6 +48,7 @@ def config(**changes: Any) -> SimpleNamespace:
         ({"cache_config__kv_cache_dtype_skip_layers": ["3"]}, PLAIN, "in some layers only"),
         ({"cache_config__cache_dtype": "float16"}, PLAIN, "cache of float16"),
         ({"parallel_config__decode_context_parallel_size": 2}, PLAIN, "context parallelism"),
+        ({"cache_config__block_size": 24}, PLAIN, "pages of 24 tokens: .* multiples of 16"),
         ({"kv_transfer_config": object()}, PLAIN, "--kv-transfer-config"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, PLAIN, "drafts of a model"),
         ({"parallel_config__enable_dbo": True}, PLAIN, "microbatches"),

@@ -51,6 +51,8 @@ def saved(folder: Path, profile: ClusterProfile) -> str:
         (STATIC, "-ac.backend_per_kind.full_attention FLASH_ATTN", "leave out backend_per_kind"),
         (STATIC, "--spec-method eagle3 --spec-model m", "drafts of a model"),
         (STATIC, "--block-size many", "--block-size is a number"),
+        (STATIC, "--block-size 8", "takes multiples of 16"),
+        (STATIC, "--block-size=24 --hf-overrides {}", "takes multiples of 16"),
         # a prefix is found by its first page
         (ClusterProfile(CLUSTERS), "--block-size 16", "add --block-size 32 or more"),
         (ClusterProfile(CLUSTERS, recent=4), "--block-size 16", "add --block-size 32 or more"),

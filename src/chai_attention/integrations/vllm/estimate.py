@@ -21,7 +21,11 @@ from chai_attention.integrations.vllm.layers import (
     local_pages_of,
 )
 from chai_attention.integrations.vllm.memberships import row_bytes
-from chai_attention.integrations.vllm.options import EIGHT_BITS, cache_problem
+from chai_attention.integrations.vllm.options import (
+    EIGHT_BITS,
+    cache_problem,
+    page_size_problem,
+)
 from chai_attention.integrations.vllm.shares import Savings, layer_shards, savings
 from chai_attention.profile import ClusterProfile
 from chai_attention.runtime.shape import ModelShape, describe
@@ -86,6 +90,9 @@ class EngineOptions:
         cache = options.text("--kv-cache-dtype") or "auto"
         if (problem := cache_problem(cache, None)) is not None:
             raise OptionError(f"clustered heads do not support {problem}")
+        block = options.count("--block-size", 0) or None
+        if (problem := page_size_problem(block)) is not None:
+            raise OptionError(f"clustered heads do not support {problem}")
         left_to_vllm = options.text("--max-model-len") in ("auto", "-1")
         longest = most if left_to_vllm else options.count("--max-model-len", most)
         requests, tokens = batch_defaults(gpu_bytes)
@@ -96,7 +103,7 @@ class EngineOptions:
         tokens = options.count("--max-num-batched-tokens", tokens)
         return cls(
             gpu_bytes, share, given or min(requests, tokens), tokens, longest,
-            1 if cache in EIGHT_BITS else None, options.count("--block-size", 0) or None,
+            1 if cache in EIGHT_BITS else None, block,
             options.count("--tensor-parallel-size", 1),
             options.count("--kv-cache-memory-bytes", 0) or None,
             options.count("--num-gpu-blocks-override", 0) or None,

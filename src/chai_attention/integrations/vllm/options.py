@@ -98,6 +98,7 @@ class Asked:
         microbatches: ``--enable-dbo``.
         one_kind_of_pages: ``--disable-hybrid-kv-cache-manager``.
         sleeps: ``--enable-sleep-mode``.
+        page: ``--block-size``; None where vLLM chooses.
     """
 
     cache_dtype: str = "auto"
@@ -111,6 +112,7 @@ class Asked:
     microbatches: bool = False
     one_kind_of_pages: bool = False
     sleeps: bool = False
+    page: int | None = None
 
     @classmethod
     def of_config(cls, config: Any) -> Asked:
@@ -133,6 +135,7 @@ class Asked:
             microbatches=bool(getattr(parallel, "enable_dbo", False)),
             one_kind_of_pages=bool(getattr(scheduler, "disable_hybrid_kv_cache_manager", False)),
             sleeps=bool(getattr(config.model_config, "enable_sleep_mode", False)),
+            page=getattr(cache, "block_size", None),
         )
 
     @classmethod
@@ -157,12 +160,15 @@ class Asked:
             microbatches=bool(options.switch("--enable-dbo")),
             one_kind_of_pages=bool(options.switch("--disable-hybrid-kv-cache-manager")),
             sleeps=bool(options.switch("--enable-sleep-mode")),
+            page=options.count("--block-size", 0) or None,
         )
 
     def problems(self, profile: ClusterProfile) -> Iterator[str]:
         """What would give wrong results with a profile; each names the option and what to do."""
         online = profile.membership != STATIC
         if (problem := cache_problem(self.cache_dtype, self.dtype)) is not None:
+            yield problem
+        if (problem := page_size_problem(self.page)) is not None:
             yield problem
         if self.skips_layers:
             yield (
@@ -206,6 +212,13 @@ def cache_problem(cache_dtype: str, dtype: str | None) -> str | None:
     if cache_dtype in CACHE_DTYPES and dtype in (None, cache_dtype):
         return None
     return f"a K,V cache of {cache_dtype}: use --kv-cache-dtype auto or fp8"
+
+
+def page_size_problem(page: int | None) -> str | None:
+    """Why pages cannot have so many tokens; None if they can, or where vLLM chooses."""
+    if not page or page % PAGE_MULTIPLE == 0:
+        return None
+    return f"pages of {page} tokens: --block-size takes multiples of {PAGE_MULTIPLE}"
 
 
 def refuse(asked: Asked, profile: ClusterProfile, model: str | None = None) -> None:
