@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chai_attention.atomic_write import write_whole
 from chai_attention.errors import ProfileError
 from chai_attention.profile_checks import misfits, problems_of, tuples
-from chai_attention.profile_files import load_corrections, save_corrections
+from chai_attention.profile_files import EXPORTED, load_corrections, save_corrections
 from chai_attention.strict_json import load_json
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ SCHEMA_VERSION = 3
 ONLINE, STATIC, BLEND = "online", "static", "blend"
 DEFAULT_WINDOW = 32
 FOR_EVER = 10**9  # tokens of a context in which a recent window counts for nothing
-EXPORTED = "chai_profile.json"  # in the folder of an exported model
-BUILT_IN = "built into the exported weights"  # what its provenance says of a refit
 _TABLES = ("representatives", "streaming", "error", "similarity", "costs", "offsets")
 
 # layers x clusters, as published for CHAI (ICML 2024, https://arxiv.org/abs/2403.08058)

@@ -1,11 +1,11 @@
-"""The weights of a refit, in a safetensors file beside the JSON of its profile."""
+"""What is beside a profile: a refit's weights, in a safetensors file, or those of an export."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chai_attention.atomic_write import place_of, read_whole, write_whole
 from chai_attention.errors import ProfileError
@@ -15,6 +15,8 @@ from chai_attention.results import digest as digest_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+EXPORTED = "chai_profile.json"  # in the folder of an exported model
+BUILT_IN = "built into the exported weights"  # what its provenance says of a refit
 MOST_BYTES = 2**36  # of a refit: the output weights of the largest models are a third of that
 
 
@@ -78,3 +80,21 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
     if problems := tensor_problems(tensors):
         raise ProfileError(f"{file}: {'; '.join(problems)}: calibrate again")
     return tensors
+
+
+def require_refit_weights(provenance: Mapping[str, Any] | None, model: str) -> None:
+    """Refuse weights without the refit that ``chai export`` built into a profile's.
+
+    Args:
+        provenance: the profile's.
+        model: the folder of the weights, or their name; "" where neither is known.
+
+    Raises:
+        ProfileError: a folder without the file that the export puts beside such weights.
+    """
+    is_built_in = str((provenance or {}).get("refit")).endswith(BUILT_IN)
+    if is_built_in and os.path.isdir(model) and not os.path.isfile(os.path.join(model, EXPORTED)):
+        raise ProfileError(
+            f"this profile is of weights that hold its refit, and {model} is not the folder that "
+            f"chai export wrote: take that one, or put its {EXPORTED} beside weights made of them"
+        )

@@ -14,7 +14,8 @@ from chai_attention.cli.progress import progress_bar
 from chai_attention.cli.records import written_record
 from chai_attention.cli.tables import compared_line, generation_table
 from chai_attention.errors import LoadError, ProfileError
-from chai_attention.profile import EXPORTED, ClusterProfile
+from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import EXPORTED
 
 if TYPE_CHECKING:
     from chai_attention.integrations.transformers.timed_generation import Written

@@ -13,7 +13,7 @@ import typer
 
 from chai_attention.atomic_write import require_file, require_folder, require_other
 from chai_attention.errors import CalibrationError, ChaiError, FileError
-from chai_attention.profile import EXPORTED
+from chai_attention.profile_files import EXPORTED
 
 LARGEST_SEED = 2**64 - 1  # that torch takes
 

@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from chai_attention.errors import ProfileError, UnsupportedModelError
-from chai_attention.integrations.transformers import enabled
+from chai_attention.integrations.transformers import disable, enable, enabled
+from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.export import export
 from chai_attention.integrations.transformers.modules import attention_modules, output_weight
 from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import EXPORTED
 from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
@@ -61,6 +63,26 @@ def test_the_checkpoint_does_what_the_profile_did(family, kind, tmp_path):
     assert written.refit is None
     with enabled(again, written):
         torch.testing.assert_close(again(ids).logits, want)
+
+
+def test_the_profile_of_refit_weights_is_refused_for_those_without(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    plain, refit = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval(), tmp_path / "out"
+    export(plain, tiny_tokenizer(), refit_profile(plain, "bias"), refit)
+    written = ClusterProfile.resolve(refit)
+    with pytest.raises(ProfileError, match="not the folder that chai export wrote"):
+        enable(plain, written)
+    assert not is_enabled(plain)
+    for kind in ("none", "output"):  # other profiles take any weights
+        enable(plain, refit_profile(plain, kind))
+        disable(plain)
+    # weights made of the export, with its profile beside them
+    AutoModelForCausalLM.from_pretrained(refit).bfloat16().save_pretrained(tmp_path / "half")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    with pytest.raises(ProfileError, match=f"put its {EXPORTED} beside"):
+        enable(half, written)
+    written.save(tmp_path / "half" / EXPORTED)
+    enable(half, written)
 
 
 def test_a_bias_needs_a_place(tmp_path):

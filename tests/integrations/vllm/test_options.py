@@ -15,7 +15,8 @@ from chai_attention.integrations.vllm.options import (
     refuse,
     refuse_layer,
 )
-from chai_attention.profile import EXPORTED, ClusterProfile
+from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import EXPORTED
 
 PLAIN = ClusterProfile((2, 3), window=8)
 WINDOW = ClusterProfile((2, 3), window=8, recent=4)
@@ -90,7 +91,7 @@ def test_the_profile_of_refit_weights_is_refused_for_those_without(tmp_path) -> 
     note = {"refit": "output, built into the exported weights"}
     profile = ClusterProfile((2, 3), window=8, provenance=note)
     asked = Asked.of_config(config())
-    with pytest.raises(ProfileError, match="serve the folder that chai export wrote"):
+    with pytest.raises(ProfileError, match="not the folder that chai export wrote"):
         refuse(asked, profile, str(tmp_path))
     refuse(asked, PLAIN, str(tmp_path))
     refuse(asked, profile, "on-the-hub/of-unknown-weights")

@@ -9,7 +9,8 @@ from transformers import Gemma2Config, LlamaConfig
 from chai_attention.errors import ChaiError
 from chai_attention.integrations.vllm import serve
 from chai_attention.integrations.vllm.serve import vllm_command
-from chai_attention.profile import EXPORTED, ClusterProfile
+from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import EXPORTED
 
 CLUSTERS = (3, 8)
 REPRESENTATIVES = [[0, 1, 0, 3, 1, 1, 3, 0], list(range(8))]

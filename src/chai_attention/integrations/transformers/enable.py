@@ -24,6 +24,7 @@ from chai_attention.integrations.transformers.seal import Seal
 from chai_attention.integrations.transformers.switch import Switch, register, unregister
 from chai_attention.integrations.transformers.trial import require_runnable
 from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import require_refit_weights
 from chai_attention.runtime.plan import LayerPlan, layer_plans
 from chai_attention.runtime.shape import describe, unwrapped
 
@@ -101,6 +102,7 @@ def enable(model: PreTrainedModel, profile: ClusterProfile | str | Path) -> None
     """
     model = unwrapped(model)
     profile = ClusterProfile.resolve(profile)
+    require_refit_weights(profile.provenance, model.config.name_or_path)
     shape = describe(model)
     plans = layer_plans(shape, profile)
     if model.dtype not in DTYPES:

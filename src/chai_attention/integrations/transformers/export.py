@@ -19,7 +19,8 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.transformers.attention import is_enabled
 from chai_attention.integrations.transformers.corrections import Corrections
 from chai_attention.integrations.transformers.modules import attention_modules, output_projection
-from chai_attention.profile import BUILT_IN, EXPORTED, ClusterProfile
+from chai_attention.profile import ClusterProfile
+from chai_attention.profile_files import BUILT_IN, EXPORTED
 from chai_attention.runtime.shape import describe
 
 # families whose config can ask for biases of all four projections

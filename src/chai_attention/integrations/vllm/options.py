@@ -10,7 +10,8 @@ from typing import Any
 from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.layers import PAGE, PAGE_MULTIPLE
-from chai_attention.profile import BUILT_IN, EXPORTED, STATIC, ClusterProfile
+from chai_attention.profile import STATIC, ClusterProfile
+from chai_attention.profile_files import EXPORTED, require_refit_weights
 from chai_attention.results import digest as digest_of
 
 # drafts that come without a model of their own, whose layers would need pages too
@@ -221,13 +222,13 @@ def page_size_problem(page: int | None) -> str | None:
     return f"pages of {page} tokens: --block-size takes multiples of {PAGE_MULTIPLE}"
 
 
-def refuse(asked: Asked, profile: ClusterProfile, model: str | None = None) -> None:
+def refuse(asked: Asked, profile: ClusterProfile, model: str = "") -> None:
     """Stop at options that would give wrong results.
 
     Args:
         asked: the options.
         profile: that is to be served.
-        model: its folder, or its name; None where it is not known.
+        model: its folder, or its name; "" where neither is known.
 
     Raises:
         UnsupportedModelError: names the option and what to do.
@@ -236,12 +237,7 @@ def refuse(asked: Asked, profile: ClusterProfile, model: str | None = None) -> N
     """
     for problem in asked.problems(profile):
         raise UnsupportedModelError(f"clustered heads do not support {problem}")
-    built_in = str((profile.provenance or {}).get("refit")).endswith(BUILT_IN)
-    if built_in and model and Path(model).is_dir() and not (Path(model) / EXPORTED).is_file():
-        raise ProfileError(
-            f"this profile is of weights that hold its refit, and those in {model} do not: serve "
-            "the folder that chai export wrote with it"
-        )
+    require_refit_weights(profile.provenance, model)
     if profile.refit is not None:
         raise ProfileError(
             "this profile has a refit of the model's weights, which vLLM loads as a checkpoint: "

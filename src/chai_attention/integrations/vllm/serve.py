@@ -19,7 +19,8 @@ from chai_attention.integrations.vllm.layers import PAGE, LayerShard
 from chai_attention.integrations.vllm.options import Asked, page_problem, refuse
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.shares import layer_shards
-from chai_attention.profile import EXPORTED, PUBLISHED, ClusterProfile
+from chai_attention.profile import PUBLISHED, ClusterProfile
+from chai_attention.profile_files import EXPORTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
