@@ -82,6 +82,11 @@ def load_corrections(profile: Path, refit: Mapping[str, str]) -> dict[str, Tenso
     return tensors
 
 
+def holds_export(model: str | Path) -> bool:
+    """Whether this is a folder with the profile that ``chai export`` puts beside weights."""
+    return os.path.isfile(os.path.join(model, EXPORTED))
+
+
 def require_refit_weights(provenance: Mapping[str, Any] | None, model: str) -> None:
     """Refuse weights without the refit that ``chai export`` built into a profile's.
 
@@ -93,7 +98,7 @@ def require_refit_weights(provenance: Mapping[str, Any] | None, model: str) -> N
         ProfileError: a folder without the file that the export puts beside such weights.
     """
     is_built_in = str((provenance or {}).get("refit")).endswith(BUILT_IN)
-    if is_built_in and os.path.isdir(model) and not os.path.isfile(os.path.join(model, EXPORTED)):
+    if is_built_in and os.path.isdir(model) and not holds_export(model):
         raise ProfileError(
             f"this profile is of weights that hold its refit, and {model} is not the folder that "
             f"chai export wrote: take that one, or put its {EXPORTED} beside weights made of them"

@@ -30,7 +30,7 @@ from chai_attention.calibration.texts import (
     windows_of,
 )
 from chai_attention.calibration.token_text import TokenText
-from chai_attention.errors import CalibrationError, ChaiWarning
+from chai_attention.errors import CalibrationError, ChaiError, ChaiWarning
 from chai_attention.progress import Progress, quiet
 
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
@@ -98,6 +98,16 @@ def parse_sources(items: Sequence[str]) -> list[Source]:
                 f"{other.name} is there twice: give it once, with a larger weight"
             )
     return sources
+
+
+def require_unseen(text: str, sources: Sequence[Source], error: type[ChaiError]) -> None:
+    """Refuse text to measure on that is calibration text, by any name or as a copy.
+
+    Raises:
+        ChaiError: of the given type.
+    """
+    if any(same_contents(text, source.name) for source in sources):
+        raise error(f"{text} is calibration text: measure on another")
 
 
 def mixed_sequences(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from chai_attention.atomic_write import same_contents
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
@@ -134,13 +134,12 @@ def eval_command(
 ) -> None:
     """Evaluate MODEL by lm-eval's tasks: accuracy and likelihood, paired with the full model."""
     _check_engine(context, engine)
-    _check_unused(context, compare, tasks)
     import_libraries(quiet=quiet)
     from chai_attention.integrations.lm_eval import require
 
     require()
     from chai_attention.calibration.sizes import LENGTH
-    from chai_attention.calibration.sources import parse_sources
+    from chai_attention.calibration.sources import parse_sources, require_unseen
     from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.evaluation.evaluate import Evaluation, evaluate
     from chai_attention.evaluation.lengths import require_lengths
@@ -155,6 +154,8 @@ def eval_command(
     from chai_attention.runtime.shape import describe
     from chai_attention.runtime.skeleton import load_skeleton, require_fit
 
+    names = task_names(tasks)
+    _check_unused(context, compare, names)
     placement = parse_placement(device_map, max_memory)
     if placement is not None and jobs > 1:
         raise EvaluationError(
@@ -170,14 +171,12 @@ def eval_command(
         save=options.share("--save", save),
         seed=seed,
     )
-    for source in calibration.sources:
-        if text is not None and same_contents(text, source.name):
-            raise EvaluationError(f"{text} is calibration text: measure on another")
+    if text is not None:
+        require_unseen(text, calibration.sources, EvaluationError)
     options.keep_inputs(
         [out / name for name in _FILES],
         [model, profile, text, data, device_map, *(source.name for source in calibration.sources)],
     )
-    names = task_names(tasks)
     sources = task_sources(names, data, text, seed)
     lengths = None if recall_lengths is None else parse_lengths(recall_lengths)
     documents = recall_text(data, text) if RECALL in names else []
@@ -242,20 +241,22 @@ def eval_command(
     shown.say(f"results written to {out / 'results.json'} and {out / 'table.md'}")
 
 
-def _check_unused(context: typer.Context, compare: str | None, tasks: str) -> None:
+def _check_unused(context: typer.Context, compare: str | None, tasks: Sequence[str]) -> None:
     """Refuse options without which the table would be the same.
 
     Raises:
         EvaluationError: names them.
     """
+    from chai_attention.evaluation.tasks import RECALL
+
     fit = options.given(context, "save", "calibration_text", "samples", "length")
     if compare is None and fit:
         raise EvaluationError(
             f"{', '.join(fit)} fits comparators: name some with --compare, or leave it out"
         )
     asked = options.given(context, "recall_lengths", "recall_cases")
-    if asked and "recall" not in [name.strip() for name in tasks.split(",")]:
-        raise EvaluationError(f"{', '.join(asked)} goes with --tasks recall")
+    if asked and RECALL not in tasks:
+        raise EvaluationError(f"{', '.join(asked)} goes with --tasks {RECALL}")
 
 
 def _check_engine(context: typer.Context, engine: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from chai_attention.atomic_write import same_contents, write_whole
+from chai_attention.atomic_write import write_whole
 from chai_attention.cli import options
 from chai_attention.cli.output import Output, note
 from chai_attention.cli.progress import import_libraries, progress_bar
@@ -106,7 +106,11 @@ def frontier_command(
     from chai_attention.calibration.evidence import EvidenceStore
     from chai_attention.calibration.recall_source import split_recall
     from chai_attention.calibration.sizes import BATCH_SIZE, LENGTH, sequence_length
-    from chai_attention.calibration.sources import mixed_sequences, parse_sources
+    from chai_attention.calibration.sources import (
+        mixed_sequences,
+        parse_sources,
+        require_unseen,
+    )
     from chai_attention.calibration.texts import beginning, check_source
     from chai_attention.calibration.work import reading_work, require_readable
     from chai_attention.evaluation import frontier
@@ -132,8 +136,7 @@ def frontier_command(
     if len(names) < len(test):
         raise FrontierError("two test texts have the same name: give each once, or rename one")
     for path in names.values():
-        if any(same_contents(path, source.name) for source in sources):
-            raise FrontierError(f"{path} is calibration text: measure on another")
+        require_unseen(path, sources, FrontierError)
     texts = {*names.values(), *(source.name for source in sources)}
     options.keep_inputs([out / name for name in _FILES], [model, device_map, *texts, *recipe_names])
     # a missing file should not wait for the model to load

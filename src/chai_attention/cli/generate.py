@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,7 @@ from chai_attention.cli.records import written_record
 from chai_attention.cli.tables import compared_line, generation_table
 from chai_attention.errors import LoadError, ProfileError
 from chai_attention.profile import ClusterProfile
-from chai_attention.profile_files import EXPORTED
+from chai_attention.profile_files import EXPORTED, holds_export
 
 if TYPE_CHECKING:
     from chai_attention.integrations.transformers.timed_generation import Written
@@ -127,7 +126,7 @@ def _profile_of(model: str) -> str:
     Raises:
         ProfileError: it has none.
     """
-    if not os.path.isfile(os.path.join(model, EXPORTED)):
+    if not holds_export(model):
         raise ProfileError(
             f"{model} has no {EXPORTED}: give --profile (chai calibrate writes one), or a folder "
             "that chai export wrote"

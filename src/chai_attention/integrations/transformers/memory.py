@@ -228,20 +228,24 @@ class LayerMemory(CacheLayerMixin):
         """Whether the first tokens of removed heads are held."""
         return any(recent.first is not None for recent in self._recent.kinds)
 
+    def _reads_mask(self, queries: int) -> bool:
+        """Whether a forward of so many tokens may read its mask on the host."""
+        return True
+
     def _check_padding(self, padding: Padding, queries: int) -> None:
         """Refuse a forward that says otherwise what is padding.
 
         Raises:
             CacheError: see `Padding.require_same`.
         """
-        count = self._first_tokens()
+        count = self._first_tokens() if self._reads_mask(queries) else 0
         if count and padding.length > queries:
             padding.require_same(self._beginning, min(count, padding.length - queries))
 
     def _remember_padding(self, padding: Padding, queries: int) -> None:
         """Remember it for later forwards."""
         count = self._first_tokens()
-        if count == self._whole_beginning:
+        if count == self._whole_beginning or not self._reads_mask(queries):
             return
         self._beginning = padding.beginning(count) if count else None
         self._whole_beginning = count if min(padding.counts) >= count else 0

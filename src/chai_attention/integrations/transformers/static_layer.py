@@ -257,14 +257,9 @@ class StaticClusteredLayer(ClusteredLayer):
         """Whether the first tokens of removed heads are held."""
         return bool(self._rings)
 
-    def _check_padding(self, padding: Padding, queries: int) -> None:
-        """Not for a single token, whose mask is not read on the host."""
-        if queries > 1 or self.is_waiting:
-            super()._check_padding(padding, queries)
-
-    def _remember_padding(self, padding: Padding, queries: int) -> None:
-        if queries > 1 or self.is_waiting:
-            super()._remember_padding(padding, queries)
+    def _reads_mask(self, queries: int) -> bool:
+        """Not of a single token, whose mask stays on the device."""
+        return queries > 1 or self.is_waiting
 
     # ---- attention
 

@@ -88,11 +88,10 @@ class EngineOptions:
                 f"--gpu-memory-utilization is a share of more than 0 and at most 1, not {share:g}"
             )
         cache = options.text("--kv-cache-dtype") or "auto"
-        if (problem := cache_problem(cache, None)) is not None:
-            raise OptionError(f"clustered heads do not support {problem}")
         block = options.count("--block-size", 0) or None
-        if (problem := page_size_problem(block)) is not None:
-            raise OptionError(f"clustered heads do not support {problem}")
+        for problem in (cache_problem(cache, None), page_size_problem(block)):
+            if problem is not None:
+                raise OptionError(f"clustered heads do not support {problem}")
         left_to_vllm = options.text("--max-model-len") in ("auto", "-1")
         longest = most if left_to_vllm else options.count("--max-model-len", most)
         requests, tokens = batch_defaults(gpu_bytes)

@@ -11,7 +11,7 @@ from chai_attention.errors import ProfileError, UnsupportedModelError
 from chai_attention.integrations.vllm.command_line import Options
 from chai_attention.integrations.vllm.layers import PAGE, PAGE_MULTIPLE
 from chai_attention.profile import STATIC, ClusterProfile
-from chai_attention.profile_files import EXPORTED, require_refit_weights
+from chai_attention.profile_files import EXPORTED, holds_export, require_refit_weights
 from chai_attention.results import digest as digest_of
 
 # drafts that come without a model of their own, whose layers would need pages too
@@ -45,7 +45,7 @@ def profile_of(config: Any) -> ClusterProfile:
     if "profile" in options:
         return ClusterProfile.resolve(str(options["profile"]))
     model = Path(config.model_config.model)
-    if not (model / EXPORTED).is_file():
+    if not holds_export(model):
         raise ProfileError(
             "clustered heads need a profile: --additional-config "
             f'\'{{"chai": {{"profile": "FILE"}}}}\', or a model folder with {EXPORTED} in it'

@@ -20,7 +20,7 @@ from chai_attention.integrations.vllm.options import Asked, page_problem, refuse
 from chai_attention.integrations.vllm.plugin import installed, version_problem
 from chai_attention.integrations.vllm.shares import layer_shards
 from chai_attention.profile import PUBLISHED, ClusterProfile
-from chai_attention.profile_files import EXPORTED
+from chai_attention.profile_files import EXPORTED, holds_export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -79,7 +79,7 @@ def profile_path(model: str, profile: str | None) -> str:
     """
     if profile is not None:
         return profile
-    if not (Path(model) / EXPORTED).is_file():
+    if not holds_export(model):
         raise ProfileError(
             f"{model} holds no {EXPORTED}: add --profile FILE (of chai calibrate) or one of "
             f"{', '.join(PUBLISHED)}, or serve a folder that chai export wrote"
